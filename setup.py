@@ -1,0 +1,29 @@
+"Package metadata, read from settings.ini so that nbdev and pip share one source."
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+root = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(root / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=cfg["keywords"].split(),
+    author=cfg["author"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    packages=["guidance_nb"],
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": ["guidance_nb=guidance_nb._modidx:d"],
+    },
+)
