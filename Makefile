@@ -1,0 +1,61 @@
+# Needs Python 3.10 to 3.13, git and make; everything else goes into .venv.
+#   PYTHON=python3.12   the Python that .venv is made with
+#   TORCH_INDEX=URL     another index for torch and torchvision, such as the one with CPU-only builds
+#   ARGS="..."          passed on to the command behind tour, test and notebooks
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+METADATA := settings.ini pyproject.toml setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help tour test lab notebooks export docs clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
+	@sed -n 's/^#   /  /p' Makefile
+
+tour: .venv/installed ## all methods side by side
+	@$(BIN)/guidance-nb tour $(ARGS)
+
+test: .venv/installed-dev ## run all tests, the notebooks included
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: .venv/installed-dev ## edit the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+export: .venv/installed-dev ## write guidance_nb/ and README.md from the notebooks
+	@$(BIN)/nbdev_export
+	@$(BIN)/python tools/readme.py
+
+notebooks: export ## execute the notebooks and store their outputs
+	@$(BIN)/python tools/refresh.py $(ARGS)
+
+docs: export ## build the site into _docs/ (needs Quarto 1.9)
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.9: https://quarto.org/docs/download/" >&2; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+
+clean: ## remove what was built; keeps .venv
+	rm -rf _proc _docs build dist guidance_nb.egg-info nbs/nbdev.yml .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The stamps below are files, so a second call starts at once; a change of the metadata installs again.
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+		{ echo "Python 3.10 to 3.13 is needed, and $(PYTHON) is not that: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot create virtual environments: install its venv package (python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+# torch and torchvision are built for each other, so they come first, together, from one place.
+.venv/installed: .venv/created $(METADATA)
+	@echo "Installing guidance_nb into .venv; the first time this takes minutes." >&2
+	@$(PIP) torch torchvision $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "Installing what the tests need into .venv." >&2
+	@$(PIP) --editable '.[dev]'
+	@touch $@

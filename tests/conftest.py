@@ -1,0 +1,22 @@
+"What all tests share."
+
+import os
+from pathlib import Path
+
+# Two workers on few cores: threads of their own would only slow each other down. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import pytest
+
+# No deadline: a busy machine is not a failure. Derandomised: the same examples for everyone.
+hypothesis.settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("here")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    "The folder with the real MNIST and CIFAR-10."
+    if "GUIDANCE_NB_DATA" not in os.environ:
+        pytest.skip("set GUIDANCE_NB_DATA to the folder with MNIST/ and cifar-10-batches-py/ to run this")
+    return Path(os.environ["GUIDANCE_NB_DATA"])

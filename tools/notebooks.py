@@ -1,0 +1,30 @@
+"What every tool and test needs to know about the notebooks: where they are, and how to read one without changing it."
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def cells(path: Path) -> list[dict]:
+    "The cells of a notebook, as stored."
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def text(value: str | list[str]) -> str:
+    "A source or an output, which notebooks store as lists of lines."
+    return value if isinstance(value, str) else "".join(value)
+
+
+def directives(source: str) -> dict[str, str]:
+    "The `#| name: value` lines of a cell; the value is empty for `#| name`."
+    found = re.findall(r"^#\|[ \t]*(\w[\w-]*):?[ \t]*(.*)$", source, re.MULTILINE)
+    return {name: value.strip() for name, value in found}
+
+
+def is_skipped(source: str) -> bool:
+    "Whether neither the tests nor a refresh run this cell; the flags are `tst_flags` of settings.ini."
+    flags = directives(source)
+    return bool({"slow", "cuda"} & set(flags)) or flags.get("eval", "").lower() == "false"

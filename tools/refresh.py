@@ -1,0 +1,85 @@
+"""Execute notebooks and store their outputs: `python tools/refresh.py [--flagged] [nbs/NAME.ipynb ...]`.
+
+Cells flagged `#| slow`, `#| cuda` or `#| eval: false` are not run and keep the outputs they have; `--flagged` runs the
+first two kinds as well. A second run on the same machine changes no byte.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the same sums in the same order, whatever the machine does besides
+
+from execnb.nbio import nb2dict, read_nb, write_nb
+from execnb.shell import CaptureShell
+from nbdev.clean import clean_nb
+
+from notebooks import NOTEBOOKS, ROOT, directives, is_skipped, text
+
+FIGURES = """from matplotlib_inline.backend_inline import set_matplotlib_formats
+set_matplotlib_formats("png", dpi=100, metadata={"Software": None})"""
+
+
+def merge_streams(outputs: list[dict]) -> list[dict]:
+    "Join neighbouring pieces of one stream, which Jupyter stores as they happened to arrive."
+    merged: list[dict] = []
+    for out in outputs:
+        if merged and out["output_type"] == "stream" and merged[-1].get("name") == out["name"]:
+            merged[-1]["text"] = (text(merged[-1]["text"]) + text(out["text"])).splitlines(keepends=True)
+        else:
+            merged.append(out)
+    return merged
+
+
+def refresh(path: Path, flagged: bool) -> str:
+    "Execute one notebook and write it back; returns what went wrong, in words, or nothing."
+    os.chdir(ROOT / "nbs")
+    sys.path.insert(0, str(ROOT))
+    notebook, shell = read_nb(path), CaptureShell(path, mpl_format="png")
+    shell.run(FIGURES)
+
+    def skip(cell) -> bool:
+        if cell.cell_type != "code" or "nbdev_export(" in cell.source:
+            return True
+        if is_skipped(cell.source) and not (flagged and "eval" not in directives(cell.source)):
+            return True
+        cell.outputs = []
+        return False
+
+    try:
+        shell.run_all(notebook, exc_stop=True, preproc=skip)
+    except Exception:
+        return shell.prettytb(fname=path.relative_to(ROOT))
+    clean = nb2dict(notebook)
+    clean_nb(clean)
+    for number, cell in enumerate(clean["cells"], 1):
+        if cell["cell_type"] == "code":
+            cell["outputs"] = merge_streams(cell["outputs"])
+            errors = [text(o["text"]) for o in cell["outputs"] if o.get("name") == "stderr"]
+            if errors:  # a warning carries paths of this machine, and the reader would stumble over it
+                return f"{path.relative_to(ROOT)}: cell #{number} wrote to stderr:\n{errors[0]}"
+    write_nb(clean, path)
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of nbs/")
+    parser.add_argument("--flagged", action="store_true", help="run cells flagged slow or cuda too")
+    args = parser.parse_args()
+    paths = [path.resolve() for path in args.notebooks] or NOTEBOOKS
+    failed = 0
+    # A process of its own for each notebook, so that none sees another's state.
+    with multiprocessing.get_context("spawn").Pool(min(2, len(paths)), maxtasksperchild=1) as pool:
+        jobs = [(path, pool.apply_async(refresh, (path, args.flagged))) for path in paths]
+        for path, job in jobs:
+            problem = job.get()
+            failed += bool(problem)
+            print(problem or f"{path.relative_to(ROOT)}: done", file=sys.stderr if problem else sys.stdout, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
