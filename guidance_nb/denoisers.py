@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'Prediction', 'target_coefficients', 'to_prediction', 'guide', 'Denoiser', 'check_labels',
-           'check_inputs', 'RowCount', 'record_rows', 'count_rows', 'NetworkDenoiser', 'choose_batching', 'OnPath',
-           'scale_from_ho_salimans', 'scale_from_classifier', 'scale_from_mg_weight', 'mg_weight_from_scale',
-           'scale_from_mg_table', 'scale_from_gft', 'scale_from_meanflow', 'dit_channel_scales']
+           'check_inputs', 'RowCount', 'record_rows', 'count_rows', 'TrainableDenoiser', 'network_inputs',
+           'NetworkDenoiser', 'choose_batching', 'OnPath', 'scale_from_ho_salimans', 'scale_from_classifier',
+           'scale_from_mg_weight', 'mg_weight_from_scale', 'scale_from_mg_table', 'scale_from_gft',
+           'scale_from_meanflow', 'dit_channel_scales']
 
 # %% ../nbs/01_denoisers.ipynb #cd2e7cba
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ class Denoiser(nn.Module):
         self.path, self.num_classes = path, num_classes
 
     def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-        "Posterior means at noisy data `x` `[batch, ...]`, time `t` (scalar or `[batch]`), labels `c` `[batch]` or None."
+        "Posterior means at noisy data `x` `[batch, ...]`, time `t` (scalar or `[batch]`), labels `c` `[batch]`."
         raise NotImplementedError
 
     def predict_pair(self, x: Tensor, t: Tensor, c: Tensor, batching: str = "auto") -> tuple[Prediction, Prediction]:
@@ -136,7 +137,9 @@ def check_labels(
 ) -> Tensor:  # The labels, unchanged
     "Refuse labels of a wrong type, shape or range with a `ValueError`."
     if not isinstance(c, Tensor) or c.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"c is {getattr(c, 'dtype', type(c).__name__)}; allowed: a LongTensor [batch] of class indices, or None")
+        raise ValueError(
+            f"c is {getattr(c, 'dtype', type(c).__name__)}; allowed: a LongTensor [batch] of class indices, or None"
+        )
     if c.shape != (batch,):
         raise ValueError(f"c has shape {tuple(c.shape)}; allowed: [batch] = [{batch}]")
     bad = (c < 0) | (c >= num_classes)
@@ -145,7 +148,7 @@ def check_labels(
         raise ValueError(f"c contains {c[bad][0].item()}; allowed: {allowed}")
     return c
 
-
+# %% ../nbs/01_denoisers.ipynb #7dadd7b8
 def check_inputs(
     x: Tensor,  # Noisy data, `[batch, ...]`
     t: Tensor | float,  # Time, scalar or `[batch]`
@@ -194,8 +197,8 @@ def count_rows() -> Iterator[RowCount]:
         _open_counters.remove(counter)
 
 # %% ../nbs/01_denoisers.ipynb #cae1c042
-class NetworkDenoiser(Denoiser):
-    "A trainable network on a path, together with what it predicts (`PREDICTIONS`)."
+class TrainableDenoiser(Denoiser):
+    "A network on a path and what it predicts: the half of `NetworkDenoiser` that training sees."
 
     def __init__(
         self,
@@ -211,35 +214,57 @@ class NetworkDenoiser(Denoiser):
             raise ValueError(f"prediction = {prediction!r}; allowed: {', '.join(map(repr, PREDICTIONS))}")
         self.net, self.prediction, self.sigma_data, self.scale_aware = net, prediction, sigma_data, scale_aware
 
-    def output(self, x, t, c=None, drop=None, scale=None) -> Tensor:
-        "Raw network output; rows with `drop` True are evaluated without condition; `scale` is for scale-aware nets."
+    def output(
+        self,
+        x: Tensor,  # Noisy data, `[batch, ...]`
+        t: Tensor | float,  # Time, scalar or `[batch]`
+        c: Tensor | None = None,  # Labels `[batch]`, or None for no condition
+        drop: Tensor | None = None,  # Rows `[batch]` to evaluate without their condition
+        scale: float | Tensor | None = None,  # Guidance scale, scalar or `[batch]`, for scale-aware networks
+    ) -> Tensor:
+        "Raw network output, shape of `x`."
         t = check_inputs(x, t, c, self.num_classes)
         null = torch.full((len(x),), self.num_classes, device=x.device)
         labels = null if c is None else c if drop is None else torch.where(drop, null, c)
-        time = t.to(x.device, x.dtype).expand(len(x))
-        if self.prediction == "edm":  # EDM feeds unit-variance input and a quarter of the log noise level
-            total = (self.path.sigma(time) ** 2 + (self.path.alpha(time) * self.sigma_data) ** 2).sqrt()
-            x, time = x / expand_time(total, x), self.path.noise_to_signal(time).clamp(1e-3, 1e3).log() / 4
+        inputs = network_inputs(x, t, self.path, self.sigma_data if self.prediction == "edm" else None)
         record_rows(len(x))
         if not self.scale_aware:
-            return self.net(x, time, labels)
+            return self.net(*inputs, labels)
         asked = torch.as_tensor(1.0 if scale is None else scale, dtype=x.dtype, device=x.device).expand(len(x))
-        return self.net(x, time, labels, torch.where(labels == null, torch.zeros_like(asked), asked))
+        return self.net(*inputs, labels, torch.where(labels == null, torch.zeros_like(asked), asked))
+
+# %% ../nbs/01_denoisers.ipynb #3831278f
+def network_inputs(
+    x: Tensor,  # Noisy data, `[batch, ...]`
+    t: Tensor,  # Time, scalar or `[batch]`
+    path: Path,  # The path `x` lives on
+    sigma_data: float | None = None,  # Standard deviation of the data for EDM's preconditioning, None for plain inputs
+) -> tuple[Tensor, Tensor]:  # What the network sees: data `[batch, ...]` and time `[batch]`
+    "Data and time as the network sees them; EDM feeds unit-variance data and a quarter of the log noise level."
+    time = t.to(x.device, x.dtype).expand(len(x))
+    if sigma_data is None:
+        return x, time
+    total = (path.sigma(time) ** 2 + (path.alpha(time) * sigma_data) ** 2).sqrt()
+    return x / expand_time(total, x), path.noise_to_signal(time).clamp(1e-3, 1e3).log() / 4
+
+# %% ../nbs/01_denoisers.ipynb #198df32f
+class NetworkDenoiser(TrainableDenoiser):
+    "A trainable network as a denoiser: decodes its output by eq. (3); same arguments as `TrainableDenoiser`."
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         "What `output` regresses on: a x0 + b eps with `target_coefficients`, shape of `x0`."
         a, b = target_coefficients(self.prediction, self.path, t, self.sigma_data)
         return expand_time(a, x0) * x0 + expand_time(b, eps) * eps
 
-    def decode(self, y: Tensor, x: Tensor, t: Tensor) -> Prediction:
+    def decode(self, y: Tensor, x: Tensor, t: Tensor | float) -> Prediction:
         "The pair that a raw output `y` at (x, t) stands for, eq. (3)."
         return to_prediction(y, x, torch.as_tensor(t), self.path, self.prediction, self.sigma_data)
 
-    def predict(self, x, t, c=None, scale=None) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None, scale: float | Tensor | None = None) -> Prediction:
         "Posterior means, eq. (3), from one network evaluation; `scale` is for scale-aware networks alone."
         return self.decode(self.output(x, t, c, scale=scale), x, t)
 
-    def predict_pair(self, x, t, c, batching="auto") -> tuple[Prediction, Prediction]:
+    def predict_pair(self, x: Tensor, t: Tensor, c: Tensor, batching: str = "auto") -> tuple[Prediction, Prediction]:
         "Conditional and unconditional prediction: one pass of twice the rows, or two passes (`choose_batching`)."
         if choose_batching(batching, x) == "sequential":
             return super().predict_pair(x, t, c)
@@ -274,7 +299,9 @@ class OnPath(Denoiser):
 
     def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "The wrapped model's prediction at the matching point of its own path."
-        return self.model.predict(*change_path(x, cap_time(self.path, torch.as_tensor(t)), self.path, self.model.path), c)
+        return self.model.predict(
+            *change_path(x, cap_time(self.path, torch.as_tensor(t)), self.path, self.model.path), c
+        )
 
 # %% ../nbs/01_denoisers.ipynb #33b5b97d
 def scale_from_ho_salimans(w: float) -> float:
@@ -283,7 +310,7 @@ def scale_from_ho_salimans(w: float) -> float:
 
 
 def scale_from_classifier(s: float, conditional_base: bool = False) -> float:
-    "The scale of a classifier gradient of strength `s` on an unconditional, or on a conditional, model (arXiv 2105.05233)."
+    "The scale of a classifier gradient of strength `s` on an unconditional or a conditional model (arXiv 2105.05233)."
     return 1 + s if conditional_base else s
 
 

@@ -35,9 +35,11 @@ class MLP(nn.Module):
         depth: int = 4,  # Number of residual blocks
         out: int | None = None,  # Dimension of the output, `dim` by default
         scale_aware: bool = False,  # Whether a guidance scale is a fourth input
+        octaves: int = 0,  # Frequencies of sines of the coordinates beside the coordinates, for points in the plane
     ):
         super().__init__()
-        self.lift, self.time = nn.Linear(dim, width), nn.Linear(16, width)
+        self.octaves = octaves
+        self.lift, self.time = nn.Linear(dim * (1 + 2 * octaves), width), nn.Linear(16, width)
         self.label = nn.Embedding(num_classes + 1, width)
         self.scale = nn.Linear(16, width, bias=False) if scale_aware else None
         self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
@@ -47,6 +49,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
         "Output `[batch, out]`."
+        if self.octaves:  # half the base frequency: one slow period covers [-2, 2]
+            x = torch.cat([x, fourier_features(x.flatten() / 2, self.octaves).view(len(x), -1)], 1)
         h = self.lift(x) + self.time(fourier_features(time)) + self.label(labels)
         if self.scale is not None and scale is not None:
             h = h + self.scale(fourier_features(scale / 8))  # scales up to 8 lie within one slow period
@@ -63,12 +67,13 @@ def mlp_denoiser(
     width: int = 128,  # Width of the hidden layers
     depth: int = 4,  # Number of residual blocks
     scale_aware: bool = False,  # Whether the network takes a guidance scale
+    octaves: int = 0,  # Frequencies of sines of the coordinates, for points in the plane
     seed: int = 0,  # Seed of the initial weights
 ) -> NetworkDenoiser:  # An untrained model
     "A small denoiser for points and tiny images, with its own seed for the weights."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = MLP(dim, num_classes, width, depth, scale_aware=scale_aware)
+        net = MLP(dim, num_classes, width, depth, scale_aware=scale_aware, octaves=octaves)
     return NetworkDenoiser(net, path, num_classes, prediction, scale_aware=scale_aware)
 
 # %% ../nbs/04_networks.ipynb #b9aa7584

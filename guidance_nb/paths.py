@@ -97,13 +97,13 @@ class FlowPath(Path):
 # %% ../nbs/00_paths.ipynb #fe95dd30
 @dataclass(frozen=True)
 class VPPath(Path):
-    "Variance-preserving path, alpha^2 + sigma^2 = 1: DDPM's linear schedule, eq. (3), or the cosine (arXiv 2102.09672)."
+    "Path with alpha^2 + sigma^2 = 1: DDPM's linear schedule, eq. (3), or the cosine (arXiv 2102.09672)."
 
     schedule: str = "linear"
     beta_min: float = 0.1
     beta_max: float = 20.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule = {self.schedule!r}; allowed: 'linear', 'cosine'")
 
@@ -123,7 +123,11 @@ class VPPath(Path):
         return -0.5 * (self.beta_min + t * (self.beta_max - self.beta_min)) * self.alpha(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return -self.alpha(t) * self.d_alpha(t) / self.sigma(t) if self.schedule == "linear" else math.pi / 2 * self.alpha(t)
+        return (
+            -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
+            if self.schedule == "linear"
+            else math.pi / 2 * self.alpha(t)
+        )
 
     def time_at(self, noise_to_signal: Tensor) -> Tensor:
         if self.schedule == "cosine":
@@ -138,7 +142,7 @@ class EDMPath(Path):
 
     sigma_max: float = 80.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.sigma_max > 0:
             raise ValueError(f"sigma_max = {self.sigma_max}; allowed: a positive number")
 

@@ -1,0 +1,210 @@
+"Samplers against diffusers' schedulers, closed forms, and their own promises."
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_rows
+from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
+from guidance_nb.networks import mlp_denoiser
+from guidance_nb.paths import EDMPath, FlowPath, VPPath
+from guidance_nb.samplers import SAMPLERS, keyed_noise, sample, time_grid
+
+F64 = {"progress": False, "dtype": torch.float64}
+
+
+@pytest.fixture(scope="module")
+def trained_like():
+    "A network with random weights: wrong about everything, but smooth."
+    model = mlp_denoiser(2, VPPath("cosine"), num_classes=2, prediction="eps", width=32, depth=2).double()
+    torch.nn.init.normal_(model.net.read.weight, std=0.2, generator=torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def by_scheduler(scheduler, model, x, c, steps, to_ratio, noises=None):
+    "Run a diffusers scheduler with our model as its noise predictor at the same noise-to-signal ratio."
+    scheduler.set_timesteps(steps)
+    ratios = []
+    for t in scheduler.timesteps:
+        ratio = to_ratio(scheduler, t)
+        ratios.append(ratio)
+        with torch.no_grad():
+            eps = model.predict(x, model.path.time_at(ratio), c).eps
+        x = scheduler.step(eps, t, x).prev_sample
+    return x, torch.stack([*ratios, torch.zeros((), dtype=torch.float64)])
+
+
+def ratio_of_alpha_bar(scheduler, t):
+    bar = scheduler.alphas_cumprod[t].double()
+    return ((1 - bar) / bar).sqrt()
+
+
+def test_ddim_agrees_with_diffusers(trained_like):
+    diffusers = pytest.importorskip("diffusers")
+    x, c = torch.randn(6, 2, dtype=torch.float64), torch.arange(6) % 2
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    theirs, ratios = by_scheduler(scheduler, trained_like, x, c, 20, ratio_of_alpha_bar)
+    ours = sample(trained_like, c, (6, 2), "ddim", times=trained_like.path.time_at(ratios), init=x, **F64)
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_ddpm_agrees_with_diffusers_given_the_same_noise(trained_like, monkeypatch):
+    pytest.importorskip("diffusers")
+    from diffusers.schedulers import scheduling_ddpm
+
+    x, c, step = torch.randn(6, 2, dtype=torch.float64), torch.arange(6) % 2, iter(range(1, 100))
+    monkeypatch.setattr(
+        scheduling_ddpm, "randn_tensor", lambda shape, **_: keyed_noise(0, 0, shape, next(step)).double()
+    )
+    scheduler = scheduling_ddpm.DDPMScheduler(clip_sample=False, variance_type="fixed_small")
+    theirs, ratios = by_scheduler(scheduler, trained_like, x, c, 25, ratio_of_alpha_bar)
+    ours = sample(trained_like, c, (6, 2), "ddpm", times=trained_like.path.time_at(ratios), init=x, **F64)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_dpm_solver_agrees_with_diffusers(trained_like):
+    diffusers = pytest.importorskip("diffusers")
+    x, c = torch.randn(6, 2, dtype=torch.float64), torch.arange(6) % 2
+    scheduler = diffusers.DPMSolverMultistepScheduler(final_sigmas_type="zero", lower_order_final=True)
+    theirs, ratios = by_scheduler(
+        scheduler, trained_like, x, c, 20, lambda s, t: s.sigmas[0 if s.step_index is None else s.step_index].double()
+    )
+    ours = sample(trained_like, c, (6, 2), "dpmpp_2m", times=trained_like.path.time_at(ratios), init=x, **F64)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", [VPPath(), VPPath("cosine"), EDMPath(60.0)], ids=repr)
+def test_ddim_is_euler_on_a_matched_grid(path):
+    model, c = ExactDenoiser(fractal(depth=3), FlowPath()), torch.arange(32) % 2
+    times = torch.linspace(0.98, 0, 12, dtype=torch.float64)
+    euler = sample(model, c, (32, 2), "euler", times=times, **F64)
+    matched = path.time_at(FlowPath().noise_to_signal(times))
+    for other in (ExactDenoiser(model.mixture, path), OnPath(model, path)):
+        assert_close(sample(other, c, (32, 2), "ddim", times=matched, **F64), euler, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("ddim", 1), ("heun", 2)])
+def test_convergence_orders_on_the_flow_path(sampler, order):
+    model = ExactDenoiser(Mixture(torch.tensor([[0.7]]), torch.tensor([0.2]), torch.tensor([0])), FlowPath())
+    errors = []
+    for steps in (40, 80):
+        run = sample(model, None, (20, 1), sampler, steps, trajectory=True, **F64)
+        exact = 0.7 + run.trajectory[0] * math.sqrt(0.2)  # noise N(0, 1) to data, monotone map
+        errors.append((run.x - exact).abs().max().item())
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
+
+
+def test_ddim_on_a_gaussian_shrinks_by_the_closed_form():
+    variance, path = 0.3, VPPath()
+    model = ExactDenoiser(Mixture(torch.zeros(1, 1), torch.tensor([variance]), torch.tensor([0])), path)
+    run = sample(model, None, (4, 1), "ddim", 7, trajectory=True, **F64)
+    expected = 1.0
+    for t, s in zip(run.times[:-1], run.times[1:]):
+        a, b, p, q = path.alpha(t), path.sigma(t), path.alpha(s), path.sigma(s)
+        factor = (p * a * variance + q * b) / (a * a * variance + b * b)
+        assert factor <= ((p * p * variance + q * q) / (a * a * variance + b * b)).sqrt() + 1e-12
+        expected *= factor.item()
+    assert_close(run.x, expected * run.trajectory[0])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_maruyama"])
+@pytest.mark.parametrize("path", [FlowPath(), VPPath()], ids=repr)
+def test_stochastic_samplers_keep_the_marginals(sampler, path):
+    model, c = ExactDenoiser(gaussian_pair(0.5), path), torch.zeros(3000, dtype=torch.long)
+    x = sample(model, c, (3000, 1), sampler, 300, **F64)
+    assert abs(x.mean() + 0.5) < 0.02 and abs(x.var() - 0.05) < 0.006
+
+
+def test_partial_eta_lies_between():
+    model, spread = ExactDenoiser(gaussian_pair(0.5), VPPath()), []
+    c, start = (
+        torch.zeros(500, dtype=torch.long),
+        {"init": torch.full((500, 1), 0.3), "times": torch.linspace(0.2, 0, 11)},
+    )
+    for eta in (0.0, 0.5, 1.0):
+        runs = [sample(model, c, (500, 1), "ddim", seed=s, eta=eta, **start, **F64) for s in (1, 2)]
+        spread.append((runs[0] - runs[1]).abs().mean().item())
+    assert spread[0] == 0 < spread[1] < spread[2]
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS])
+def test_sample_i_does_not_depend_on_the_batch(sampler):
+    model, c = ExactDenoiser(fractal(depth=2), FlowPath()), torch.arange(300) % 2
+    whole = sample(model, c, (300, 2), sampler, 6, seed=5, **F64)
+    assert_close(sample(model, c, (300, 2), sampler, 6, seed=5, batch_size=97, **F64), whole, rtol=0, atol=1e-10)
+    assert_close(
+        sample(model, c[250:260], (10, 2), sampler, 6, seed=5, start=250, **F64), whole[250:260], rtol=0, atol=1e-10
+    )
+    assert not torch.equal(sample(model, c, (300, 2), sampler, 6, seed=6, **F64), whole)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "per_sample"),
+    [("ddim", 9), ("ddpm", 9), ("euler", 9), ("heun", 17), ("euler_maruyama", 9), ("dpmpp_2m", 9)],
+)
+def test_rows_counted_are_rows_evaluated(sampler, per_sample):
+    seen = []
+    model = mlp_denoiser(2, FlowPath(), num_classes=2, width=8, depth=1)
+    model.net.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    with count_rows() as rows:
+        sample(model, torch.arange(5) % 2, (5, 2), sampler, steps=9, batch_size=2, progress=False)
+    assert rows.total == sum(seen) == 5 * per_sample
+
+
+def test_dopri5_solves_the_ode_to_its_tolerance():
+    model = ExactDenoiser(Mixture(torch.tensor([[0.7]]), torch.tensor([0.2]), torch.tensor([0])), FlowPath())
+    run = sample(model, None, (20, 1), "dopri5", steps=4, trajectory=True, **F64)
+    assert_close(run.x, 0.7 + run.trajectory[0] * math.sqrt(0.2), rtol=0, atol=1e-4)
+    assert len(run.trajectory) == 5
+
+
+def test_sampling_leaves_the_model_as_it_was():
+    model = mlp_denoiser(2, FlowPath(), width=8, depth=1)
+    model.train()
+    sample(model, None, (2, 2), steps=2, progress=False)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_divergence_is_reported():
+    class Explode(torch.nn.Module):
+        def forward(self, x, time, labels):
+            return x * 1e30
+
+    with pytest.raises(FloatingPointError, match="samples are not finite"):
+        sample(NetworkDenoiser(Explode(), FlowPath()), None, (2, 2), "euler", 4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"sampler": "rk4"}, "sampler = 'rk4'; allowed: 'ddim'"),
+        ({"steps": 0}, "steps = 0; allowed: a whole number"),
+        ({"steps": 2.5}, "steps = 2.5"),
+        ({"shape": (2,)}, "shape = (2,)"),
+        ({"shape": (0, 2), "c": None}, "shape = (0, 2)"),
+        ({"c": torch.tensor([0, 5])}, "c contains 5; allowed: 0 to 1"),
+        ({"c": torch.tensor([0.0, 1.0])}, "c is torch.float32"),
+        ({"c": torch.tensor([0])}, "c has shape (1,)"),
+        ({"seed": -1}, "seed = -1"),
+        ({"times": torch.tensor([0.0, 1.0])}, "strictly falling"),
+        ({"times": torch.tensor([2.0, 1.0])}, "in [0, 1]"),
+    ],
+)
+def test_bad_requests(arguments, words):
+    request = {"c": torch.tensor([0, 1]), "shape": (2, 1), "progress": False} | arguments
+    with pytest.raises(ValueError) as caught:
+        sample(ExactDenoiser(gaussian_pair(), FlowPath()), **request)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_grids_end_where_they_should():
+    edm = EDMPath()
+    times = time_grid(edm, 18)
+    levels = edm.sigma(times)
+    assert_close(levels[0], torch.tensor(80.0, dtype=torch.float64))
+    assert_close(levels[-2:], torch.tensor([0.002, 0.0], dtype=torch.float64))
+    expected = (80 ** (1 / 7) + 3 / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert_close(levels[3].item(), expected)
+    assert_close(time_grid(FlowPath(), 250, "euler_maruyama")[-2].item(), 0.04)
