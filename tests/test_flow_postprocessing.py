@@ -1,0 +1,243 @@
+"Post-processing restated with sorting, sums and plain NumPy."
+
+import numpy as np
+import pytest
+import torch
+
+from guidance_nb.denoisers import count_rows
+from guidance_nb.flow_postprocessing import (
+    CorrectionFlow,
+    FlowPostprocessor,
+    PairDraws,
+    PairLoss,
+    carry,
+    effective_sample_size,
+    memorisation_report,
+    nearest_neighbours,
+    neighbour_weights,
+)
+from guidance_nb.networks import MLP
+from guidance_nb.training import Context
+
+
+def brute_force(queries, real, k, labels, real_labels):
+    "Indices of the k nearest points of the same class, by sorting every row in NumPy."
+    q, r = queries.double().flatten(1).numpy(), real.double().flatten(1).numpy()
+    squares = ((q[:, None] - r[None]) ** 2).sum(2)
+    squares[labels.numpy()[:, None] != real_labels.numpy()[None]] = np.inf
+    return np.argsort(squares, 1, kind="stable")[:, :k]
+
+
+@pytest.fixture
+def clouds():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(150, 4, generator=g), torch.randn(260, 4, generator=g)
+    return x, y, torch.randint(3, (150,), generator=g), torch.randint(3, (260,), generator=g)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_neighbours_are_brute_force(clouds, k):
+    x, y, c, d = clouds
+    assert (nearest_neighbours(x, y, k, c, d).numpy() == brute_force(x, y, k, c, d)).all()
+
+
+def test_neighbours_of_images_and_features(clouds):
+    x, y, c, d = clouds
+    same = nearest_neighbours(x.reshape(150, 1, 2, 2), y.reshape(260, 1, 2, 2), 3, c, d)
+    assert torch.equal(same, nearest_neighbours(x, y, 3, c, d))
+    first = nearest_neighbours(x, y, 3, c, d, space=lambda z: z[:, :1])
+    assert (first.numpy() == brute_force(x[:, :1], y[:, :1], 3, c, d)).all()
+
+
+def test_one_class_needs_no_labels(clouds):
+    x, y, c, d = clouds
+    expected = brute_force(x, y, 2, torch.zeros_like(c), torch.zeros_like(d))
+    assert (nearest_neighbours(x, y, 2).numpy() == expected).all()
+
+
+def test_weights_are_counts(clouds):
+    x, y, c, d = clouds
+    w = np.zeros(260)
+    for row in brute_force(x, y, 7, c, d):
+        w[row] += 1 / (7 * 150)
+    np.testing.assert_allclose(neighbour_weights(x, y, 7, c, d).numpy(), w, atol=1e-12)
+    assert effective_sample_size(x, y, 7, c, d) == pytest.approx(1 / (w**2).sum(), rel=1e-9)
+
+
+def test_effective_sample_size_by_hand():
+    "Cells of lengths 1, 2, 1 on a line of length 4; all real points as neighbours; and one real point."
+    line = torch.linspace(-1, 1, 4001)[:, None]
+    real = torch.tensor([[-1.0], [0.0], [1.0]])
+    assert effective_sample_size(line, real, 1) == pytest.approx(16 / 6, rel=1e-3)
+    assert effective_sample_size(line, real, 3) == pytest.approx(3, rel=1e-9)
+    assert effective_sample_size(line, real[:1], 1) == pytest.approx(1, rel=1e-9)
+
+
+def test_pairs_share_a_class_and_end_on_neighbours(clouds):
+    x, y, c, d = clouds
+    found = nearest_neighbours(x, y, 4, c, d)
+    pairs, labels = PairDraws(x, y, found, c)(5000, torch.Generator().manual_seed(1))
+    start = {tuple(v): i for i, v in enumerate(x.tolist())}
+    end = {tuple(v): i for i, v in enumerate(y.tolist())}
+    used = set()
+    for (a, b), label in zip(pairs.tolist(), labels.tolist()):
+        i, j = start[tuple(a)], end[tuple(b)]
+        assert c[i] == d[j] == label and j in found[i]
+        used.add((i, j))
+    assert len(used) > 0.99 * 150 * 4
+
+
+class Answer(torch.nn.Module):
+    "A table of answers in place of a network."
+
+    dropout = torch.tensor(0.0)
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def velocity(self, z, tau, c, drop):
+        return self.answer(z, tau)
+
+
+def test_loss_vanishes_at_the_right_sign_only():
+    g = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 64, 3, generator=g)
+    pairs = torch.stack([start, end], 1)
+    context = lambda: Context(torch.Generator().manual_seed(2), 0, 1, None)  # noqa: E731
+    right = PairLoss()(Answer(lambda z, tau: end - start), pairs, None, context())
+    printed = PairLoss()(Answer(lambda z, tau: start - end), pairs, None, context())
+    assert right.abs().max() < 1e-12
+    torch.testing.assert_close(printed, 4 * (end - start).square().mean(1))
+    # On its way the point is (1 - tau) start + tau end, so this answer is the target again.
+    on_line = PairLoss()(Answer(lambda z, tau: (z - start) / tau[:, None]), pairs, None, context())
+    assert on_line.max() < 1e-6
+
+
+def test_loss_is_least_at_the_neighbour_mean():
+    "At tau = 0 the point is x_hat whatever the neighbour: a free vector descends to the mean, and Euler lands there."
+    y = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0], [9.0, 9.0]])
+    x = torch.zeros(1, 2)
+    found = nearest_neighbours(x, y, 3)
+    v = torch.zeros(2, requires_grad=True)
+    everyone = torch.stack([x.expand(3, 2), y[found[0]]], 1)
+    optimiser = torch.optim.SGD([v], lr=0.4)
+    for _ in range(100):
+        context = Context(torch.Generator(), 0, 1, None)
+        optimiser.zero_grad()
+        PairLoss()(Answer(lambda z, tau: v.expand(3, 2)), everyone, None, context).mean().backward()
+        optimiser.step()
+    landed = carry(lambda z, tau: v.detach().expand_as(z), x, 1, "euler")
+    torch.testing.assert_close(landed[0], y[:3].mean(0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("sampler", "steps", "evaluations"), [("euler", 7, 7), ("heun", 7, 14)])
+def test_evaluations(sampler, steps, evaluations):
+    model = FlowPostprocessor(2, 2)
+    with count_rows() as rows:
+        model(torch.zeros(5, 2), torch.zeros(5, dtype=torch.long), steps, sampler)
+    assert rows.total == 5 * evaluations
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dopri5"])
+def test_carry_against_numpy(sampler):
+    "A field that depends on z and tau, dz/dtau = tau - z, whose solution is tau - 1 + (z0 + 1) exp(-tau)."
+    z0 = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    end = carry(lambda z, tau: tau[:, None] - z, z0, 2000 if sampler == "euler" else 50, sampler)
+    np.testing.assert_allclose(end.numpy(), (z0.numpy() + 1) * np.exp(-1), atol=1e-3)
+
+
+def test_exact_straight_transport_lands_on_the_nearest_point(clouds):
+    "For k = 1 the optimal velocity is (NN(z) - z) / (1 - tau): any number of Euler steps lands on NN(x_hat)."
+    x, y, _, _ = clouds
+    x, y = x.double(), y.double()
+    velocity = lambda z, tau: (y[torch.cdist(z, y).argmin(1)] - z) / (1 - tau)[:, None]  # noqa: E731
+    nearest = y[brute_force(x, y, 1, torch.zeros(150), torch.zeros(260))[:, 0]]
+    for steps in (1, 2, 9):
+        torch.testing.assert_close(carry(velocity, x, steps, "euler"), nearest)
+
+
+def test_learned_correction_reaches_the_class_and_repeats():
+    g = torch.Generator().manual_seed(0)
+    real_c, c = torch.arange(200) % 2, torch.arange(300) % 2
+    real = torch.where(real_c == 0, -1.0, 1.0)[:, None] + 0.05 * torch.randn(200, 2, generator=g)
+    generated = 0.5 * torch.randn(300, 2, generator=g)
+    arguments = {"k": 10, "steps": 200, "batch_size": 128, "lr": 1e-2, "ema": 0.95, "width": 32, "depth": 2}
+    post = FlowPostprocessor.fit(generated, real, c, real_c, progress=False, **arguments)
+    out = post(generated, c)
+    assert (out - torch.where(c == 0, -1.0, 1.0)[:, None]).norm(dim=1).mean() < 0.2
+    assert not post.training and not any(p.requires_grad for p in post.parameters())
+    again = FlowPostprocessor.fit(generated, real, c, real_c, progress=False, **arguments)
+    assert torch.equal(again(generated, c), out)
+
+
+def test_state_and_own_network_and_images():
+    z, c = torch.randn(6, 1, 2, 2), torch.arange(6) % 3
+    a, b = FlowPostprocessor((1, 2, 2), 3, seed=0, octaves=2), FlowPostprocessor((1, 2, 2), 3, seed=5, octaves=2)
+    torch.nn.init.normal_(a.net.net.read.weight)
+    assert a(z, c).shape == z.shape and not torch.equal(a(z, c), b(z, c))
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a(z, c), b(z, c))
+    own = FlowPostprocessor((2,), 3, net=MLP(2, 3))
+    assert own(torch.zeros(6, 2), c).shape == (6, 2)
+
+
+def test_guided_correction_is_linear_in_the_scale():
+    model = CorrectionFlow(2, 2, dropout=0.5)
+    torch.nn.init.normal_(model.net.net.read.weight)
+    z, tau, c = torch.randn(9, 2), torch.rand(9), torch.arange(9) % 2
+    v_c, v_u = model.velocity(z, tau, c), model.velocity(z, tau)
+    torch.testing.assert_close(model.guided(z, tau, c, 3.0), 3 * v_c - 2 * v_u)
+    assert torch.equal(model.guided(z, tau, c, 1.0), v_c)
+    dropped = model.velocity(z, tau, c, drop=torch.arange(9) < 4)
+    torch.testing.assert_close(dropped, torch.cat([v_u[:4], v_c[4:]]))
+
+
+def test_memorisation_report_by_hand():
+    training = torch.tensor([[0.0], [10.0]])
+    fresh, samples = torch.tensor([[1.0], [11.0], [8.0]]), torch.tensor([[0.05], [10.0], [3.0]])
+    report = memorisation_report(samples, training, fresh)
+    assert report["nearest"] == pytest.approx(0.05) and report["nearest_fresh"] == 1.0
+    assert report["ratio"] == pytest.approx(0.05)
+    assert report["copies"] == pytest.approx(2 / 3) and report["copies_fresh"] == 0
+
+
+def test_bad_input(clouds):
+    x, y, c, d = clouds
+    few = torch.cat([d[:-1].clamp(max=1), torch.tensor([2])])
+    with pytest.raises(ValueError, match="k = 2 with 1 real points in class 2; allowed: 1 to 1"):
+        nearest_neighbours(x, y, 2, c, few)
+    with pytest.raises(ValueError, match="0 real points in class 2"):
+        nearest_neighbours(x, y, 1, c, d.clamp(max=1))
+    with pytest.raises(ValueError, match="k = 0"):
+        nearest_neighbours(x, y, 0)
+    with pytest.raises(ValueError, match="4 generated, 3 real"):
+        nearest_neighbours(x, y[:, :3], 1)
+    with pytest.raises(ValueError, match="finite"):
+        nearest_neighbours(x, y * float("nan"), 1)
+    with pytest.raises(ValueError, match="empty"):
+        nearest_neighbours(x, y[:0], 1)
+    with pytest.raises(ValueError, match="space = 'dino'"):
+        nearest_neighbours(x, y, 1, space="dino")
+    with pytest.raises(ValueError, match="allowed: for both or for neither"):
+        nearest_neighbours(x, y, 1, c)
+    with pytest.raises(ValueError, match=r"allowed: \[batch\] = \[150\]"):
+        nearest_neighbours(x, y, 1, c[:3], d)
+    model = FlowPostprocessor(4, 3)
+    for samples, labels, message in (
+        (x[:, :2], c, r"allowed: \[n, \*\[4\]\]"),
+        (x, None, "labels = None; allowed: labels"),
+        (x, c + 5, "allowed: 0 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(samples, labels)
+    with pytest.raises(ValueError, match="allowed: None, there are no classes"):
+        FlowPostprocessor(4)(x, c)
+    with pytest.raises(ValueError, match="scale = 2; allowed: 1"):
+        model(x, c, scale=2)
+    with pytest.raises(ValueError, match="sampler = 'rk4'"):
+        model(x, c, sampler="rk4")
+    with pytest.raises(ValueError, match="steps = 0"):
+        model(x, c, steps=0)
+    with pytest.raises(ValueError, match="dropout = 2"):
+        CorrectionFlow(4, 3, dropout=2)
