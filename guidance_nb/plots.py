@@ -39,12 +39,12 @@ METHOD_COLOURS = {
 
 METHOD_LABELS = {
     "none": "no guidance",
-    "exact": "exact",
+    "exact": "exact CFG",
     "classifier_guidance": "classifier guidance",
     "classifier_free_guidance": "classifier-free guidance",
     "aligned_loss": "aligned loss",
-    "model_guidance": "model guidance",
-    "flow_postprocessing": "flow post-processing",
+    "model_guidance": "Model-guidance",
+    "flow_postprocessing": "flow postprocessing",
 }
 
 # %% ../nbs/07_plots.ipynb #a14c7b96

@@ -5,9 +5,10 @@ first two kinds as well. A second run on the same machine changes no byte.
 """
 
 import argparse
-import multiprocessing
 import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums in the same order, whatever the machine does besides
@@ -70,15 +71,15 @@ def main() -> int:
     parser.add_argument("--flagged", action="store_true", help="run cells flagged slow or cuda too")
     args = parser.parse_args()
     paths = [path.resolve() for path in args.notebooks] or NOTEBOOKS
-    failed = 0
+    if len(paths) == 1:
+        problem = refresh(paths[0], args.flagged)
+        print(problem or f"{paths[0].relative_to(ROOT)}: done", file=sys.stderr if problem else sys.stdout)
+        return 1 if problem else 0
     # A process of its own for each notebook, so that none sees another's state.
-    with multiprocessing.get_context("spawn").Pool(min(2, len(paths)), maxtasksperchild=1) as pool:
-        jobs = [(path, pool.apply_async(refresh, (path, args.flagged))) for path in paths]
-        for path, job in jobs:
-            problem = job.get()
-            failed += bool(problem)
-            print(problem or f"{path.relative_to(ROOT)}: done", file=sys.stderr if problem else sys.stdout, flush=True)
-    return 1 if failed else 0
+    command = [sys.executable, __file__, *(["--flagged"] if args.flagged else [])]
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda path: subprocess.run([*command, path]).returncode, paths))
+    return 1 if any(codes) else 0
 
 
 if __name__ == "__main__":
