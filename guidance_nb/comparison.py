@@ -91,7 +91,7 @@ class Problem:
         "The classifier that judges samples."
         return digits_judge() if self.x.shape[1] == 64 else bayes_judge(self.mixture)
 
-
+# %% ../nbs/20_comparison.ipynb #02b673dc
 def load_problem(
     data: str,  # One of `DATA`
 ) -> Problem:  # The same on every call
@@ -125,7 +125,7 @@ class Budget:
     cost_steps: tuple[int, ...] = (4, 8, 16)  # Fewer steps, for the curves of quality against cost
     post_scales: tuple[float, ...] = (1.0, 2.0, 3.0)  # Scales the postprocessing flow is trained on
 
-
+# %% ../nbs/20_comparison.ipynb #a0203680
 def budget_for(
     data: str,  # One of `DATA`
     quick: bool = False,  # Whether to shrink everything to a few seconds
@@ -517,7 +517,7 @@ def score_stage(
         rows.append(facts | score(stage.data, x, c, problem))
     return rows
 
-
+# %% ../nbs/20_comparison.ipynb #ca9f2d9d
 def floor_rows(
     data: str,  # One of `DATA`
     samples: int,  # Number of real samples to score as if they were generated
@@ -593,12 +593,12 @@ def run_tour(
     write_page(table, cost, floor, stages, problems, out)
     return table
 
-# %% ../nbs/20_comparison.ipynb #7a4a0fa7
+# %% ../nbs/20_comparison.ipynb #e4b0cc80
 def gallery_scale(stage: Stage) -> float:
     "The scale shown in a gallery: the one asked for that is nearest to 3, or 1 without guidance."
     return min(scales_of(stage.name, stage.scales), key=lambda s: abs(s - 3))
 
-
+# %% ../nbs/20_comparison.ipynb #7a4a0fa7
 def draw_samples(
     stages: list[Stage],  # Finished sampling stages, one per method
     folder: Path,  # Where they lie
@@ -639,13 +639,13 @@ def draw_samples(
         show_points(problem.real, problem.real_c, ax=last, size=0.8)
     return fig
 
-# %% ../nbs/20_comparison.ipynb #d21eb806
+# %% ../nbs/20_comparison.ipynb #a784a0fc
 CURVES = {
     "fractal": ("outlier_rate", "coverage", "sliced_wasserstein", "nll", "class_accuracy"),
     "digits": ("class_accuracy", "frechet", "precision", "recall", "nearest_train_distance"),
 }
 
-
+# %% ../nbs/20_comparison.ipynb #d21eb806
 def draw_curves(
     table: Any,  # Rows of `run_tour`
     floor: Any,  # Rows of `floor_rows`

@@ -303,7 +303,7 @@ class OnPath(Denoiser):
             *change_path(x, cap_time(self.path, torch.as_tensor(t)), self.path, self.model.path), c
         )
 
-# %% ../nbs/01_denoisers.ipynb #33b5b97d
+# %% ../nbs/01_denoisers.ipynb #25b631d3
 def scale_from_ho_salimans(w: float) -> float:
     "The scale of (1 + w) e_c - w e_u (arXiv 2207.12598)."
     return 1 + w
@@ -313,7 +313,7 @@ def scale_from_classifier(s: float, conditional_base: bool = False) -> float:
     "The scale of a classifier gradient of strength `s` on an unconditional or a conditional model (arXiv 2105.05233)."
     return 1 + s if conditional_base else s
 
-
+# %% ../nbs/01_denoisers.ipynb #33b5b97d
 def scale_from_mg_weight(w: float) -> float:
     "The scale a Model-guidance weight `w` < 1 converges to, 1 / (1 - w) (arXiv 2502.12154 eq. 18, fixed point)."
     if not w < 1:
@@ -332,7 +332,7 @@ def scale_from_mg_table(s: float) -> float:
     "The scale of the number printed in Model-guidance's tables, w = s - 1 (arXiv 2502.12154 table 3)."
     return scale_from_mg_weight(s - 1)
 
-
+# %% ../nbs/01_denoisers.ipynb #4c324669
 def scale_from_gft(beta: float) -> float:
     "The scale of guidance-free training at `beta` in (0, 1] (arXiv 2501.15420)."
     return 1 / beta

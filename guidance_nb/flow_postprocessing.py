@@ -226,13 +226,11 @@ class FlowPostprocessor(CorrectionFlow):
         **network: Any,  # Arguments of `CorrectionFlow`: width, depth, octaves, dropout, net
     ) -> "FlowPostprocessor":
         "Find the pairs of eq. (1) once, train on eq. (2), and return the moving average of the weights."
-        neighbours = nearest_neighbours(generated, real, k, labels, real_labels, space)
+        pairs = PairDraws(generated, real, nearest_neighbours(generated, real, k, labels, real_labels, space), labels)
         classes = 0 if real_labels is None else int(real_labels.max()) + 1
         model = cls(generated.shape[1:], classes, seed=seed, **network).to(generated.device)
-        size = (real[neighbours[:, 0]] - generated).square().mean().sqrt()
-        model.spread.fill_(size.clamp(min=1e-6))
-        draw = PairDraws(generated, real, neighbours, labels)
-        return train(model, PairLoss(), draw, steps, batch_size, lr, ema=ema, seed=seed, progress=progress).ema
+        model.spread.fill_((real[pairs.neighbours[:, 0]] - generated).square().mean().sqrt().clamp(min=1e-6))
+        return train(model, PairLoss(), pairs, steps, batch_size, lr, ema=ema, seed=seed, progress=progress).ema
 
 # %% ../nbs/14_flow_postprocessing.ipynb #a12b71ed
 def neighbour_weights(

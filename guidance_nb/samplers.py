@@ -265,7 +265,8 @@ def sample(
         for rows_of in torch.arange(shape[0]).split(batch_size or shape[0]):
             i, part = int(rows_of[0]), (len(rows_of), *shape[1:])
             source = NoiseSource(seed, start + i, part, device, dtype)
-            x = source() * model.path.sigma(times[0]).item() if init is None else init[rows_of].to(device, dtype)
+            x = source() * model.path.sigma(times[0]).item()
+            x = x if init is None else init[rows_of].to(device, dtype)
             labels, extra = None if c is None else c[rows_of].to(device), Extra(source, eta, diffusion, {})
             points = walk(model, x, labels, times, sampler, extra, bar)
             results.append(torch.stack(points) if trajectory else points[-1])

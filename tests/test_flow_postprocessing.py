@@ -90,7 +90,7 @@ def test_pairs_share_a_class_and_end_on_neighbours(clouds):
 class Answer(torch.nn.Module):
     "A table of answers in place of a network."
 
-    dropout = torch.tensor(0.0)
+    dropout, spread = torch.tensor(0.0), torch.tensor(1.0)
 
     def __init__(self, answer):
         super().__init__()
@@ -174,7 +174,7 @@ def test_learned_correction_reaches_the_class_and_repeats():
 def test_state_and_own_network_and_images():
     z, c = torch.randn(6, 1, 2, 2), torch.arange(6) % 3
     a, b = FlowPostprocessor((1, 2, 2), 3, seed=0, octaves=2), FlowPostprocessor((1, 2, 2), 3, seed=5, octaves=2)
-    torch.nn.init.normal_(a.net.net.read.weight)
+    torch.nn.init.normal_(a.net.read.weight)
     assert a(z, c).shape == z.shape and not torch.equal(a(z, c), b(z, c))
     b.load_state_dict(a.state_dict())
     assert torch.equal(a(z, c), b(z, c))
@@ -184,13 +184,26 @@ def test_state_and_own_network_and_images():
 
 def test_guided_correction_is_linear_in_the_scale():
     model = CorrectionFlow(2, 2, dropout=0.5)
-    torch.nn.init.normal_(model.net.net.read.weight)
+    torch.nn.init.normal_(model.net.read.weight)
     z, tau, c = torch.randn(9, 2), torch.rand(9), torch.arange(9) % 2
     v_c, v_u = model.velocity(z, tau, c), model.velocity(z, tau)
     torch.testing.assert_close(model.guided(z, tau, c, 3.0), 3 * v_c - 2 * v_u)
     assert torch.equal(model.guided(z, tau, c, 1.0), v_c)
     dropped = model.velocity(z, tau, c, drop=torch.arange(9) < 4)
     torch.testing.assert_close(dropped, torch.cat([v_u[:4], v_c[4:]]))
+
+
+def test_the_unit_of_the_velocity_is_the_size_of_the_displacements():
+    g = torch.Generator().manual_seed(0)
+    real = torch.randn(50, 2, generator=g)
+    generated = real + 0.01 * torch.randn(50, 2, generator=g)
+    post = FlowPostprocessor.fit(generated, real, None, k=1, steps=1, batch_size=8, progress=False)
+    nearest = real[torch.cdist(generated, real).argmin(1)]
+    torch.testing.assert_close(post.spread, (nearest - generated).square().mean().sqrt())
+    post.net.read.bias.data = torch.tensor([1.0, 2.0])
+    at_rest = post.velocity(generated, torch.zeros(50))
+    post.spread.mul_(3)
+    torch.testing.assert_close(post.velocity(generated, torch.zeros(50)), 3 * at_rest)
 
 
 def test_memorisation_report_by_hand():
