@@ -56,7 +56,11 @@ def tour(
     "Train and compare all five methods, no guidance and the exact model on the fractal and on real digits."
     import pandas as pd
 
-    table = run_tour(tuple(dict.fromkeys(data.split(","))), seeds, out, parse_scales(scales), quick)
+    try:
+        table = run_tour(tuple(dict.fromkeys(data.split(","))), seeds, out, parse_scales(scales), quick)
+    except KeyboardInterrupt:
+        typer.echo("guidance-nb: interrupted; finished stages are kept, start again to continue", err=True)
+        raise typer.Exit(130) from None
     floor = pd.read_csv(out / "floor.csv")
     for name in table.data.unique():
         typer.echo(f"\n{name}\n{summary(table, floor, name).to_string(index=False)}")
@@ -64,12 +68,9 @@ def tour(
 
 # %% ../nbs/30_cli.ipynb #6cc413c1
 def main() -> None:
-    "Run the command line; exit code 2 for bad input, 130 for an interruption."
+    "Run the command line; exit code 2 for bad input."
     try:
         app()
     except (ValueError, FloatingPointError, OSError) as error:
         typer.echo(f"guidance-nb: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("guidance-nb: interrupted; finished stages are kept, start again to continue", err=True)
-        sys.exit(130)

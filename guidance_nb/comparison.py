@@ -18,6 +18,8 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -397,6 +399,8 @@ def start_worker(counter: Any, threads: int) -> None:
     global _progress
     _progress = counter
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the main process's to handle
+    tqdm.set_lock(threading.RLock())  # tqdm's own is a system semaphore, left behind by a stopped worker
 
 
 def run_stage(

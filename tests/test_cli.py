@@ -115,3 +115,23 @@ def test_help_and_version():
     text = run("tour", "--help").stdout
     assert all(option in text for option in ("--data", "--seeds", "--out", "--scales", "--quick"))
     assert run("toor").returncode == 2
+
+
+def test_an_interruption_says_what_to_do_and_leaves_no_process(tmp_path):
+    arguments = ("tour", "--quick", "--data", "fractal", "--scales", "2", "--out", str(tmp_path))
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "stages").glob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal sends on Ctrl-C: to the workers, too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "interrupted; finished stages are kept, start again to continue" in errors
+    assert "leaked" not in errors
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a process of the tour outlives it")
