@@ -734,11 +734,14 @@ figcaption,.small{{color:#555;font-size:.9rem}} .wide{{overflow-x:auto}}
 scored in the same way. <b>Scale 1 is the conditional model without guidance</b>; larger scales push harder towards the
 class. <i>Exact CFG</i> replaces the network by the true denoiser: what remains there belongs to guidance itself, what
 is added elsewhere belongs to the network. A <i>network row</i> is one sample passed once through one network.</p>
-<ul><li><b>Classifier guidance</b> adds the gradient of a classifier of noisy data to the unconditional model.</li>
+<ul>
+<li><b>Classifier guidance</b> adds the gradient of a classifier of noisy data to the unconditional model.</li>
 <li><b>Classifier-free guidance</b> (CFG) extrapolates from the unconditional through the conditional prediction.</li>
 <li><b>Aligned loss</b> trains that extrapolation at one scale, here 2; there, and only there, it is the conditional
-model.</li><li><b>Model-guidance</b> trains the guided model itself: half the rows of CFG.</li>
-<li><b>Flow postprocessing</b> carries finished CFG samples to their nearest real neighbours of the same class.</li></ul>
+model.</li>
+<li><b>Model-guidance</b> trains the guided model itself: half the rows of CFG.</li>
+<li><b>Flow postprocessing</b> carries finished CFG samples to their nearest real neighbours of the same class.</li>
+</ul>
 {sections}<p class="small">{facts}</p></html>"""
 
 CAPTIONS = {
