@@ -283,7 +283,7 @@ def choose_batching(
         raise ValueError(f"batching = {batching!r}; allowed: 'auto', 'batched', 'sequential'")
     if batching != "auto":
         return batching
-    return "batched" if x.device.type != "cpu" or x.numel() <= 2048 else "sequential"
+    return "batched" if x.device.type != "cpu" or len(x) <= 512 else "sequential"
 
 # %% ../nbs/01_denoisers.ipynb #cfd42199
 class OnPath(Denoiser):

@@ -161,6 +161,12 @@ def test_bad_input_is_one_line_that_says_what_is_allowed(arguments, words):
     assert words in str(caught.value) and "allowed" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_auto_batches_small_batches_alone_on_a_cpu():
+    assert choose_batching("auto", torch.zeros(512, 64)) == "batched"
+    assert choose_batching("auto", torch.zeros(513, 2)) == "sequential"
+    assert choose_batching("batched", torch.zeros(9999, 2)) == "batched"
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="prediction = 'noise'; allowed: 'velocity'"):
         NetworkDenoiser(Spy(), FlowPath(), prediction="noise")
