@@ -267,8 +267,9 @@ def run_training(
     "Train the network of a stage."
     budget = stage.budget
     if stage.name == "post":
+        weights = train_post(stage, problem, folder).state_dict()
         report(budget.train_steps)
-        return train_post(stage, problem, folder).state_dict()
+        return weights
     data, model = (problem.x, problem.c), make_network(stage, problem)
     options: dict[str, Any] = {
         "batch_size": budget.batch,
