@@ -32,6 +32,7 @@ def guidance_direction(
     unconditional: str = "null",  # What is subtracted, one of `NEGATIVES`
     classifier: nn.Module | None = None,  # For "posterior": `classifier(x, t)` gives logits `[batch, num_classes]`
     generator: torch.Generator | None = None,  # For "contrastive": draws the other class
+    ahead: Tensor | None = None,  # For "contrastive": how many classes ahead it is, `[batch]`, instead of a draw
 ) -> Tensor:  # Direction in the teacher's own parametrisation, shaped like `x`
     "Conditional minus unconditional raw output in one evaluation pass, eq. (1) (arXiv 2502.12154 eqs. 18, 20, 23)."
     n, size, was_training = teacher.num_classes, len(x), teacher.training
@@ -41,7 +42,8 @@ def guidance_direction(
     if unconditional == "null":
         drop = torch.arange(2 * size).to(c) >= size
     if unconditional == "contrastive":
-        labels[size:] = (c + torch.randint(1, n, (size,), generator=generator).to(c)) % n
+        ahead = torch.randint(1, n, (size,), generator=generator) if ahead is None else ahead
+        labels[size:] = (c + ahead.to(c)) % n
     teacher.eval()
     y = teacher.output(x.repeat(copies, *[1] * (x.ndim - 1)), t.repeat(copies), labels, drop=drop)
     teacher.train(was_training)
@@ -137,7 +139,8 @@ class ModelGuidanceLoss:
         guided = ~drop & (self.interval[0] <= t) & (t <= self.interval[1]) & (w != 0)
         if context.step >= self.start_step and guided.any():
             teacher = {"ema": context.ema, "online": model, "frozen": self.frozen}[self.target]
-            choice = (self.unconditional, self.classifier, context.generator)
+            ahead = context.integers(x0, 1, model.num_classes)[guided] if self.unconditional == "contrastive" else None
+            choice = (self.unconditional, self.classifier, None, ahead)
             d = guidance_direction(teacher, x[guided], t[guided], c[guided], *choice)
             target[guided] += expand_time(w[guided], d) * d
         return (y - target).square().flatten(1).mean(1)
@@ -156,7 +159,7 @@ def draw_weights(
         check_weight(w, loss.target, (n - 1) / n if loss.unconditional == "contrastive" else 1.0)
         return None, torch.full((len(x0),), float(w), dtype=x0.dtype, device=x0.device)
     low, high = loss.scale_range
-    s = low + (high - low) * torch.rand(len(x0), generator=context.generator).to(x0)
+    s = low + (high - low) * context.times(x0)  # uniform numbers, as times are
     s = torch.where(context.drop(x0, loss.guided_share), s, torch.ones_like(s))
     return s, s - 1
 

@@ -1,0 +1,199 @@
+"Small runs that the tests of the engine share, and what child processes do: `python engine_cases.py JOB FOLDER`."
+
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from guidance_nb.flow_postprocessing import CorrectionFlow, PairDraws, PairLoss
+from guidance_nb.mixtures import checkerboard, sample_mixture
+from guidance_nb.model_guidance import ModelGuidanceLoss
+from guidance_nb.networks import mlp_denoiser
+from guidance_nb.paths import FlowPath
+from guidance_nb.training import (
+    Checkpoints,
+    DenoisingLoss,
+    Engine,
+    fit,
+    keyed_generator,
+    on_main,
+    open_engine,
+    sample_sharded,
+)  # fmt: skip
+
+STEPS, BATCH = 12, 16
+
+
+class DropNet(nn.Module):
+    "A network whose training draws from PyTorch's global generator."
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.lift, self.label = nn.Linear(3, width), nn.Embedding(4, width)
+            self.drop, self.read = nn.Dropout(0.3), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        return self.read(self.drop(torch.tanh(self.lift(torch.cat([x, time[:, None]], 1)) + self.label(labels))))
+
+
+class Shelf:
+    "Data that is fetched, with a random shift of each row that depends on its place in the batch alone."
+
+    def __init__(self, x: Tensor, c: Tensor):
+        self.x, self.c, self.asked = x, c, []
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def fetch(self, indices: Tensor, generator: torch.Generator, rows: slice) -> tuple[Tensor, Tensor]:
+        self.asked.append((len(indices), rows))
+        shift = 0.1 * torch.randn(len(indices), 1, generator=generator)
+        return self.x[indices[rows]] + shift[rows], self.c[indices[rows]]
+
+
+def points() -> tuple[Tensor, Tensor]:
+    generator = keyed_generator(5)
+    c = torch.randint(3, (50,), generator=generator)
+    return torch.randn(50, 2, generator=generator) + c[:, None], c
+
+
+def case(name: str) -> tuple:
+    "Model, loss, data and options of a run."
+    mlp = lambda **k: mlp_denoiser(2, FlowPath(), 3, width=16, depth=1, **k)  # noqa: E731
+    passes = Engine(precision="fp32", accumulate=2, clip=0.5, warmup=3)
+    plain, fast = DenoisingLoss(0.2), {"lr": 0.01, "ema": 0.9, "batch_size": BATCH}
+    if name == "drop":
+        model = mlp()
+        model.net = DropNet()
+        return model, plain, points(), fast
+    if name == "idle":  # a weight without a task
+        model = mlp()
+        model.net.idle = nn.Parameter(torch.ones(3))
+        return model, plain, points(), fast
+    if name == "buffers":
+        model = CorrectionFlow(2, 3, width=16, depth=1, dropout=0.3)
+        model.spread.fill_(1.7)
+        x, c = points()
+        return model, PairLoss(), PairDraws(x, x + 1, torch.arange(100).reshape(50, 2) // 2, c), fast
+    cases = {
+        "plain": (mlp(), plain, points(), fast),
+        "passes": (mlp(), plain, points(), fast | {"engine": passes}),
+        "fetch": (mlp(), plain, Shelf(*points()), fast | {"seed": 7}),
+        "draw": (mlp(), plain, lambda n, g: sample_mixture(checkerboard(), n, g), fast),
+        "teacher": (mlp(), ModelGuidanceLoss(0.5, interval=(0.0, 1.0)), points(), fast | {"schedule": "constant"}),
+        "scales": (mlp(scale_aware=True), ModelGuidanceLoss(scale_range=(1.0, 3.0)), points(), fast),
+        "contrast": (mlp(), ModelGuidanceLoss(0.3, unconditional="contrastive"), points(), fast),
+    }  # fmt: skip
+    return cases[name]
+
+
+def start(name: str, folder: Path | None = None, every: int = 4, keep: int = 3, steps: int = STEPS, **more):
+    "A run, kept in a folder of its own if there is one."
+    model, loss, data, options = case(name)
+    kept = {} if folder is None else {"checkpoints": Checkpoints(folder / name, every, keep, facts={"name": name})}
+    return fit(model, loss, data, steps, **(options | kept | {"progress": False} | more))
+
+
+def finish(run) -> tuple[list[float], object]:
+    "Losses to the end, and the last state."
+    losses = []
+    for state in run:
+        losses.append(state.loss)
+    return losses, state
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_turn(folder: Path, steps: str, every: str, *names: str) -> None:
+    "Several runs, a step of each in turn, until somebody kills this process."
+    runs = [start(name, folder, int(every), steps=int(steps)) for name in names]
+    for _ in range(int(steps)):
+        for run in runs:
+            next(run)
+    signal.pause()
+
+
+def killed_while_writing(folder: Path) -> None:
+    "A process for each moment of the second checkpoint: it dies there. Prints the signal that ended each."
+    import safetensors.torch
+
+    torch.optim.AdamW([torch.zeros(1)], fused=True)  # imports much; better once, before the forks
+    moments = [("fsync", n) for n in range(7, 14)] + [("replace", 2), ("replace", 3), ("save_file", 4)]
+    for call, number in moments:
+        if pid := os.fork():
+            print(call, number, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+            continue
+        module = safetensors.torch if call == "save_file" else os
+        original, calls = getattr(module, call), iter(range(1, 100))
+
+        def deadly(*args, original=original, calls=calls, number=number, call=call, **more):
+            if next(calls) == number:
+                if call == "save_file":
+                    Path(args[1]).write_bytes(b"half of it")
+                die()
+            return original(*args, **more)
+
+        setattr(module, call, deadly)
+        finish(start("plain", folder / f"{call}{number}", keep=1))
+        os._exit(0)
+
+
+def without_space(folder: Path) -> None:
+    "No file may grow beyond what the second checkpoint needs, as on a full disk."
+    import resource
+
+    run = start("plain", folder)
+    for _ in range(5):
+        next(run)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        finish(run)
+    except OSError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(json.dumps({"error": str(error), "left": sorted(os.listdir(folder / "plain"))}))
+
+
+def one_of_two(folder: Path) -> None:
+    "What each of two processes does; everything it saw goes into a file of its own."
+    place = open_engine(Engine(precision="fp32", cpu=True), torch.device("cpu"))
+    rank, seen = place.process_index, {}
+    assert place.num_processes == 2
+    for name in ("plain", "fetch", "draw", "teacher", "scales", "buffers", "idle", "contrast"):
+        losses, state = finish(start(name, engine=Engine(precision="fp32", cpu=True, unused=name == "idle")))
+        seen[name] = {"losses": losses, "ema": [p.flatten().tolist() for p in state.ema.parameters()]}
+    run = start("passes", folder)
+    seen["passes"] = {"losses": [next(run).loss for _ in range(6)]}
+    run.close()
+    seen["resumed"] = {"losses": finish(start("passes", folder))[0]}
+    c = torch.arange(7) % 3
+    samples = sample_sharded(state.ema, c, (7, 2), steps=3, sampler="ddpm", batch_size=1, progress=False)
+    again = sample_sharded(state.ema, None, (6, 2), steps=3, batch_size=1, trajectory=True, progress=False)
+    bad = torch.tensor([[0.0, 0.0]] * 3 + [[math.nan, 0.0]])  # only one of them has it
+    seen["samples"] = [samples.tolist(), again.trajectory.tolist(), again.rows]
+    for key, action in (
+        ("batch", lambda: next(start("plain", engine=Engine(precision="fp32", cpu=True), batch_size=15))),
+        ("main", lambda: on_main(place, (folder / "missing").read_text)),
+        ("nan", lambda: finish(start("plain", engine=Engine(precision="fp32", cpu=True), lr=1e30))),
+        ("full", lambda: finish(start("plain", Path(os.devnull), engine=Engine(precision="fp32", cpu=True)))),
+        ("nan samples", lambda: sample_sharded(state.ema, None, (4, 2), init=bad, progress=False)),
+    ):
+        try:
+            action()
+        except (ValueError, OSError, FloatingPointError) as error:
+            seen[key] = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    job, folder, *rest = sys.argv[1:]
+    {job.__name__: job for job in (in_turn, killed_while_writing, without_space, one_of_two)}[job](Path(folder), *rest)
