@@ -11,13 +11,21 @@ from guidance_nb.flow_postprocessing import (
     PairDraws,
     PairLoss,
     carry,
+    correction_flow,
+    dinov2_inputs,
+    dinov2_space,
     effective_sample_size,
+    in_batches,
+    load_dinov2,
     memorisation_report,
     nearest_neighbours,
+    neighbour_space,
     neighbour_weights,
+    pair_data,
+    torch_neighbours,
 )
-from guidance_nb.networks import MLP
-from guidance_nb.training import Context
+from guidance_nb.networks import MLP, build_network
+from guidance_nb.training import Context, train
 
 
 def brute_force(queries, real, k, labels, real_labels):
@@ -254,3 +262,242 @@ def test_bad_input(clouds):
         model(x, c, steps=0)
     with pytest.raises(ValueError, match="dropout = 2"):
         CorrectionFlow(4, 3, dropout=2)
+
+
+@pytest.mark.parametrize("memory", [1, 5000, 2**28])
+@pytest.mark.parametrize("k", [1, 6, 30])
+def test_both_searches_are_brute_force(clouds, k, memory):
+    "Also in small chunks, and with a great common offset, in which float32 products would drown."
+    x, y, c, d = clouds
+    expected = brute_force(x, y, k, c, d)
+    for method in ("torch", "faiss"):
+        assert (nearest_neighbours(x, y, k, c, d, method=method).numpy() == expected).all()
+    expected = brute_force(x + 1000, y + 1000, k, torch.zeros_like(c), torch.zeros_like(d))
+    assert (torch_neighbours(x + 1000, y + 1000, k, memory=memory).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("method", ["torch", "faiss"])
+def test_ties_go_to_the_lower_index(method):
+    "A lattice with many copies of every point: most distances are tied, whole numbers, and exact."
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(3, (90, 2), generator=g).float(), torch.randint(3, (700, 2), generator=g).float()
+    for k in (1, 4, 100, 700):
+        expected = brute_force(x, y, k, torch.zeros(90), torch.zeros(700))
+        assert (nearest_neighbours(x, y, k, method=method).numpy() == expected).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_search_and_correction_on_a_gpu(clouds):
+    x, y, c, d = clouds
+    expected = brute_force(x, y, 5, c, d)
+    for options in ({"device": "cuda"}, {"device": "cuda", "method": "torch"}):
+        assert (nearest_neighbours(x, y, 5, c, d, **options).numpy() == expected).all()
+    assert (nearest_neighbours(x.cuda(), y.cuda(), 5, c.cuda(), d.cuda()).numpy() == expected).all()
+    model = FlowPostprocessor(4, 3)
+    torch.nn.init.normal_(model.net.read.weight)
+    there = model(x, c)
+    torch.testing.assert_close(model.cuda()(x, c, batch_size=40), there, atol=1e-4, rtol=1e-4)
+
+
+def test_the_parts_of_fit_are_fit(clouds):
+    x, y, c, d = clouds
+    arguments = {"steps": 5, "batch_size": 32, "ema": 0.5, "progress": False}
+    whole = FlowPostprocessor.fit(x, y, c, d, k=4, width=16, depth=1, seed=3, **arguments)
+    pairs = pair_data(x, y, c, d, k=4, method="torch")
+    flow = correction_flow(pairs, width=16, depth=1, seed=3)
+    nearest = y[brute_force(x, y, 1, c, d)[:, 0]]
+    torch.testing.assert_close(flow.spread, (nearest - x).square().mean().sqrt())
+    parts = train(flow, PairLoss(), pairs, seed=3, **arguments).ema
+    for one, other in zip(whole.state_dict().values(), parts.state_dict().values()):
+        assert torch.equal(one, other)
+    np.testing.assert_array_equal(pairs.weights().numpy(), neighbour_weights(x, y, 4, c, d).numpy())
+    assert correction_flow(pairs, num_classes=9, width=16).num_classes == 9
+    assert pair_data(x, y, c.clamp(max=0), d, k=4).num_classes == 3
+    assert pair_data(x, y, k=4).num_classes == 0
+
+
+def rough(net, seed=0):
+    "Give every weight a value, for networks that start at zero."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=g))
+    return net
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16)])
+def test_image_network_by_name(shape):
+    "Batches do not matter, the scale is the caller's, the state rebuilds it, and nothing is clamped."
+    model = rough(FlowPostprocessor(shape, 4, net="unet-tiny", dropout=0.1))
+    g = torch.Generator().manual_seed(1)
+    x, c = 2 * torch.randn(7, *shape, generator=g), torch.arange(7) % 4
+    with count_rows() as rows:
+        whole = model(x, c, 3)
+    assert rows.total == 7 * 6 and whole.abs().max() > 1
+    torch.testing.assert_close(model(x, c, 3, batch_size=3), whole, atol=1e-4, rtol=1e-4)
+    one, three = (model(x, c, 1, "euler", scale) - x for scale in (1.0, 3.0))
+    null = model(x, c, 1, "euler", 0.0) - x
+    torch.testing.assert_close(three, 3 * one - 2 * null, atol=1e-4, rtol=1e-4)
+    assert (one - null).abs().max() > 1e-3
+    twin = FlowPostprocessor(shape, 4, net="unet-tiny", seed=9)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(x, c, 3), whole)
+    same = FlowPostprocessor(shape, 4, net=build_network("unet-tiny", shape, 4, seed=5))
+    for a, b in zip(same.net.parameters(), FlowPostprocessor(shape, 4, net="unet-tiny", seed=5).net.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_images_of_any_origin_without_classes():
+    g = torch.Generator().manual_seed(0)
+    real, found = torch.rand(40, 1, 8, 8, generator=g) - 0.5, torch.randn(20, 1, 8, 8, generator=g)
+    arguments = {"k": 3, "steps": 3, "batch_size": 8, "ema": 0.5, "progress": False}
+    post = FlowPostprocessor.fit(found, real, None, net="unet-tiny", dropout=0.1, **arguments)
+    assert post.num_classes == 0 and post(found, batch_size=6).shape == found.shape
+    assert memorisation_report(found, real, real + 1)["nearest"] > 0
+    assert 1 <= effective_sample_size(found, real, 3, space=lambda x: x.mean(3)) <= 40
+
+
+def test_in_batches():
+    sizes = []
+
+    def double(x, c):
+        sizes.append(len(x))
+        return x * 2 if c is None else x * c[:, None]
+
+    x, c = torch.arange(10.0)[:, None], torch.arange(10)
+    assert torch.equal(in_batches(double, x, None, 4), 2 * x) and sizes == [4, 4, 2]
+    assert torch.equal(in_batches(double, x, c, 3), x * c[:, None])
+    assert in_batches(double, x[:0], c[:0], 3).shape == (0, 1)
+    with pytest.raises(ValueError, match="batch_size = 0"):
+        in_batches(double, x, None, 0)
+
+
+def test_report_and_neighbours_in_a_space(clouds):
+    "A space and its features, computed beforehand, are the same."
+    x, y, _, _ = clouds
+    space = lambda z: z[:, :2] ** 3  # noqa: E731
+    assert memorisation_report(x, y, y + 1, space) == memorisation_report(space(x), space(y), space(y + 1))
+    assert effective_sample_size(x, y, 5, space=space) == effective_sample_size(space(x), space(y), 5)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    "A tiny DINOv2 with three registers and random weights, in a folder."
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=42, patch_size=14, num_register_tokens=3
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.Dinov2WithRegistersModel(config)
+    rough(model)
+    folder = tmp_path_factory.mktemp("dinov2")
+    model.save_pretrained(folder)
+    return folder
+
+
+def by_hand(x, size):
+    "What the network should see, through PIL's resizing of floats, which is bicubic and antialiased."
+    from PIL import Image
+
+    x = (np.clip(x.numpy(), -1, 1) + 1) / 2
+    out = np.empty((len(x), 3, size, size), np.float32)
+    for i in range(len(x)):
+        for j in range(3):
+            plane = Image.fromarray(x[i, j % x.shape[1]].astype(np.float32), mode="F")
+            out[i, j] = np.asarray(plane.resize((size, size), Image.Resampling.BICUBIC))
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    return torch.tensor((out - mean[:, None, None]) / deviation[:, None, None], dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Pillow, of the mode argument
+@pytest.mark.parametrize(("channels", "side", "size"), [(1, 8, 224), (3, 32, 224), (3, 64, 28)])
+def test_dinov2_inputs_are_pillows(channels, side, size):
+    x = 0.7 * torch.randn(3, channels, side, side, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(dinov2_inputs(x, size), by_hand(x, size), atol=2e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dinov2_features(weights):
+    "Class token, and mean over patches alone: register by register the forward pass is spelled out here."
+    transformers = pytest.importorskip("transformers")
+    model = transformers.Dinov2WithRegistersModel.from_pretrained(weights).eval()
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        h = model.embeddings(by_hand(x, 28))
+        assert h.shape == (5, 1 + 3 + 4, 24)  # class, registers, 2 x 2 patches
+        for layer in model.encoder.layer:
+            h = layer(h)
+        tokens = model.layernorm(h)
+    options = {"size": 28, "batch_size": 2, "device": "cpu"}
+    near = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(dinov2_space(weights, **options)(x), tokens[:, 0], **near)
+    patches = neighbour_space("dinov2-patches", weights, **options)(x)
+    torch.testing.assert_close(patches, (tokens[:, 4] + tokens[:, 5] + tokens[:, 6] + tokens[:, 7]) / 4, **near)
+    assert (patches - tokens[:, 1:].mean(1)).abs().max() > 1e-2
+    space = neighbour_space("dinov2", weights, **options)
+    real = torch.cat([x + 0.01, -x])
+    features = space(real)
+    expected = brute_force(tokens[:, 0], features, 3, torch.zeros(5), torch.zeros(10))
+    assert (nearest_neighbours(x, real, 3, space=space).numpy() == expected).all()
+
+
+def test_dinov2_bad_input(weights, tmp_path, monkeypatch):
+    x = torch.zeros(2, 1, 8, 8)
+    for images, message in (
+        (x[0], "allowed: floating-point images"),
+        (x.expand(2, 2, 8, 8), r"allowed: floating-point images \[n, 1 or 3"),
+        (x.byte(), "x is torch.uint8"),
+        (x + 255, r"x reaches 255; allowed: images in \[-1, 1\]"),
+        (x * float("nan"), "x reaches nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dinov2_inputs(images)
+    with pytest.raises(ValueError, match="pooling = 'max'"):
+        dinov2_space(weights, "max")
+    with pytest.raises(ValueError, match="size = 30; allowed: a multiple of the patch size 14"):
+        dinov2_space(weights, size=30)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_dinov2(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    with pytest.raises(ValueError, match=r"holds a 'dinov2'; .* of a 'dinov2_with_registers'"):
+        load_dinov2(tmp_path)
+    (tmp_path / "config.json").write_text((weights / "config.json").read_text())
+    with pytest.raises(OSError, match="safetensors"):
+        load_dinov2(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install 'transformers"):
+        load_dinov2(weights)
+
+
+def test_dinov2_with_weights_missing(weights, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    kept = load_file(weights / "model.safetensors")
+    del kept["embeddings.register_tokens"]
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((weights / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"lacks 1 weights, embeddings\.register_tokens first"):
+        load_dinov2(tmp_path)
+    whole = (weights / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged weights"):
+        load_dinov2(tmp_path)
+
+
+def test_bad_input_of_images(clouds):
+    x, y, c, d = clouds
+    with pytest.raises(ValueError, match="method = 'scann'; allowed: 'auto', 'faiss', 'torch'"):
+        nearest_neighbours(x, y, 1, method="scann")
+    with pytest.raises(ValueError, match="with 1 real points in class 2"):
+        pair_data(x, y, c, torch.cat([d[:-1].clamp(max=1), torch.tensor([2])]), k=2)
+    with pytest.raises(ValueError, match=r"\[4\] generated, \[3\] real; allowed: equal shapes"):
+        pair_data(x, y[:, :3], k=1, space=lambda z: z[:, :2])
+    with pytest.raises(ValueError, match=r"samples are torch\.int64; allowed: floating-point"):
+        FlowPostprocessor(4)(x.long())
+    with pytest.raises(ValueError, match="did you mean 'unet-tiny'"):
+        FlowPostprocessor((1, 8, 8), 3, net="unet-tyni")
+    with pytest.raises(ValueError, match="space = 'vgg'; allowed: 'pixels', 'dinov2', 'dinov2-patches'"):
+        neighbour_space("vgg")
+    with pytest.raises(ValueError, match="without weights"):
+        neighbour_space("dinov2-patches")
