@@ -20,8 +20,9 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     packages=["guidance_nb"],
+    package_data={"guidance_nb": ["recipe_files/*.toml"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "dinov2": cfg["dinov2_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": ["guidance_nb=guidance_nb._modidx:d"],

@@ -14,10 +14,10 @@ from notebooks import NOTEBOOKS, ROOT
 NUMBER = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS if path.stem[:2].isdigit()}
 MODULES = sorted(path for path in (ROOT / "guidance_nb").glob("*.py") if not path.stem.startswith("_"))
 HEAVY = {
-    "diffusers", "faiss", "matplotlib", "pandas", "scipy", "seaborn", "sklearn",
-    "torch_fidelity", "torchdiffeq", "torchvision",
+    "PIL", "accelerate", "diffusers", "faiss", "matplotlib", "pandas", "safetensors", "scipy", "seaborn", "sklearn",
+    "torch_fidelity", "torchdiffeq", "torchvision", "transformers",
 }  # fmt: skip
-DISTRIBUTION = {"sklearn": "scikit-learn", "faiss": "faiss-cpu", "torch_fidelity": "torch-fidelity"}
+DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "faiss": "faiss-cpu", "torch_fidelity": "torch-fidelity"}
 
 each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 
@@ -66,7 +66,9 @@ def test_imports_are_requirements(path):
     "So no development tool, fastcore above all, is needed to use the package."
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
-    declared = {re.split(r"[<>=!~\[]", line)[0] for line in config["DEFAULT"]["requirements"].split()}
+    settings = config["DEFAULT"]
+    lines = (settings["requirements"] + " " + settings["dinov2_requirements"]).split()
+    declared = {re.split(r"[<>=!~\[]", line)[0] for line in lines}
     used = set().union(*map(foreign_roots, imports(ast.parse(path.read_text(encoding="utf-8")))))
     assert {DISTRIBUTION.get(name, name) for name in used - sys.stdlib_module_names} <= declared
 
