@@ -22,7 +22,7 @@ setup(
     packages=["guidance_nb"],
     package_data={"guidance_nb": ["recipe_files/*.toml"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "dinov2": cfg["dinov2_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dinov2", "bench")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": ["guidance_nb=guidance_nb._modidx:d"],

@@ -30,11 +30,12 @@ def keyed_noise(
     "Noise keyed by sample index, so that batching never changes a sample."
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed = {seed!r}; allowed: a whole number, 0 or more")
-    n, rest = shape[0], shape[1:]
-    blocks = []
-    for block in range(start // 256, (start + max(n, 1) - 1) // 256 + 1):
+    n, rest, blocks = shape[0], shape[1:], []
+    end = start + max(n, 1)
+    for block in range(start // 256, (end - 1) // 256 + 1):
         generator = np.random.Generator(np.random.Philox(key=[seed, block << 32 | step]))
-        blocks.append(torch.from_numpy(generator.standard_normal((256, *rest), dtype=np.float32)))
+        rows = min(256, end - 256 * block)  # the rest of the last block is not needed
+        blocks.append(torch.from_numpy(generator.standard_normal((rows, *rest), dtype=np.float32)))
     offset = start - start // 256 * 256
     return torch.cat(blocks)[offset : offset + n]
 

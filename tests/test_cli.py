@@ -2,15 +2,26 @@
 
 import csv
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from guidance_nb.cli import app
 from guidance_nb.comparison import DATA, METHODS
+from guidance_nb.image_data import load_images, load_samples, save_samples
+from guidance_nb.recipes import find_key, override, read_recipe, recipe_names, take_images, train_recipe
+from guidance_nb.training import checkpoints_in, latest_checkpoint, read_checkpoint
+from notebooks import ROOT, cells, text
 
 SCALES = ["--scales", "1,2"]
 
@@ -135,3 +146,230 @@ def test_an_interruption_says_what_to_do_and_leaves_no_process(tmp_path):
             return
         time.sleep(0.1)
     raise AssertionError("a process of the tour outlives it")
+
+
+TINY = {
+    "network": "unet-tiny",
+    "precision": "fp32",
+    "warmup": "0",
+    "grid_every": "0",
+    "sampler_steps": "2",
+    "ema": "0.8",
+}
+
+
+def flags(**changes) -> list[str]:
+    return [word for key, value in (TINY | changes).items() for word in (f"--{key}", str(value))]
+
+
+def here(*words: str):
+    "A command in this process, which saves the start; what it raises is what `main` turns into one line."
+    return CliRunner().invoke(app, [*words], env={"COLUMNS": "100", "TERM": "dumb"})
+
+
+def done(*words: str) -> str:
+    result = here(*words)
+    assert result.exit_code == 0, (words, result.exception, result.output)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    "Images of two classes."
+    folder, draws = tmp_path_factory.mktemp("pictures") / "images", torch.Generator().manual_seed(0)
+    save_samples(folder, torch.randint(0, 256, (24, 3, 8, 8), generator=draws, dtype=torch.uint8), torch.arange(24) % 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def life(data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    "From recipe to corrected and scored digits on the real MNIST, as a new user types it; what each command printed."
+    root, said = tmp_path_factory.mktemp("life"), {}
+    part = take_images(load_images("mnist"), 60)
+    save_samples(root / "real.npz", part.images(torch.arange(60)), part.labels)
+    run = lambda name: str(root / "runs" / name)  # noqa: E731
+    common = flags(limit=1000, batch_size=32, save_every=10)
+    for name, steps in (("mnist-judge", 20), ("mnist-base", 10)):
+        said[name] = done("train", name, "--out", run(name), "--no-progress", *common, "--steps", str(steps))
+    scored = ["--eyes", run("mnist-judge"), "--reference", str(root / "real.npz"), "--no-progress"]
+    rows = ["--rows", str(root / "rows.csv")]
+    base, corrected = str(root / "base.npz"), str(root / "corrected.npz")
+    said["sample"] = done("sample", run("mnist-base"), "--n", "20", "--out", base, "--no-progress")
+    said["evaluate"] = done("evaluate", base, *scored, *rows)
+    post = ["--samples", base, "--neighbours", "3", "--steps", "5"]
+    said["post"] = done("train", "mnist-post", "--out", run("mnist-post"), "--no-progress", *common, *post)
+    done("postprocess", run("mnist-post"), base, "--out", corrected, "--steps", "2", "--no-progress")
+    done("evaluate", corrected, *scored, *rows)
+    where = ["--out", str(root / "sweep"), "--n", "20", "--scales", "1,2", *scored]
+    said["sweep"] = done("sweep", run("mnist-base"), *where, "--correction", run("mnist-post"))
+    return root, said
+
+
+def test_the_whole_life_on_mnist(life):
+    root, said = life
+    assert said["mnist-base"].startswith("10 steps done, loss ")
+    assert "20 samples, 4 network rows each" in said["sample"]
+    assert load_samples(root / "base.npz").c.tolist() == [*range(10)] * 2
+    before, after = csv.DictReader((root / "rows.csv").read_text().splitlines())
+    assert (before["n"], before["reference_n"], before["scale"], before["extractor"]) == ("20", "60", "2.0", "judge")
+    assert before["correction"] == "" and after["correction"].endswith("mnist-post/step-00000005")
+    assert float(after["rows_per_sample"]) == float(before["rows_per_sample"]) + 4
+    assert "fd_judge" in said["evaluate"] and "method real" in said["evaluate"]
+    assert "MNIST with label dropout" in done("info", str(root / "runs" / "mnist-base"))
+    assert '"sampler_steps"' not in done("info", str(root / "base.npz")) and "20 samples" in done(
+        "info", str(root / "base.npz")
+    )
+
+
+def test_a_sweep_goes_on_at_the_first_missing_point(life):
+    root, said = life
+    table = (root / "sweep" / "rows.csv").read_text().splitlines()
+    assert [row["method"] for row in csv.DictReader(table)] == ["real"] + ["plain"] * 4
+    assert said["sweep"].count("fd_judge") == 7 and "best point by fd_judge" in said["sweep"]
+    (root / "sweep" / "rows.csv").write_text("\n".join([*table[:3], *table[4:]]) + "\n")
+    stamp = (root / "sweep" / "curves.png").stat().st_mtime_ns
+    scored = ["--eyes", str(root / "runs" / "mnist-judge"), "--reference", str(root / "real.npz"), "--no-progress"]
+    where = ["--out", str(root / "sweep"), "--n", "20", "--scales", "1,2", *scored]
+    again = done("sweep", str(root / "runs" / "mnist-base"), *where, "--correction", str(root / "runs" / "mnist-post"))
+    assert again.count("fd_judge") == 3  # the row that was missing, the headline and the best
+    now = (root / "sweep" / "rows.csv").read_text().splitlines()
+    drop = lambda line: line.split(",")[15:]  # noqa: E731
+    assert len(now) == len(table) and len(drop(now[-1])) == len(drop(table[3]))
+    assert (root / "sweep" / "curves.png").stat().st_mtime_ns > stamp
+
+
+def test_bad_input_on_real_models(life, tmp_path):
+    root, _ = life
+    base, judge, real = (str(root / name) for name in ("runs/mnist-base", "runs/mnist-judge", "real.npz"))
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 28, 28, 1)))
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((4, 20, 20, 1), np.uint8))
+    np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 28, 28, 1), np.uint8))
+    np.savez(tmp_path / "keys.npz", mean=np.zeros(3))
+    (tmp_path / "empty").mkdir()
+    scored = ["--eyes", judge, "--no-progress"]
+    for words, message in (
+        (
+            [
+                "train",
+                "mnist-base",
+                "--out",
+                base,
+                *flags(limit=1000, batch_size=32, steps=10),
+                "--network",
+                "unet-small",
+            ],
+            "has recipe.network.name",
+        ),
+        (["sample", judge, "--out", str(tmp_path / "x.npz")], "was trained by method 'judge'; allowed: 'plain'"),
+        (["sample", str(tmp_path / "empty"), "--out", str(tmp_path / "x.npz")], "holds no checkpoint"),
+        (["sample", base, "--n", "0", "--out", str(tmp_path / "x.npz")], "n = 0; allowed"),
+        (["sample", base, "--steps", "-3", "--out", str(tmp_path / "x.npz")], "steps = -3"),
+        (["sample", base, "--out", real], "is there already; allowed: another name, or --overwrite"),
+        (["sample", base, "--out", str(root), "--overwrite"], "holds other things than samples"),
+        (["sample", base, "--classifier", judge, "--out", str(tmp_path / "x.npz")], "allowed: 'classifier'"),
+        (["evaluate", str(tmp_path / "floats.npz"), "--reference", real, *scored], "arr_0 is float64"),
+        (
+            ["evaluate", str(tmp_path / "small.npz"), "--reference", real, *scored],
+            "20x20 and 28x28 pixels; allowed: one size",
+        ),
+        (
+            ["evaluate", real, "--reference", str(tmp_path / "few.npz"), *scored],
+            "reference has 3 images; allowed: 4 or more",
+        ),
+        (
+            ["evaluate", real, "--reference", str(tmp_path / "keys.npz"), *scored],
+            "has the keys mean; needed: mu, sigma",
+        ),
+        (["evaluate", real, "--reference", real, "--metrics", "fid", *scored], "metric = 'fid' is Inception's"),
+        (["postprocess", base, real, "--out", str(tmp_path / "x.npz")], "allowed: 'flow_postprocessing'"),
+        (
+            ["sweep", base, "--reference", real, "--best", "fid", "--out", str(tmp_path / "s"), *scored],
+            "best = 'fid'; allowed: 'fd_judge'",
+        ),
+        (["sweep", base, "--scales", "1,1", *scored], "scales = (1.0, 1.0); allowed: one or more, each once"),
+    ):
+        result = here(*words)
+        assert isinstance(result.exception, ValueError | OSError), (words, result.exception, result.output)
+        assert message in str(result.exception), (words, result.exception)
+        assert not (tmp_path / "x.npz").exists() and not (tmp_path / "s" / "rows.csv").exists()
+
+
+def test_two_processes_draw_what_one_draws(life, tmp_path):
+    root, _ = life
+    words = command(
+        "sample", str(root / "runs" / "mnist-base"), "--n", "20", "--no-progress", "--out", str(tmp_path / "two.npz")
+    )
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--"]
+    launch = [sys.executable, "-m", *start]
+    process = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    one, two = load_samples(root / "base.npz"), load_samples(tmp_path / "two.npz")
+    assert torch.equal(one.x, two.x) and torch.equal(one.c, two.c)
+    assert one.facts["rows_per_sample"] == two.facts["rows_per_sample"] and process.stdout.count("20 samples") == 1
+
+
+def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path):
+    changes = {"data": str(pictures), "steps": "40", "batch_size": "8", "save_every": "2", "keep": "3"}
+    arguments = ("train", "mnist-base", "--out", str(tmp_path / "run"), "--no-progress", *flags(**changes))
+    for sent, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        start = len(checkpoints_in(tmp_path / "run")) and int(checkpoints_in(tmp_path / "run")[0].name[5:])
+        process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not any(int(p.name[5:]) > start for p in checkpoints_in(tmp_path / "run")) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=100)
+        if process.returncode:  # it may have been quicker than we
+            assert process.returncode == code and "Traceback" not in errors
+            assert sent == signal.SIGKILL or errors.splitlines() == [
+                "guidance-nb: interrupted; start again to go on from the last checkpoint"
+            ]
+    assert done(*arguments).startswith("40 steps done")
+    recipe = override(read_recipe("mnist-base"), TINY | changes)
+    assert [state.step for state in train_recipe(recipe, tmp_path / "whole", progress=False)][-1] == 40
+    ends = [read_checkpoint(latest_checkpoint(tmp_path / name)) for name in ("run", "whole")]
+    for part in ("model", "ema", "optimizer"):
+        a, b = (getattr(end, part) for end in ends)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train mnist-bsae", "recipe = 'mnist-bsae'; allowed: a TOML file, or a name such as mnist-base"),
+        ("train mnist-base --out out --stepz 3", "unknown key 'stepz'; did you mean training.steps?"),
+        ("train mnist-base --out out --flip", "--flip has no value; allowed: --flip value"),
+        ("train mnist-base --out /proc/run", "out = '/proc/run' cannot be written"),
+        ("train --lr 1 mnist-base", "recipe = '--lr'; allowed: a name or file first, then flags"),
+        ("sweep nowhere --steps 1.5", "steps = '1.5'; allowed: whole numbers separated by commas"),
+    ],
+)
+def test_mistakes_cost_nothing(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = here(*words.split())
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_to_a_process_is_one_line(tmp_path):
+    process = run("info", "mnist-bsae", cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("guidance-nb: recipe = 'mnist-bsae'; allowed: a TOML file") and not process.stdout
+
+
+def test_the_session_of_the_page_is_made_of_words_that_exist():
+    page = "\n".join(text(cell["source"]) for cell in cells(ROOT / "nbs" / "30_cli.ipynb"))
+    lines = re.findall(r"^ *(?:Example: )?(guidance-nb .+)$", page, re.MULTILINE)
+    commands, seen = get_command(app).commands, set()
+    for line in lines:
+        _, name, *words = shlex.split(line, comments=True)
+        known = {option for p in commands[name].params for option in (*p.opts, *p.secondary_opts)}
+        for word in (word for word in words if word.startswith("--")):
+            assert word in known or (name == "train" and find_key(word[2:])), line
+        assert name != "train" or words[0] in recipe_names()
+        seen.add(name)
+    assert seen == {"train", "info", "sample", "evaluate", "postprocess", "sweep"} and len(lines) >= 12
+
+
+def test_help_lists_the_recipes():
+    told = done("train", "--help")
+    assert all(name in told for name in recipe_names()) and "MNIST with label dropout" in told

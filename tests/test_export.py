@@ -17,7 +17,8 @@ from notebooks import NOTEBOOKS, ROOT
 
 
 def files(package: Path) -> dict[str, bytes]:
-    paths = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    byhand = {"__pycache__", "recipe_files"}  # the recipes are written by hand and shipped as they are
+    paths = [path for path in package.rglob("*") if path.is_file() and not byhand & set(path.parts)]
     return {path.relative_to(package).as_posix(): path.read_bytes() for path in paths}
 
 
