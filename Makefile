@@ -1,7 +1,7 @@
 # Needs Python 3.10 to 3.13, git and make; everything else goes into .venv.
 #   PYTHON=python3.12   the Python that .venv is made with
 #   TORCH_INDEX=URL     another index for torch and torchvision, such as the one with CPU-only builds
-#   ARGS="..."          passed on to the command behind tour, test and notebooks
+#   ARGS="..."          passed on to the command behind tour, test, bench and notebooks
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 METADATA := settings.ini pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test lab notebooks export docs clean
+.PHONY: help tour test bench lab notebooks export docs clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
@@ -20,6 +20,9 @@ tour: .venv/installed ## all methods side by side
 
 test: .venv/installed-dev ## run all tests, the notebooks included
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/installed-bench ## time against peers and goals, and save the ratios
+	@$(BIN)/python tools/bench.py $(ARGS)
 
 lab: .venv/installed-dev ## edit the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -58,4 +61,9 @@ clean: ## remove what was built; keeps .venv
 .venv/installed-dev: .venv/installed
 	@echo "Installing what the tests need into .venv." >&2
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	@echo "Installing what the benchmarks compare with into .venv." >&2
+	@$(PIP) --editable '.[bench]'
 	@touch $@

@@ -1,0 +1,526 @@
+"""Speed as ratios of two things timed side by side in one run: `python tools/bench.py`, or `make bench`.
+
+Both sides are warmed up and then timed in turn, A B B A A B B A ..., so that a machine that slows down slows both.
+A ratio is the median over the rounds; the quartiles beside it tell how far it can be trusted. Before anything is timed,
+each benchmark checks that both sides compute the same thing. Rows are appended to nbs/results/bench.csv.
+"""
+
+import argparse
+import copy
+import csv
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guidance_nb import __version__
+from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, choose_batching, count_rows
+from guidance_nb.flow_postprocessing import faiss_neighbours, torch_neighbours
+from guidance_nb.image_metrics import CifarResNet, extract, image_scores, resnet_extractor
+from guidance_nb.model_guidance import ModelGuidanceLoss
+from guidance_nb.networks import image_denoiser
+from guidance_nb.paths import FlowPath, VPPath
+from guidance_nb.samplers import sample
+from guidance_nb.training import DenoisingLoss, Engine, fit
+from notebooks import ROOT
+
+RESULTS = ROOT / "nbs" / "results" / "bench.csv"
+CLASSES, SCALE = 10, 3.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    "How large the benchmarks are; the defaults suit two CPU cores, where one call of the network takes tens of ms."
+
+    network: str = "unet-small"
+    shape: tuple[int, int, int] = (1, 28, 28)
+    samples: int = 32
+    steps: int = 12
+    batch: int = 64  # of training
+    train_steps: int = 2  # per timing
+    pairs: tuple[int, ...] = (2, 8, 32, 128, 640)  # batch sizes for batched and sequential guidance
+    search: tuple[int, int, int] = (2_000, 10_000, 784)  # queries, real points, numbers in each
+    depth: int = 56  # of the network that scores
+    scored: tuple[int, ...] = (2_000,)  # numbers of images
+    device: str = "cpu"
+    seconds: float = 10.0  # of timing per row, more if the least number of rounds takes longer
+    rounds: tuple[int, int] = (4, 40)  # least and most; even
+
+
+CPU = Sizes()
+LONG = replace(CPU, scored=(2_000, 10_000), seconds=40.0)
+CUDA = replace(CPU, network="unet-mnist", samples=256, batch=256, train_steps=8, device="cuda")
+QUICK = replace(
+    CPU, network="unet-tiny", samples=4, steps=4, batch=8, train_steps=1, pairs=(2, 4), search=(20, 50, 6), depth=20,
+    scored=(64,), seconds=0.0, rounds=(2, 2),
+)  # fmt: skip
+
+
+@dataclass
+class Pair:
+    "Two things to time, and what their ratio should be."
+
+    name: str
+    ours: Callable[[], Any]
+    other: Callable[[], Any]
+    goal: float | None = None  # None for a row that only reports
+    at_least: bool = False  # The ratio is one of speeds and has to reach the goal, instead of one of times
+    expected: float = 1.0  # Time of ours in units of the other's that the ratio is relative to
+    note: str | Callable[["Timing"], str] = ""
+
+
+@dataclass
+class Timing:
+    "Seconds of both sides in every round, even rounds with ours first."
+
+    ours: list[float]
+    other: list[float]
+
+    def ratios(self, pair: Pair) -> list[float]:
+        "One ratio per round: of times to the expected ones, or of speeds."
+        found = [a / b / pair.expected for a, b in zip(self.ours, self.other)]
+        return [1 / each for each in found] if pair.at_least else found
+
+
+def clock(work: Callable[[], Any], device: str) -> float:
+    "Seconds that a piece of work takes, with all that it started on a GPU."
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def measure(pair: Pair, sizes: Sizes) -> Timing:
+    "Warm up both sides, then time them in turn, in both orders: A B B A A B B A ..."
+    turn = lambda: clock(pair.ours, sizes.device) + clock(pair.other, sizes.device)  # noqa: E731
+    once, (least, most) = turn(), sizes.rounds
+    if once < sizes.seconds / 4:  # a first turn is slow, which would mislead
+        once = turn()
+    rounds = min(max(least, 2 * round(sizes.seconds / once / 2)), most)
+    timing = Timing([], [])
+    for number in range(rounds):
+        sides = [(pair.ours, timing.ours), (pair.other, timing.other)]
+        for work, seconds in sides if number % 2 == 0 else sides[::-1]:
+            seconds.append(clock(work, sizes.device))
+    return timing
+
+
+def check_same(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> str:
+    "Refuse results that differ by more than a share of the largest value; says how far they differ."
+    largest = b.double().abs().max().item()
+    gap = (a.double() - b.double()).abs().max().item() / largest if largest else float("inf")
+    if not gap <= tolerance:
+        raise RuntimeError(f"the two sides differ by {gap:.2g} of the largest value; needed: at most {tolerance:g}")
+    return f"results differ by {gap:.0e}" if gap else "results equal"
+
+
+def build_model(sizes: Sizes, path: Any = None, prediction: str = "velocity", name: str = "") -> NetworkDenoiser:
+    "The network, with random weights where it would start with zeros, since its output should depend on its input."
+    model = image_denoiser(name or sizes.network, sizes.shape, path or FlowPath(), CLASSES, prediction)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1 and not weight.any():
+                weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+    return model.to(sizes.device).eval()
+
+
+def labels(n: int) -> Tensor:
+    "Every class equally often."
+    return torch.arange(n) % CLASSES
+
+
+def draw(model: Denoiser, sizes: Sizes, **options: Any) -> Any:
+    "Samples by DDIM."
+    usual: dict[str, Any] = {"sampler": "ddim", "steps": sizes.steps, "progress": False}
+    return sample(model, labels(sizes.samples), (sizes.samples, *sizes.shape), **(usual | options))
+
+
+def rows_of(model: Denoiser, sizes: Sizes) -> int:
+    "Rows of the network that these samples take."
+    with count_rows() as rows:
+        draw(model, sizes)
+    return rows.total
+
+
+def sampling(sizes: Sizes) -> Iterator[Pair]:
+    "DDIM with classifier-free guidance against nothing but the calls of the network that it makes, replayed."
+    model = build_model(sizes)
+    calls: list[tuple] = []
+    guided = ClassifierFreeGuidance(model, SCALE)
+    hook = model.net.register_forward_pre_hook(lambda net, args: calls.append(args))
+    draw(guided, sizes)
+    hook.remove()
+
+    @torch.no_grad()
+    def replay() -> None:
+        for args in calls:
+            model.net(*args)
+
+    note = f"floor 1: {sum(len(args[0]) for args in calls)} rows in {len(calls)} calls on both sides"
+    yield Pair("sampling/network", lambda: draw(guided, sizes), replay, 1.03, note=note)
+
+
+def model_guidance(sizes: Sizes) -> Iterator[Pair]:
+    "Sampling a Model-guidance network against sampling with classifier-free guidance, DDIM with equal steps."
+    model = build_model(sizes)
+    guided = ClassifierFreeGuidance(model, SCALE)
+    same = check_same(draw(model, sizes), draw(ClassifierFreeGuidance(model, 1.0), sizes))
+    one, two = rows_of(model, sizes), rows_of(guided, sizes)
+    note = f"floor {one / two:g}: {one} rows of {two}; at scale 1 {same}"
+    yield Pair("model guidance/cfg", lambda: draw(model, sizes), lambda: draw(guided, sizes), 0.52, note=note)
+
+
+def interval(sizes: Sizes) -> Iterator[Pair]:
+    "Classifier-free guidance in a time interval against full guidance times the share of network rows it needs."
+    model = build_model(sizes)
+    full, part = ClassifierFreeGuidance(model, SCALE), ClassifierFreeGuidance(model, SCALE, (0.25, 0.75))
+    rows, every = rows_of(part, sizes), rows_of(full, sizes)
+    share, note = rows / every, f"floor 1: {rows} rows of {every}, a share of {rows / every:.3f}"
+    sides = (lambda: draw(part, sizes)), (lambda: draw(full, sizes))
+    yield Pair("cfg interval/share", *sides, 1.05, expected=share, note=note)
+
+
+def diffusers_loop(sizes: Sizes) -> Iterator[Pair]:
+    "DDIM with classifier-free guidance against the loop one writes around diffusers' DDIMScheduler, on the same U-Net."
+    from diffusers import DDIMScheduler
+
+    model, n = build_model(sizes, VPPath(), "eps"), sizes.samples
+    scheduler: Any = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    scheduler.set_timesteps(sizes.steps, device=sizes.device)
+    kept = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].double()
+    levels = VPPath().time_at(((1 - kept) / kept).sqrt())
+    times, clocks = torch.cat([levels, torch.zeros(1, dtype=torch.float64)]), levels.float().to(sizes.device)
+    guided = ClassifierFreeGuidance(model, SCALE)
+    both = torch.cat([torch.full((n,), CLASSES), labels(n)]).to(sizes.device)
+
+    def ours(noise: Tensor | None = None) -> Tensor:
+        return draw(guided, sizes, times=times, init=noise)
+
+    @torch.no_grad()
+    def other(noise: Tensor | None = None) -> Tensor:
+        x = torch.randn((n, *sizes.shape), device=sizes.device) if noise is None else noise.to(sizes.device)
+        x = x * scheduler.init_noise_sigma
+        for step, at in zip(scheduler.timesteps, clocks):
+            eps = model.net(torch.cat([x, x]), at.expand(2 * n), both)
+            unconditional, conditional = eps.chunk(2)
+            x = scheduler.step(unconditional + SCALE * (conditional - unconditional), step, x).prev_sample
+        return x
+
+    noise = torch.randn((n, *sizes.shape), generator=torch.Generator().manual_seed(0))
+    note = f"floor 1: {2 * n * sizes.steps} rows on both sides; {check_same(ours(noise), other(noise))}"
+    yield Pair("ddim loop/diffusers", ours, other, 1.0, note=note)
+
+
+def training_data(sizes: Sizes) -> tuple[Tensor, Tensor]:
+    "Random images and labels."
+    n = 16 * sizes.batch
+    return torch.rand((n, *sizes.shape), generator=torch.Generator().manual_seed(0)) * 2 - 1, labels(n)
+
+
+def start_training(model: NetworkDenoiser, loss: Any, sizes: Sizes, engine: Engine | None = None) -> Iterator[Any]:
+    "A run without end, past its first step."
+    options: Any = {"batch_size": sizes.batch, "lr": 1e-4, "schedule": "constant", "progress": False, "engine": engine}
+    run = fit(model, loss, training_data(sizes), 10**6, **options)
+    next(run)
+    return run
+
+
+def ahead(run: Iterator[Any], sizes: Sizes) -> Callable[[], None]:
+    "Some steps of a run."
+
+    def steps() -> None:
+        for _ in range(sizes.train_steps):
+            next(run)
+
+    return steps
+
+
+def count_units(loss: Any, sizes: Sizes, steps: int = 20) -> float:
+    "Cost of a training step by counting rows: 1 for a row forward, 2 for a row backward."
+    small, units = build_model(sizes, name="unet-tiny"), 0
+
+    def count(net: nn.Module, args: tuple, result: Tensor) -> None:
+        nonlocal units
+        units += len(args[0]) * (3 if torch.is_grad_enabled() else 1)
+
+    small.net.register_forward_hook(count)  # copied along into the moving average
+    run = start_training(small, loss, sizes)
+    units = 0
+    for _ in range(steps):
+        next(run)
+    return units / steps
+
+
+def training_cost(sizes: Sizes) -> Iterator[Pair]:
+    "A training step of a loss against a plain one, same network, batch and data; teachers need no backward pass."
+    losses = {
+        "aligned": (AlignedLoss(2.0), 2.05),
+        "model guidance": (ModelGuidanceLoss(0.5, dropout=0.1), 1.5),
+        "mg at any time": (ModelGuidanceLoss(0.5, dropout=0.1, interval=(0.0, 1.0)), None),
+    }
+    plain = ahead(start_training(build_model(sizes), DenoisingLoss(0.1), sizes), sizes)
+    unit = count_units(DenoisingLoss(0.1), sizes)
+    for name, (loss, goal) in losses.items():
+        run = ahead(start_training(build_model(sizes), loss, sizes), sizes)
+        cost = count_units(loss, sizes) / unit
+        note = f"floor {cost:.2f}, counting a row forward as 1 and backward as 2"
+        yield Pair(f"{name}/plain step", run, plain, goal, note=note)
+
+
+def batching(sizes: Sizes) -> Iterator[Pair]:
+    "Both predictions of guidance in one pass of twice the rows against two passes, and which of them `auto` takes."
+    model = build_model(sizes)
+    for n in sizes.pairs:
+        x = torch.randn((n, *sizes.shape), generator=torch.Generator().manual_seed(0)).to(sizes.device)
+        c, t, chosen = labels(n).to(sizes.device), torch.tensor(0.5), choose_batching("auto", x)
+        times = max(1, sizes.samples // n)
+
+        @torch.no_grad()
+        def predict(kind: str, x: Tensor = x, t: Tensor = t, c: Tensor = c, times: int = times) -> Tensor:
+            for _ in range(times):
+                conditional, unconditional = model.predict_pair(x, t, c, kind)
+            return torch.stack([conditional.x0, unconditional.x0])
+
+        same = check_same(predict("batched"), predict("sequential"))
+
+        def note(timing: Timing, chosen: str = chosen, same: str = same) -> str:
+            ratio = median(a / b for a, b in zip(timing.ours, timing.other))
+            faster = "batched" if ratio < 1 else "sequential"
+            loss = max(ratio, 1 / ratio) - 1
+            verdict = "the faster" if chosen == faster else f"the slower by {loss:.1%}"
+            return f"auto: {chosen}, {verdict}; {same}"
+
+        yield Pair(f"batched/sequential {n}", partial(predict, "batched"), partial(predict, "sequential"), note=note)
+
+
+def throughput(sizes: Sizes) -> Iterator[Pair]:
+    "Training images per second of `fit` with an engine against a plain loop with torchcfm's ConditionalFlowMatcher."
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+
+    matcher, (x, c), device = ConditionalFlowMatcher(sigma=0.0), training_data(sizes), sizes.device
+    ours = build_model(sizes)
+    net, generator = copy.deepcopy(ours.net).train(), torch.Generator().manual_seed(0)
+    noise = torch.randn((sizes.batch, *sizes.shape), generator=generator)
+    t, xt, velocity = matcher.sample_location_and_conditional_flow(noise, x[: sizes.batch])  # noise at 0, data at 1
+    same = check_same(ours.path.interpolate(x[: sizes.batch], noise, 1 - t), xt)
+    check_same(ours.target(x[: sizes.batch], noise, 1 - t), -velocity)
+    average = copy.deepcopy(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0)
+
+    def loop() -> None:
+        for _ in range(sizes.train_steps):
+            rows = torch.randint(len(x), (sizes.batch,))
+            data, y = x[rows].to(device), c[rows].to(device)
+            t, xt, velocity = matcher.sample_location_and_conditional_flow(torch.randn_like(data), data)
+            y = torch.where(torch.rand(len(y), device=device) < 0.1, CLASSES, y)
+            loss = (net(xt, t, y) - velocity).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for kept, new in zip(average.parameters(), net.parameters()):
+                    kept.copy_(kept * 0.999 + new * 0.001)
+
+    engine = Engine(precision="fp32", cpu=device == "cpu")
+    run = ahead(start_training(ours, DenoisingLoss(0.1), sizes, engine), sizes)
+
+    def note(timing: Timing) -> str:
+        ours, other = (sizes.batch * sizes.train_steps / median(each) for each in (timing.ours, timing.other))
+        return f"floor 1: equal rows; {ours:.0f} and {other:.0f} images/s; noisy data and targets: {same}"
+
+    yield Pair("fit/torchcfm loop, speed", run, loop, 1.0, at_least=True, note=note)
+
+
+def search(sizes: Sizes) -> Iterator[Pair]:
+    "The 20 nearest neighbours by faiss against chunks of a float64 product and top-k in torch, both on the CPU."
+    n, m, width = sizes.search
+    generator = torch.Generator().manual_seed(0)
+    queries, real = torch.randn((n, width), generator=generator), torch.randn((m, width), generator=generator)
+    k = min(20, m)
+    found, exact = faiss_neighbours(queries, real, k), torch_neighbours(queries, real, k)
+    share = (found.sort(1).values == exact.sort(1).values).float().mean().item()
+    if share < 0.99:
+        raise RuntimeError(f"only {share:.1%} of the neighbours agree; needed: 99 %")
+    note = f"{n} queries, {m} points of {width} numbers; {share:.2%} of neighbours agree"
+    ours, other = (partial(find, queries, real, k) for find in (faiss_neighbours, torch_neighbours))
+    yield Pair("faiss/torch search", ours, other, note=note)
+
+
+def scoring(sizes: Sizes) -> Iterator[Pair]:
+    "All scores of a set of images by ResNet-56 features against passing the images through that network alone."
+    torch.manual_seed(0)
+    network = CifarResNet(sizes.depth).eval().requires_grad_(False).to(sizes.device)
+    extractor = resnet_extractor(network)
+    for n in sizes.scored:
+        images, real = torch.randint(0, 256, (2, n, 3, 32, 32), dtype=torch.uint8)
+        reference = extract(real, extractor)
+        reference.moment("features")
+
+        def bare(images: Tensor = images) -> Tensor:
+            with torch.no_grad():
+                parts = [network.layers(part.to(sizes.device))["features"].cpu() for part in images.split(64)]
+            return torch.cat(parts)
+
+        def score(metrics: Any, images: Tensor = images, reference: Any = reference) -> dict[str, float]:
+            return image_scores(images, reference, extractor, metrics)
+
+        same = check_same(extract(images, extractor).rows["features"], bare())
+        note = f"floor 1: {n} images through one network; features: {same}"
+        for name, metrics in (("all", None), ("fd", ["fd"])):
+            yield Pair(f"scoring {name} {n}/features", partial(score, metrics), bare, 1.1, note=note)
+
+
+def gpu(sizes: Sizes) -> Iterator[Pair]:
+    "On a GPU: training images per second of the CIFAR-10 U-Net with bf16 and with torch.compile against without."
+    if sizes.device != "cuda":
+        return
+    large = replace(sizes, network="unet-cifar10", shape=(3, 32, 32), batch=128)
+
+    def run(**options: Any) -> Callable[[], None]:
+        return ahead(start_training(build_model(large), DenoisingLoss(0.1), large, Engine(**options)), large)
+
+    def note(timing: Timing) -> str:
+        both = (large.batch * large.train_steps / median(each) for each in (timing.ours, timing.other))
+        return "{:.0f} and {:.0f} images/s".format(*both)
+
+    half, options = run(precision="bf16"), {"precision": "bf16", "channels_last": True}
+    yield Pair("bf16/fp32, speed", half, run(precision="fp32"), at_least=True, note=note)
+    yield Pair("channels last/not, speed", run(**options), half, at_least=True, note=note)
+    yield Pair("compiled/not, speed", run(precision="bf16", compile=True), half, at_least=True, note=note)
+
+
+BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Pair]]] = {
+    "sampling": sampling,
+    "model-guidance": model_guidance,
+    "interval": interval,
+    "diffusers": diffusers_loop,
+    "training-cost": training_cost,
+    "batching": batching,
+    "throughput": throughput,
+    "search": search,
+    "scoring": scoring,
+    "gpu": gpu,
+}
+
+
+def hardware(device: str) -> str:
+    "The name of the GPU, or of the CPU and its number of cores."
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return f"{named[1] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def versions() -> str:
+    "What the numbers depend on."
+    found = {"guidance_nb": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("diffusers", "torchcfm", "faiss-cpu", "torch-fidelity"):
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:
+            continue
+    return " ".join(f"{name} {number}" for name, number in found.items())
+
+
+def describe(pair: Pair, timing: Timing) -> dict[str, Any]:
+    "The row of a pair: ratio, quartiles, the medians of both orders, goal and verdict."
+    ratios = timing.ratios(pair)
+    ratio, (low, _, high) = median(ratios), quantiles(ratios, n=4, method="inclusive")
+    met = pair.goal is not None and (ratio >= pair.goal if pair.at_least else ratio <= pair.goal)
+    return {
+        "benchmark": pair.name,
+        "ratio": f"{ratio:.4f}",
+        "low_quartile": f"{low:.4f}",
+        "high_quartile": f"{high:.4f}",
+        "goal": "" if pair.goal is None else f"{'>=' if pair.at_least else '<='} {pair.goal:g}",
+        "verdict": "reported" if pair.goal is None else "met" if met else "MISSED",
+        "ours_first": f"{median(ratios[::2]):.4f}",
+        "other_first": f"{median(ratios[1::2]):.4f}",
+        "ours_seconds": f"{median(timing.ours):.4g}",
+        "other_seconds": f"{median(timing.other):.4g}",
+        "rounds": len(ratios),
+        "note": pair.note(timing) if callable(pair.note) else pair.note,
+    }
+
+
+LINE = "{benchmark:<27} {ratio:>8}  [{low_quartile:>8}, {high_quartile:>8}]  {goal:<7}  {verdict:<8}  {note}"
+HEAD = f"{'ours/other':<27} {'ratio':>8}  [{'quartile':>8}, {'quartile':>8}]  {'goal':<7}  {'verdict':<8}  note"
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    "Add rows to a table, which is made if it is not there; refuses a table with other columns."
+    columns = list(rows[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        found = next(csv.reader(file), None)
+        if found is not None and found != columns:
+            raise SystemExit(f"{path} has other columns ({', '.join(found)}); move it away or name another by --out")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if found is None:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def run_all(names: list[str], sizes: Sizes) -> list[dict[str, Any]]:
+    "Measure the named benchmarks and print their rows as they come."
+    where = {"hardware": hardware(sizes.device), "threads": torch.get_num_threads(), "versions": versions()}
+    print(*(f"{key}: {value}" for key, value in where.items()), sep="\n")
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    print(f"processes that want a core at the start: {load}; the network is {sizes.network} on {sizes.shape}")
+    print(f"\n{HEAD}")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        print(f"\n# {name}: {BENCHMARKS[name].__doc__}", flush=True)
+        try:
+            for pair in BENCHMARKS[name](sizes):
+                rows.append(describe(pair, measure(pair, sizes)) | where)
+                print(LINE.format(**rows[-1]), flush=True)
+        except ModuleNotFoundError as error:
+            print(f"skipped, since {error.name} is not installed; `pip install -e '.[bench]'` brings it")
+    missed = [row["benchmark"] for row in rows if row["verdict"] == "MISSED"]
+    met = sum(row["verdict"] == "met" for row in rows)
+    print(f"\n{met} goals met, {len(missed)} MISSED{': ' if missed else ''}{', '.join(missed)}")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Ratios of speed, each of two things timed side by side in one run.")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_true", help="tiny sizes: runs the machinery, the numbers mean nothing")
+    how.add_argument("--long", action="store_true", help="more rounds, and scoring of 10,000 images")
+    parser.add_argument("--seconds", type=float, help="of timing per row")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="table to append to; without it nbs/results/bench.csv, if not --quick")
+    chosen = parser.parse_args(arguments)
+    sizes = QUICK if chosen.quick else LONG if chosen.long else CPU
+    if chosen.device == "cuda":
+        small = {"network", "samples", "batch", "train_steps", "device"}
+        changes = {"device": "cuda"} if chosen.quick else {key: getattr(CUDA, key) for key in small}
+        sizes = replace(sizes, **changes)
+    if chosen.seconds is not None:
+        sizes = replace(sizes, seconds=chosen.seconds)
+    rows = run_all(chosen.only or list(BENCHMARKS), sizes)
+    if rows and (path := chosen.out or (None if chosen.quick else RESULTS)):
+        append(path, rows)
+
+
+if __name__ == "__main__":
+    main()
