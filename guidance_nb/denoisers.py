@@ -283,7 +283,8 @@ def choose_batching(
         raise ValueError(f"batching = {batching!r}; allowed: 'auto', 'batched', 'sequential'")
     if batching != "auto":
         return batching
-    return "batched" if x.device.type != "cpu" or len(x) <= 512 else "sequential"
+    small = len(x) <= 512 if x.ndim < 3 else x.numel() <= 2**14
+    return "batched" if x.device.type != "cpu" or small else "sequential"
 
 # %% ../nbs/01_denoisers.ipynb #cfd42199
 class OnPath(Denoiser):
