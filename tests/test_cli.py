@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,9 @@ def test_help_and_version():
 
 def test_an_interruption_says_what_to_do_and_leaves_no_process(tmp_path):
     arguments = ("tour", "--quick", "--data", "fractal", "--scales", "2", "--out", str(tmp_path))
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's shell has children ignore it
+    options = {"text": True, "start_new_session": True, "preexec_fn": heed}
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, **options)
     deadline = time.monotonic() + 200
     while not list((tmp_path / "stages").glob("*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.02)
