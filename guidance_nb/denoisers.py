@@ -283,7 +283,7 @@ def choose_batching(
         raise ValueError(f"batching = {batching!r}; allowed: 'auto', 'batched', 'sequential'")
     if batching != "auto":
         return batching
-    small = len(x) <= 512 if x.ndim < 3 else x.numel() <= 2**14
+    small = len(x) <= 512 if x.ndim < 3 else x.numel() <= 2**15
     return "batched" if x.device.type != "cpu" or small else "sequential"
 
 # %% ../nbs/01_denoisers.ipynb #cfd42199

@@ -26,6 +26,9 @@ from notebooks import ROOT, cells, text
 
 SCALES = ["--scales", "1,2"]
 
+# Ctrl-C has to reach the process even if these tests run in the background of a shell that tells its jobs to ignore it.
+HEEDFUL = {"text": True, "preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from guidance_nb.cli import main; main()", *arguments]
@@ -131,9 +134,7 @@ def test_help_and_version():
 
 def test_an_interruption_says_what_to_do_and_leaves_no_process(tmp_path):
     arguments = ("tour", "--quick", "--data", "fractal", "--scales", "2", "--out", str(tmp_path))
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's shell has children ignore it
-    options = {"text": True, "start_new_session": True, "preexec_fn": heed}
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, **options)
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, start_new_session=True, **HEEDFUL)
     deadline = time.monotonic() + 200
     while not list((tmp_path / "stages").glob("*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -316,7 +317,7 @@ def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path)
     arguments = ("train", "mnist-base", "--out", str(tmp_path / "run"), "--no-progress", *flags(**changes))
     for sent, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         start = len(checkpoints_in(tmp_path / "run")) and int(checkpoints_in(tmp_path / "run")[0].name[5:])
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **HEEDFUL)
         while not any(int(p.name[5:]) > start for p in checkpoints_in(tmp_path / "run")) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(sent)

@@ -164,8 +164,8 @@ def test_bad_input_is_one_line_that_says_what_is_allowed(arguments, words):
 def test_auto_batches_small_batches_alone_on_a_cpu():
     assert choose_batching("auto", torch.zeros(512, 64)) == "batched"
     assert choose_batching("auto", torch.zeros(513, 2)) == "sequential"
-    assert choose_batching("auto", torch.zeros(20, 1, 28, 28)) == "batched"
-    assert choose_batching("auto", torch.zeros(21, 1, 28, 28)) == "sequential"
+    assert choose_batching("auto", torch.zeros(41, 1, 28, 28)) == "batched"
+    assert choose_batching("auto", torch.zeros(42, 1, 28, 28)) == "sequential"
     assert choose_batching("batched", torch.zeros(9999, 2)) == "batched"
 
 
