@@ -7,6 +7,7 @@ __all__ = ['class_gradient', 'shift_prediction', 'check_scale', 'check_choice', 
 
 # %% ../nbs/10_classifier_guidance.ipynb #430e55cd
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def check_scale(
 def check_choice(
     name: str,  # Name of the argument, for the message
     value: str,  # Its value
-    allowed: tuple[str, ...],  # Values that it may take
+    allowed: Collection[str],  # Values that it may take
 ) -> str:  # The value, unchanged
     "Refuse an option that is not on the list with a `ValueError`."
     if value not in allowed:

@@ -147,7 +147,7 @@ def train(
     """Train a recipe; every key of it is also a flag, such as --steps 4000 or --method.scale 1.5.
 
     A flag names a key in full or by its last part; guidance-nb info RECIPE lists keys, meanings and values.
-    Type it again, with the same --out, and it goes on from the last checkpoint, bit for bit.
+    Type it again, with the same --out, and it goes on from the last checkpoint, on a CPU bit for bit.
 
     Example: guidance-nb train mnist-base --steps 4000 --out runs/longer
     """

@@ -6,9 +6,9 @@
 __all__ = ['METHOD_NAMES', 'RECIPE_FOLDER', 'PATHS', 'MAY_CHANGE', 'METRICS', 'HIGHER', 'DataTable', 'NetworkTable',
            'MethodTable', 'TrainingTable', 'SamplingTable', 'Recipe', 'recipe_keys', 'key_meanings', 'find_key',
            'to_value', 'parse_setting', 'override', 'recipe_names', 'recipe_from', 'read_recipe', 'describe_recipe',
-           'to_toml', 'check_choice', 'take_images', 'own_device', 'is_main', 'main_only', 'make_data', 'make_model',
-           'CleanLoss', 'two_numbers', 'make_loss', 'check_recipe', 'check_folder', 'make_engine', 'read_generated',
-           'read_pairs', 'make_training', 'require_compiler', 'train_recipe', 'Trained', 'load_trained', 'check_kind',
+           'to_toml', 'take_images', 'own_device', 'is_main', 'main_only', 'make_data', 'make_model', 'CleanLoss',
+           'two_numbers', 'make_loss', 'check_recipe', 'check_folder', 'make_engine', 'read_generated', 'read_pairs',
+           'make_training', 'require_compiler', 'train_recipe', 'Trained', 'load_trained', 'check_kind',
            'default_scale', 'guided', 'save_grid', 'read_labels', 'Request', 'complete_request', 'prepared', 'draw',
            'find_eyes', 'load_real', 'holds_moments', 'choose_metrics', 'keep_neighbours', 'look_at_real', 'score',
            'is_metric', 'floor_size', 'floor_row', 'postprocess', 'sweep_points', 'same_value', 'has_facts', 'is_done',
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 # %% ../nbs/29_recipes.ipynb #8596c254
 from .aligned_loss import AlignedLoss
 from .classifier_free_guidance import ClassifierFreeGuidance, check_interval, check_scales
-from .classifier_guidance import ClassifierGuidance
+from .classifier_guidance import ClassifierGuidance, check_choice
 from .denoisers import Denoiser, check_labels, count_rows, mg_weight_from_scale
 from guidance_nb.flow_postprocessing import (
     FlowPostprocessor,
@@ -346,24 +346,13 @@ def to_toml(
     "One value as TOML; JSON agrees with it for all that a recipe holds."
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
-# %% ../nbs/29_recipes.ipynb #1bef5fd1
+# %% ../nbs/29_recipes.ipynb #20d34be9
 PATHS: dict[str, Callable[[], Any]] = {
     "flow": FlowPath,
     "vp-linear": lambda: VPPath("linear"),
     "vp-cosine": lambda: VPPath("cosine"),
     "edm": EDMPath,
 }
-
-
-def check_choice(
-    key: str,  # Name of the key, for the message
-    value: str,  # Its value
-    allowed: Any,  # What it may be
-) -> str:  # The value, unchanged
-    "Refuse a word that is not among the allowed ones with a `ValueError`."
-    if value not in allowed:
-        raise ValueError(f"{key} = {value!r}; allowed: {', '.join(map(repr, allowed))}")
-    return value
 
 # %% ../nbs/29_recipes.ipynb #90fe3eac
 def take_images(
