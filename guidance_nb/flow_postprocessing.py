@@ -7,7 +7,7 @@ __all__ = ['Space', 'SPACES', 'to_features', 'torch_neighbours', 'faiss_neighbou
            'correction_network', 'CorrectionFlow', 'PairLoss', 'PairDraws', 'pair_data', 'carry', 'check_correction',
            'in_batches', 'apply_correction', 'FlowPostprocessor', 'correction_flow', 'neighbour_weights',
            'effective_sample_size', 'memorisation_report', 'dinov2_inputs', 'load_dinov2', 'dinov2_space',
-           'neighbour_space']
+           'resnet_space', 'neighbour_space']
 
 # %% ../nbs/14_flow_postprocessing.ipynb #e5614042
 import json
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .denoisers import check_labels, record_rows
+from .image_metrics import cifar_resnet, extract, resnet_extractor
 from .networks import MLP, build_network
 from .paths import expand_time
 from .training import Context, train
@@ -484,20 +485,37 @@ def dinov2_space(
 
     return lambda x: in_batches(pooled, x, None, batch_size, place, progress, "DINOv2 features")
 
+# %% ../nbs/14_flow_postprocessing.ipynb #d700c37c
+def resnet_space(
+    path: str | Path | None = None,  # As for `cifar_resnet`: file, or folder to look in
+    depth: int = 20,  # 20 or 56
+    batch_size: int = 256,  # Images at a time
+) -> Callable[[Tensor], Tensor]:  # From images in [-1, 1], `[n, 3, 32, 32]`, to features `[n, 64]`
+    "Features of a ResNet trained on CIFAR-10 as a space for neighbours."
+    eyes = resnet_extractor(cifar_resnet(path, depth))
+
+    def features(x: Tensor) -> Tensor:
+        images = (x.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+        return extract(images, eyes, batch_size=batch_size).rows["features"]
+
+    return features
+
 # %% ../nbs/14_flow_postprocessing.ipynb #77fd5729
-SPACES = ("pixels", "dinov2", "dinov2-patches")
+SPACES = ("pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56")
 
 
 def neighbour_space(
     name: str,  # One of `SPACES`
-    path: str | Path | None = None,  # Folder with the weights of DINOv2; unused by "pixels"
-    **options: Any,  # Those of `dinov2_space`: size, batch_size, device, progress
+    path: str | Path | None = None,  # Where the weights are; unused by "pixels"
+    **options: Any,  # Those of `dinov2_space` or `resnet_space`
 ) -> Space:
-    "A space for neighbours by name: pixels, the class token, or the mean of the patch tokens."
+    "A space for neighbours by name: pixels, DINOv2's class token or mean patch token, a CIFAR ResNet."
     if name not in SPACES:
         raise ValueError(f"space = {name!r}; allowed: {', '.join(map(repr, SPACES))}, or any function to features")
     if name == "pixels":
         return name
+    if name.startswith("resnet"):
+        return resnet_space(path, int(name.removeprefix("resnet")), **options)
     if path is None:
         raise ValueError(f"space = {name!r} without weights; allowed: with a folder of DINOv2 with registers")
     return dinov2_space(path, "cls" if name == "dinov2" else "patches", **options)

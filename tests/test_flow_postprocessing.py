@@ -1,5 +1,7 @@
 "Post-processing restated with sorting, sums and plain NumPy."
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from guidance_nb.flow_postprocessing import (
     pair_data,
     torch_neighbours,
 )
+from guidance_nb.image_metrics import cifar_resnet
 from guidance_nb.networks import MLP, build_network
 from guidance_nb.training import Context, train
 
@@ -501,3 +504,15 @@ def test_bad_input_of_images(clouds):
         neighbour_space("vgg")
     with pytest.raises(ValueError, match="without weights"):
         neighbour_space("dinov2-patches")
+
+
+@pytest.mark.skipif("GUIDANCE_NB_DATA" not in os.environ, reason="needs the CIFAR classifiers in GUIDANCE_NB_DATA")
+def test_resnet_space_is_the_pooled_layer():
+    "Features by a hook on the network's last layer, whose input they are."
+    network, seen = cifar_resnet(depth=20), []
+    network.linear.register_forward_hook(lambda layer, args, result: seen.append(args[0]))
+    x = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1  # some values are out of range
+    network(((x.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8))
+    found = neighbour_space("resnet20", batch_size=2)(x)
+    torch.testing.assert_close(found, seen[0].cpu())
+    assert found.shape == (5, 64) and not torch.equal(found, neighbour_space("resnet56")(x))
