@@ -1,7 +1,7 @@
 # Needs Python 3.10 to 3.13, git and make; everything else goes into .venv.
 #   PYTHON=python3.12   the Python that .venv is made with
 #   TORCH_INDEX=URL     another index for torch and torchvision, such as the one with CPU-only builds
-#   ARGS="..."          passed on to the command behind tour, test, bench and notebooks
+#   ARGS="..."          passed on to the command behind tour, test, bench, cifar10 and notebooks
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 METADATA := settings.ini pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test bench lab notebooks export docs clean
+.PHONY: help tour test bench cifar10 lab notebooks export docs clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
 	@sed -n 's/^#   /  /p' Makefile
 
 tour: .venv/installed ## all methods side by side
@@ -23,6 +23,9 @@ test: .venv/installed-dev ## run all tests, the notebooks included
 
 bench: .venv/installed-bench ## time against peers and goals, and save the ratios
 	@$(BIN)/python tools/bench.py $(ARGS)
+
+cifar10: .venv/installed ## measure the papers' claims on CIFAR-10: one GPU, ARGS="--budget MINUTES"
+	@$(BIN)/python tools/cifar10.py $(ARGS)
 
 lab: .venv/installed-dev ## edit the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs

@@ -1,0 +1,156 @@
+"tools/cifar10.py: the plan's arithmetic with measured times replaced by given ones, and the whole way at tiny size."
+
+import json
+import math
+import os
+import time
+from dataclasses import replace
+
+import pytest
+
+import cifar10
+from cifar10 import FULL, PARTS, REHEARSAL, RUNS, SCALES, STEPS, OutOfTime, Plan, Point, Study
+from guidance_nb.denoisers import count_rows
+from guidance_nb.image_metrics import read_rows
+from guidance_nb.recipes import Request, draw, load_trained
+
+needs_data = pytest.mark.skipif(
+    "GUIDANCE_NB_DATA" not in os.environ, reason="needs CIFAR-10 and its classifiers in GUIDANCE_NB_DATA"
+)
+
+
+def study(out, size=REHEARSAL, minutes=60.0, deadline=math.inf, **options):
+    return Study(out, size, minutes, options.get("vp", False), deadline, None, None)
+
+
+@pytest.mark.parametrize("minutes", [30.0, 120.0])
+def test_the_plan_fits_the_budget(tmp_path, monkeypatch, minutes):
+    "With a second of warming up and .05 seconds a step, doubled for twice the batch, all runs take 60 % of the budget."
+    engine = {"precision": "bf16", "channels_last": True, "compile": False}
+    monkeypatch.setattr(cifar10, "time_engines", lambda size, peak: (engine, []))
+    monkeypatch.setattr(cifar10, "time_training", lambda recipe, steps: (0.05 * recipe.training.batch_size / 128, 1.0))
+    monkeypatch.setattr(cifar10, "time_sampling", lambda size, engine, out: 20_000.0)
+    plan = cifar10.make_plan(study(tmp_path, FULL, minutes))
+    trained = sum(seconds for name, seconds in plan.seconds.items() if name != "sampling")
+    longest = 0.05 * sum(run.length * (2 if name == "wide" else 1) for name, run in RUNS.items())
+    rounded = 0.05 * len(RUNS)
+    assert (
+        PARTS["training"] * 60 * minutes - longest - rounded <= trained <= PARTS["training"] * 60 * minutes + len(RUNS)
+    )
+    assert plan.seconds["sampling"] <= PARTS["sampling"] * 60 * minutes
+    assert plan.engine == engine and 20 <= plan.samples <= FULL.most
+
+
+def test_a_budget_too_small_is_refused_with_the_least(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "time_engines", lambda size, peak: ({}, []))
+    monkeypatch.setattr(cifar10, "time_training", lambda recipe, steps: (1.0, 10.0))
+    with pytest.raises(SystemExit, match=r"budget = 1 minutes; allowed: \d+ or more"):
+        cifar10.make_plan(study(tmp_path, FULL, 1.0))
+
+
+def test_equal_budgets_mean_what_they_say(tmp_path):
+    "Equal images: one batch size and number of steps. Equal compute: twice the batch for a loss of one row an image."
+    plan = Plan(400, 128, {"precision": "fp32", "channels_last": False, "compile": False}, 100, 100, {})
+    tables = {name: cifar10.run_recipe(name, FULL, plan).training for name in RUNS}
+    same = [tables[name] for name in ("base", "aligned", "mg-1.5", "mg-2", "mg-aware")]
+    assert len({(table.steps, table.batch_size, table.lr, table.ema, table.seed) for table in same}) == 1
+    assert tables["wide"] == replace(tables["base"], batch_size=256, keep=tables["wide"].keep)
+    assert tables["base"].keep * tables["base"].save_every == tables["base"].steps
+
+
+@needs_data
+def test_points_cost_the_rows_that_are_planned(tmp_path):
+    few = {"steps": 8, "save_every": 8}
+    for name in ("base", "mg-1.5"):
+        recipe = cifar10.override(cifar10.run_recipe(name, REHEARSAL), few)
+        list(cifar10.train_recipe(recipe, tmp_path / name, progress=False))
+        trained = load_trained(tmp_path / name)
+        for scale in (1.0, 1.5) if name == "base" else (1.5,):
+            with count_rows() as rows:
+                draw(trained, Request(n=3, scale=scale, steps=4, sampler="euler"), progress=False)
+            assert rows.total == 3 * Point(name, scale, 4).rows
+
+
+@needs_data
+def test_the_whole_way_and_on_from_where_it_stopped(tmp_path, monkeypatch, capsys):
+    "Left three times: in training, before the pairs are drawn, between two points. What was made is not made again."
+    monkeypatch.setattr(cifar10, "SCALES", (1.0, 2.0))
+    monkeypatch.setattr(cifar10, "STEPS", (2,))
+    for name in ("post-pixels-40", "post-resnet-40", "wide", "mg-2", "mg-aware"):
+        monkeypatch.delitem(RUNS, name)
+    monkeypatch.setattr(cifar10, "all_points", lambda vp: POINTS)
+    calls, made = [0], []
+    leave_at = {2, 30, 50}
+
+    def check_time(self):
+        calls[0] += 1
+        if calls[0] in leave_at:
+            raise OutOfTime
+
+    monkeypatch.setattr(Study, "check_time", check_time)
+    train = cifar10.train_run
+    monkeypatch.setattr(cifar10, "train_run", lambda *given: made.append(given[2]) or train(*given))
+    for _ in range(3):
+        with pytest.raises(OutOfTime):
+            cifar10.carry_out(study(tmp_path))
+    cifar10.carry_out(study(tmp_path))
+    shown = capsys.readouterr().out
+    assert shown.count("base: 8 steps of 16 images") == 2 and made.count("base") == 4  # left once, and then complete
+    rows = read_rows(tmp_path / "cifar10.csv")[1]
+    found = [(row["run"], row["guide"], row["flow"], row["portion"]) for row in rows if row["run"] != "real"]
+    assert found == [
+        ("base", "", "", "1.0"),
+        ("base", "", "", "1.0"),
+        ("base", "", "post-pixels-20", "1.0"),
+        ("base", "", "post-resnet-20", "1.0"),
+        ("mg-1.5", "", "", "0.5"),
+        ("base", "classifier", "", "1.0"),
+    ]
+    assert [row["n"] for row in rows if row["run"] == "real"] == ["20", "40"]
+    assert all(0 <= float(row["agreement_resnet56"]) <= 1 and float(row["fd_resnet56"]) > 0 for row in rows)
+    assert not any(str(tmp_path) in str(row) for row in rows)
+    assert max(file.stat().st_size for file in tmp_path.glob("weights/*/*.safetensors")) < 15e6
+    assert {file.parent.name for file in tmp_path.glob("weights/*/recipe.json")} == set(RUNS)
+    assert (tmp_path / "samples" / "base-1.npz").exists() and (tmp_path / "grids" / "base-self-2.png").exists()
+
+
+POINTS = [
+    Point("base", 1.0, 2, headline=True),
+    Point("base", 2.0, 20, corrections=("post-pixels-20", "post-resnet-20")),
+    Point("mg-1.5", 1.5, 2, portion=0.5),
+    Point("base", 2.0, 2, classifier="classifier"),
+]
+
+
+@needs_data
+def test_another_plan_needs_another_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "make_plan", lambda study: Plan(8, 16, {}, 20, 40, {}))
+    cifar10.read_plan(study(tmp_path))
+    assert cifar10.read_plan(study(tmp_path)) == Plan(8, 16, {}, 20, 40, {})
+    with pytest.raises(SystemExit, match="was made for other options"):
+        cifar10.read_plan(study(tmp_path, minutes=5.0))
+    assert json.loads((tmp_path / "plan.json").read_text())["plan"]["steps"] == 8
+
+
+def test_the_clock_leaves_in_time(tmp_path):
+    study(tmp_path, deadline=time.monotonic() + 60).check_time()
+    with pytest.raises(OutOfTime):
+        study(tmp_path, deadline=time.monotonic() - 1).check_time()
+
+
+def test_every_point_of_the_study_is_there():
+    "The grid the study asks for, and each claim's points."
+    points = cifar10.all_points(vp=True)
+    assert len(set(points)) == len(points)
+    for run in ("base", "wide", "aligned", "vp-wide", "vp-aligned"):
+        assert {(p.scale, p.steps) for p in points if p.run == run and not p.headline} >= {
+            (scale, steps) for scale in SCALES for steps in STEPS
+        }
+    assert {p.scale for p in points if p.corrections} == set(SCALES)
+
+
+@pytest.mark.parametrize("given", [["--budget", "0"], ["--stop-after", "-1"], ["--budget", "nan"]])
+def test_bad_times_are_refused(tmp_path, given, capsys):
+    with pytest.raises(SystemExit):
+        cifar10.main(["--out", str(tmp_path), *given])
+    assert "allowed: positive numbers of minutes" in capsys.readouterr().err
