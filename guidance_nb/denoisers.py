@@ -89,10 +89,10 @@ def guide(
     "Extrapolate from the reference through the conditional prediction, eq. (4)."
     return Prediction(*(r + scale * (c - r) for c, r in zip(conditional, reference)))
 
-# %% ../nbs/01_denoisers.ipynb #18c18096
+# %% ../nbs/01_denoisers.ipynb #84871183
 EMBEDDINGS = -1  # `num_classes` of a model whose conditions are embeddings `[batch, ...]`
 
-
+# %% ../nbs/01_denoisers.ipynb #18c18096
 class Denoiser(nn.Module):
     "The contract of every model here: a pair of posterior means at (x, t), with or without a condition."
 
@@ -278,7 +278,7 @@ class NetworkDenoiser(TrainableDenoiser):
             return super().predict_pair(x, t, c)
         t = torch.as_tensor(t)
         tt, drop = (t.repeat(2) if t.ndim else t), torch.arange(2 * len(x), device=x.device) >= len(x)
-        y_c, y_u = self.output(x.repeat(2, *[1] * (x.ndim - 1)), tt, c.repeat(2), drop=drop).chunk(2)
+        y_c, y_u = self.output(x.repeat(2, *[1] * (x.ndim - 1)), tt, torch.cat([c, c]), drop=drop).chunk(2)
         return self.decode(y_c, x, t), self.decode(y_u, x, t)
 
 # %% ../nbs/01_denoisers.ipynb #990b18c9
@@ -344,11 +344,17 @@ def scale_from_mg_table(s: float) -> float:
 # %% ../nbs/01_denoisers.ipynb #4c324669
 def scale_from_gft(beta: float) -> float:
     "The scale of guidance-free training at `beta` in (0, 1] (arXiv 2501.15420)."
+    if not 0 < beta <= 1:
+        raise ValueError(f"beta = {beta}; allowed: above 0, at most 1")
     return 1 / beta
 
 
 def scale_from_meanflow(omega: float, kappa: float) -> float:
     "The scale of MeanFlow's training-time guidance, omega / (1 - kappa) (arXiv 2505.13447)."
+    if not kappa < 1:
+        raise ValueError(
+            f"kappa = {kappa}; allowed: below 1, for at 1 and above the training target has no fixed point"
+        )
     return omega / (1 - kappa)
 
 

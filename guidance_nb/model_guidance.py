@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .denoisers import Denoiser, NetworkDenoiser, Prediction
+from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction
 from .paths import expand_time
 from .training import Context
 
@@ -38,9 +38,9 @@ def guidance_direction(
     n, size, was_training = teacher.num_classes, len(x), teacher.training
     pair = unconditional in ("null", "contrastive")
     copies, drop = (2 if pair else n), None
-    labels = c.repeat(2) if pair else torch.arange(n).to(c).repeat_interleave(size)
+    labels = torch.cat([c, c]) if pair else torch.arange(n).to(c).repeat_interleave(size)
     if unconditional == "null":
-        drop = torch.arange(2 * size).to(c) >= size
+        drop = torch.arange(2 * size, device=c.device) >= size
     if unconditional == "contrastive":
         ahead = torch.randint(1, n, (size,), generator=generator) if ahead is None else ahead
         labels[size:] = (c + ahead.to(c)) % n
@@ -103,6 +103,8 @@ def check_network(
     "Refuse a network or a batch that does not fit the settings, in one line."
     if c is None:
         raise ValueError("c is None; allowed: labels [batch], for guidance needs a condition")
+    if model.num_classes == EMBEDDINGS and loss.unconditional != "null":
+        raise ValueError(f"unconditional = {loss.unconditional!r}; allowed: 'null', for a model without classes")
     if model.scale_aware != (loss.scale_range is not None):
         allowed = f"{'a range' if model.scale_aware else 'None'}, for model.scale_aware = {model.scale_aware}"
         raise ValueError(f"scale_range = {loss.scale_range}; allowed: {allowed}")

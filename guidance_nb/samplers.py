@@ -170,11 +170,11 @@ def check_request(
     model: Denoiser,  # The model about to be sampled
     c: Tensor | None,  # Labels
     shape: tuple[int, ...],  # Shape of all samples
-    sampler: str,  # Name of the sampler
+    sampler: str | Callable,  # Name of the sampler, or a step
     times: Tensor,  # Time grid
 ) -> None:
     "Refuse a request that `sample` cannot serve, before any work is done."
-    if sampler not in SAMPLERS and sampler != "dopri5":
+    if not callable(sampler) and sampler not in SAMPLERS and sampler != "dopri5":
         raise ValueError(f"sampler = {sampler!r}; allowed: {', '.join(map(repr, [*SAMPLERS, 'dopri5']))}")
     if len(shape) < 2 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"shape = {shape}; allowed: (n, ...) with positive whole numbers")
@@ -227,14 +227,14 @@ def walk(
     x: Tensor,  # Noisy data at `times[0]`, `[batch, ...]`
     c: Tensor | None,  # Labels
     times: Tensor,  # Falling times
-    sampler: str,  # Name of the sampler
+    sampler: str | Callable,  # Name of the sampler, or a step
     extra: Extra,  # What a step may need
     bar: Any,  # Progress bar
 ) -> list[Tensor]:  # The points at all times
-    "Carry one batch from noise to data with a sampler by name."
+    "Carry one batch from noise to data with a sampler by name, or by a step of one's own."
     if sampler == "dopri5":
         return integrate_adaptively(model, x, c, times, bar)
-    return integrate(model, x, c, times, SAMPLERS[sampler], extra, bar)
+    return integrate(model, x, c, times, sampler if callable(sampler) else SAMPLERS[sampler], extra, bar)
 
 # %% ../nbs/03_samplers.ipynb #41483e19
 @torch.no_grad()
@@ -242,7 +242,7 @@ def sample(
     model: Denoiser,  # Any denoiser: learned or exact, guided or not
     c: Tensor | None,  # Labels `[n]`, or None for unconditional samples
     shape: tuple[int, ...],  # Full shape `(n, ...)`
-    sampler: str = "heun",  # A key of `SAMPLERS`, or "dopri5"
+    sampler: str | Callable = "heun",  # A key of `SAMPLERS`, "dopri5", or a step `(model, x, t, s, c, extra)`
     steps: int = 32,  # Number of steps
     seed: int = 0,  # Together with the sample's index, the only source of randomness
     start: int = 0,  # Index of the first sample, for sampling in parts
@@ -256,7 +256,7 @@ def sample(
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> Tensor | Samples:  # Samples `shape`, or `Samples` if `trajectory`
     "Draw samples; sample i depends on (seed, start + i) alone."
-    times = time_grid(model.path, steps, sampler) if times is None else times.double().cpu()
+    times = time_grid(model.path, steps, str(sampler)) if times is None else times.double().cpu()
     check_request(model, c, shape, sampler, times)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training, results = model.training, []
