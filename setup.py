@@ -20,9 +20,9 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     packages=["guidance_nb"],
-    package_data={"guidance_nb": ["recipe_files/*.toml"]},
+    package_data={"guidance_nb": ["recipe_files/*.toml", "recipe_files/finetune/*.toml", "launch_files/*.yaml"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dinov2", "bench")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dinov2", "sd", "bench")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": ["guidance_nb=guidance_nb._modidx:d"],

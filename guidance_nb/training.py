@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Data', 'FORMAT', 'Context', 'DenoisingLoss', 'ClassifierLoss', 'keyed_generator', 'check_data', 'FetchData',
            'prefetch', 'visiting_order', 'batches', 'make_optimizer', 'Engine', 'OneProcess', 'choose_precision',
-           'check_compiler', 'open_engine', 'check_tracker', 'on_main', 'LossModule', 'DamagedCheckpoint',
-           'Checkpoints', 'file_digest', 'record_digest', 'force_to_disk', 'checkpoints_in', 'remove_folder',
-           'clean_remnants', 'write_checkpoint', 'explain_failure', 'seal_record', 'publish_folder',
-           'prune_checkpoints', 'check_checkpoint', 'Checkpoint', 'read_tensors', 'read_checkpoint', 'open_latest',
-           'latest_checkpoint', 'first_difference', 'check_resume', 'Reading', 'State', 'Run',
-           'keyed_global_randomness', 'has_dropout', 'to_device', 'one_pass', 'advance', 'start_run', 'loss_state',
-           'optimizer_tensors', 'load_optimizer', 'load_weights', 'save_run', 'resume_run', 'keeping', 'after_step',
+           'check_compiler', 'open_engine', 'is_sharded', 'prepare_sharding', 'gathered', 'divided', 'WholeModel',
+           'check_tracker', 'on_main', 'block_names', 'LossModule', 'DamagedCheckpoint', 'Checkpoints', 'file_digest',
+           'record_digest', 'force_to_disk', 'checkpoints_in', 'remove_folder', 'clean_remnants', 'write_checkpoint',
+           'explain_failure', 'seal_record', 'publish_folder', 'prune_checkpoints', 'check_checkpoint', 'Checkpoint',
+           'read_tensors', 'read_checkpoint', 'open_latest', 'latest_checkpoint', 'first_difference', 'check_resume',
+           'Reading', 'State', 'Run', 'keyed_global_randomness', 'has_dropout', 'to_device', 'one_pass', 'advance',
+           'make_average', 'recompute_activations', 'start_run', 'loss_state', 'optimizer_tensors', 'load_optimizer',
+           'load_weights', 'gather_run', 'save_run', 'resume_run', 'keeping', 'explaining_memory', 'after_step',
            'describe_run', 'fit', 'train', 'find_processes', 'gather_rows', 'sample_sharded']
 
 # %% ../nbs/05_training.ipynb #0bc3055d
@@ -31,6 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -252,6 +254,7 @@ class Engine:
     accumulate: int = 1  # Passes per optimiser step; each sees an equal share of the batch
     compile: bool = False  # Whether to compile the network in training (`torch.compile`, in place)
     channels_last: bool = False  # Whether images and convolutions are kept channels last, which tensor cores prefer
+    recompute: bool = False  # Whether blocks forget activations and compute them again (gradient checkpointing)
     clip: float | None = None  # Largest norm of the gradient; None for no clipping
     warmup: int = 0  # Steps of linear warm-up of the learning rate
     weight_decay: float = 0.0  # Decoupled weight decay
@@ -360,9 +363,83 @@ def open_engine(
         log_with=engine.tracker,
         project_dir=folder,
     )
-    if place.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-        raise RuntimeError(f"distributed_type = {place.distributed_type.value}; allowed: plain data parallelism")
+    prepare_sharding(place, engine)
     return place
+
+# %% ../nbs/05_training.ipynb #4e0cface
+def is_sharded(
+    place: Any,  # What `open_engine` gives
+) -> bool:
+    "Whether weights and moments are divided among the processes (FSDP2)."
+    return bool(getattr(place, "is_fsdp2", False))
+
+
+def prepare_sharding(
+    place: Any,  # An `accelerate.Accelerator`
+    engine: Engine,  # How the run is carried out
+) -> None:
+    "Set FSDP2 up where it is asked for, and refuse what does not work with it, and other ways to divide a model."
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and place.num_processes > 1
+    if wanted and getattr(place.state, "fsdp_plugin", None) is None:  # on CPUs, and after a run in another precision
+        PartialState._shared_state["distributed_type"] = place.state.distributed_type = DistributedType.FSDP
+        place.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    kind, sharded = place.distributed_type.value, is_sharded(place)
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (kind == "FSDP" and not sharded):
+        found = f"{kind}{' with fsdp_version = 1' if kind == 'FSDP' else ''}"
+        allowed = "plain data parallelism, or FSDP with fsdp_version = 2"
+        raise RuntimeError(f"distributed_type = {found}; allowed: {allowed}")
+    if not sharded:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if place.mixed_precision == "fp16":
+        raise ValueError("precision = 'fp16'; allowed with FSDP2: 'fp32', 'bf16'")
+    for name in ("channels_last", "compile"):
+        if getattr(engine, name):
+            raise ValueError(f"{name} = True; allowed with FSDP2: False")
+    plugin = place.state.fsdp_plugin
+    plugin.mixed_precision_policy, plugin.cpu_ram_efficient_loading = MixedPrecisionPolicy(), False
+
+# %% ../nbs/05_training.ipynb #2ed77475
+def gathered(
+    x: Tensor,  # A tensor, perhaps one of which each process holds a part
+) -> Tensor:  # All of it; every process must ask
+    "Bring a divided tensor together."
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def divided(
+    x: Tensor,  # All of a tensor, in every process
+    like: Any,  # A tensor of the same shape, perhaps a divided one
+) -> Tensor:
+    "Divide a tensor as another one is."
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+class WholeModel(nn.Module):
+    "A divided model as the one model that it is: gathers its parameters when it is asked for them, in every process."
+
+    def __init__(
+        self,
+        model: nn.Module,  # A model whose parameters may be divided
+    ):
+        super().__init__()
+        self.inner = (model,)  # a tuple, so that it is not taken for a part
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        "The whole parameters."
+        return (gathered(p.detach()) for p in self.inner[0].parameters(recurse))
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        "The buffers, which are never divided."
+        return self.inner[0].buffers(recurse)
 
 # %% ../nbs/05_training.ipynb #c209efec
 def check_tracker(
@@ -401,6 +478,16 @@ def on_main(
         raise outcome[1]
     return outcome[0]
 
+# %% ../nbs/05_training.ipynb #e1ffef63
+def block_names(
+    model: nn.Module,  # Any network
+) -> list[str]:  # Names of classes
+    "What the repeated blocks of a network are called: the members of its outermost module lists."
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    blocks = [block for part in outer for block in part if block is not None and list(block.parameters())]
+    return sorted({type(block).__name__ for block in blocks})
+
 # %% ../nbs/05_training.ipynb #21054fa2
 class LossModule(nn.Module):
     "A model and its loss as one module: `forward(x0, c, context)` gives per-sample losses `[batch]`."
@@ -412,6 +499,7 @@ class LossModule(nn.Module):
     ):
         super().__init__()
         self.model, self.rule = model, (loss,)  # a tuple, so that networks inside a loss are not taken for ours
+        self._no_split_modules = block_names(model)  # where Accelerate asks for the units of FSDP
 
     def forward(self, x0: Tensor, c: Tensor | None, context: Context) -> Tensor:
         "Per-sample losses `[batch]`."
@@ -517,7 +605,7 @@ def clean_remnants(
 def write_checkpoint(
     folder: str | os.PathLike,  # Folder of the run
     record: dict[str, Any],  # Everything but tensors; holds "step"
-    model: nn.Module,  # The model in training
+    model: Any,  # The model in training, or what has its `state_dict`
     ema: nn.Module,  # Its moving average
     moments: dict[str, Tensor],  # State of the optimiser, see `optimizer_tensors`
 ) -> pathlib.Path:  # The checkpoint, `folder/step-00001000`
@@ -851,8 +939,11 @@ def one_pass(
     context = Context(generator, run.step, run.settings["steps"], run.average.module, rows, total)
     key = (seed, 4, run.step, place.process_index, number)
     silent = place.no_sync(run.module) if number + 1 < passes else nullcontext()
+    cast = place.autocast() if is_sharded(place) else nullcontext()  # elsewhere Accelerate has wrapped the module in it
     with silent, keyed_global_randomness(place.device, *key) if has_dropout(run.model) else nullcontext():
-        value = run.module(to_device(x, run), None if c is None else to_device(c, run), context).mean()
+        with cast:
+            losses = run.module(to_device(x, run), None if c is None else to_device(c, run), context)
+        value = losses.mean()
         place.backward(value if passes == 1 else value / passes)
     return value.detach()
 
@@ -877,8 +968,27 @@ def advance(
         group["lr"] = run.rate(run.step)
     run.whole = False
     run.stepper.step()
-    run.average.update_parameters(run.model)
+    run.average.update_parameters(WholeModel(run.model) if is_sharded(run.place) else run.model)
     run.step, run.reading, run.whole = run.step + 1, reading, True
+
+# %% ../nbs/05_training.ipynb #7960af40
+def make_average(
+    model: nn.Module,  # The model to train
+    decay: float,  # Decay m
+) -> AveragedModel:
+    "A moving average that begins as the model, eq. (2)."
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+
+
+def recompute_activations(
+    model: nn.Module,  # A model with networks of `diffusers` inside
+) -> None:
+    "Let blocks keep their inputs alone and compute the rest again in the backward pass (gradient checkpointing)."
+    known: list[Any] = [part for part in model.modules() if hasattr(part, "enable_gradient_checkpointing")]
+    if not known:
+        raise ValueError("recompute = True; allowed for this network, which is none of diffusers: False")
+    for part in known:
+        part.enable_gradient_checkpointing()
 
 # %% ../nbs/05_training.ipynb #861fca18
 def start_run(
@@ -901,16 +1011,20 @@ def start_run(
             part.to(place.device)
     if how.channels_last:
         model.to(memory_format=torch.channels_last)
+    if how.recompute:
+        recompute_activations(model)
     optimizer, rate = make_optimizer(
         model, settings["lr"], settings["schedule"], settings["steps"], how.warmup, how.weight_decay
     )
+    average = make_average(model, settings["ema"]) if is_sharded(place) else None  # while the weights are whole
     module, stepper = place.prepare(LossModule(model, loss), optimizer)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings["ema"])).requires_grad_(False)
+    average = average or make_average(model, settings["ema"])
     run = Run(model, loss, settings, how, checkpoints, place, module, average, optimizer, stepper, rate)
     if checkpoints is not None:
         resume_run(run)
-    if how.compile:
-        getattr(model, "net", model).compile()  # in place: names of weights and copies of the model stay plain
+    if how.compile:  # in place: names of weights and copies of the model stay plain
+        for part in (model, average.module):  # the average, too, for some losses ask it at every step
+            getattr(part, "net", part).compile()
     if how.tracker is not None:
         place.init_trackers("log")
     run.clock = (run.step, time.perf_counter())
@@ -952,7 +1066,7 @@ def load_optimizer(
         kind, name = key.split("/", 1)
         p = weights[name]
         fresh = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
-        optimizer.state[p][kind] = fresh.detach().copy_(value)
+        optimizer.state[p][kind] = fresh.detach().copy_(divided(value, fresh))
 
 # %% ../nbs/05_training.ipynb #6bf52af0
 def load_weights(
@@ -961,13 +1075,28 @@ def load_weights(
     source: str,  # Where they come from, for the message
 ) -> None:
     "Load weights, or name the first that does not fit."
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    own = {name: tuple(value.shape) for name, value in state.items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in sorted({*own, *found}):
         if own.get(name) != found.get(name):
             a, b = (f"shape {shapes[name]}" if name in shapes else "nothing" for shapes in (found, own))
             raise ValueError(f"{source} has {a} for {name!r}, this network {b}; allowed: the network of the checkpoint")
-    module.load_state_dict(tensors)
+    module.load_state_dict({name: divided(value, state[name]) for name, value in tensors.items()})
+
+# %% ../nbs/05_training.ipynb #11c44c97
+def gather_run(
+    run: Run,  # A run that is divided; every process must ask
+) -> tuple[Any, dict[str, Tensor]]:  # What has the model's `state_dict`, and `optimizer_tensors`; on the CPU
+    "The weights and moments of all processes in the main one, nothing in the others."
+    kept: list[dict[str, Tensor]] = []
+    for parts in (run.model.state_dict(), optimizer_tensors(run.model, run.optimizer)):
+        kept.append({})
+        for name, part in parts.items():
+            whole = gathered(part)
+            if run.place.is_main_process:
+                kept[-1][name] = whole.cpu().clone()  # what is gathered may be a part of something padded
+    return SimpleNamespace(state_dict=lambda: kept[0]), kept[1]
 
 # %% ../nbs/05_training.ipynb #66216563
 def save_run(
@@ -977,9 +1106,9 @@ def save_run(
     "Write a checkpoint of the current step and remove old ones; only the main process writes."
     import guidance_nb
 
-    checkpoints, scaler = run.checkpoints, run.place.scaler
-    if checkpoints is None or run.step == run.saved:
-        return
+    checkpoints, scaler, sharded = run.checkpoints, run.place.scaler, is_sharded(run.place)
+    if checkpoints is None or run.step == run.saved or (sharded and not together):
+        return  # what is divided can only be gathered together
     run.check(run.reading)
     versions = {"guidance_nb": guidance_nb.__version__, "torch": torch.__version__, "python": platform.python_version()}
     record = {
@@ -993,9 +1122,11 @@ def save_run(
         "place": {"device": str(run.place.device), "processes": run.place.num_processes, "engine": asdict(run.engine)},
     }
 
+    whole = gather_run(run) if sharded else None
+
     def write() -> pathlib.Path:
-        moments = optimizer_tensors(run.model, run.optimizer)
-        path = write_checkpoint(checkpoints.folder, record, run.model, run.average.module, moments)
+        model, moments = whole or (run.model, optimizer_tensors(run.model, run.optimizer))
+        path = write_checkpoint(checkpoints.folder, record, model, run.average.module, moments)
         prune_checkpoints(path, checkpoints.keep)
         return path
 
@@ -1053,6 +1184,27 @@ def keeping(
     finally:
         for tracker in getattr(run.place, "trackers", []):
             tracker.finish()
+
+# %% ../nbs/05_training.ipynb #66a6ad0a
+@contextmanager
+def explaining_memory(
+    run: Run,  # The run
+) -> Iterator[None]:
+    "Say in one line which knobs to turn when memory runs out; still a `torch.OutOfMemoryError`."
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+            raise
+        how, batch = run.engine, run.settings["batch_size"]
+        precision = choose_precision(how.precision, run.place.device)
+        at_once = batch // (run.place.num_processes * how.accumulate)
+        knobs = [f"a smaller batch_size than {batch}", f"accumulate = {2 * how.accumulate}"]
+        knobs += ["precision = 'bf16'"] if precision == "fp32" else []
+        knobs += [] if how.recompute else ["recompute = True (gradient checkpointing)"]
+        told = f"out of memory at step {run.step} with {at_once} samples at once in {precision} ({reason.rstrip('.')})"
+        raise torch.OutOfMemoryError(f"{told}; allowed: {', '.join(knobs)}, or more processes") from None
 
 # %% ../nbs/05_training.ipynb #61ce4122
 def after_step(
@@ -1116,7 +1268,7 @@ def fit(
     show = progress and run.place.is_main_process
     bar = tqdm(total=steps, initial=run.step, desc=description, unit=" steps", disable=not show)
     source = batches(data, batch_size, seed, steps, run.step, rows if share < batch_size else None)
-    with bar, closing(source), keeping(run):
+    with bar, closing(source), keeping(run), explaining_memory(run):
         for x, c in source:
             advance(run, x, c)
             if show:

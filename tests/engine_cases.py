@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -10,16 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.flow_postprocessing import CorrectionFlow, PairDraws, PairLoss
 from guidance_nb.mixtures import checkerboard, sample_mixture
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import mlp_denoiser
+from guidance_nb.networks import image_denoiser, mlp_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.training import (
     Checkpoints,
     DenoisingLoss,
     Engine,
     fit,
+    is_sharded,
     keyed_generator,
     on_main,
     open_engine,
@@ -82,12 +85,19 @@ def case(name: str) -> tuple:
         model.spread.fill_(1.7)
         x, c = points()
         return model, PairLoss(), PairDraws(x, x + 1, torch.arange(100).reshape(50, 2) // 2, c), fast
+    if name in ("dit", "unet"):
+        settings = {"width": 16, "depth": 2, "heads": 2} if name == "dit" else {"widths": (8, 16), "patch": 1}
+        model = image_denoiser({"dit": "dit-s/2", "unet": "unet-tiny"}[name], (1, 8, 8), FlowPath(), 3, **settings)
+        x, c = points()
+        return model, plain, (x.repeat(1, 32).view(-1, 1, 8, 8), c), fast
     cases = {
         "plain": (mlp(), plain, points(), fast),
         "passes": (mlp(), plain, points(), fast | {"engine": passes}),
         "fetch": (mlp(), plain, Shelf(*points()), fast | {"seed": 7}),
         "draw": (mlp(), plain, lambda n, g: sample_mixture(checkerboard(), n, g), fast),
         "teacher": (mlp(), ModelGuidanceLoss(0.5, interval=(0.0, 1.0)), points(), fast | {"schedule": "constant"}),
+        "online": (mlp(), ModelGuidanceLoss(0.5, target="online"), points(), fast),
+        "aligned": (mlp(), AlignedLoss(2.0, 0.5), points(), fast),
         "scales": (mlp(scale_aware=True), ModelGuidanceLoss(scale_range=(1.0, 3.0)), points(), fast),
         "contrast": (mlp(), ModelGuidanceLoss(0.3, unconditional="contrastive"), points(), fast),
     }  # fmt: skip
@@ -194,6 +204,55 @@ def one_of_two(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(seen))
 
 
+SHARDED = ("plain", "teacher", "online", "aligned", "scales", "buffers", "drop", "idle", "dit", "unet")
+
+
+def one_of_two_sharded(folder: Path) -> None:
+    "The same with weights and moments divided between the two (FSDP2)."
+    engine = Engine(precision="fp32", cpu=True)
+    place = open_engine(engine, torch.device("cpu"))
+    rank, seen = place.process_index, {}
+    assert place.num_processes == 2 and is_sharded(place)
+    for name in SHARDED:
+        kept = folder if name == "unet" else None  # it has weights that two processes cannot halve
+        losses, state = finish(start(name, kept, engine=engine, steps=6 if name in ("dit", "unet") else STEPS))
+        held = sum(p.to_local().numel() for p in state.model.parameters())
+        total = sum(p.numel() for p in state.ema.parameters())
+        seen[name] = {"losses": losses, "ema": [p.flatten().tolist() for p in state.ema.parameters()]}
+        seen[name]["held"] = held / total
+    run = start("passes", folder)
+    seen["passes"] = {"losses": [next(run).loss for _ in range(9)][:8]}
+    run.close()  # nothing is kept: step 8 is the newest
+    if rank == 0:
+        for name in ("alone", "left"):
+            shutil.copytree(folder / "passes", folder / name / "passes")
+    place.wait_for_everyone()
+    losses, state = finish(start("passes", folder))
+    seen["resumed"] = {"losses": losses, "ema": [p.flatten().tolist() for p in state.ema.parameters()]}
+    if (folder / "made_alone").exists():
+        seen["taken over"] = {"losses": finish(start("passes", folder / "made_alone"))[0]}
+    half = Engine(precision="bf16", cpu=True, clip=1.0)
+    seen["bf16"] = {"losses": finish(start("dit", engine=half, steps=4))[0]}
+    for key, more in (("channels_last", {"channels_last": True}), ("compile", {"compile": True})):
+        try:
+            next(start("plain", engine=Engine(precision="fp32", cpu=True, **more)))
+        except ValueError as error:
+            seen[key] = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+
+
+def killed_at_step(folder: Path, name: str, rank: str, step: str) -> None:
+    "A run kept in a folder, in which one process is killed after a step (never, at step 0)."
+    place = open_engine(Engine(precision="fp32", cpu=True), torch.device("cpu"))
+    for state in start(name, folder, engine=Engine(precision="fp32", cpu=True)):
+        if place.process_index == int(rank) and state.step == int(step):
+            die()
+    if place.is_main_process:
+        ema = [p.flatten().tolist() for p in state.ema.parameters()]
+        (folder / "done.json").write_text(json.dumps({"step": state.step, "ema": ema}))
+
+
 if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
-    {job.__name__: job for job in (in_turn, killed_while_writing, without_space, one_of_two)}[job](Path(folder), *rest)
+    jobs = (in_turn, killed_while_writing, without_space, one_of_two, one_of_two_sharded, killed_at_step)
+    {job.__name__: job for job in jobs}[job](Path(folder), *rest)

@@ -1,5 +1,6 @@
 "One loop, wherever it runs: engine, passes, precision, average, prefetching, other people's randomness."
 
+import copy
 import math
 import sys
 import threading
@@ -26,8 +27,10 @@ from guidance_nb.training import (
     has_dropout,
     keyed_generator,
     keyed_global_randomness,
+    latest_checkpoint,
     make_optimizer,
     prefetch,
+    read_checkpoint,
     train,
 )  # fmt: skip
 
@@ -195,6 +198,88 @@ def test_a_compiled_network():
     torch.compiler.reset()
     losses = follows_the_recursion(start("plain", engine=Engine(precision="fp32", compile=True)), 0.9)
     assert_close(losses, finish(start("plain"))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_average_is_compiled_too(monkeypatch, tmp_path):
+    "Model-guidance asks it at every step; the numbers, the names of the weights and the checkpoints stay plain."
+    real, asked = torch.compile, []
+
+    def eager(function, **options):
+        def backend(graph, inputs):
+            asked.append(torch.is_grad_enabled())
+            return graph.forward
+
+        return real(function, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", eager)
+    torch.compiler.reset()
+    losses, state = finish(start("teacher", tmp_path, engine=Engine(precision="fp32", compile=True)))
+    torch.compiler.reset()
+    assert True in asked and False in asked  # graphs of the network in training, and of the average
+    assert state.ema.net._compiled_call_impl is not None
+    assert len(asked) <= 6  # the number of guided rows differs from step to step, which must not compile anew
+    plain, other = finish(start("teacher"))
+    names = [[name for name, _ in model.named_parameters()] for model in (state.ema, other.ema)]
+    assert names[0] == names[1]
+    assert_close(losses, plain, rtol=1e-6, atol=1e-7)
+    saved = read_checkpoint(latest_checkpoint(tmp_path / "teacher"))
+    assert_close(saved.ema, other.ema.state_dict(), rtol=1e-6, atol=1e-7)
+    assert copy.deepcopy(state.ema).net._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("network", ["dit", "unet"])
+def test_recomputed_activations_change_nothing_but_memory(network):
+    losses, state = finish(start(network, steps=4))
+    kept = []
+    for recompute in (False, True):
+        sizes, run = [], start(network, steps=4, engine=Engine(precision="fp32", recompute=recompute))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            again, other = finish(run)
+        kept.append(sum(sizes))
+        assert again == losses
+        assert all(torch.equal(p, q) for p, q in zip(other.ema.parameters(), state.ema.parameters()))
+    assert kept[1] < 0.7 * kept[0]
+    with pytest.raises(ValueError, match=r"recompute = True; allowed for this network, .* of diffusers: False"):
+        next(start("plain", engine=Engine(recompute=True)))
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "knobs"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand a long story"), {},
+            "a smaller batch_size than 16, accumulate = 2, precision = 'bf16', "
+            "recompute = True (gradient checkpointing)",
+        ),
+        (
+            RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            {"engine": Engine(precision="bf16", accumulate=4)},
+            "a smaller batch_size than 16, accumulate = 8, recompute = True (gradient checkpointing)",
+        ),
+    ],
+)  # fmt: skip
+def test_too_little_memory_names_the_knobs(error, options, knobs):
+    model, plain, data, usual = case("plain")
+
+    def hungry(*args):
+        if args[-1].step == 2:
+            raise error
+        return plain(*args)
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(model, hungry, data, 5, progress=False, **(usual | options))
+    words = str(caught.value)
+    assert words.startswith("out of memory at step 2 with ") and "\n" not in words and "long story" not in words
+    assert words.endswith(f"allowed: {knobs}, or more processes") and str(error).splitlines()[0].rstrip(".") in words
+
+
+def test_other_errors_keep_their_name():
+    def broken(*args):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$") as caught:
+        train(case("plain")[0], broken, points(), 5, 8, progress=False)
+    assert not isinstance(caught.value, torch.OutOfMemoryError)
 
 
 def test_no_compiler(monkeypatch):

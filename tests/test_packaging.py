@@ -28,7 +28,8 @@ def test_wheel_is_the_package_alone(tmp_path):
         info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(info).decode())
         entry_points = wheel.read(info.replace("METADATA", "entry_points.txt")).decode()
-    ours = [*(ROOT / "guidance_nb").glob("*.py"), *(ROOT / "guidance_nb" / "recipe_files").glob("*.toml")]
+    kinds = ("*.py", "recipe_files/*.toml", "recipe_files/finetune/*.toml", "launch_files/*.yaml")
+    ours = [path for kind in kinds for path in (ROOT / "guidance_nb").glob(kind)]
     assert names == {path.relative_to(ROOT).as_posix() for path in ours}
     assert (metadata["Name"], metadata["Version"]) == (SETTINGS["lib_name"], SETTINGS["version"])
     assert metadata["Requires-Python"] == f">={SETTINGS['min_python']}"

@@ -1,35 +1,41 @@
 "Two processes on one machine (gloo) do what one does."
 
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import STEPS, case, finish, start
+from engine_cases import SHARDED, STEPS, case, finish, start
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
+from guidance_nb.cli import app
+from guidance_nb.image_data import save_samples
+from guidance_nb.image_metrics import read_rows
+from guidance_nb.recipes import Recipe, describe_recipe, override, train_recipe
 from guidance_nb.samplers import sample
-from guidance_nb.training import Engine, batches, checkpoints_in, sample_sharded
+from guidance_nb.scaling import launch_file
+from guidance_nb.training import Engine, batches, checkpoints_in, read_checkpoint, sample_sharded
 
 CASES = Path(__file__).with_name("engine_cases.py")
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> tuple[dict, dict, Path]:
-    "What each of two processes saw, see `engine_cases.one_of_two`."
-    folder = tmp_path_factory.mktemp("two")
+def run_two(job: str, folder: Path, **variables: str) -> tuple[dict, dict, Path]:
+    "Do a job of `engine_cases` in two processes; what each of them saw, and the folder."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, CASES, "one_of_two", folder],
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            [sys.executable, CASES, job, folder],
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} | variables,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -40,6 +46,24 @@ def two(tmp_path_factory) -> tuple[dict, dict, Path]:
         assert process.returncode == 0, told
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
     return first, second, folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[dict, dict, Path]:
+    "What each of two processes saw, see `engine_cases.one_of_two`."
+    return run_two("one_of_two", tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> tuple[dict, dict, Path]:
+    "The same with FSDP2, see `engine_cases.one_of_two_sharded`."
+    folder = tmp_path_factory.mktemp("sharded")
+    run = start("passes", folder / "made_alone")
+    for _ in range(5):
+        next(run)
+    run.close()
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    return run_two("one_of_two_sharded", folder, **fsdp)
 
 
 @pytest.mark.parametrize("name", ["plain", "fetch", "draw", "teacher", "scales", "contrast", "buffers", "idle"])
@@ -96,3 +120,106 @@ def test_errors_reach_both_processes(two):
         assert seen["nan"].startswith("FloatingPointError: loss = ") and "lower lr = 1e+30" in seen["nan"]
         assert seen["full"].startswith("NotADirectoryError: ") and "could not write /dev/null/plain" in seen["full"]
         assert seen["nan samples"].startswith("FloatingPointError: samples are not finite")
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_losses_and_averages(sharded, two, name):
+    "Weights and moments in halves: the losses and the average of one process, or of two with whole weights."
+    a, b = (seen[name] for seen in sharded[:2])
+    assert a["losses"] == b["losses"] and a["ema"] == b["ema"] and abs(a["held"] + b["held"] - 1) < 1e-9
+    assert 0.4 < a["held"] < 0.75  # a matrix of three rows does not halve
+    if name == "drop":  # masks depend on the number of processes
+        assert all(math.isfinite(loss) for loss in a["losses"])
+        return
+    losses, state = finish(start(name, steps=6 if name in ("dit", "unet") else STEPS))
+    assert_close(a["losses"], losses, rtol=2e-5, atol=2e-6)
+    assert_close(a["ema"], [p.flatten().tolist() for p in state.ema.parameters()], rtol=1e-4, atol=1e-4)
+    if name == "unet":
+        saved = read_checkpoint(checkpoints_in(sharded[2] / "unet")[0])
+        assert_close(saved.model, state.model.state_dict(), rtol=1e-4, atol=1e-4)
+    if name in two[0]:
+        assert_close(a["losses"], two[0][name]["losses"], rtol=2e-5, atol=2e-6)
+
+
+def test_a_sharded_run_goes_on_anywhere(sharded):
+    "Its checkpoint is an ordinary one: continued in two processes, in one without sharding, and the other way round."
+    losses, state = finish(start("passes", engine=Engine(precision="fp32", clip=0.5, warmup=3)))
+    seen, folder = sharded[0], sharded[2]
+    assert_close(seen["passes"]["losses"] + seen["resumed"]["losses"], losses, rtol=2e-5, atol=2e-6)
+    assert_close(seen["resumed"]["ema"], [p.flatten().tolist() for p in state.ema.parameters()], rtol=1e-4, atol=1e-4)
+    late, other = finish(start("passes", folder / "alone"))
+    assert_close(late, losses[8:], rtol=2e-5, atol=2e-6)
+    for p, q in zip(other.ema.parameters(), state.ema.parameters()):
+        assert_close(p, q, rtol=1e-4, atol=1e-4)
+    assert_close(seen["taken over"]["losses"], losses[5:], rtol=2e-5, atol=2e-6)
+    assert {path.name for path in checkpoints_in(folder / "left" / "passes")} == {"step-00000004", "step-00000008"}
+
+
+def test_sharding_in_half_precision_and_what_it_refuses(sharded):
+    whole = finish(start("dit", steps=4))[0]
+    assert_close(sharded[0]["bf16"]["losses"], whole, rtol=0.02, atol=0.02)
+    assert sharded[0]["bf16"]["losses"] != whole
+    for name in ("channels_last", "compile"):
+        assert sharded[0][name] == f"{name} = True; allowed with FSDP2: False"
+
+
+def launch(folder: Path, *words: object) -> tuple[subprocess.CompletedProcess, float]:
+    "Two processes by torchrun, and how long it took."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", CASES, *words]
+    began = time.monotonic()
+    done = subprocess.run(
+        [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    return done, time.monotonic() - began
+
+
+def test_a_killed_worker_ends_the_launch_and_the_run_goes_on(two, tmp_path):
+    "Killed after step 6 of 12, with a checkpoint of step 4: a clear error soon, and the uninterrupted weights later."
+    done, seconds = launch(tmp_path, "killed_at_step", tmp_path, "plain", 1, 6)
+    assert done.returncode == 1 and seconds < 60
+    assert "Signal 9 (SIGKILL)" in done.stderr and not (tmp_path / "done.json").exists()
+    assert [path.name for path in checkpoints_in(tmp_path / "plain")] == ["step-00000004"]
+    done, _ = launch(tmp_path, "killed_at_step", tmp_path, "plain", 1, 0)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "done.json").read_text())
+    assert found == {"step": STEPS, "ema": two[0]["plain"]["ema"]}  # to the bit
+
+
+def guidance_nb(launcher: list, *words: object) -> str:
+    "Two processes of the command line, started as a user would; what they printed."
+    program = [Path(sys.executable).with_name("guidance-nb"), *words]
+    done = subprocess.run(
+        [str(word) for word in (sys.executable, "-m", *launcher, *program)], capture_output=True, text=True,
+        timeout=200, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_recipe_trained_and_swept_by_launchers(tmp_path):
+    "The shipped FSDP2 configuration trains what one process trains; a sweep of two writes the rows of a sweep of one."
+    images = torch.randint(0, 256, (80, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    save_samples(tmp_path / "images", images, torch.arange(80) % 2)
+    tiny = {"data": str(tmp_path / "images"), "network": "unet-tiny", "steps": 4, "batch_size": 8, "ema": 0.5}
+    tiny |= {"precision": "fp32", "save_every": 2, "sampler_steps": 2, "sampler": "heun"}
+    for name, changes in (("one", {}), ("judge", {"method": "judge"})):
+        for _ in train_recipe(override(Recipe(), tiny | changes), tmp_path / name, progress=False):
+            pass
+    (tmp_path / "tiny.toml").write_text(describe_recipe(override(Recipe(), tiny)), encoding="utf-8")
+    sharded = ["accelerate.commands.launch", "--config_file", launch_file("fsdp2"), "--num_processes", 2, "--no_python"]
+    told = guidance_nb(sharded, "train", tmp_path / "tiny.toml", "--out", tmp_path / "two", "--no-progress")
+    assert told.count("4 steps done") == 1
+    one, two = (read_checkpoint(tmp_path / name / "step-00000004") for name in ("one", "two"))
+    assert_close(two.ema, one.ema, rtol=1e-4, atol=1e-5)
+    options = ["--scales", "1,2", "--n", 300, "--batch-size", 100, "--reference", tmp_path / "images", "--no-progress"]
+    options += ["--eyes", tmp_path / "judge"]
+    plain = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python", "--"]
+    guidance_nb(plain, "sweep", tmp_path / "one", "--out", tmp_path / "by two", *options)
+    words = ("sweep", tmp_path / "one", "--out", tmp_path / "by one", *options)
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    rows = [read_rows(tmp_path / name / "rows.csv")[1] for name in ("by one", "by two")]
+    assert len(rows[0]) == 3  # real images and two scales
+    for alone, shared in zip(*rows, strict=True):
+        assert {**alone, "seconds": 0, "command": ""} == {**shared, "seconds": 0, "command": ""}

@@ -1,0 +1,599 @@
+"Models people already have: against diffusers' own schedulers, loops, pipelines and guiders, and against torchcfm."
+
+import copy
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import diffusers
+import diffusers_cases as cases
+import numpy as np
+import pytest
+import torch
+from diffusers.guiders import ClassifierFreeGuidance as TheirGuidance
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_rows, to_prediction
+from guidance_nb.diffusers_interop import (
+    Clock,
+    DiffusersDenoiser,
+    HubDenoiser,
+    Replay,
+    SchedulerFacts,
+    TablePath,
+    TrainingFacts,
+    diffusers_guider,
+    from_callable,
+    from_pipeline,
+    from_torchcfm,
+    pack_conditions,
+    path_from_json,
+    path_from_scheduler,
+    path_to_json,
+    scheduler_times,
+    to_hub,
+    to_patches,
+)
+from guidance_nb.guidance_variants import AdaptiveProjectedGuidance
+from guidance_nb.model_guidance import ModelGuidanceLoss
+from guidance_nb.networks import image_denoiser
+from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path
+from guidance_nb.samplers import sample
+from guidance_nb.training import Checkpoints, Context, DenoisingLoss, fit, train
+
+DISCRETE = [
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+    "DEISMultistepScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+]  # fmt: skip
+V = {"prediction_type": "v_prediction"}
+PROMPTS = ["a cat", "two dogs"]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy's, of diffusers' schedulers
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("beta", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("name", DISCRETE)
+def test_the_table_of_every_discrete_scheduler(name, beta):
+    scheduler = getattr(diffusers, name)(beta_schedule=beta)
+    facts, i = path_from_scheduler(scheduler), torch.arange(1000)
+    t = (i + 1).double() / 1000
+    assert_close(facts.path.alpha(t).square(), scheduler.alphas_cumprod.double(), rtol=0, atol=1e-12)
+    assert_close(facts.path.sigma(t).square(), 1 - scheduler.alphas_cumprod.double(), rtol=0, atol=1e-12)
+    assert_close(facts.clock(t), i.float(), rtol=0, atol=1e-4)
+    assert_close(facts.clock(t.float()), i.float(), rtol=0, atol=1e-3)
+    assert facts.prediction == "eps"
+
+
+@pytest.mark.parametrize("kind, name", [("epsilon", "eps"), ("v_prediction", "v"), ("sample", "x0")])
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_what_was_predicted_is_decoded_as_the_scheduler_does(kind, name, rescaled):
+    "The scheduler's `pred_original_sample`, restated by hand from alphas_cumprod, and from its own step."
+    scheduler = cases.ddim(prediction_type=kind, rescale_betas_zero_snr=rescaled)
+    scheduler.set_timesteps(50)
+    facts, (x, y) = path_from_scheduler(scheduler), torch.randn(2, 3, 4, 8, 8)
+    assert facts.prediction == name
+    for i in (961, 501, 21):
+        theirs = scheduler.step(y, i, x).pred_original_sample
+        ours = to_prediction(y, x, facts.clock.time(torch.tensor(i)), facts.path, facts.prediction)
+        assert_close(ours.x0, theirs, rtol=1e-4, atol=1e-4)
+    if rescaled:
+        assert scheduler.alphas_cumprod[-1] == 0 and facts.path.alpha(torch.tensor(1.0)) < 1e-7
+        assert facts.path.sigma(torch.tensor(1.0)) == 1
+
+
+@given(st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=12), st.floats(0.01, 1.0))
+def test_any_rising_table_makes_a_path(rises, share):
+    "Through all nodes, rising between them, with derivatives that finite differences confirm, and an exact inverse."
+    angles = np.cumsum(rises) / np.sum(rises) * share * math.pi / 2
+    path, t = TablePath(tuple(angles.tolist())), torch.linspace(0, 1, 97, dtype=torch.float64)
+    nodes = torch.arange(1, len(angles) + 1).double() / len(angles)
+    assert_close(path.sigma(nodes), torch.from_numpy(np.sin(angles)), rtol=0, atol=1e-12)
+    assert path.alpha(torch.zeros(1)) == 1 and path.sigma(torch.zeros(1)) == 0
+    assert (path.sigma(t).diff() > 0).all() and (path.alpha(t) ** 2 + path.sigma(t) ** 2 - 1).abs().max() < 1e-12
+    inner, h = 0.01 + 0.98 * t, 1e-6
+    for value, slope in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma)):
+        steepest = slope(inner).abs().max().item() + 1
+        assert_close((value(inner + h) - value(inner - h)) / (2 * h), slope(inner), rtol=0, atol=1e-2 * steepest)
+    inside = t[1:-1]
+    assert_close(path.time_at(path.noise_to_signal(inside)), inside, rtol=0, atol=1e-7)
+
+
+def test_a_table_path_is_a_path_like_any_other():
+    path = path_from_scheduler(cases.ddim()).path
+    assert path == copy.deepcopy(path) and {path: 1}[path_from_scheduler(cases.ddim()).path] == 1
+    x, eps, t = torch.randn(9, 3).double(), torch.randn(9, 3).double(), torch.linspace(0.01, 1, 9, dtype=torch.float64)
+    for other in (FlowPath(), VPPath("cosine"), EDMPath()):
+        moved, s = change_path(path.interpolate(x, eps, t), t, path, other)
+        assert_close(moved, other.interpolate(x, eps, s))
+        assert_close(change_path(moved, s, other, path)[1], t)
+    with pytest.raises(ValueError, match=r"t = 1\.\d+; allowed"):  # the table ends before that much noise
+        change_path(x, torch.tensor(0.99), FlowPath(), path)
+    for t in (torch.tensor(1.0), torch.ones(4), torch.ones(4, dtype=torch.float64)):
+        assert (path.time_at(path.noise_to_signal(t)) == 1).all() and path.sigma(t).dtype == t.dtype
+
+
+def test_time_is_told_exactly_and_in_single_precision():
+    "Half precision cannot hold a timestep: 999 would become 1000."
+    seen = []
+    model = DiffusersDenoiser(cases.unet().to(torch.bfloat16), cases.ddim(), null=torch.zeros(1, 5, 8))
+    model.net.register_forward_pre_hook(
+        lambda net, args, kwargs: seen.append((kwargs["timestep"], args[0].dtype)), with_kwargs=True
+    )
+    y = model.output(torch.randn(2, 4, 8, 8), torch.tensor(1.0), torch.randn(2, 5, 8))
+    assert seen[0][0].tolist() == [999, 999] and seen[0][0].dtype == torch.float32
+    assert seen[0][1] == torch.bfloat16 and y.dtype == torch.float32
+    nearest = path_from_scheduler(cases.ddim(), nearest=True).clock
+    assert nearest(torch.tensor([0.0, 0.5004, 1.0])).tolist() == [0, 499, 999]
+    assert Clock(1000, 1)(torch.tensor(0.5004)).item() == pytest.approx(499.4, abs=1e-3)
+
+
+@pytest.mark.parametrize("bad, words", [
+    (SimpleNamespace(config={}), "scheduler is SimpleNamespace; allowed: one with alphas_cumprod"),
+    (diffusers.ScoreSdeVeScheduler(), "scheduler is ScoreSdeVeScheduler"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "scheduler is FlowMatchEulerDiscreteScheduler"),
+    (diffusers.EDMEulerScheduler(prediction_type="sample"), "prediction_type = 'sample' of EDMEulerScheduler"),
+    (diffusers.UnCLIPScheduler(prediction_type="score"), "prediction_type = 'score' of UnCLIPScheduler; allowed: 'eps"),
+])  # fmt: skip
+def test_schedulers_that_are_refused(bad, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        path_from_scheduler(bad)
+    assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def loop(scheduler, net, x, steps, text, **options):
+    "A scheduler's own loop."
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(net(seen, timestep=t.expand(len(x)), encoder_hidden_states=text).sample, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("name, options, sampler", [
+    ("DDIMScheduler", {"clip_sample": False}, "ddim"),
+    ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"} | V, "ddim"),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, "ddim"),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "ddim"),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", "lower_order_final": True}, "dpmpp_2m"),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "dpmpp_2m"),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 2.0}, "euler"),
+    ("FlowMatchHeunDiscreteScheduler", {}, "heun"),
+    ("EDMEulerScheduler", {}, "euler"),
+    ("EDMEulerScheduler", {"prediction_type": "v_prediction", "sigma_data": 1.0, "sigma_max": 120.0}, "euler"),
+])  # fmt: skip
+def test_our_samplers_and_their_loops(name, options, sampler):
+    text, start, net = torch.randn(2, 5, 8), torch.randn(2, 4, 8, 8), cases.unet()
+    discrete = {} if name.startswith(("Flow", "EDM")) else cases.STABLE_DIFFUSION
+    scheduler = getattr(diffusers, name)(**discrete, **options)
+    model, times = DiffusersDenoiser(net, scheduler), scheduler_times(scheduler, 10)
+    if name.startswith(("Euler", "EDM")):  # their data are ours over alpha
+        level = model.path.noise_to_signal(times[0]).item()
+        theirs = loop(scheduler, net, start * (1 + level**2) ** 0.5, 10, text)
+        start = start * (1 + level**2) ** 0.5 * model.path.alpha(times[0]).item()
+    else:
+        theirs = loop(scheduler, net, start, 10, text)
+    ours = sample(model, text, tuple(start.shape), sampler, times=times, init=start, progress=False)
+    # Karras noise levels lie between the table's, where the interpolants differ; with flow noise levels the solver cuts
+    # its timesteps to whole numbers, 99.9 to 99. In both cases the network is told slightly other times than by us.
+    loose = options.get("use_karras_sigmas") or options.get("use_flow_sigmas")
+    assert (ours - theirs).abs().max() < (2e-3 if loose else 2e-5) * theirs.abs().max()
+
+
+def compare(pipeline, call, ours, decode, inputs=(PROMPTS,)):
+    "Latents, and images that are not all black or white, as the pipeline draws them."
+    latents = pipeline(*inputs, output_type="latent", **call).images
+    images = pipeline(*inputs, output_type="pt", **call).images
+    assert_close(ours if latents.ndim == 4 else to_patches(ours)[0], latents, rtol=0, atol=2e-6 * latents.abs().max())
+    shades = (decode(ours) / 2 + 0.5).clamp(0, 1)
+    assert ((shades > 0) & (shades < 1)).float().mean() > 0.1
+    assert_close(shades, images, rtol=0, atol=1e-5)
+
+
+def test_stable_diffusion_pipeline():
+    pipeline = cases.stable_diffusion()
+    _, encode, decode, shape = from_pipeline(pipeline)
+    start = torch.randn(2, *shape)
+    call = {"num_inference_steps": 5, "guidance_scale": 3.0, "latents": start}
+    for null in ("", "a fog"):
+        call["negative_prompt"] = [null] * 2
+        guided = ClassifierFreeGuidance(from_pipeline(pipeline, null).model, 3.0)
+        times = scheduler_times(pipeline.scheduler, 5)
+        ours = sample(guided, encode(PROMPTS), (2, *shape), "ddim", times=times, init=start, progress=False)
+        compare(pipeline, call, ours, decode)
+
+
+@pytest.mark.parametrize("make, sampler, told", [
+    (cases.sdxl, "ddim", {}),
+    (cases.stable_diffusion_3, "euler", {"max_sequence_length": 8}),
+])  # fmt: skip
+def test_pipelines_with_packed_conditions(make, sampler, told):
+    pipeline = make()
+    model, encode, decode, shape = from_pipeline(pipeline, **told)
+    start, c = torch.randn(2, *shape), encode(PROMPTS)
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": start, "height": 16, "width": 16, **told}
+    times = scheduler_times(pipeline.scheduler, 4)
+    guided = ClassifierFreeGuidance(model, 3.0)
+    ours = sample(guided, c, (2, *shape), sampler, times=times, init=start, progress=False)
+    assert c.ndim == 2 and c.dtype == torch.float32
+    compare(pipeline, call, ours, decode)
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_flux_pipeline(embedded):
+    pipeline = cases.flux_pipeline(guidance_embeds=embedded)
+    options = {"max_sequence_length": 8, "size": 16}
+    model, encode, decode, shape = from_pipeline(pipeline, guidance=2.5, **options)
+    start, c = torch.randn(2, *shape), encode(PROMPTS)
+    call = {"num_inference_steps": 4, "guidance_scale": 2.5, "latents": to_patches(start)[0], "max_sequence_length": 8}
+    call |= {"height": 16, "width": 16}
+    times = scheduler_times(pipeline.scheduler, 4, sigmas=np.linspace(1, 1 / 4, 4))
+    ours = sample(model, c, (2, *shape), "euler", times=times, init=start, progress=False)
+    compare(pipeline, call, ours, decode)
+    if embedded:  # without a fixed scale it is an input, 1 unless asked, and 0 without condition
+        aware = from_pipeline(pipeline, **options).model
+        y = [aware.output(start, 0.5, c, scale=scale) for scale in (None, 1.0, 2.5)]
+        assert aware.scale_aware and torch.equal(y[0], y[1]) and not torch.allclose(y[1], y[2])
+        assert_close(y[2], model.output(start, 0.5, c))
+        drop = torch.tensor([True, False])
+        assert_close(aware.output(start, 0.5, c, drop, 2.5)[0], aware.output(start, 0.5)[0])
+        assert_close(aware.output(start, 0.5, c, drop, 2.5)[1], y[2][1])
+
+
+def test_dit_pipeline_with_a_learned_variance():
+    pipeline = cases.dit_pipeline()
+    model, encode, decode, shape = from_pipeline(pipeline)
+    assert encode(["tabby", 1]).tolist() == [0, 1] and model.num_classes == 1000 and model.null.tolist() == [1000]
+    start = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(0)}
+    theirs = torch.from_numpy(pipeline([0, 1], output_type="np", **call).images).permute(0, 3, 1, 2)
+    times, guided = scheduler_times(pipeline.scheduler, 4), ClassifierFreeGuidance(model, 3.0)
+    ours = sample(guided, encode(["cat", 1]), (2, *shape), "ddim", times=times, init=start, progress=False)
+    shades = (decode(ours) / 2 + 0.5).clamp(0, 1)
+    assert ((shades > 0) & (shades < 1)).float().mean() > 0.1
+    assert_close(shades, theirs, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="class 'cow'; allowed: a class index, or one of 3 names"):
+        encode(["cow"])
+
+
+def test_dit_does_not_drop_labels_by_itself():
+    model = DiffusersDenoiser(cases.dit(3), cases.ddim()).train()
+    x, c = torch.randn(64, 4, 8, 8), torch.arange(64) % 3
+    assert torch.equal(model.output(x, 0.5, c), model.output(x, 0.5, c))
+    assert_close(model.output(x, 0.5, c), model.eval().output(x, 0.5, c))
+
+
+def test_a_pipeline_without_conditions():
+    pipeline = diffusers.DDIMPipeline(cases.class_unet(), cases.ddim())
+    model, _, decode, shape = from_pipeline(pipeline)
+    x = sample(model, None, (2, *shape), "ddim", 4, progress=False)
+    assert model.num_classes == 0 and torch.equal(decode(x), x)
+
+
+def refuse(call, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input_is_refused_in_one_line():
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
+    bare = DiffusersDenoiser(cases.unet(), cases.ddim())
+    refuse(lambda: bare.predict(x, 0.5), "null is None; allowed: a null condition")
+    refuse(lambda: bare.output(x, 0.5, text, torch.tensor([True, False])), "null is None")
+    assert torch.equal(bare.output(x, 0.5, text, torch.tensor([False, False])), bare.output(x, 0.5, text))
+    refuse(lambda: bare.predict(x[:, :3], 0.5, text), "x has shape (2, 3, 8, 8); allowed: [batch, 4, height, width]")
+    model = DiffusersDenoiser(cases.unet(), cases.ddim(), null=torch.zeros(1, 7, 8))
+    refuse(lambda: model.output(x, 0.5, text, torch.tensor([True, False])), "c has shape (2, 5, 8); allowed")
+    refuse(lambda: DiffusersDenoiser(cases.unet(), cases.ddim(), null=torch.zeros(2, 5, 8)), "null = (2, 5, 8)")
+    refuse(lambda: DiffusersDenoiser(cases.unet(), cases.ddim(), null=3), "null = 3; allowed: the condition [1, ...]")
+    classes = cases.class_unet(num_class_embeds=4)
+    refuse(lambda: DiffusersDenoiser(classes, cases.ddim(), null=7), "null = 7; allowed: None, or the last of")
+    assert DiffusersDenoiser(classes, cases.ddim()).num_classes == 4
+    refuse(lambda: DiffusersDenoiser(classes, cases.ddim()).predict(x, 0.5), "null is None")
+    packed, packing = pack_conditions(encoder_hidden_states=text, text_embeds=torch.randn(2, 6))
+    refuse(lambda: DiffusersDenoiser(cases.sd3(), cases.ddim(), packing=packing), "allowed: `pack_conditions` of encod")
+    refuse(lambda: packing.unpack(packed[:, 1:]), "allowed: packed conditions [batch, 46]")
+    refuse(lambda: DiffusersDenoiser(nn.Linear(2, 2), cases.ddim()), "net is Linear; allowed: UNet2DModel")
+    refuse(lambda: from_pipeline(SimpleNamespace()), "has no unet and no transformer")
+    mute = cases.stable_diffusion()
+    mute.text_encoder = None
+    borrowed = from_pipeline(mute)
+    refuse(lambda: borrowed.encode(PROMPTS), "StableDiffusionPipeline has no text encoder; allowed: conditions made")
+    refuse(lambda: borrowed.model.predict(x, 0.5), "null is None")
+    refuse(lambda: to_patches(torch.randn(1, 4, 7, 8)), "allowed: even height and width")
+
+
+@pytest.mark.parametrize("loss", [DenoisingLoss(0.3), AlignedLoss(2.0), ModelGuidanceLoss(0.45, dropout=0.3)])
+@pytest.mark.parametrize("kind", ["text", "packed", "classes", "dit"])
+def test_every_loss_trains_every_kind(loss, kind):
+    "Embeddings as conditions through one loop: the loss falls, the null condition stays, EMA is of the same class."
+    text, latents = torch.randn(4, 5, 8), torch.randn(4, 4, 8, 8)
+    both, packing = pack_conditions(encoder_hidden_states=text, pooled_projections=torch.randn(4, 6))
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    model, c = {
+        "text": lambda: (DiffusersDenoiser(cases.unet(), cases.ddim(), text[3:] * 0), text),
+        "packed": lambda: (DiffusersDenoiser(cases.sd3(8, 6), flow, both[3:] * 0, packing), both),
+        "classes": lambda: (DiffusersDenoiser(cases.class_unet(num_class_embeds=5), flow, 4), torch.arange(4)),
+        "dit": lambda: (DiffusersDenoiser(cases.dit(4), cases.ddim()), torch.arange(4)),
+    }[kind]()
+    before, null = copy.deepcopy(model), model.null.clone()
+    data = latents.repeat(8, 1, 1, 1), c.repeat(8, *[1] * (c.ndim - 1))
+    state = train(model, loss, data, 12, 16, lr=3e-3, ema=0.8, progress=False)
+    plain, (x, labels) = DenoisingLoss(0.0), data
+    value = [
+        plain(each.eval(), x, labels, Context(torch.Generator().manual_seed(0), 0, 1, None)).mean().item()
+        for each in (before, model)
+    ]
+    assert math.isfinite(state.loss) and type(state.ema) is DiffusersDenoiser
+    assert value[1] < value[0] and torch.equal(model.null, null)
+
+
+def test_model_guidance_with_text_has_no_other_classes():
+    model = DiffusersDenoiser(cases.unet(), cases.ddim(), torch.zeros(1, 5, 8))
+    data = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 8)
+    for unconditional in ("contrastive", "uniform"):
+        loss = ModelGuidanceLoss(0.3, unconditional=unconditional)
+        refuse(lambda: train(model, loss, data, 1, 4, progress=False), f"unconditional = '{unconditional}'; allowed")  # noqa: B023
+
+
+def test_fine_tune_resume_save_load_with_plain_diffusers(tmp_path):
+    "encode -> train -> resume -> save: plain diffusers draws the same images from the folder."
+    pipeline = cases.stable_diffusion()
+    model, encode, decode, shape = from_pipeline(pipeline)
+    data = torch.randn(4, *shape), encode(["a cat", "two dogs", "red", "blue"])
+    whole, half = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"batch_size": 4, "ema": 0.5, "progress": False, "lr": 1e-3}
+    train(whole, DenoisingLoss(0.2), data, 6, **options)
+    kept = Checkpoints(str(tmp_path / "run"), every=3)
+    first = fit(half, DenoisingLoss(0.2), data, 6, checkpoints=kept, **options)
+    for _ in range(3):
+        next(first)
+    first.close()
+    train(model, DenoisingLoss(0.2), data, 6, checkpoints=kept, **options)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters()))
+    pipeline.save_pretrained(tmp_path / "pipeline")  # the pipeline holds the very network that was trained
+    again = cases.quiet(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None))
+    start = torch.randn(2, *shape)
+    call = {"num_inference_steps": 4, "guidance_scale": 2.0, "latents": start}
+    times, guided = scheduler_times(again.scheduler, 4), ClassifierFreeGuidance(model.eval(), 2.0)
+    ours = sample(guided, encode(PROMPTS), (2, *shape), "ddim", times=times, init=start, progress=False)
+    compare(again, call, ours, decode)
+
+
+def test_rows_are_counted_and_a_pair_is_one_pass():
+    model = DiffusersDenoiser(cases.unet(), cases.ddim(), torch.zeros(1, 5, 8))
+    calls, x, text = [], torch.randn(3, 4, 8, 8), torch.randn(3, 5, 8)
+    model.net.register_forward_pre_hook(lambda net, args: calls.append(len(args[0])))
+    for batching, expected in (("batched", [6]), ("sequential", [3, 3])):
+        calls.clear()
+        with count_rows() as rows:
+            pair = model.predict_pair(x, torch.tensor(0.3), text, batching)
+        assert (rows.total, calls) == (6, expected)
+        assert_close(pair[1].eps, model.eps(x, torch.tensor(0.3)))
+    moved = OnPath(model, FlowPath()).predict(x, torch.tensor(0.3), text)
+    assert_close(FlowPath().interpolate(*moved, torch.tensor(0.3)), x, rtol=1e-4, atol=1e-4)
+
+
+def test_torchcfm_interpolates_and_regresses_as_we_do():
+    matching = pytest.importorskip("torchcfm.conditional_flow_matching")
+    data, noise, t = torch.randn(8, 3), torch.randn(8, 3), torch.rand(8)
+    for matcher, path in (
+        (matching.ConditionalFlowMatcher(0.0), FlowPath()),
+        (matching.VariancePreservingConditionalFlowMatcher(0.0), VPPath("cosine")),
+    ):
+        _, point, velocity = matcher.sample_location_and_conditional_flow(noise, data, t=t)
+        model = from_torchcfm(lambda t, x: velocity, path=path)  # noqa: B023
+        assert_close(path.interpolate(data, noise, 1 - t), point)
+        assert_close(model.target(data, noise, 1 - t), -velocity)
+        assert_close(model.predict(point, 1 - t), Prediction(data, noise), rtol=1e-3, atol=1e-4)
+
+
+def test_torchcfm_models_sample_where_their_ode_ends():
+    "Euler in their time, forwards, by hand, against our sampler."
+    read = nn.Linear(3, 2)
+
+    class Net(nn.Module):
+        def forward(self, t, x, y):
+            return torch.tanh(read(torch.cat([x, t[:, None]], 1)) + y[:, None])
+
+    model, labels, x = from_torchcfm(Net(), 3), torch.tensor([0, 1, 2, 1]), torch.randn(4, 2)
+    ours = sample(model, labels, (4, 2), "euler", 10, init=x, progress=False)
+    with torch.no_grad():
+        for i in range(10):
+            x = x + 0.1 * Net()(torch.full((4,), i / 10), x, labels)
+    assert_close(ours, x, rtol=1e-5, atol=1e-5)
+
+
+def test_callables_answer_row_by_row_and_train_if_they_can():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.label, self.null = nn.Embedding(3, 2), nn.Parameter(torch.full((2,), 7.0))
+
+        def forward(self, x, t, c):
+            return x * 0 + (self.null if c is None else self.label(c))
+
+    model = from_callable(Net(), FlowPath(), "x0", 3)
+    x, c, drop = torch.randn(5, 2), torch.tensor([0, 1, 2, 1, 0]), torch.tensor([True, False, True, False, False])
+    with count_rows() as rows:
+        y = model.output(x, 0.5, c, drop)
+    assert rows.total == 5
+    assert_close(y, torch.where(drop[:, None], torch.full((2,), 7.0), model.net.label(c)))
+    train(model, DenoisingLoss(0.5), (torch.ones(8, 2), torch.arange(8) % 3), 150, 8, lr=0.2, ema=0.5, progress=False)
+    assert (model.predict(x, 0.5, c).x0 - 1).abs().max() < 0.1 and (model.predict(x, 0.5).x0 - 1).abs().max() < 0.1
+
+
+def modular(scheduler):
+    "A modular SDXL pipeline of tiny parts, and a call of it."
+    from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+
+    parts, pipeline = cases.sdxl(), StableDiffusionXLAutoBlocks().init_pipeline()
+    names = ("vae", "unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    pipeline.update_components(scheduler=scheduler, **{name: getattr(parts, name) for name in names})
+    pipeline.set_progress_bar_config(disable=True)
+    for block in (pipeline._blocks, *pipeline._blocks.sub_blocks.values()):
+        getattr(block, "set_progress_bar_config", lambda **more: None)(disable=True)
+    start = torch.randn(2, 4, 8, 8)
+
+    def call(guider):
+        pipeline.update_components(guider=guider)
+        size = {"height": 16, "width": 16, "num_inference_steps": 4, "output": "latents"}
+        return pipeline(prompt=PROMPTS, latents=start.clone(), **size)
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_our_guidance_in_a_modular_pipeline(name, kind):
+    scheduler = getattr(diffusers, name)(**cases.STABLE_DIFFUSION, prediction_type=kind)
+    call, plain = modular(scheduler), lambda model: ClassifierFreeGuidance(model, 3.0)
+    theirs = call(TheirGuidance(guidance_scale=3.0))
+    assert_close(call(diffusers_guider(plain, scheduler)), theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+    assert (theirs - call(TheirGuidance(guidance_scale=1.0))).abs().max() > 1e-3 * theirs.abs().max()
+
+
+@torch.no_grad()
+def guided_loop(guider, net, scheduler, x, steps, conditions):
+    "The guider protocol in the order of a modular pipeline."
+    scheduler.set_timesteps(steps)
+    for i, t in enumerate(scheduler.timesteps):
+        guider.set_state(step=i, num_inference_steps=steps, timestep=t)
+        batches = guider.prepare_inputs({"encoder_hidden_states": conditions})
+        for batch in batches:
+            guider.prepare_models(net)
+            batch.noise_pred = net(x, t, encoder_hidden_states=batch.encoder_hidden_states).sample
+            guider.cleanup_models(net)
+        x = scheduler.step(guider(batches)[0], t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_guidance_with_a_space_and_a_memory_in_a_pipeline(kind):
+    "APG acts on clean data and remembers: in a pipeline and in our sampler it must draw the same, twice in a row."
+    scheduler, text, null = cases.ddim(prediction_type=kind), torch.randn(2, 5, 8), torch.randn(1, 5, 8)
+    model, start = DiffusersDenoiser(cases.unet(), scheduler, null), torch.randn(2, 4, 8, 8)
+    apg = lambda model: AdaptiveProjectedGuidance(model, 4.0, eta=0.3, norm=3.0, momentum=-0.5)  # noqa: E731
+    times = scheduler_times(scheduler, 6)
+    ours = sample(apg(model), text, (2, 4, 8, 8), "ddim", times=times, init=start, progress=False)
+    guider = diffusers_guider(apg, scheduler)
+    for _ in range(2):
+        theirs = guided_loop(guider, model.net, scheduler, start, 6, (text, null.expand(2, -1, -1)))
+        assert_close(theirs, ours, rtol=0, atol=1e-4 * ours.abs().max().item())
+    linear = ClassifierFreeGuidance(model, 4.0)
+    linear = sample(linear, text, (2, 4, 8, 8), "ddim", times=times, init=start, progress=False)
+    assert (linear - ours).abs().max() > 1e-2
+
+
+def test_guidance_that_looks_elsewhere_is_refused():
+    class Elsewhere(Denoiser):
+        def __init__(self, model, dx=0.0, dt=0.0, dc=0.0):
+            super().__init__(model.path, model.num_classes)
+            self.model, self.by = model, (dx, dt, dc)
+
+        def predict(self, x, t, c=None):
+            return self.model.predict(x + self.by[0], t - self.by[1], None if c is None else c + self.by[2])
+
+    scheduler, text = cases.ddim(), torch.randn(2, 5, 8)
+    net, start = cases.unet(), torch.randn(2, 4, 8, 8)
+    for by, what in (({"dx": 0.1}, "point"), ({"dt": 0.01}, "point"), ({"dc": 1.0}, "condition")):
+        guider = diffusers_guider(lambda model, by=by: Elsewhere(model, **by), scheduler)
+        refuse(lambda: guided_loop(guider, net, scheduler, start, 3, (text, text)), f"asks for another {what}; allowed")  # noqa: B023
+    off = diffusers_guider(Elsewhere, scheduler)
+    off.disable()  # by hand: the SDXL blocks of diffusers 0.42 enable a disabled guider again, half-way
+    assert_close(guided_loop(off, net, scheduler, start, 3, (text, None)), loop(scheduler, net, start, 3, text))
+    fine = guided_loop(diffusers_guider(Elsewhere, scheduler), net, scheduler, start, 3, (text, text))
+    assert fine.isfinite().all() and not net._forward_pre_hooks
+    replay, pair = Replay(FlowPath()), Prediction(torch.zeros(2, 3), torch.ones(2, 3))
+    weak = NetworkDenoiser(nn.Identity(), FlowPath(), 3)
+    c = replay.load(torch.zeros(2, 3), torch.tensor(0.5), pair, pair)
+    with pytest.raises(ValueError, match="allowed: a LongTensor"):  # another model cannot mistake it for a class
+        weak.predict(torch.zeros(2, 3), 0.5, c)
+    refuse(lambda: diffusers_guider(lambda m: m, diffusers.EDMEulerScheduler()), "scheduler is EDMEulerScheduler")
+
+
+def hub_model(**options):
+    model = image_denoiser("unet-tiny", (1, 8, 8), VPPath("cosine"), 3, "v", widths=[8, 16], **options)
+    return cases.stirred(model)
+
+
+def test_a_hub_folder_is_the_model_and_its_card_runs(tmp_path):
+    model = hub_model()
+    needs = "from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance"
+    how = {"guidance": "ClassifierFreeGuidance(model, 2.0)", "imports": needs, "sampler": "ddim", "sampler_steps": 3}
+    facts = TrainingFacts("plain", 200, 12800, "digits", 2.0, **how)
+    to_hub(model, "unet-tiny", (1, 8, 8), {"widths": [8, 16]}, facts).save_pretrained(tmp_path)
+    again, card = HubDenoiser.from_pretrained(tmp_path), (tmp_path / "README.md").read_text()
+    x, c = torch.randn(3, 1, 8, 8), torch.arange(3)
+    assert torch.equal(again.predict(x, 0.3, c).x0, model.predict(x, 0.3, c).x0)
+    assert again.path == model.path and again.facts == facts and again.shape == (1, 8, 8) and not again.training
+    for words in ("plain", "12,800 rows", "200 optimiser steps", "e = e_u + scale (e_c - e_u)", "at scale 2", "digits"):
+        assert words in card
+    code, scope = card.split("```")[1].removeprefix("python\n"), {}
+    exec(code.replace("FOLDER OR HUB NAME", str(tmp_path)).replace('"ddim", 3)', '"ddim", 3, progress=False)'), scope)
+    guided = ClassifierFreeGuidance(model, 2.0)
+    expected = sample(guided, torch.arange(4) % 3, (4, 1, 8, 8), "ddim", 3, progress=False)
+    assert_close(scope["images"], expected)
+
+
+def test_a_hub_folder_with_other_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    to_hub(hub_model(scale_aware=True), "unet-tiny", (1, 8, 8), {"widths": [8, 16]}).save_pretrained(tmp_path)
+    again = HubDenoiser.from_pretrained(tmp_path)
+    assert again.scale_aware and again.facts is None
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop(sorted(weights)[0])
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        HubDenoiser.from_pretrained(tmp_path)
+
+
+def test_every_path_survives_json():
+    table = path_from_scheduler(cases.ddim()).path
+    for path in (FlowPath(), VPPath(), VPPath("linear", 0.2, 15.0), EDMPath(50.0), table):
+        assert path_from_json(json.loads(json.dumps(path_to_json(path)))) == path
+    refuse(lambda: path_from_json({"kind": "Loop"}), "path kind = 'Loop'; allowed: FlowPath")
+    refuse(lambda: path_to_json(SimpleNamespace()), "path is SimpleNamespace; allowed: FlowPath")
+
+
+def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
+    "By the call that the notebook gives."
+    from guidance_nb.image_data import save_samples
+    from guidance_nb.recipes import Recipe, load_trained, override, train_recipe
+
+    x = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    save_samples(tmp_path / "images", x, torch.arange(16) % 2)
+    changes = {"network": "unet-tiny", "steps": 2, "batch_size": 4, "warmup": 0, "precision": "fp32", "grid_every": 0}
+    recipe = override(Recipe(), changes | {"save_every": 2, "data": str(tmp_path / "images"), "path": "vp-linear"})
+    for _ in train_recipe(recipe, tmp_path / "run", progress=False):
+        pass
+    trained = load_trained(tmp_path / "run")
+    table = trained.recipe.network
+    to_hub(trained.model, table.name, trained.shape, table.settings).save_pretrained(tmp_path / "hub")
+    again = HubDenoiser.from_pretrained(tmp_path / "hub")
+    noise, c = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    own = trained.model.cpu().predict(noise, 0.4, c)
+    assert torch.equal(again.predict(noise, 0.4, c).x0, own.x0)
+
+
+def test_facts_can_be_given_by_hand():
+    "A network of diffusers trained by other means, on a continuous path."
+    facts = SchedulerFacts(VPPath("cosine"), "v", Clock(1000))
+    model = DiffusersDenoiser(cases.class_unet(), facts)
+    x = torch.randn(2, 4, 8, 8)
+    expected = model.net(x, torch.tensor([250.0, 250.0])).sample
+    assert_close(model.output(x, 0.25), expected)
+    assert model.num_classes == 0 and DiffusersDenoiser(cases.unet(), facts).num_classes == EMBEDDINGS

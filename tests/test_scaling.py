@@ -1,0 +1,248 @@
+"What a run costs: counts against sums by hand, memory and plans against their limits, and what is refused."
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.flow_postprocessing import CorrectionFlow, PairLoss
+from guidance_nb.image_metrics import Extractor, extract
+from guidance_nb.model_guidance import ModelGuidanceLoss
+from guidance_nb.networks import mlp_denoiser
+from guidance_nb.paths import FlowPath
+from guidance_nb.scaling import (
+    CHIPS,
+    Chip,
+    Cluster,
+    NetworkCost,
+    StepRows,
+    batch_shares,
+    cost_sheet,
+    count_network,
+    count_sample_rows,
+    count_step_rows,
+    dit_flops,
+    exchange_seconds,
+    extract_sharded,
+    find_chip,
+    launch_file,
+    memory_per_gpu,
+    mfu,
+    network_cost,
+    scaling_efficiency,
+    scaling_plan,
+    step_seconds,
+    training_flops,
+)
+from guidance_nb.training import DenoisingLoss
+
+LARGE = NetworkCost(675_000_000, 237e9, 474e9, 333e6, 1.35e9)
+PLAIN = StepRows(1.0, 0.0)
+
+
+def test_two_layers_by_hand():
+    "6 -> 10 -> 4 with a ReLU: products 2 (6 10 + 10 4) forward; backward all twice but for the first layer's input."
+    build = lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))  # noqa: E731
+    cost = count_network(build, lambda n: (torch.zeros(n, 6),), "fp32")
+    assert (cost.weights, cost.forward) == (6 * 10 + 10 + 10 * 4 + 4, 2 * (60 + 40))
+    assert cost.backward == 2 * (60 + 40 + 40)
+    assert (cost.activations, cost.copies) == (4 * (6 + 10), 0)  # the input and the ReLU's result, which serves twice
+
+
+def test_a_convolution_by_hand():
+    "A 3x3 convolution from 5 to 7 channels on 8x8: nine products of 5 numbers for each of 7 x 64 results."
+    cost = count_network(lambda: nn.Conv2d(5, 7, 3, padding=1), lambda n: (torch.zeros(n, 5, 8, 8),), "fp32")
+    assert cost.forward == 2 * 9 * 5 * 7 * 64
+    assert cost.activations == 4 * 5 * 64
+
+
+@pytest.mark.parametrize(("side", "width", "depth", "heads"), [(8, 24, 1, 2), (16, 32, 3, 4)])
+def test_transformers_by_their_matrices(side, width, depth, heads):
+    "All matrices of a block one by one, times the tokens they see, and the two products of attention."
+    cost = network_cost("dit-s/2", (3, side, side), 10, width=width, depth=depth, heads=heads)
+    tokens, patch = (side // 2) ** 2, 12
+    block = tokens * sum(a * b for a, b in ((width, width),) * 4 + ((width, 4 * width), (4 * width, width)))
+    block += 6 * width * width + 2 * tokens * tokens * width
+    ends = tokens * patch * width * 2 + 2 * width * width
+    assert cost.forward == 2 * (depth * block + ends + 256 * width + width * width)
+    assert cost.forward < cost.backward < 2 * cost.forward  # nothing flows back to the image and the clock
+
+
+def test_published_count_of_the_largest():
+    "118.6 'Gflops' at 256 and 524.6 at 512 (arXiv 2212.09748) are multiply-adds."
+    assert abs(network_cost("dit-xl/2", (4, 32, 32), 1000).forward / 2e9 / 118.6 - 1) < 1e-3
+    assert abs(dit_flops(1152, 28, 1024, 16) / 2e9 / 524.6 - 1) < 1e-3
+
+
+def test_counting_allocates_nothing_and_draws_nothing():
+    before = torch.get_rng_state()
+    network_cost("dit-b/4", (4, 64, 64), 1000)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("loss", "trained", "asked"),
+    [
+        (DenoisingLoss(0.1), 1, 0),
+        (AlignedLoss(2.0), 2, 0),
+        (ModelGuidanceLoss(0.5, dropout=0.0, interval=(0.0, 1.0)), 1, 2),
+        (ModelGuidanceLoss(0.5, dropout=0.2, interval=(0.0, 0.5)), 1, 2 * 0.8 * 0.5),
+        (ModelGuidanceLoss(0.5, dropout=0.0, interval=(0.0, 1.0), target="online"), 1, 2),
+        (ModelGuidanceLoss(0.5, dropout=0.0, interval=(0.0, 1.0), unconditional="uniform"), 1, 10),
+        (ModelGuidanceLoss(0.5, dropout=0.0, interval=(0.0, 1.0), start_step=750), 1, 0.5),
+    ],
+)
+def test_rows_of_losses(loss, trained, asked):
+    rows = count_step_rows(loss, steps=1000)
+    assert rows.trained == trained
+    assert_close(rows.asked, float(asked), rtol=0, atol=0.02)
+
+
+def test_rows_of_a_loss_on_its_own_model():
+    model = CorrectionFlow(2, 3, width=8, depth=1)
+    pairs = torch.stack([torch.zeros(32, 2), torch.ones(32, 2)], 1)
+    assert count_step_rows(PairLoss(), model, (pairs, torch.arange(32) % 3)) == StepRows(1, 0)
+
+
+def test_counting_rows_leaves_the_model_as_it_was():
+    model = mlp_denoiser(2, FlowPath(), 10, width=4, depth=1)
+    count_step_rows(ModelGuidanceLoss(0.5), model)
+    assert not model.net._forward_hooks and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("sampler", "rows"), [("euler", 10), ("heun", 19), ("ddim", 10)])
+def test_rows_of_samplers(sampler, rows):
+    assert count_sample_rows(sampler, 10) == rows
+    assert count_sample_rows(sampler, 10, lambda model: ClassifierFreeGuidance(model, 3.0)) == 2 * rows
+
+
+def test_training_is_forward_and_backward_and_again():
+    assert training_flops(LARGE, StepRows(2.0, 1.5)) == 2 * (237e9 + 474e9) + 1.5 * 237e9
+    assert training_flops(replace(LARGE, recompute=True), StepRows(2.0, 1.5)) == 2 * (2 * 237e9 + 474e9) + 1.5 * 237e9
+
+
+def test_memory_by_hand():
+    parts = memory_per_gpu(LARGE, 10)
+    assert parts == {
+        "weights": 2.7e9, "gradients": 2.7e9, "moments": 5.4e9, "average": 2.7e9,
+        "copies": 1.35e9, "activations": 3.33e9,
+    }  # fmt: skip
+    eight = memory_per_gpu(LARGE, 10, 8, sharded=True)
+    assert eight == parts | {"weights": 2.7e9 / 8, "gradients": 2.7e9 / 8, "moments": 5.4e9 / 8}
+
+
+def test_the_estimate_of_memory_is_what_a_real_pass_keeps():
+    "Bytes kept by real tensors on the CPU, for two numbers of rows, beside those counted on fakes."
+    from guidance_nb.networks import build_network
+    from guidance_nb.scaling import kept_bytes
+
+    settings = {"width": 32, "depth": 2, "heads": 2}
+    cost = network_cost("dit-s/2", (4, 8, 8), 10, precision="fp32", **settings)
+    net = build_network("dit-s/2", (4, 8, 8), 10, **settings)
+    for n in (3, 5):
+        args = torch.randn(n, 4, 8, 8), torch.rand(n), torch.zeros(n, dtype=torch.long)
+        assert abs(kept_bytes(net, lambda args=args: net(*args)) / (cost.copies + n * cost.activations) - 1) < 0.02
+
+
+def test_a_sheet_by_hand():
+    sheet = cost_sheet(LARGE, StepRows(1.0, 1.35), 1000, 64, 2, (1, 4), chip="a100", share=0.4)
+    needed = 711e9 + 1.35 * 237e9
+    hours = 64_000 * needed / (0.4 * 312e12) / 3600
+    assert sheet.gpus.tolist() == [1, 4] and sheet.samples_at_once.tolist() == [32, 8]
+    assert_close(sheet.gpu_hours.tolist(), [hours, hours])
+    assert_close(sheet.hours.tolist(), [hours, hours / 4])
+    assert_close(sheet.memory_gb.tolist(), [(20 * 0.675 + 1.35 + 0.333 * n) for n in (32, 8)])
+    tight = cost_sheet(LARGE, PLAIN, 1, 64, gpus=(1,), chip=Chip(1e12, 30e9, 1e12, 1e11))
+    assert tight.fits.tolist() == [False]
+
+
+def test_mfu_of_a_chip_at_its_peak_is_one():
+    chip = CHIPS["h100"]
+    assert mfu(chip.peak / 711e9, 711e9, chip.peak) == pytest.approx(1.0)
+    assert mfu(0, 711e9, chip.peak) == 0
+    assert mfu(800, 711e9, chip.peak, gpus=8) == pytest.approx(mfu(100, 711e9, chip.peak))
+
+
+def test_a_ring_by_hand():
+    "Each of four GPUs sends three quarters of the bytes twice; beyond a machine over eight links."
+    assert exchange_seconds(10**9, 4) == pytest.approx(2 * 0.75 * 4e9 / 450e9)
+    assert exchange_seconds(10**9, 16) == pytest.approx(2 * 15 / 16 * 4e9 / 400e9)
+    assert exchange_seconds(10**9, 4, sharded=True) == pytest.approx(2 * exchange_seconds(10**9, 4))
+    assert exchange_seconds(10**9, 1) == exchange_seconds(10**9, 1, sharded=True) == 0
+
+
+def test_a_step_by_hand():
+    cluster = Cluster(share=0.5, overlap=0.0, storage=1e9, sample_bytes=1e6, save_every=100)
+    parts = step_seconds(LARGE, PLAIN, 64, 8, cluster)
+    compute, ring = 64 * 711e9 / (8 * 0.5 * 989e12), 2 * 7 / 8 * 2.7e9 / 450e9
+    update, saving = 40 * 675e6 / 3.35e12, 16 * 675e6 / 1e9 / 100
+    assert_close([parts[key] for key in ("compute", "exchange", "update", "saving")], [compute, ring, update, saving])
+    assert_close(parts["wait"], 64e6 / 1e9 - compute - ring - update)
+    assert_close(parts["total"], 64e6 / 1e9 + saving)
+
+
+@pytest.mark.parametrize("grow", [False, True])
+@pytest.mark.parametrize("gpus", [1, 2, 8, 16, 64, 256])
+def test_efficiency_has_its_limits(gpus, grow):
+    efficiency = scaling_efficiency(LARGE, PLAIN, 256, gpus, grow=grow)
+    assert 0 < efficiency <= 1 + 1e-12 and (gpus > 1 or efficiency == 1)
+    free = Cluster(Chip(989e12, 80e9, math.inf, math.inf), network=math.inf, storage=math.inf)
+    assert scaling_efficiency(LARGE, PLAIN, 256, gpus, free, grow) == pytest.approx(1.0)
+    for better in ({"network": 100e9}, {"overlap": 0.9}, {"storage": 1e10}):
+        assert step_seconds(LARGE, PLAIN, 256, gpus, Cluster(**better))["total"] <= step_seconds(
+            LARGE, PLAIN, 256, gpus
+        )["total"]  # fmt: skip
+
+
+def test_a_plan_agrees_with_its_parts():
+    plan = scaling_plan(LARGE, PLAIN, 1000, 256, (1, 64), Cluster(price=3.0))
+    for n, row in zip((1, 64), plan.to_dict("records")):
+        total = step_seconds(LARGE, PLAIN, 256, n)["total"]
+        assert row["gpu_hours"] == pytest.approx(1000 * n * total / 3600) and row["price"] == 3 * row["gpu_hours"]
+        assert row["efficiency"] == pytest.approx(scaling_efficiency(LARGE, PLAIN, 256, n))
+        assert row["read_mb_per_s"] == pytest.approx(256 / total * 32768 / 1e6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 7, 64, 65, 1000])
+def test_shares_are_whole_batches(n, world):
+    shares = batch_shares(n, 64, world)
+    ends = torch.tensor(shares).cumsum(0).tolist()
+    assert len(shares) == world and ends[-1] == n and all(end % 64 == 0 or end == n for end in ends)
+
+
+def test_one_process_extracts_as_ever():
+    look = Extractor("pixels", lambda images: images[:, 0].flatten(1) / 255)
+    images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8)
+    a, b = (find(images, look, "set", 4) for find in (extract, extract_sharded))
+    assert torch.equal(a.rows["features"], b.rows["features"])
+    assert (a.checksum, a.n, a.size) == (b.checksum, b.n, b.size)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: network_cost("dit-q/2", (4, 32, 32), 10), "name = 'dit-q/2'; did you mean"),
+        (
+            lambda: network_cost("dit-s/2", (4, 32, 32), 9, precision="fp8"),
+            "precision = 'fp8'; allowed: 'fp32', 'bf16'",
+        ),
+        (lambda: find_chip("H100 PCIe"), "chip = 'H100 PCIe'; allowed: 'a100', 'h100', 'h200', or a `Chip`"),
+        (lambda: mfu(-1, 1, 1), "images_per_second = -1; allowed: a finite number, 0 or more"),
+        (lambda: mfu(1, 1, 0), "peak = 0, gpus = 1; allowed: a positive number, and 1 or more"),
+        (lambda: mfu(2, 1, 1), "mfu = 2; allowed: at most 1"),
+        (lambda: cost_sheet(LARGE, PLAIN, 1, 8, share=1.5), "share = 1.5; allowed: above 0, at most 1"),
+        (lambda: cost_sheet(LARGE, PLAIN, 1, 8, 2, (8,)), "batch_size = 8; allowed: a multiple of 8 GPUs x 2 passes"),
+        (lambda: step_seconds(LARGE, PLAIN, 8, 0), "batch_size = 8; allowed: a multiple of gpus = 0"),
+        (lambda: launch_file("tpu"), "name = 'tpu'; allowed: 'ddp-1node', 'ddp-multinode', 'fsdp2'"),
+    ],
+)
+def test_bad_input(call, words):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
