@@ -343,9 +343,9 @@ def scale_from_mg_table(s: float) -> float:
 
 # %% ../nbs/01_denoisers.ipynb #4c324669
 def scale_from_gft(beta: float) -> float:
-    "The scale of guidance-free training at `beta` in (0, 1] (arXiv 2501.15420)."
-    if not 0 < beta <= 1:
-        raise ValueError(f"beta = {beta}; allowed: above 0, at most 1")
+    "The scale of guidance-free training at `beta` in (0, 1] (arXiv 2501.15420); above 1 the same relation damps."
+    if not beta > 0:
+        raise ValueError(f"beta = {beta}; allowed: above 0")
     return 1 / beta
 
 

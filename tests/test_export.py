@@ -17,7 +17,7 @@ from notebooks import NOTEBOOKS, ROOT
 
 
 def files(package: Path) -> dict[str, bytes]:
-    byhand = {"__pycache__", "recipe_files"}  # the recipes are written by hand and shipped as they are
+    byhand = {"__pycache__", "recipe_files", "launch_files"}  # written by hand and shipped as they are
     paths = [path for path in package.rglob("*") if path.is_file() and not byhand & set(path.parts)]
     return {path.relative_to(package).as_posix(): path.read_bytes() for path in paths}
 

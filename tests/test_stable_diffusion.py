@@ -1,0 +1,504 @@
+"Fine-tuning Stable Diffusion on a tiny random pipeline: nothing is downloaded."
+
+import copy
+import csv
+import json
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+from typer.testing import CliRunner
+
+from guidance_nb import cli
+from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_rows
+from guidance_nb.diffusers_interop import scheduler_times
+from guidance_nb.model_guidance import AtScale, ModelGuidanceLoss
+from guidance_nb.paths import FlowPath
+from guidance_nb.samplers import sample
+from guidance_nb.stable_diffusion import (
+    FineTuning,
+    MemoryWatch,
+    TextDenoiser,
+    TwoStageAlignedLoss,
+    cache_captioned,
+    check_pipeline,
+    clip_score,
+    compare_scales,
+    finetune,
+    finetuning_names,
+    load_cached,
+    load_captioned,
+    load_text_denoiser,
+    naming_knobs,
+    read_finetuning,
+    save_pipeline,
+)
+from guidance_nb.training import Context, DenoisingLoss, Engine, keyed_generator, train
+
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
+
+WORDS = {"vocab_size": 54, "max_position_embeddings": 10, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+def tokenizer():
+    letters = [chr(i) for i in range(97, 123)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=10)
+
+
+def make_pipeline(scheduler=None, channels=4, **unet):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4, scaling_factor=0.7, **blocks)
+    net = UNet2DConditionModel(
+        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4, cross_attention_dim=16, attention_head_dim=4, **unet,
+    )  # fmt: skip
+    scheduler = scheduler or DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    clip = CLIPTextModel(CLIPTextConfig(**TOWER, **WORDS)).eval()
+    made = StableDiffusionPipeline(vae, clip, tokenizer(), net, scheduler, None, None, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+CAPTIONS = ("red cat", "blue dog", "red dog")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Nine pictures, three captions."
+    root = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for i in range(9):
+        x = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(x.numpy()).save(root / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": CAPTIONS[i % 3]})
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def cached(pipeline, folder, tmp_path_factory):
+    return cache_captioned(folder, tmp_path_factory.mktemp("cache"), pipeline, progress=False)
+
+
+@pytest.fixture(scope="module")
+def saved(pipeline, tmp_path_factory):
+    "The pipeline as a folder."
+    path = tmp_path_factory.mktemp("saved") / "tiny"
+    pipeline.save_pretrained(str(path))
+    return path
+
+
+def context(seed=0):
+    return Context(keyed_generator(seed), 0, 1, None)
+
+
+def test_a_real_dataset_gives_what_its_folder_gives(folder):
+    datasets = pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    columns = {"image": [str(folder / row["file_name"]) for row in rows], "text": [row["text"] for row in rows]}
+    dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    ours, theirs = load_captioned(folder), load_captioned(dataset)
+    assert theirs.classes == ours.classes == CAPTIONS
+    assert theirs.labels.tolist() == ours.labels.tolist() == [0, 1, 2] * 3
+    assert torch.equal(theirs.images(torch.arange(9)), ours.images(torch.arange(9)))
+    assert load_captioned(dataset, 8).images(torch.arange(2)).shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="has no column 'caption'; allowed: image, text"):
+        load_captioned(dataset, column="caption")
+    gap = datasets.Dataset.from_dict({**columns, "text": [*columns["text"][:-1], " "]})
+    with pytest.raises(ValueError, match=r"picture 8 of dataset .* has no caption"):
+        load_captioned(gap)
+    unlike = [Image.new("RGB", (16, 16)), Image.new("RGB", (16, 20))]
+    mixed = load_captioned(datasets.Dataset.from_dict({"image": unlike, "text": ["a", "b"]}))
+    with pytest.raises(ValueError, match=r"picture 0 of .* is 16x16 and picture 1 is 16x20; allowed: .* give size"):
+        mixed.images(torch.arange(2))
+
+
+def test_bad_folders_are_named(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has no caption; allowed: a\.txt"):
+        load_captioned(tmp_path)
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"a\.png has no caption"):
+        load_captioned(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png"\n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl line 2 is no JSON"):
+        load_captioned(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(ValueError, match="row 1 has no file_name"):
+        load_captioned(tmp_path)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"one, two\nthree"\n')
+    assert load_captioned(tmp_path).classes == ("one, two\nthree",)
+    (tmp_path / "b.png").write_bytes(b"")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nb.png,y\n")
+    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
+        load_captioned(tmp_path, 4).images(torch.arange(2))
+    with pytest.raises(ValueError, match="size = 0"):
+        load_captioned(tmp_path, 0)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        load_captioned(tmp_path / "none")
+
+
+def test_cache_holds_what_the_encoders_say(pipeline, folder, cached):
+    "Restated with the text encoder and the autoencoder alone."
+    words = pipeline.tokenizer(["", *CAPTIONS], padding="max_length", max_length=10, return_tensors="pt").input_ids
+    with torch.no_grad():
+        text = pipeline.text_encoder(words)[0]
+        images = load_captioned(folder).images(torch.arange(9)).float() / 127.5 - 1
+        moments = pipeline.vae.encode(images).latent_dist
+    assert_close(cached.null, text[:1])
+    cached = replace(cached, latents=replace(cached.latents, posterior=False))
+    x, c = cached.fetch(torch.tensor([8, 1, 4]), keyed_generator(0))
+    assert_close(x, 0.7 * moments.mean[[8, 1, 4]], rtol=1e-4, atol=1e-5)
+    assert_close(c, text[[3, 2, 2]])
+
+
+def test_cache_goes_on_and_tells_damage(pipeline, folder, tmp_path):
+    cache_captioned(folder, tmp_path, pipeline, progress=False)
+    shard = tmp_path / "text" / "text-00000.safetensors"
+    before = shard.stat().st_mtime_ns
+    cache_captioned(folder, tmp_path, pipeline, progress=False)
+    assert shard.stat().st_mtime_ns == before
+    other = copy.copy(pipeline)
+    other.text_encoder = CLIPTextModel(CLIPTextConfig(**TOWER, **WORDS))
+    with pytest.raises(FileExistsError, match="was made with encoder"):
+        cache_captioned(folder, tmp_path, other, progress=False)
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"text-00000\.safetensors is damaged"):
+        load_cached(tmp_path)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_prediction_on_the_schedulers_own_levels(prediction, pipeline, cached):
+    scheduler = DDIMScheduler(**SCHEDULE, prediction_type=prediction)
+    model = TextDenoiser(copy.deepcopy(pipeline.unet), scheduler, cached.null)
+    x, c, step = torch.randn(3, 4, 8, 8), cached.rows(torch.tensor([1, 2, 3])), torch.tensor([0, 500, 999])
+    level = scheduler.alphas_cumprod[step][:, None, None, None]
+    alpha, sigma = level.sqrt(), (1 - level).sqrt()
+    with torch.no_grad():
+        y = model.net(x, step, c).sample
+        found = model.predict(x, (step + 1) / 1000, c)
+    x0 = (x - sigma * y) / alpha if prediction == "epsilon" else alpha * x - sigma * y
+    assert_close(found.x0, x0, rtol=2e-3, atol=2e-3)
+    assert model.num_classes == EMBEDDINGS
+
+
+class Lookup(nn.Module):
+    "Posterior means of a finite joint distribution of (x0, class, noise), as a network that knows x and the label."
+
+    def __init__(self, x, c, y):
+        super().__init__()
+        self.x, self.c, self.y = x, c, y
+
+    def forward(self, x, time, labels):
+        out = torch.empty_like(x)
+        for i in range(len(x)):
+            same = (self.x - x[i]).abs().flatten() < 1e-9
+            if labels[i] < 2:
+                same &= self.c == labels[i]
+            out[i] = self.y[same].mean()
+        return out
+
+
+class Enumerate(Context):
+    "Times and noise of an enumeration instead of random ones."
+
+    def times(self, x):
+        return torch.full((len(x),), 0.5, dtype=x.dtype)
+
+    def noise(self, x):
+        return self.listed
+
+
+@pytest.mark.parametrize("w", [0.5, 3.0, 7.5])
+def test_losses_at_the_optimum_are_floor_plus_guidance(w):
+    "Methods A1.2 item 5 without integrals: any joint distribution will do, so take one of finitely many points."
+    points = [(-1.0, 0), (1.0, 0), (1.0, 1), (3.0, 1)]
+    pairs = [(x0, c, eps) for x0, c in points for eps in (-2.0, 0.0, 2.0)]
+    x0, c, eps = (torch.tensor(v, dtype=torch.float64) for v in zip(*pairs))
+    x0, c, eps = x0[:, None], c.long(), eps[:, None]
+    net = Lookup((x0 + eps) / 2, c, eps)
+    model = NetworkDenoiser(net, FlowPath(), 2, "eps")
+    listed = Enumerate(torch.Generator(), 0, 1, model)
+    listed.listed = eps
+    e_c, e_u = net((x0 + eps) / 2, None, c), net((x0 + eps) / 2, None, torch.full_like(c, 2))
+    floor, gap = (eps - e_c).square().mean(), (e_c - e_u).square().mean()
+    assert gap > 0.01 and floor > 0.01
+    assert_close(AlignedLoss(w)(model, x0, c, listed).mean(), floor + (w - 1) ** 2 * gap)
+    assert_close(TwoStageAlignedLoss(w)(model, x0, c, listed).mean(), floor + (w - 1) ** 2 * gap)
+    guided = ModelGuidanceLoss(w, dropout=0.0, target="frozen", frozen=model)
+    assert_close(guided(model, x0, c, listed).mean(), floor + w**2 * gap)
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.7])
+def test_two_stages_are_two_backward_passes(pipeline, cached, anchor):
+    "Value and gradient against the chain rule with a fixed residual, in double precision."
+    model = load_text_denoiser(pipeline, cached.null).double().train()
+    x0, c, w = torch.randn(3, 4, 8, 8).double(), cached.rows(torch.tensor([1, 2, 3])).double(), 4.0
+    draws = context()
+    t, eps = draws.times(x0), draws.noise(x0)
+    x, y = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
+    with torch.no_grad():
+        e_c, e_u = model.output(x, t, c), model.output(x, t)
+        r = y - e_u - w * (e_c - e_u)
+        value = (r.square() + anchor * (y - e_u).square()).mean()
+    (model.output(x, t, c) * (-2 * w * r / r.numel())).sum().backward()
+    (model.output(x, t) * (2 * ((w - 1) * r - anchor * (y - e_u)) / r.numel())).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    for recompute in (False, True):
+        if recompute:
+            model.net.enable_gradient_checkpointing()
+        model.zero_grad()
+        found = TwoStageAlignedLoss(w, anchor)(model, x0, c, context()).mean()
+        found.backward()
+        assert_close(found.detach(), value, rtol=1e-12, atol=0)
+        for p, g in zip(model.parameters(), expected):
+            assert_close(p.grad, g, rtol=1e-6, atol=1e-12)
+
+
+def test_two_stages_train_the_same_network(pipeline, cached):
+    "Through fit, with micro-batches, lower precision and LoRA."
+    for options in ({"precision": "fp32", "accumulate": 2}, {"precision": "bf16"}):
+        runs = []
+        for loss in (AlignedLoss(3.0), TwoStageAlignedLoss(3.0)):
+            model = load_text_denoiser(pipeline, cached.null, lora_rank=2)
+            engine = Engine(cpu=True, **options)
+            how = {"batch_size": 6, "lr": 1e-3, "schedule": "constant", "progress": False, "engine": engine}
+            state = train(model, loss, cached, 2, **how)
+            runs.append(torch.cat([v.flatten() for v in state.model.state_dict().values()]))
+        start = load_text_denoiser(pipeline, cached.null, lora_rank=2).state_dict()
+        moved = (runs[0] - torch.cat([v.flatten() for v in start.values()])).norm()
+        assert (runs[0] - runs[1]).norm() < (0.01 if options["precision"] == "fp32" else 0.2) * moved
+
+
+def test_memory_of_one_branch(pipeline, cached):
+    x0, c, peaks = torch.randn(16, 4, 8, 8), cached.rows(torch.arange(16) % 3 + 1), {}
+    for name, loss in {"plain": DenoisingLoss(0.1), "one": AlignedLoss(3.0), "two": TwoStageAlignedLoss(3.0)}.items():
+        model = load_text_denoiser(pipeline, cached.null).train()
+        with MemoryWatch() as watch:
+            loss(model, x0, c, context()).mean().backward()
+        peaks[name] = watch.peak
+        gradients = sum(p.numel() * 4 for p in model.parameters())
+        del model
+    assert peaks["one"] > 1.85 * peaks["plain"]
+    assert peaks["two"] < 1.03 * peaks["plain"] + gradients
+
+
+def test_memory_watch_counts_bytes():
+    with MemoryWatch() as watch:
+        a = torch.zeros(1000)
+        b = a.view(10, 100) + 1
+        assert watch.live == 8000
+        b.add_(1)
+        del a
+        assert watch.live == 8000 - 4000  # the view is gone, too
+        c = b.clone()
+    assert (watch.live, watch.peak) == (8000, 8000)
+    del b, c
+    assert watch.live == 0
+
+
+def test_lora_is_shared_and_small(pipeline, cached, saved):
+    model = load_text_denoiser(str(saved), cached.null, lora_rank=2, lora_layers=("to_v",))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names and all(".to_v.lora_" in name for name in names)
+    twin = copy.deepcopy(model)
+    for (name, a), (_, b) in zip(model.named_parameters(), twin.named_parameters()):
+        assert (a is b) == (name not in names)
+    twin.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    assert_close(twin.state_dict()[names[0]], model.state_dict()[names[0]] + 1)
+    assert twin.frozen == model.frozen
+
+
+def our_images(model, pipeline, noise, prompts, steps):
+    with torch.no_grad():
+        ids = pipeline.tokenizer(prompts, padding="max_length", max_length=10, return_tensors="pt").input_ids
+        c = pipeline.text_encoder(ids)[0]
+        times = scheduler_times(pipeline.scheduler, steps)
+        x = sample(model, c, tuple(noise.shape), "ddim", times=times, init=noise, progress=False)
+        return (pipeline.vae.decode(x / 0.7).sample / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("method", ["plain", "aligned", "mg", "aware"])
+def test_tuned_pipeline_opens_in_plain_diffusers(method, pipeline, folder, cached, tmp_path):
+    loss = {
+        "plain": DenoisingLoss(0.3), "aligned": TwoStageAlignedLoss(2.0), "mg": ModelGuidanceLoss(0.5),
+        "aware": ModelGuidanceLoss(scale_range=(1.0, 4.0)),
+    }[method]  # fmt: skip
+    model = load_text_denoiser(pipeline, cached.null, scale_aware=method == "aware")
+    how = {"batch_size": 6, "lr": 1e-2, "ema": 0.5, "progress": False}
+    tuned = train(model, loss, cached, 3, engine=Engine(cpu=True, precision="fp32"), **how).ema
+    save_pipeline(tuned, pipeline, tmp_path / "out")
+    there = StableDiffusionPipeline.from_pretrained(str(tmp_path / "out"))
+    there.set_progress_bar_config(disable=True)
+    scale = {"plain": 3.0, "aligned": 2.0, "mg": 1.0, "aware": 3.5}[method]
+    noise, prompts = torch.randn(2, 4, 8, 8), ["red cat", "blue dog"]
+    theirs = there(prompts, num_inference_steps=4, guidance_scale=scale, latents=noise, output_type="pt").images
+    guided = (AtScale if method == "aware" else ClassifierFreeGuidance)(tuned, scale)
+    with count_rows() as rows:
+        assert_close(our_images(guided, there, noise, prompts, 4), theirs, rtol=0, atol=1e-4)
+    assert rows.total == 2 * 4 * (1 if method in ("mg", "aware") else 2)
+    old = ClassifierFreeGuidance(load_text_denoiser(pipeline, cached.null), scale)
+    before = our_images(old, there, noise, prompts, 4)
+    assert (before - theirs).abs().max() > 1e-3
+
+
+def test_clip_score_is_the_clipped_cosine(pipeline, cached, tmp_path):
+    torch.manual_seed(2)
+    eye = {**TOWER, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config={**TOWER, **WORDS}, vision_config=eye, projection_dim=3)).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.5)  # fresh weights are so small that all texts look alike
+    looks = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = CLIPProcessor(looks, tokenizer())
+    images, prompts = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8), ["cat", "dog", "a red ox"] * 4
+    with torch.no_grad():
+        mean, std = (torch.tensor(v)[:, None, None] for v in (looks.image_mean, looks.image_std))
+        seen = model.visual_projection(model.vision_model((images / 255 - mean) / std).pooler_output)
+        ids = tokenizer()(prompts, padding=True, return_tensors="pt")
+        told = model.text_projection(model.text_model(**ids).pooler_output)
+    cosine = (seen * told).sum(1) / seen.norm(dim=1) / told.norm(dim=1)
+    assert (cosine < 0).any() and (cosine > 0).any()
+    scores = clip_score(images, prompts, (model, processor), batch_size=5)
+    assert_close(scores, 100 * cosine.clamp(min=0), rtol=1e-4, atol=1e-3)
+    model.save_pretrained(str(tmp_path))
+    processor.save_pretrained(str(tmp_path))
+    assert_close(clip_score(images, prompts, str(tmp_path)), scores)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        clip_score(images, prompts, str(tmp_path / "none"))
+    models = {"before": load_text_denoiser(pipeline, cached.null)}
+    grid, table = compare_scales(models, ("red cat",), pipeline, (1, 3), (model, processor), 2, progress=False)
+    assert grid.shape == (1, 2, 1, 3, 16, 16)
+    assert [(row["scale"], row["rows_per_image"]) for row in table] == [(1.0, 2.0), (3.0, 4.0)]
+    assert_close(table[1]["clip_score"], clip_score(grid[0, 1], ["red cat"], (model, processor)).item())
+
+
+def call(*words):
+    return CliRunner().invoke(cli.app, ["finetune", *map(str, words)], catch_exceptions=False)
+
+
+TINY = ("--size", 0, "--steps", 2, "--batch-size", 4, "--accumulate", 2, "--precision", "fp32")
+TINY += ("--cpu", "--no-progress")
+
+
+@pytest.mark.parametrize("name", finetuning_names())
+def test_every_recipe_runs_from_the_command_line(name, folder, saved, tmp_path):
+    extra = ("--prompts", "red cat,blue dog", "--grid-scales", "1,2", "--grid-steps", 2)
+    run = call(name, "--pipeline", saved, "--data", folder, "--out", tmp_path / "run", *TINY, *extra)
+    assert run.exit_code == 0 and "2 steps done" in run.stdout
+    there = StableDiffusionPipeline.from_pretrained(str(tmp_path / "run" / "pipeline"))
+    there.set_progress_bar_config(disable=True)
+    assert there("red cat", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
+    with open(tmp_path / "run" / "grid.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    points = [(row["model"], float(row["scale"])) for row in rows]
+    assert points == [("before", 1), ("before", 2), ("after", 1), ("after", 2)]
+    assert Image.open(tmp_path / "run" / "grid.png").size[0] > 2 * 16
+    assert (tmp_path / "run" / "lora").exists() == ("lora" in name)
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert f"guidance_scale={ {'sd15-plain': '7.5', 'sd15-mg': '1', 'sd15-mg-aware': '3'}.get(name, '2') })" in card
+
+
+def test_command_line_goes_on_and_refuses(folder, saved, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'pipeline = "{saved}"\ndata = "{folder}"\nmethod = "aligned_loss"\nscale = 2.0\nsave_every = 1\n')
+    assert call(file, "--out", tmp_path / "run", *TINY).exit_code == 0
+    run = call(file, "--out", tmp_path / "run", *TINY[:2], "--steps", 4, *TINY[4:])
+    assert run.exit_code == 0 and "4 steps done" in run.stdout
+    straight = call(file, "--out", tmp_path / "straight", *TINY[:2], "--steps", 4, *TINY[4:])
+    assert straight.exit_code == 0
+    nets = [UNet2DConditionModel.from_pretrained(str(tmp_path / n / "pipeline" / "unet")) for n in ("run", "straight")]
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.equal(a, b)
+    for words, told in {
+        ("--lr", "1"): "lr = ",
+        ("--rank", "1"): "unknown key 'rank'",
+        ("--method", "dpo"): "method = 'dpo'",
+        ("--scale-range", "1"): "two scales or none",
+        ("--pipeline", ""): "pipeline = ''",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            call(file, "--out", tmp_path / "run", *TINY, *words)
+
+
+def test_bad_pipelines_are_refused_in_one_line(pipeline, cached, folder, saved):
+    mute = copy.copy(pipeline)
+    mute.tokenizer = None
+    cases = {
+        "no text encoder, so no null prompt": mute,
+        "the unet takes 9 channels, the autoencoder makes 4": make_pipeline(channels=9),
+        "prediction_type = 'flow'": make_pipeline(DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="flow")),
+        "conditioned on more than text": make_pipeline(
+            addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=40
+        ),
+    }
+    for told, bad in cases.items():
+        with pytest.raises(ValueError, match=told) as error:
+            check_pipeline(bad)
+        assert "\n" not in str(error.value)
+    check_pipeline(make_pipeline(PNDMScheduler(**SCHEDULE, skip_prk_steps=True)))  # as Stable Diffusion 1.5 has it
+    with pytest.raises(ValueError, match=r"rank = 0\.5"):
+        load_text_denoiser(pipeline, cached.null, lora_rank=0.5)
+    with pytest.raises(ValueError, match="cannot be opened"):
+        list(finetune(FineTuning(pipeline=str(saved / "unet"), data=str(folder)), saved / "x", progress=False))
+
+
+def test_too_little_memory_names_the_knobs(folder, saved, tmp_path, monkeypatch):
+    def starve(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(AlignedLoss, "__call__", starve)
+    recipe = FineTuning(pipeline=str(saved), data=str(folder), method="aligned_loss", scale=2.0, batch_size=4, steps=1)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        list(finetune(recipe, tmp_path, progress=False, cpu=True))
+    told = str(error.value)
+    for knob in ("batch_size", "accumulate = 2", "recompute", "two_stage = true", "lora_rank = 16", "a smaller size"):
+        assert knob in told
+    assert "\n" not in told
+    with pytest.raises(RuntimeError, match=r"^other$"), naming_knobs(recipe):
+        raise RuntimeError("other")
+
+
+def test_recipes_are_read_strictly(tmp_path):
+    assert read_finetuning("sd15-mg", {"lora-rank": "4", "recompute": "false"}).lora_rank == 4
+    for text, told in {
+        "steps = 1.5": "steps = 1.5; allowed: a whole number",
+        "flip = 1": "flip = 1; allowed: true or false",
+        "prompts = 3": "prompts = 3; allowed: a list",
+        "steps =": "is not TOML",
+        "interval = [0.5]": "allowed: two times",
+        'method = "model_guidance"\nscale = 0.0': "scale = 0.0; allowed: above 0",
+    }.items():
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ValueError, match=told):
+            read_finetuning(tmp_path / "bad.toml")
