@@ -32,6 +32,12 @@ def test_first_cell_is_title_and_claim(path):
 
 
 @each_notebook
+def test_text_has_no_control_characters(path):
+    "A script that writes a formula may turn \\text into a tab and the rest of the word."
+    assert [n for n, c in enumerate(cells(path), 1) if re.search(r"[\x00-\x09\x0b-\x1f]", text(c["source"]))] == []
+
+
+@each_notebook
 def test_exported_cells_are_short(path):
     assert [f"cell #{number}" for number, source in exported(path) if len(source.splitlines()) > 40] == []
 
