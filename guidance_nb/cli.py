@@ -14,6 +14,7 @@ __all__ = ['app', 'Split', 'Checkpoint', 'Scale', 'Classifier', 'Count', 'Labels
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -215,12 +216,12 @@ def encode(
 # %% ../nbs/30_cli.ipynb #6093cc57
 def show_cost(
     recipe: Recipe,  # A recipe that trains a denoiser
-    gpus: tuple[int, ...],  # Numbers of GPUs; none takes 1 and 8
+    gpus: tuple[int, ...],  # Numbers of GPUs; none takes those of `recipe_cost`
     chip: str,  # Their kind
     share: float,  # Assumed share of the peak
 ) -> None:
     "Print what a run will take."
-    sheet = recipe_cost(recipe, gpus or (1, 8), chip, share)
+    sheet = recipe_cost(recipe, gpus, chip, share)
     typer.echo(f"an estimate, at {share:.0%} of the peak of {chip} GPUs:")
     typer.echo(sheet.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
@@ -229,7 +230,7 @@ def show_cost(
 def cost(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")],
-    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas.")] = "1,8",
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas. Default: 1,8.")] = "",
     chip: Annotated[str, typer.Option(help="Their kind, such as h100 or a100.")] = "h100",
     share: Annotated[float, typer.Option(help="Share of the peak that is assumed to be reached.")] = 0.35,
 ) -> None:
@@ -239,7 +240,9 @@ def cost(
 
     Example: guidance-nb cost sit-xl2-256-mg --gpus 8,64
     """
-    show_cost(read_recipe(recipe, parse_flags(context.args)), parse_counts("gpus", gpus), chip, share)
+    chosen = read_recipe(recipe, parse_flags(context.args))
+    check_recipe(chosen)
+    show_cost(chosen, parse_counts("gpus", gpus), chip, share)
 
 # %% ../nbs/30_cli.ipynb #1313149d
 @app.command(name="finetune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -542,7 +545,10 @@ def info(
     Example: guidance-nb info mnist-base
     """
     path = Path(source)
-    if source in recipe_names() or path.suffix == ".toml" or not path.exists():
+    if source in finetuning_names():
+        table = asdict(read_finetuning(source))
+        typer.echo("\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items()))
+    elif source in recipe_names() or path.suffix == ".toml" or not path.exists():
         typer.echo(describe_recipe(read_recipe(source)))
     elif (path / INDEX).is_file():
         index = read_index(path)

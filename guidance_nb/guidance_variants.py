@@ -13,7 +13,7 @@ __all__ = ['Schedule', 'TINY', 'Ratios', 'Claims', 'GuidanceFormula', 'PairGuida
 # %% ../nbs/15_guidance_variants.ipynb #4016cf4f
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +50,8 @@ class GuidanceFormula(Denoiser):
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
         batching: str = "auto",  # How to evaluate the pair, see `choose_batching`
     ):
+        if not isinstance(model, Denoiser):
+            raise ValueError(f"model is a {type(model).__name__}; allowed: a Denoiser, such as a NetworkDenoiser")
         super().__init__(model.path, model.num_classes)
         if self.claims.needs_condition and model.num_classes == 0:
             raise ValueError("model has 0 classes; allowed: 1 or more, to guide towards")
@@ -160,6 +162,8 @@ def linear_schedule(
 ) -> Schedule:  # Scale as a function of time
     "A scale that grows linearly from 1 at pure noise, eq. (2) (arXiv 2404.13040)."
     check_scales(scale)
+    if math.isnan(floor) or floor == math.inf:
+        raise ValueError(f"floor = {floor}; allowed: a finite number, or -inf for none")
     return lambda t: (1 + 2 * (scale - 1) * (1 - t)).clamp(min=floor)
 
 
@@ -186,8 +190,8 @@ def beta_schedule(
 ) -> Schedule:  # Scale as a function of time
     "A scale shaped by a Beta density of time, eq. (2) (arXiv 2502.10574, without its norm)."
     check_scales(scale)
-    if not (a >= 1 and b >= 1):
-        raise ValueError(f"a = {a}, b = {b}; allowed: 1 or more")
+    if not (1 <= a < math.inf and 1 <= b < math.inf):
+        raise ValueError(f"a = {a}, b = {b}; allowed: finite numbers, 1 or more")
     height = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
     return lambda t: 1 + (scale - 1) * height * t ** (a - 1) * (1 - t) ** (b - 1)
 
@@ -197,7 +201,8 @@ def exponential_schedule(
     rate: float = math.log(2),  # Growth towards data: the scale ends at start * exp(rate)
 ) -> Schedule:  # Scale as a function of time
     "A scale that grows exponentially towards data (arXiv 2603.08155)."
-    check_scales(start), check_scales(rate)
+    if not (math.isfinite(start) and math.isfinite(rate)):
+        raise ValueError(f"start = {start}, rate = {rate}; allowed: finite numbers")
     return lambda t: start * torch.exp(rate * (1 - t))
 
 # %% ../nbs/15_guidance_variants.ipynb #cff3346d
@@ -364,9 +369,13 @@ class AdaptiveProjectedGuidance(PairGuidance):
         **options: Any,  # `interval` and `batching` of `PairGuidance`
     ):
         super().__init__(model, scale, **options)
+        if not math.isfinite(eta):
+            raise ValueError(f"eta = {eta}; allowed: a finite number")
         if not norm > 0 or not -1 < momentum < 1:
             raise ValueError(f"norm = {norm}, momentum = {momentum}; allowed: norm above 0, momentum within (-1, 1)")
-        self.eta, self.norm, self.momentum, self.memory = check_scales(eta), norm, momentum, StepMemory()
+        self.eta, self.norm, self.momentum, self.memory = eta, norm, momentum, StepMemory()
+        if momentum:  # equal predictions still follow earlier differences
+            self.claims = replace(self.claims, equal_unchanged=False)  # type: ignore[misc]
 
     def combine(self, toward: Prediction, away: Prediction, x: Tensor, t: Tensor, scale: float | Tensor) -> Prediction:
         "Accumulate, cap and project the difference of clean data."
@@ -386,6 +395,8 @@ def frequency_bands(
     levels: int = 2,  # Number of bands, 1 or more
 ) -> list[Tensor]:  # Bands of the size of `x`, finest first, that sum to `x`
     "The bands of a Laplacian pyramid with binomial blur, each brought back to full size."
+    if levels < 1:
+        raise ValueError(f"levels = {levels}; allowed: 1 or more")
     if x.ndim != 4 or min(x.shape[2:]) >> max(levels - 2, 0) < 3:
         side = f"height and width of {3 << max(levels - 2, 0)} or more"
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed: images [batch, channels, height, width], {side}")
@@ -424,8 +435,8 @@ class FrequencyDecoupledGuidance(PairGuidance):
         **options: Any,  # `interval` and `batching` of `PairGuidance`
     ):
         super().__init__(model, scale, **options)
-        if not shares or not all(math.isfinite(share) for share in shares):
-            raise ValueError(f"shares = {shares}; allowed: one finite number or more")
+        if not isinstance(shares, tuple | list) or not shares or not all(map(math.isfinite, shares)):
+            raise ValueError(f"shares = {shares}; allowed: a tuple of one finite number or more")
         self.shares = tuple(shares)
 
     def combine(self, toward: Prediction, away: Prediction, x: Tensor, t: Tensor, scale: float | Tensor) -> Prediction:
@@ -452,8 +463,8 @@ class DynamicThresholding(PairGuidance):
         **options: Any,  # `interval` and `batching` of `PairGuidance`
     ):
         super().__init__(model, scale, **options)
-        if not 0 <= quantile <= 1 or not limit > 0:
-            raise ValueError(f"quantile = {quantile}, limit = {limit}; allowed: quantile 0 to 1, limit above 0")
+        if not 0 <= quantile <= 1 or not 0 < limit < math.inf:
+            raise ValueError(f"quantile = {quantile}, limit = {limit}; allowed: quantile 0 to 1, limit finite, above 0")
         self.quantile, self.limit = quantile, limit
 
     def combine(self, toward: Prediction, away: Prediction, x: Tensor, t: Tensor, scale: float | Tensor) -> Prediction:
@@ -482,7 +493,9 @@ class RectifiedGuidance(PairGuidance):
         **options: Any,  # `interval` and `batching` of `PairGuidance`
     ):
         super().__init__(model, scale, **options)
-        self.ratios = ratios if callable(ratios) else check_scales(ratios)
+        if not callable(ratios) and not math.isfinite(ratios):
+            raise ValueError(f"ratios = {ratios}; allowed: a finite number, or a function of time and class")
+        self.ratios = ratios
 
     def pair(self, x: Tensor, t: Tensor, c: Tensor | None) -> tuple[Prediction, Prediction]:
         "The conditional pair, and the unconditional one with rho times its noise."
@@ -524,6 +537,9 @@ def estimate_ratios(
     generator: torch.Generator | None = None,  # Source of the noise
 ) -> RatioTable:  # E[e_c e_u] / E[e_u^2] by time and class
     "Estimate the ratio of eq. (9) element by element on noised data of each class (arXiv 2410.18737)."
+    counts = c.bincount(minlength=model.num_classes)
+    if not counts.all():
+        raise ValueError(f"c has no sample of class {counts.argmin()}; allowed: samples of every class")
     ratios = []
     for t in times:
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)

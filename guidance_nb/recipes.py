@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'RECIPE_FOLDER', 'PATHS', 'LATER_KEYS', 'MAY_CHANGE', 'METRICS', 'HIGHER', 'DataTable', 'NetworkTable',
            'MethodTable', 'TrainingTable', 'SamplingTable', 'Recipe', 'recipe_keys', 'key_meanings', 'find_key',
-           'to_value', 'parse_setting', 'override', 'recipe_names', 'recipe_from', 'read_recipe', 'describe_recipe',
-           'to_toml', 'take_images', 'own_device', 'is_main', 'main_only', 'latent_folder', 'make_latents', 'make_data',
+           'parse_setting', 'override', 'recipe_names', 'recipe_from', 'read_recipe', 'describe_recipe', 'to_toml',
+           'take_images', 'own_device', 'is_main', 'main_only', 'latent_folder', 'make_latents', 'make_data',
            'make_model', 'CleanLoss', 'two_numbers', 'make_loss', 'recipe_shape', 'recipe_cost', 'check_recipe',
            'check_folder', 'make_engine', 'read_generated', 'read_pairs', 'make_training', 'require_compiler',
            'recorded', 'latent_facts', 'find_vae', 'train_recipe', 'Trained', 'load_trained', 'check_kind',
@@ -28,7 +28,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,7 @@ from .paths import EDMPath, FlowPath, VPPath
 from .plots import METHOD_LABELS, show_curves
 from .samplers import SAMPLERS, sample, time_grid
 from .scaling import cost_sheet, count_step_rows, extract_sharded, network_cost
+from .stable_diffusion import to_value
 from guidance_nb.training import (
     Checkpoints,
     ClassifierLoss,
@@ -248,29 +249,6 @@ def find_key(
     likely = [key for key in keys if near and key.split(".")[-1] == near[0]]
     hint = f"did you mean {' or '.join(likely)}?" if likely else f"allowed: {', '.join(keys)}"
     raise ValueError(f"unknown key {name!r}; {hint}")
-
-# %% ../nbs/29_recipes.ipynb #0881b347
-def to_value(
-    key: str,  # Name of the key, for the message
-    value: Any,  # As read from TOML, or the text of a flag
-    hint: Any,  # Type wanted
-) -> Any:  # The value in that type
-    "Bring a value to the type of its key, or refuse it with a `ValueError`."
-    if get_origin(hint) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if isinstance(parts, list | tuple):
-            return tuple(to_value(key, part, get_args(hint)[0]) for part in parts if part != "")
-    if hint is bool and value in ("true", "false"):
-        return value == "true"
-    if hint in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return hint(value)
-        except ValueError:
-            pass
-    if isinstance(value, get_origin(hint) or hint) and not (hint is not bool and isinstance(value, bool)):
-        return value
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ValueError(f"{key} = {value!r}; allowed: {wanted.get(hint, 'a list')}")
 
 # %% ../nbs/29_recipes.ipynb #53749ff4
 def parse_setting(
@@ -523,7 +501,7 @@ def recipe_shape(
 # %% ../nbs/29_recipes.ipynb #592fa277
 def recipe_cost(
     recipe: Recipe,  # A recipe that trains a denoiser
-    gpus: tuple[int, ...] = (1, 8),  # Numbers of GPUs
+    gpus: tuple[int, ...] = (),  # Numbers of GPUs; none takes 1 and, if it divides the batch, 8
     chip: str = "h100",  # Their kind
     share: float = 0.35,  # Assumed share of the peak
 ) -> Any:  # A pandas table, see `cost_sheet`
@@ -536,8 +514,8 @@ def recipe_cost(
     precision = "fp32" if training.precision == "fp32" else "bf16"
     how = aware, precision, training.recompute
     cost = network_cost(recipe.network.name, shape, classes, *how, **recipe.network.settings)
-    rows, fitting = count_step_rows(loss, steps=training.steps), training.batch_size // training.accumulate
-    counts = [n for n in gpus if fitting % n == 0] or [1]
+    rows = count_step_rows(loss, steps=training.steps)
+    counts = gpus or (1, 8)[: 1 if training.batch_size % (8 * training.accumulate) else 2]
     return cost_sheet(cost, rows, training.steps, training.batch_size, training.accumulate, counts, chip, share)
 
 # %% ../nbs/29_recipes.ipynb #8caff745

@@ -271,6 +271,8 @@ def cost_sheet(
     hours = steps * batch_size * needed / (share * found.peak) / 3600
     table = []
     for n in gpus:
+        if n < 1 or accumulate < 1:
+            raise ValueError(f"gpus = {n}, accumulate = {accumulate}; allowed: 1 or more of each")
         if batch_size % (n * accumulate):
             raise ValueError(f"batch_size = {batch_size}; allowed: a multiple of {n} GPUs x {accumulate} passes")
         at_once = batch_size // (n * accumulate)

@@ -8,8 +8,8 @@ __all__ = ['TABLES', 'LORA_LAYERS', 'CARD', 'ADVICE', 'FINETUNE_FOLDER', 'MAY_CH
            'cache_text', 'CaptionedLatents', 'cache_captioned', 'load_cached', 'embed_scale', 'add_scale_input',
            'add_lora', 'PartlyFrozen', 'TextDenoiser', 'open_pipeline', 'load_text_denoiser', 'TwoStageAlignedLoss',
            'MemoryWatch', 'PipelineFacts', 'merged_network', 'save_pipeline', 'save_lora', 'load_clip', 'clip_score',
-           'compare_scales', 'FineTuning', 'finetuning_names', 'finetuning_key', 'read_finetuning', 'finetuning_loss',
-           'naming_knobs', 'prepare_data', 'finetune', 'finish', 'save_grid']
+           'compare_scales', 'FineTuning', 'to_value', 'finetuning_names', 'finetuning_key', 'read_finetuning',
+           'finetuning_loss', 'naming_knobs', 'prepare_data', 'finetune', 'finish', 'save_grid']
 
 # %% ../nbs/25_stable_diffusion.ipynb #dc2d19c1
 import copy
@@ -763,18 +763,16 @@ class FineTuning:
     judge: str = ""  # Folder or name of a CLIP that scores it
 
 # %% ../nbs/25_stable_diffusion.ipynb #a8f03429
-FINETUNE_FOLDER = (
-    Path(__file__).parent / "recipe_files" / "finetune"
-    if "__file__" in globals()
-    else Path("../guidance_nb/recipe_files/finetune")
-)
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
+def to_value(
+    key: str,  # Name of the key, for the message
+    value: Any,  # As read from TOML, or the text of a flag
+    hint: Any,  # Type wanted
+) -> Any:  # The value in that type
+    "Bring a value to the type of its key, or refuse it with a `ValueError`."
     if get_origin(hint) is tuple:
-        parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         if isinstance(parts, list | tuple):
-            return tuple(_typed(key, part, get_args(hint)[0]) for part in parts)
+            return tuple(to_value(key, part, get_args(hint)[0]) for part in parts if part != "")
     if hint is bool and value in ("true", "false"):
         return value == "true"
     if hint in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
@@ -786,6 +784,13 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         return value
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     raise ValueError(f"{key} = {value!r}; allowed: {wanted.get(hint, 'a list')}")
+
+# %% ../nbs/25_stable_diffusion.ipynb #b4b10175
+FINETUNE_FOLDER = (
+    Path(__file__).parent / "recipe_files" / "finetune"
+    if "__file__" in globals()
+    else Path("../guidance_nb/recipe_files/finetune")
+)
 
 
 def finetuning_names() -> list[str]:
@@ -820,7 +825,7 @@ def read_finetuning(
         raise ValueError(f"recipe {path} is not TOML: {error}") from None
     hints = get_type_hints(FineTuning)
     keys = {finetuning_key(name): value for name, value in given.items()}
-    recipe = replace(FineTuning(), **{key: _typed(key, value, hints[key]) for key, value in keys.items()})
+    recipe = replace(FineTuning(), **{key: to_value(key, value, hints[key]) for key, value in keys.items()})
     finetuning_loss(recipe)
     return recipe
 

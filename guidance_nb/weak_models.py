@@ -81,6 +81,8 @@ class Autoguidance(WeakGuidance):
         cfg_scale: float = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
     ):
         super().__init__(model, scale, interval, cfg_scale)
+        if not isinstance(weak, Denoiser):
+            raise ValueError(f"weak is a {type(weak).__name__}; allowed: a Denoiser, such as a NetworkDenoiser")
         if weak.path != model.path:
             raise ValueError(f"weak lives on {weak.path}; allowed: the path of the model, {model.path}, see OnPath")
         if weak.num_classes != model.num_classes:
