@@ -72,7 +72,9 @@ def time_grid(
     if isinstance(path, EDMPath):
         ends = path.sigma_max ** (1 / rho), sigma_min ** (1 / rho)
         levels = torch.linspace(*ends, steps, dtype=torch.float64) ** rho
-        return torch.cat([path.time_at(levels), torch.zeros(1, dtype=torch.float64)])
+        times = path.time_at(levels)
+        times[0] = 1.0  # the power and its root may miss it by a rounding
+        return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
     if sampler == "euler_maruyama":
         last = path.time_at(torch.tensor(0.04 / 0.96, dtype=torch.float64)).item()
         return torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])

@@ -208,3 +208,13 @@ def test_grids_end_where_they_should():
     expected = (80 ** (1 / 7) + 3 / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert_close(levels[3].item(), expected)
     assert_close(time_grid(FlowPath(), 250, "euler_maruyama")[-2].item(), 0.04)
+
+
+@pytest.mark.parametrize("sigma_max", [3.0, 10.0, 14.6, 80.0, 157.0])
+def test_sample_takes_its_own_grid_at_any_largest_noise(sigma_max):
+    "A power and its root need not meet again: the first time must not be a rounding above 1."
+    path = EDMPath(sigma_max)
+    for steps in (1, 18, 32):
+        times = time_grid(path, steps)
+        assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+    assert sample(ExactDenoiser(fractal(depth=2), path), None, (3, 2), "euler", 4, **F64).isfinite().all()
