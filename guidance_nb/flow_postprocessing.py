@@ -185,7 +185,7 @@ class PairLoss:
         "Per-pair losses `[batch]` for `pairs` `[batch, 2, ...]` of generated and real samples."
         generated, real = pairs.unbind(1)
         tau = context.times(generated)
-        drop = context.drop(generated, float(model.dropout))
+        drop = context.own(torch.rand, generated) < model.dropout  # a buffer: reading it out would wait for the GPU
         z = torch.lerp(generated, real, expand_time(tau, generated))
         error = model.velocity(z, tau, c, drop) - (real - generated)
         return (error / model.spread).square().flatten(1).mean(1)

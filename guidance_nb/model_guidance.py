@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEGATIVES', 'guidance_direction', 'check_weight', 'check_model_guidance', 'check_network', 'ModelGuidanceLoss',
-           'draw_weights', 'scale_during_training', 'AtScale', 'AutoWeight']
+           'asked_rows', 'draw_weights', 'scale_during_training', 'AtScale', 'AutoWeight']
 
 # %% ../nbs/13_model_guidance.ipynb #6d0e6248
 import math
@@ -138,16 +138,23 @@ class ModelGuidanceLoss:
         scale, w = draw_weights(self, model, x0, context)
         x = model.path.interpolate(x0, eps, t)
         y, target = model.output(x, t, c, drop=drop, scale=scale), model.target(x0, eps, t)
-        guided = ~drop & (self.interval[0] <= t) & (t <= self.interval[1]) & (w != 0)
-        if context.step >= self.start_step and guided.any():
+        w = w * (~drop & (self.interval[0] <= t) & (t <= self.interval[1]))
+        rows = asked_rows(w)
+        if context.step >= self.start_step and len(w[rows]):
             teacher = {"ema": context.ema, "online": model, "frozen": self.frozen}[self.target]
-            ahead = context.integers(x0, 1, model.num_classes)[guided] if self.unconditional == "contrastive" else None
-            choice = (self.unconditional, self.classifier, None, ahead)
-            d = guidance_direction(teacher, x[guided], t[guided], c[guided], *choice)
-            target[guided] += expand_time(w[guided], d) * d
+            ahead = context.integers(x0, 1, model.num_classes)[rows] if self.unconditional == "contrastive" else None
+            d = guidance_direction(teacher, x[rows], t[rows], c[rows], self.unconditional, self.classifier, None, ahead)
+            target[rows] += expand_time(w[rows], d) * d
         return (y - target).square().flatten(1).mean(1)
 
 # %% ../nbs/13_model_guidance.ipynb #8dca3d6b
+def asked_rows(
+    w: Tensor,  # Weight of each sample, `[batch]`; 0 where there is no guidance
+) -> Tensor | slice:  # Index of the rows that the teacher is asked about
+    "The guided rows; on an accelerator all rows, for counting makes it wait, and new shapes are compiled anew."
+    return w != 0 if w.device.type == "cpu" else slice(None)
+
+
 def draw_weights(
     loss: ModelGuidanceLoss,  # The settings
     model: NetworkDenoiser,  # The network in training

@@ -603,7 +603,8 @@ def read_pairs(
     x, c = read_generated(method.samples, data.shape, data.num_classes)
     real = from_uint8(data.images(torch.arange(len(data))))
     space = neighbour_space(method.space, method.weights or None)
-    return pair_data(x, real, c, None if c is None else data.labels, method.neighbours, space)
+    labels = None if c is None else data.labels
+    return pair_data(x, real, c, labels, method.neighbours, space, device=own_device())
 
 # %% ../nbs/29_recipes.ipynb #df3529d7
 def make_training(

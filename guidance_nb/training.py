@@ -918,6 +918,8 @@ def to_device(
     run: Run,  # Says where to
 ) -> Tensor:
     "Data where the run takes place, images channels last if the engine says so."
+    if run.place.device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()  # from other memory the copy waits for the step before it, and the loop with it
     x = x.to(run.place.device, non_blocking=True)
     return x.to(memory_format=torch.channels_last) if run.engine.channels_last and x.ndim == 4 else x
 

@@ -5,15 +5,20 @@
 One network, one budget: it times a training step of every loss, plans the longest equal runs that fit into the budget
 (in minutes), trains them, samples, scores, and prints a short table. Everything is kept under --out; started again with
 the same --out it goes on with what is missing, and `--stop-after MINUTES` leaves in time for a machine that is lent for
-minutes only. `--rehearse` walks the whole way with a tiny network and 200 images, on a CPU in minutes.
+minutes only. `--width` is the U-Net's, 128 in the papers and 64 here, a quarter of the operations.
+`--rehearse` walks the whole way with a tiny network and 200 images, on a CPU in minutes.
 """
 
 import argparse
 import json
 import math
+import os
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ from guidance_nb.image_metrics import (
     resnet_extractor,
 )
 from guidance_nb.recipes import (
+    DataTable,
     Recipe,
     Request,
     Trained,
@@ -46,6 +52,7 @@ from guidance_nb.recipes import (
     override,
     own_device,
     postprocess,
+    prepared,
     read_recipe,
     score,
     train_recipe,
@@ -54,7 +61,8 @@ from guidance_nb.training import check_compiler, checkpoints_in, fit, latest_che
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 STEPS = (5, 10, 20, 50)
-PARTS = {"training": 0.6, "sampling": 0.35}  # of the budget; the rest is for timing, compiling and looking at images
+PARTS = {"training": 0.55, "sampling": 0.33}  # of the budget; the rest is for timing, compiling and looking at images
+METRICS = ("fd", "precision", "recall")
 
 
 class OutOfTime(Exception):
@@ -68,7 +76,7 @@ class Run:
     recipe: str
     changes: dict[str, Any] = field(default_factory=dict)
     length: float = 1.0
-    checkpoints: int = 2  # how many to keep; eight show how quality grows with training
+    checkpoints: int = 2  # how many to write; eight show how quality grows with training
 
     def __hash__(self) -> int:
         return hash((self.recipe, str(self.changes)))
@@ -76,7 +84,7 @@ class Run:
 
 def correction(space: str, neighbours: int) -> Run:
     "A postprocessing flow for all scales, on samples of the base run."
-    return Run("cifar10-post", {"space": space, "neighbours": neighbours}, 0.5)
+    return Run("cifar10-post", {"space": space, "neighbours": neighbours}, 0.25)
 
 
 RUNS = {
@@ -88,7 +96,7 @@ RUNS = {
     "mg-1.5": Run("cifar10-mg", {"scale": 1.5}, checkpoints=8),
     "mg-2": Run("cifar10-mg", {"scale": 2.0}),
     "mg-aware": Run("cifar10-mg-aware", {"scale_range": "1,4"}),
-    "classifier": Run("cifar10-classifier", length=0.5),
+    "classifier": Run("cifar10-classifier", {"compile": False}, 0.5),
     "post-pixels-20": correction("pixels", 20),
     "post-pixels-40": correction("pixels", 40),
     "post-resnet-20": correction("resnet20", 20),
@@ -113,29 +121,37 @@ class Point:
     corrections: tuple[str, ...] = ()
     portion: float = 1.0  # of the run's training
     headline: bool = False  # twice the samples
+    until: float = 1.0  # last time with guidance; Model-guidance is trained with .75
+
+    @property
+    def at_once(self) -> int:
+        "Network rows a sample in one evaluation."
+        return 1 if self.scale == 1 or self.classifier != "" or self.run.startswith("mg") else 2
 
     @property
     def rows(self) -> int:
-        "Network rows that drawing costs a sample."
-        one = self.scale == 1 or self.classifier != "" or self.run.startswith("mg")
-        return self.steps * (1 if one else 2) + 15 * len(self.corrections)
+        "Network rows that drawing costs a sample, at most."
+        return self.steps * self.at_once + 15 * len(self.corrections)
 
 
 def all_points(vp: bool) -> list[Point]:
-    "Everything that is drawn, the headline points first."
+    "Everything that is drawn, what each claim needs most first, for a call that runs out of time."
     few = ["base", "wide", "aligned", *(VP_RUNS if vp else ())]
     posts = tuple(name for name in RUNS if name.startswith("post"))
     early = (1 / 8, 1 / 4, 1 / 2)
+    grid = [Point(name, scale, steps) for steps in sorted(STEPS) for name in few for scale in SCALES]
     return [
         *(Point("base", scale, headline=True) for scale in (1.0, 1.5, 2.0)),
         *(Point(name, scale, headline=True) for name, scale in (("mg-1.5", 1.5), ("mg-2", 2.0))),
-        *(Point(name, scale, steps) for name in few for steps in STEPS for scale in SCALES),
+        *(Point("base", scale, headline=True, until=0.75) for scale in (1.5, 2.0)),
         *(Point("base", scale, corrections=posts) for scale in SCALES),
-        *(Point(name, scale, steps) for name, scale in (("mg-1.5", 1.5), ("mg-2", 2.0)) for steps in STEPS),
+        *(point for point in grid if point.steps < max(STEPS)),
         *(Point("mg-aware", scale) for scale in SCALES),
-        *(Point("base", scale, classifier="classifier") for scale in (*SCALES, 8.0)),
         *(Point("base", scale, portion=part) for part in early for scale in (1.0, 1.5)),
         *(Point("mg-1.5", 1.5, portion=part) for part in early),
+        *(Point("base", scale, classifier="classifier") for scale in (*SCALES, 8.0)),
+        *(Point(name, scale, steps) for name, scale in (("mg-1.5", 1.5), ("mg-2", 2.0)) for steps in STEPS),
+        *(point for point in grid if point.steps == max(STEPS)),
     ]
 
 
@@ -156,17 +172,23 @@ class Size:
     "How large everything is."
 
     changes: dict[str, Any]  # to every recipe
-    batch_size: int = 128
-    most: int = 5_000  # samples a point, if the budget allows
+    batch_size: int = 256
+    most: int = 5_120  # samples a point, if the budget allows
+    rows: int = 512  # rows at a time in sampling; the teacher of Model-guidance sees as many, so one compilation serves
     timed: int = 20  # steps
     bare: int = 0  # of the plan: steps of the base run when they are not to be planned
     limit: int | None = None  # real images to compare with
 
 
-FULL = Size({})
 REHEARSAL = Size(
-    {"network": "unet-tiny", "limit": 200, "warmup": 0, "settings.dropout": 0.0}, 16, 20, timed=2, bare=8, limit=200
+    {"network": "unet-tiny", "limit": 200, "warmup": 0, "settings.dropout": 0.0}, 16, 20, 40, timed=2, bare=8, limit=200
 )
+
+
+def full_size(width: int, lr: float) -> Size:
+    "ADM's U-Net for CIFAR-10 at a width, without dropout inside it: some tens of epochs do not overfit."
+    widths = [width, 2 * width, 2 * width, 2 * width]
+    return Size({"settings.widths": json.dumps(widths), "settings.dropout": 0.0, "lr": lr})
 
 
 @dataclass(frozen=True)
@@ -178,7 +200,6 @@ class Study:
     minutes: float  # for everything
     vp: bool
     deadline: float  # of this call, on the monotonic clock
-    peak: float | None  # operations per second of the device
     classifiers: Path | None  # folder of the networks that judge; None for GUIDANCE_NB_DATA
 
     def check_time(self) -> None:
@@ -203,16 +224,23 @@ def run_recipe(name: str, size: Size, plan: Plan | None = None, samples: tuple[s
     changes["batch_size"] = times * (plan.batch_size if plan else size.batch_size)
     if plan is not None:
         steps = max(8, round(plan.steps * run.length / 8) * 8)
-        changes |= plan.engine | {"steps": steps, "save_every": steps // 8, "keep": run.checkpoints, "grid_every": 0}
+        changes = plan.engine | {"steps": steps, "keep": run.checkpoints, "grid_every": 0} | changes
+        changes |= {"save_every": steps // run.checkpoints}
         changes |= {"warmup": steps // 20, "ema": max(0.5, 1 - 20 / steps)}  # the average spans a twentieth of the run
     if samples:
         changes["samples"] = ",".join(samples)
     return override(read_recipe(run.recipe), changes)
 
 
+@cache
+def read_images(table: DataTable) -> Any:
+    "The images of a recipe, read once."
+    return make_data(Recipe(data=table))
+
+
 def plain_loop(recipe: Recipe, steps: int) -> float:
     "Images per second of the loop one writes by hand: fp32, eager, AdamW, no average of the weights."
-    data, device = make_data(recipe), own_device()
+    data, device = read_images(recipe.data), own_device()
     model, _, _ = make_training(recipe, data)
     model = model.to(device).train()
     optimizer, n = torch.optim.AdamW(model.parameters(), lr=1e-4), recipe.training.batch_size
@@ -234,9 +262,21 @@ def plain_loop(recipe: Recipe, steps: int) -> float:
     return n * steps / (time.perf_counter() - start)
 
 
+def matrix_rate() -> float:
+    "Floating-point operations a second of a large product of matrices in bf16: what the device can do."
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for repeat in range(13):
+        if repeat == 3:
+            synchronize()
+            start = time.perf_counter()
+        a @ b
+    synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - start)
+
+
 def time_training(recipe: Recipe, steps: int) -> tuple[float, float]:
     "Seconds of a training step of a recipe, and seconds until the third is done: compiling and warming up."
-    model, source, _ = make_training(recipe, make_data(recipe))
+    model, source, _ = make_training(recipe, read_images(recipe.data))
     table = recipe.training
     options: Any = {"batch_size": table.batch_size, "lr": table.lr, "schedule": "constant", "progress": False}
     begin = time.perf_counter()
@@ -266,10 +306,11 @@ def flops_of_step(recipe: Recipe) -> float:
     return counter.get_total_flops() / 2
 
 
-def time_engines(size: Size, peak: float | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def time_engines(size: Size) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     "Images per second of the base recipe by every way of running it, and the fastest way."
     recipe = override(run_recipe("base", size), {"precision": "fp32", "compile": False, "channels_last": False})
     flops, loop = flops_of_step(recipe), plain_loop(recipe, size.timed)
+    peak = matrix_rate() if torch.cuda.is_available() else None
     rows = [{"engine": "plain loop, fp32", "images_per_second": loop}]
     ways: list[dict[str, Any]] = [{"precision": "fp32", "channels_last": False, "compile": False}]
     if torch.cuda.is_available() or not size.bare:
@@ -295,50 +336,51 @@ def time_engines(size: Size, peak: float | None) -> tuple[dict[str, Any], list[d
     return ways[max(range(len(ways)), key=lambda i: rows[i + 1]["images_per_second"])], rows
 
 
-def time_sampling(size: Size, engine: dict[str, Any], out: Path) -> float:
-    "Network rows per second of sampling, with a network of a few steps of training."
+def time_sampling(size: Size, engine: dict[str, Any], out: Path) -> dict[float, float]:
+    "Samples per second in 20 steps at scale 1, one row each, and 2, two rows, by a network of a few steps of training."
     few = {"steps": 8, "save_every": 8, "keep": 1, "grid_every": 0} | engine
     list(train_recipe(override(run_recipe("base", size), few), out / "timing", progress=False))
-    trained, n = load_trained(out / "timing"), 2 * size.timed * size.batch_size
-    ask = Request(n=n, scale=1.0, steps=5, sampler="euler", precision=engine["precision"], compile=engine["compile"])
-    ask = replace(ask, batch_size=sampling_batch(size))
-    draw(trained, replace(ask, n=min(n, ask.batch_size)), progress=False)  # compiles
-    drawn = draw(trained, ask, progress=False)
-    return n * drawn.facts["rows_per_sample"] / drawn.facts["seconds"]
-
-
-def sampling_batch(size: Size) -> int:
-    "Samples at a time."
-    return 1024 if torch.cuda.is_available() else 8 * size.batch_size
+    trained, n, speeds = load_trained(out / "timing"), 4 * size.rows, dict[float, float]()
+    ask = Request(n=n, steps=20, sampler="euler", precision=engine["precision"], compile=engine["compile"])
+    for scale in (1.0, 2.0):
+        here = replace(ask, scale=scale, batch_size=size.rows // (1 if scale == 1 else 2))
+        draw(trained, replace(here, n=here.batch_size, steps=2), progress=False)  # compiles
+        speeds[scale] = n / draw(trained, here, progress=False).facts["seconds"]
+    return speeds
 
 
 def make_plan(study: Study) -> Plan:
     "Time every loss, then divide the budget."
     size, vp = study.size, study.vp
-    engine, speeds = time_engines(size, study.peak)
+    engine, speeds = time_engines(size)
     names, runs = [*RUNS, *(VP_RUNS if vp else ())], RUNS | VP_RUNS
     budget, seconds, warm = 60 * study.minutes, dict[str, float](), dict[str, float]()
     for name in names:  # a correction is a plain step of the same network on pairs
         timed = name if not name.startswith("post") else "base"
         if timed not in seconds:
-            seconds[timed], warm[timed] = time_training(override(run_recipe(timed, size), engine), size.timed)
+            changes = engine | {key: False for key in ("compile",) if key in runs[timed].changes}
+            seconds[timed], warm[timed] = time_training(override(run_recipe(timed, size), changes), size.timed)
         seconds[name], warm[name] = seconds[timed], warm[timed]
     unit = sum(seconds[name] * runs[name].length for name in names)
     steps = size.bare or int((PARTS["training"] * budget - sum(warm[name] for name in names)) / unit)
     if steps < 8:
         needed = (8 * unit + sum(warm.values())) / PARTS["training"] / 60
         raise SystemExit(f"budget = {study.minutes:g} minutes; allowed: {needed:.0f} or more on this machine")
-    speed = time_sampling(size, engine, study.out)
-    pairs = min(16_667, size.most * 2)
+    drawn = time_sampling(size, engine, study.out)
+    speed, whole = 20 * drawn[1.0], size.rows
+    pairs = -(-min(16_667, size.most * 2) // whole) * whole
     cost = sum(point.rows * (2 if point.headline else 1) for point in all_points(vp))
     paired = pairs * sum(40 if scale != 1 else 20 for scale in PAIRED)
-    samples = min(size.most, int(max(0.0, PARTS["sampling"] * budget * speed - paired) / cost) // 10 * 10)
-    samples = max(samples, 20)
+    samples = min(size.most, int(max(0.0, PARTS["sampling"] * budget * speed - paired) / cost))
+    samples = max(samples // whole * whole, 20) if samples > whole else max(samples // 10 * 10, 20)
     expected = {name: round(seconds[name] * runs[name].length * steps + warm[name], 1) for name in names}
     expected["sampling"] = round((samples * cost + paired) / speed, 1)
-    speeds.append({"engine": f"sampling, {engine['precision']}", "rows_per_second": speed})
+    for scale, each in drawn.items():
+        name = f"sampling at scale {scale:g}, 20 steps, {engine['precision']}"
+        speeds.append({"engine": name, "images_per_second": each, "batch": size.rows // (1 if scale == 1 else 2)})
     speeds += [
-        {"engine": f"step of {name}", "images_per_second": size.batch_size / each} for name, each in seconds.items()
+        {"engine": f"step of {name}", "images_per_second": run_recipe(name, size).training.batch_size / each}
+        for name, each in seconds.items()
     ]
     (study.out / "speed.json").write_text(json.dumps({"device": device_name(), "rows": speeds}, indent=1) + "\n")
     return Plan(steps, size.batch_size, engine, samples, pairs, expected)
@@ -384,10 +426,11 @@ def train_run(study: Study, plan: Plan, name: str, samples: tuple[str, ...] = ()
     print(f"{name}: {spent:.0f} s{over}", flush=True)
 
 
-def request(study: Study, plan: Plan, n: int, scale: float, steps: int, seed: int = 0) -> Request:
-    "What is drawn at a point."
-    ask = Request(n=n, scale=scale, steps=steps, sampler="euler", seed=seed, precision=plan.engine["precision"])
-    return replace(ask, compile=plan.engine["compile"], batch_size=sampling_batch(study.size))
+def request(study: Study, plan: Plan, point: Point, n: int, seed: int = 0) -> Request:
+    "What is drawn at a point; the network sees batches of one size, so that it is compiled once."
+    ask = Request(n=n, scale=point.scale, steps=point.steps, sampler="euler", seed=seed, interval=(0.0, point.until))
+    how = {"precision": plan.engine["precision"], "compile": plan.engine["compile"]}
+    return replace(ask, **how, batch_size=study.size.rows // point.at_once)
 
 
 def make_pairs(study: Study, plan: Plan) -> tuple[str, ...]:
@@ -399,63 +442,94 @@ def make_pairs(study: Study, plan: Plan) -> tuple[str, ...]:
         if not file.exists():
             study.check_time()
             file.parent.mkdir(exist_ok=True)
-            drawn = draw(trained, request(study, plan, plan.pairs, scale, 20, seed=1), progress=False)
+            drawn = draw(trained, request(study, plan, Point("base", scale), plan.pairs, seed=1), progress=False)
             save_samples(file, drawn.x, drawn.c, drawn.facts)
     return tuple(files)
 
 
 def find_run(study: Study, name: str, portion: float = 1.0) -> Trained:
     "A trained network, perhaps as it was after a part of its training."
-    folder = study.out / "train" / name
+    return read_run(study.out / "train" / name, portion)
+
+
+@cache
+def read_run(folder: Path, portion: float) -> Trained:
+    "The same, read once."
     last = latest_checkpoint(folder)
     steps = int(last.name.removeprefix("step-"))
     return load_trained(last if portion == 1 else folder / f"step-{round(steps * portion):08d}")
 
 
 def score_points(study: Study, plan: Plan) -> Iterator[dict[str, Any]]:
-    "Draw and score what is missing; yields rows as they are made, that of real images first."
+    "Draw what is missing, and score it in threads beside the drawing; yields rows as they are made, real images first."
     file = study.out / "cifar10.csv"
     eyes = resnet_extractor(cifar_resnet(study.classifiers, 56))
     real, metrics = look_at(study, eyes)
-    rows = read_rows(file)[1] if file.exists() else []
+    rows, waiting = read_rows(file)[1] if file.exists() else [], deque[tuple[Future, dict[str, Any]]]()
     for n in (plan.samples, 2 * plan.samples):
         if not any(has_facts(row, {"run": "real", "n": n}) for row in rows):
             floor = floor_row("cifar10", real, eyes, n, metrics)
             if floor is not None:
                 append_rows(file, [floor | {"run": "real", "device": device_name()}])
                 yield floor | {"run": "real"}
-    for point in all_points(study.vp):
-        study.check_time()
-        n = plan.samples * (2 if point.headline else 1)
-        about = {"run": point.run, "scale": point.scale, "steps": point.steps, "guide": point.classifier}
-        about |= {"portion": point.portion, "n": n}
-        wanted = ("", *point.corrections)
-        missing = [name for name in wanted if not any(has_facts(row, about | {"flow": name}) for row in rows)]
-        if not missing:
-            continue
-        trained = find_run(study, point.run, point.portion)
-        classifier = find_run(study, point.classifier) if point.classifier else None
-        drawn = draw(trained, request(study, plan, n, point.scale, point.steps), classifier, progress=False)
-        keep_samples(study, drawn, point)
-        spent = json.loads((study.out / "train" / point.run / "seconds.json").read_text()) * point.portion
-        about |= {"training_seconds": round(spent, 1), "device": device_name()}
-        about["images_seen"] = trained.step * trained.recipe.training.batch_size
-        for name in missing:
-            final = postprocess(find_run(study, name), drawn, progress=False) if name else drawn
-            row = score(final, real, eyes, metrics)
-            for key in ("checkpoint", "classifier", "correction"):  # paths of this machine; the run's name says it
-                row.pop(key, None)
-            rows.append(row | about | {"flow": name})
-            append_rows(file, rows[-1:])
-            yield rows[-1]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
+        try:
+            for point in all_points(study.vp):
+                study.check_time()
+                for final, about in draw_point(study, plan, point, rows):
+                    waiting.append((pool.submit(score, final, real, eyes, metrics), about))
+                while waiting and (len(waiting) > 16 or waiting[0][0].done()):
+                    yield save_score(file, *waiting.popleft())
+        finally:
+            for future, about in waiting:  # what is drawn is scored, also when the time is up
+                save_score(file, future, about)
+
+
+def draw_point(
+    study: Study, plan: Plan, point: Point, rows: list[dict[str, Any]]
+) -> Iterator[tuple[SampleFile, dict[str, Any]]]:
+    "The samples of a point, as drawn and corrected, with what is known of them, unless a row of them is there."
+    n = plan.samples * (2 if point.headline else 1)
+    about = {"run": point.run, "scale": point.scale, "steps": point.steps, "guide": point.classifier}
+    about |= {"portion": point.portion, "until": point.until, "n": n}
+    missing = [
+        name for name in ("", *point.corrections) if not any(has_facts(row, about | {"flow": name}) for row in rows)
+    ]
+    if not missing:
+        return
+    trained = find_run(study, point.run, point.portion)
+    classifier = find_run(study, point.classifier) if point.classifier else None
+    drawn = draw(trained, request(study, plan, point, n), classifier, progress=False)
+    keep_samples(study, drawn, point)
+    spent = json.loads((study.out / "train" / point.run / "seconds.json").read_text()) * point.portion
+    about |= {"training_seconds": round(spent, 1), "device": device_name()}
+    about["images_seen"] = trained.step * trained.recipe.training.batch_size
+    for name in missing:
+        yield correct(study, plan, name, drawn) if name else drawn, about | {"flow": name}
+
+
+def correct(study: Study, plan: Plan, name: str, drawn: SampleFile) -> SampleFile:
+    "Samples carried by a postprocessing flow."
+    flow = find_run(study, name)
+    with prepared(flow, plan.engine["precision"], plan.engine["compile"]):
+        return postprocess(flow, drawn, batch_size=study.size.rows, progress=False)
+
+
+def save_score(file: Path, future: Future, about: dict[str, Any]) -> dict[str, Any]:
+    "Wait for a score and write its row."
+    row = future.result()
+    for key in ("checkpoint", "classifier", "correction"):  # paths of this machine; the run's name says it
+        row.pop(key, None)
+    append_rows(file, [row | about])
+    return row | about
 
 
 def look_at(study: Study, eyes: Extractor) -> tuple[Features, tuple[str, ...]]:
     "Features of the training images, of a part of them in a rehearsal, and the metrics they allow."
     if study.size.limit is None:
-        return look_at_real("cifar10", "train", (3, 32, 32), eyes, progress=False)
-    data = make_data(run_recipe("base", study.size))
-    metrics = choose_metrics(data.images(torch.arange(len(data))), eyes)
+        return look_at_real("cifar10", "train", (3, 32, 32), eyes, METRICS, progress=False)
+    data = read_images(run_recipe("base", study.size).data)
+    metrics = choose_metrics(data.images(torch.arange(len(data))), eyes, METRICS)
     return measure(data.images(torch.arange(len(data))), eyes, metrics, name="cifar10 train"), metrics
 
 
@@ -464,9 +538,10 @@ def keep_samples(study: Study, drawn: SampleFile, point: Point) -> None:
     from torchvision.utils import save_image
 
     if point.headline:
-        save_samples(study.out / "samples" / f"{point.run}-{point.scale:g}.npz", drawn.x, drawn.c, drawn.facts)
+        name = f"{point.run}-{point.scale:g}" + (f"-until-{point.until:g}" if point.until < 1 else "")
+        save_samples(study.out / "samples" / f"{name}.npz", drawn.x, drawn.c, drawn.facts)
     file = study.out / "grids" / f"{point.run}-{point.classifier or 'self'}-{point.scale:g}.png"
-    if point.steps == 20 and point.portion == 1 and not file.exists():
+    if point.steps == 20 and point.portion == point.until == 1 and not file.exists():
         file.parent.mkdir(exist_ok=True)
         save_image(drawn.x[:80].float() / 255, file, nrow=10, padding=1)
 
@@ -477,7 +552,17 @@ def show_table(study: Study, plan: Plan) -> None:
 
     table = pd.DataFrame(read_rows(study.out / "cifar10.csv")[1])
     table = table[table.n.astype(int) == 2 * plan.samples]
-    names = ["run", "scale", "steps", "n", "fd_resnet56", "agreement_resnet56", "precision_resnet56", "recall_resnet56"]
+    names = [
+        "run",
+        "scale",
+        "until",
+        "steps",
+        "n",
+        "fd_resnet56",
+        "agreement_resnet56",
+        "precision_resnet56",
+        "recall_resnet56",
+    ]
     names += ["rows_per_sample", "training_seconds"]
     print(table[[name for name in names if name in table]].to_string(index=False))
 
@@ -497,6 +582,9 @@ def export_weights(study: Study, names: list[str]) -> None:
 
 def carry_out(study: Study) -> None:
     "All of it, from where it stopped."
+    if torch.cuda.is_available():  # a compilation for every shape, of which there are few, and none given up
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 64
     plan = read_plan(study)
     print(f"plan: {plan.steps} steps of {plan.batch_size} images, {plan.engine}, {plan.samples} samples a point")
     if plan.samples < 5_000:
@@ -528,7 +616,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="minutes for everything, over all calls")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="minutes after which this call leaves")
     parser.add_argument("--vp", action="store_true", help="also the aligned loss on a variance-preserving path")
-    parser.add_argument("--peak", type=float, help="bf16 TFLOP/s of the device, for the share of it that is used (MFU)")
+    parser.add_argument("--width", type=int, default=64, help="channels of the U-Net's first level; 128 in the papers")
+    parser.add_argument("--lr", type=float, default=8e-4, help="learning rate of every run")
     parser.add_argument(
         "--classifiers", type=Path, help="folder of resnet20-*.th and resnet56-*.th, if not in GUIDANCE_NB_DATA"
     )
@@ -539,10 +628,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"--budget {asked.budget:g}, --stop-after {asked.stop_after:g}; allowed: positive numbers of minutes"
         )
     asked.out.mkdir(parents=True, exist_ok=True)
-    size, peak = REHEARSAL if asked.rehearse else FULL, asked.peak * 1e12 if asked.peak else None
+    if not asked.width > 0 or asked.width % 64:
+        parser.error(f"--width {asked.width}; allowed: multiples of 64, the channels of an attention head")
+    size = REHEARSAL if asked.rehearse else full_size(asked.width, asked.lr)
     deadline = time.monotonic() + 60 * asked.stop_after
     try:
-        carry_out(Study(asked.out, size, asked.budget, asked.vp, deadline, peak, asked.classifiers))
+        carry_out(Study(asked.out, size, asked.budget, asked.vp, deadline, asked.classifiers))
     except OutOfTime:
         print(f"the time of this call is up; the same command goes on from {asked.out}")
 
