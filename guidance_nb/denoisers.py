@@ -238,7 +238,9 @@ class TrainableDenoiser(Denoiser):
         record_rows(len(x))
         if not self.scale_aware:
             return self.net(*inputs, labels)
-        asked = torch.as_tensor(1.0 if scale is None else scale, dtype=x.dtype, device=x.device).expand(len(x))
+        scale = 1.0 if scale is None else scale
+        asked = scale.to(x) if isinstance(scale, Tensor) else torch.full((), scale, dtype=x.dtype, device=x.device)
+        asked = asked.expand(len(x))
         return self.net(*inputs, labels, torch.where(labels == null, torch.zeros_like(asked), asked))
 
 # %% ../nbs/01_denoisers.ipynb #3831278f

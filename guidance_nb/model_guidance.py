@@ -131,6 +131,11 @@ class ModelGuidanceLoss:
     def __post_init__(self) -> None:
         check_model_guidance(self)
 
+    @property
+    def changes(self) -> bool:
+        "Whether what is computed changes from step to step, so that no step stands for all (`Engine.graphs`)."
+        return self.start_step > 0 or callable(self.weight)
+
     def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: Context) -> Tensor:
         "Per-sample losses `[batch]`."
         check_network(self, model, c)

@@ -175,6 +175,7 @@ class TrainingTable:
     accumulate: int = 1  # Micro-batches per optimiser step
     recompute: bool = False  # Whether to forget activations and compute them again: less memory, more time
     compile: bool = False  # Whether to compile the network
+    graphs: bool = False  # Whether to record a step as a CUDA graph; without dropout inside the network
     channels_last: bool = False  # Whether to store feature maps channels last
     save_every: int = 500  # Steps between checkpoints
     keep: int = 2  # Newest checkpoints to keep
@@ -570,7 +571,7 @@ def make_engine(
     table: TrainingTable,  # Settings of a run
 ) -> Engine:  # For `fit`
     "The engine of a run."
-    same = ("precision", "accumulate", "recompute", "compile", "channels_last", "warmup", "weight_decay")
+    same = ("precision", "accumulate", "recompute", "compile", "graphs", "channels_last", "warmup", "weight_decay")
     options: dict[str, Any] = {name: getattr(table, name) for name in same}
     return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
 
@@ -630,6 +631,7 @@ def require_compiler() -> None:
 # %% ../nbs/29_recipes.ipynb #b2e1e5d0
 LATER_KEYS = (
     *("data.vae", "method.guided_share", "method.unconditional", "sampling.channels", "training.recompute"),
+    "training.graphs",
     *("method.auto_every", "method.auto_samples", "method.auto_eyes", "method.auto_reference"),
 )
 
@@ -680,7 +682,7 @@ MAY_CHANGE = (
         "recipe.training.steps",
     ),  # whether more steps may follow is for `fit` to say
     *(f"recipe.training.{key}" for key in ("save_every", "keep", "grid_every", "tracker", "precision", "compile")),
-    *(f"recipe.training.{key}" for key in ("channels_last", "accumulate", "recompute")),
+    *(f"recipe.training.{key}" for key in ("channels_last", "accumulate", "recompute", "graphs")),
 )
 
 
@@ -1135,6 +1137,8 @@ def floor_row(
 # %% ../nbs/29_recipes.ipynb #e21b3168
 class MeasuredGuidanceLoss:
     "Model-guidance with a weight moved every so many steps by an error of the moving average (arXiv 2502.12154)."
+
+    changes = True  # from step to step
 
     def __init__(
         self,

@@ -10,10 +10,11 @@ __all__ = ['Data', 'FORMAT', 'Context', 'DenoisingLoss', 'ClassifierLoss', 'keye
            'record_digest', 'force_to_disk', 'checkpoints_in', 'remove_folder', 'clean_remnants', 'write_checkpoint',
            'explain_failure', 'seal_record', 'publish_folder', 'prune_checkpoints', 'check_checkpoint', 'Checkpoint',
            'read_tensors', 'read_checkpoint', 'open_latest', 'latest_checkpoint', 'first_difference', 'check_resume',
-           'Reading', 'State', 'Run', 'keyed_global_randomness', 'has_dropout', 'to_device', 'one_pass', 'advance',
-           'make_average', 'recompute_activations', 'start_run', 'loss_state', 'optimizer_tensors', 'load_optimizer',
-           'load_weights', 'gather_run', 'save_run', 'resume_run', 'keeping', 'explaining_memory', 'after_step',
-           'describe_run', 'fit', 'train', 'find_processes', 'gather_rows', 'sample_sharded']
+           'Reading', 'State', 'Run', 'keyed_global_randomness', 'has_dropout', 'to_device', 'one_pass',
+           'shrink_gradient', 'move_average', 'advance', 'StepGraph', 'check_graphs', 'set_rate', 'record_step',
+           'replay_step', 'make_average', 'recompute_activations', 'start_run', 'loss_state', 'optimizer_tensors',
+           'load_optimizer', 'load_weights', 'gather_run', 'save_run', 'resume_run', 'keeping', 'explaining_memory',
+           'after_step', 'describe_run', 'fit', 'train', 'find_processes', 'gather_rows', 'sample_sharded']
 
 # %% ../nbs/05_training.ipynb #0bc3055d
 import hashlib
@@ -255,6 +256,7 @@ class Engine:
     compile: bool = False  # Whether to compile the network in training (`torch.compile`, in place)
     channels_last: bool = False  # Whether images and convolutions are kept channels last, which tensor cores prefer
     recompute: bool = False  # Whether blocks forget activations and compute them again (gradient checkpointing)
+    graphs: bool = False  # Whether a step is recorded once as a CUDA graph and replayed, so that nothing is launched
     clip: float | None = None  # Largest norm of the gradient; None for no clipping
     warmup: int = 0  # Steps of linear warm-up of the learning rate
     weight_decay: float = 0.0  # Decoupled weight decay
@@ -879,10 +881,15 @@ class Run:
     saved: int = 0  # Step of the newest checkpoint
     path: pathlib.Path | None = None  # The newest checkpoint
     clock: tuple[int, float] = (0, 0.0)  # Step and time of the last log
+    weights: list[Any] = field(default_factory=list)  # The model's parameters, listed once
+    eager: int = 0  # Steps done in this call that were not replayed
+    recorded: Any = None  # The `StepGraph` of an engine with graphs
 
     def state(self) -> State:
         "What the caller gets."
-        return State(self.step, self.reading, self.model, self.average.module.eval())
+        if self.average.module.training:
+            self.average.module.eval()
+        return State(self.step, self.reading, self.model, self.average.module)
 
     def check(self, reading: Any) -> float:
         "Refuse to go on with a loss that is not finite."
@@ -929,6 +936,7 @@ def one_pass(
     x: Tensor,  # This process's share of the batch
     c: Tensor | None,  # Its labels
     number: int,  # Which pass of the step
+    generator: torch.Generator | None = None,  # Keyed by (seed, step); None to make it
 ) -> Tensor:  # Mean loss of the pass
     "Forward and backward for one pass's part of the share; processes exchange gradients in the last pass."
     passes, place, seed = run.engine.accumulate, run.place, run.settings["seed"]
@@ -937,7 +945,8 @@ def one_pass(
         first = place.process_index * len(x) + number * size
         rows, total = slice(first, first + size), run.settings["batch_size"]
         x, c = x[number * size :][:size], None if c is None else c[number * size :][:size]
-    generator = keyed_generator(seed, 0, run.step, device=place.device if place.device.type == "cuda" else "cpu")
+    if generator is None:
+        generator = keyed_generator(seed, 0, run.step, device=place.device if place.device.type == "cuda" else "cpu")
     context = Context(generator, run.step, run.settings["steps"], run.average.module, rows, total)
     key = (seed, 4, run.step, place.process_index, number)
     silent = place.no_sync(run.module) if number + 1 < passes else nullcontext()
@@ -950,13 +959,44 @@ def one_pass(
     return value.detach()
 
 # %% ../nbs/05_training.ipynb #29cdb462
+def shrink_gradient(
+    run: Run,  # The run, with gradients
+) -> None:
+    "Clip the gradient, if the engine says so; Accelerate is asked where it has to scale or gather first."
+    largest = run.engine.clip
+    if largest is not None and (is_sharded(run.place) or run.place.scaler is not None):
+        run.place.clip_grad_norm_(run.model.parameters(), largest)
+    elif largest is not None:
+        nn.utils.clip_grad_norm_(run.weights, largest)
+
+
+def move_average(
+    run: Run,  # The run, after its optimiser's step
+) -> None:
+    "Equation (2): the first time by `AveragedModel`, then the same operation on lists of weights made once."
+    average = run.average
+    if is_sharded(run.place) or not average.n_averaged:
+        average.update_parameters(WholeModel(run.model) if is_sharded(run.place) else run.model)
+        return
+    move = get_ema_multi_avg_fn(run.settings["ema"])
+    move([*average.module.parameters()], run.weights, average.n_averaged)
+    for kept, new in zip(average.module.buffers(), run.model.buffers()):
+        kept.copy_(new)
+    average.n_averaged += 1
+
+
 def advance(
     run: Run,  # The run
     x: Tensor,  # This process's share of the batch
     c: Tensor | None,  # Its labels
 ) -> None:
     "One optimiser step: passes, clipping, AdamW, eq. (2)."
-    run.model.train()
+    if not run.model.training:
+        run.model.train()
+    set_rate(run)
+    if run.engine.graphs and run.eager >= 3:
+        replay_step(run, x, c)
+        return
     run.stepper.zero_grad(set_to_none=True)
     values = [one_pass(run, x, c, number) for number in range(run.engine.accumulate)]
     value = values[0] if len(values) == 1 else torch.stack(values).mean()
@@ -964,14 +1004,94 @@ def advance(
     run.shown = run.check(reading if reading.sent is None else run.reading)  # on a GPU one step late, rather than wait
     if run.step + 1 == run.settings["steps"]:
         run.check(reading)
-    if run.engine.clip is not None:
-        run.place.clip_grad_norm_(run.model.parameters(), run.engine.clip)
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.rate(run.step)
+    shrink_gradient(run)
     run.whole = False
     run.stepper.step()
-    run.average.update_parameters(WholeModel(run.model) if is_sharded(run.place) else run.model)
+    move_average(run)
+    run.step, run.reading, run.whole, run.eager = run.step + 1, reading, True, run.eager + 1
+
+# %% ../nbs/05_training.ipynb #c7a30e52
+@dataclass
+class StepGraph:
+    "An optimiser step as a CUDA graph, and the memory that it reads and writes."
+
+    graph: Any  # A `torch.cuda.CUDAGraph`
+    x: Tensor  # Data of the step, on the device
+    c: Tensor | None  # Its labels
+    generator: torch.Generator  # Its randomness
+    value: Tensor  # Its loss
+
+
+def check_graphs(
+    run: Run,  # A run that is about to begin
+) -> None:
+    "Refuse a run that cannot be recorded, in one line."
+    rules = {
+        "on a CPU": run.place.device.type == "cuda",
+        "with several processes": run.place.num_processes == 1,
+        "with accumulate above 1": run.engine.accumulate == 1,
+        "with precision = 'fp16'": run.place.scaler is None,
+        "with dropout inside the network": not has_dropout(run.model),
+        "with a loss that changes from step to step": not getattr(run.loss, "changes", False),
+    }
+    for where, fine in rules.items():
+        if not fine:
+            raise ValueError(f"graphs = True; allowed {where}: False")
+
+# %% ../nbs/05_training.ipynb #d81b6f04
+def set_rate(
+    run: Run,  # The run
+) -> None:
+    "Set the learning rate of the coming step; a recorded step reads it from the device."
+    for group in run.optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(run.rate(run.step))
+        else:
+            group["lr"] = run.rate(run.step)
+
+
+def record_step(
+    run: Run,  # The run, after a few steps
+    x: Tensor,  # A batch, for its shape
+    c: Tensor | None,  # Its labels
+) -> StepGraph:
+    "Record a step; nothing is computed yet."
+    device = run.place.device
+    blank = lambda like: torch.empty_like(like, device=device)  # noqa: E731
+    made = StepGraph(torch.cuda.CUDAGraph(), blank(x), None if c is None else blank(c), torch.Generator(device), x)
+    made.graph.register_generator_state(made.generator)
+    for group in run.optimizer.param_groups:
+        group |= {"capturable": True, "lr": torch.tensor(float(group["lr"]), device=device)}
+    run.stepper.zero_grad(set_to_none=True)  # so that gradients get their place inside the graph
+    averaged = run.average.n_averaged.clone()
+    with torch.cuda.graph(made.graph, capture_error_mode="thread_local"):
+        made.value = one_pass(run, made.x, made.c, 0, made.generator)
+        shrink_gradient(run)
+        run.stepper.step()
+        move_average(run)
+    run.average.n_averaged.copy_(averaged)
+    return made
+
+
+def replay_step(
+    run: Run,  # The run
+    x: Tensor,  # The batch
+    c: Tensor | None,  # Its labels
+) -> None:
+    "One optimiser step as a graph, recorded if it is the first."
+    run.recorded = made = run.recorded or record_step(run, x, c)
+    made.x.copy_(x.pin_memory() if x.device.type == "cpu" else x, non_blocking=True)
+    if made.c is not None and c is not None:
+        made.c.copy_(c, non_blocking=True)
+    made.generator.manual_seed(keyed_generator(run.settings["seed"], 0, run.step).initial_seed())
+    run.whole = False
+    made.graph.replay()
+    run.average.n_averaged += 1
+    reading = Reading(made.value, run.step)
+    run.shown = run.check(run.reading)
     run.step, run.reading, run.whole = run.step + 1, reading, True
+    if run.step == run.settings["steps"]:
+        run.check(reading)
 
 # %% ../nbs/05_training.ipynb #7960af40
 def make_average(
@@ -1022,6 +1142,9 @@ def start_run(
     module, stepper = place.prepare(LossModule(model, loss), optimizer)
     average = average or make_average(model, settings["ema"])
     run = Run(model, loss, settings, how, checkpoints, place, module, average, optimizer, stepper, rate)
+    run.weights = [*model.parameters()]
+    if how.graphs:
+        check_graphs(run)
     if checkpoints is not None:
         resume_run(run)
     if how.compile:  # in place: names of weights and copies of the model stay plain
