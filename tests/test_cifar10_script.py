@@ -19,18 +19,18 @@ needs_data = pytest.mark.skipif(
 )
 
 
-FULL = full_size(64, 8e-4)
+FULL = full_size(2, 1e-3)
 
 
 def study(out, size=REHEARSAL, minutes=60.0, deadline=math.inf, **options):
-    return Study(out, size, minutes, options.get("vp", False), deadline, None)
+    return Study(out, size, minutes, options.get("vp", False), deadline, False, None)
 
 
 @pytest.mark.parametrize("minutes", [30.0, 120.0])
 def test_the_plan_fits_the_budget(tmp_path, monkeypatch, minutes):
     "With a second of warming up and .05 seconds a step, doubled for twice the batch, all runs take 60 % of the budget."
     engine = {"precision": "bf16", "channels_last": True, "compile": False}
-    monkeypatch.setattr(cifar10, "time_engines", lambda size: (engine, []))
+    monkeypatch.setattr(cifar10, "time_engines", lambda size, compiled: (engine, []))
     monkeypatch.setattr(cifar10, "time_training", lambda recipe, steps: (0.05 * recipe.training.batch_size / 256, 1.0))
     monkeypatch.setattr(cifar10, "time_sampling", lambda size, engine, out: {1.0: 1_000.0, 2.0: 500.0})
     plan = cifar10.make_plan(study(tmp_path, FULL, minutes))
@@ -45,7 +45,7 @@ def test_the_plan_fits_the_budget(tmp_path, monkeypatch, minutes):
 
 
 def test_a_budget_too_small_is_refused_with_the_least(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "time_engines", lambda size: ({}, []))
+    monkeypatch.setattr(cifar10, "time_engines", lambda size, compiled: ({}, []))
     monkeypatch.setattr(cifar10, "time_training", lambda recipe, steps: (1.0, 10.0))
     with pytest.raises(SystemExit, match=r"budget = 1 minutes; allowed: \d+ or more"):
         cifar10.make_plan(study(tmp_path, FULL, 1.0))
@@ -57,7 +57,7 @@ def test_equal_budgets_mean_what_they_say(tmp_path):
     tables = {name: cifar10.run_recipe(name, FULL, plan).training for name in RUNS}
     same = [tables[name] for name in ("base", "aligned", "mg-1.5", "mg-2", "mg-aware")]
     assert len({(table.steps, table.batch_size, table.lr, table.ema, table.seed) for table in same}) == 1
-    assert tables["wide"] == replace(tables["base"], batch_size=512, keep=2, save_every=200)
+    assert tables["wide"] == replace(tables["base"], batch_size=512, keep=1, save_every=400)
     assert tables["base"].keep * tables["base"].save_every == tables["base"].steps
 
 
