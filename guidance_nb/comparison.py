@@ -6,7 +6,7 @@
 __all__ = ['DATA', 'METHODS', 'NETWORKS', 'CURVES', 'PAGE', 'CAPTIONS', 'Problem', 'load_problem', 'Budget', 'budget_for',
            'save_stage', 'load_stage', 'Stage', 'training_stage', 'make_network', 'make_loss', 'run_training',
            'train_post', 'load_network', 'guided_model', 'scales_of', 'requests', 'run_sampling', 'start_worker',
-           'run_stage', 'amount_of_work', 'run_stages', 'score_fractal', 'score_digits', 'score', 'score_stage',
+           'run_stage', 'amount_of_work', 'run_stages', 'score_fractal', 'score_digits', 'score_toy', 'score_stage',
            'floor_rows', 'check_tour', 'run_tour', 'gallery_scale', 'draw_samples', 'draw_curves', 'cost_rows',
            'summary', 'embed', 'write_page']
 
@@ -495,7 +495,7 @@ def score_digits(
     }
 
 
-def score(data: str, x: Tensor, c: Tensor, problem: Problem) -> dict[str, float]:
+def score_toy(data: str, x: Tensor, c: Tensor, problem: Problem) -> dict[str, float]:
     "Metrics of samples `x` with labels `c` on a data set."
     return (score_fractal if data == "fractal" else score_digits)(x, c, problem)
 
@@ -519,7 +519,7 @@ def score_stage(
         cost, x = info[f"{scale:g} {steps}"], tensors[f"x {scale:g} {steps}"]
         facts |= {"sampler": "heun", "steps": steps, "samples": budget.samples}
         facts |= {"rows_per_sample": cost["rows"], "seconds": cost["seconds"]}
-        rows.append(facts | score(stage.data, x, c, problem))
+        rows.append(facts | score_toy(stage.data, x, c, problem))
     return rows
 
 # %% ../nbs/20_comparison.ipynb #ca9f2d9d
@@ -538,7 +538,7 @@ def floor_rows(
         else:
             chosen = torch.randperm(len(problem.x), generator=generator)[:samples]
             x, c = problem.x[chosen], problem.c[chosen]
-        rows.append({"data": data, "method": "real", "seed": seed} | score(data, x, c, problem))
+        rows.append({"data": data, "method": "real", "seed": seed} | score_toy(data, x, c, problem))
     return rows
 
 # %% ../nbs/20_comparison.ipynb #9fbf0bcd

@@ -5,10 +5,10 @@ import re
 import sys
 
 import pytest
+from test_layering import DISTRIBUTION
 
 from colab import LINK, NEEDS, WITHOUT, install, settings, with_colab
 from notebooks import NOTEBOOKS, cells, text
-from test_layering import DISTRIBUTION
 
 GIVEN = {"IPython", "yaml"}  # Colab has them; yaml comes with diffusers, besides
 
