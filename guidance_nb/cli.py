@@ -66,7 +66,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 
 
 def show_version(wanted: bool) -> None:
-    "Print the version and stop."
+    "Print the version and stop, if that is `wanted`."
     if wanted:
         typer.echo(f"guidance-nb {__version__}")
         raise typer.Exit()
