@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from fresh import stale
-from notebooks import NOTEBOOKS, ROOT, cells
+from notebooks import NOTEBOOKS, ROOT, cells, is_skipped, text
 
 LIMIT = 60  # seconds of processor time, so that a busy machine fails nothing
 
@@ -38,9 +39,21 @@ def test_notebook_runs_and_is_fresh(path):
     assert run.returncode == 0, run.stderr
 
 
-def printed(text: str, source: str = "") -> list[dict]:
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_that_are_not_run_keep_their_outputs(path):
+    "A slow cell that shows or prints something was run once, and what it gave is stored."
+    silent = []
+    for number, cell in enumerate(cells(path), 1):
+        source = text(cell["source"])
+        speaks = re.search(r"^(    )*(print\(|plt\.show\()", source, re.MULTILINE)
+        if cell["cell_type"] == "code" and is_skipped(source) and speaks and not cell["outputs"]:
+            silent.append(f"cell #{number}")
+    assert silent == [], "run make notebooks with --flagged"
+
+
+def printed(words: str, source: str = "") -> list[dict]:
     "A notebook of one cell that printed a text."
-    output = {"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)}
+    output = {"output_type": "stream", "name": "stdout", "text": words.splitlines(keepends=True)}
     return [{"cell_type": "code", "source": [source], "outputs": [output]}]
 
 
