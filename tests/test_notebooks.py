@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -74,6 +75,17 @@ def printed(words: str, source: str = "") -> list[dict]:
 )
 def test_stale_text_is_found(stored, fresh, same):
     assert (stale(printed(stored), printed(fresh)) == []) == same
+
+
+def test_stale_numbers_of_interactive_pages_are_found():
+    "They are float32 in base64, whose letters say nothing about how far apart two numbers are."
+    values = np.linspace(0, 1, 60, dtype="<f4")
+    page, near, far = (
+        printed(f"<script>const numbers = '{base64.b64encode(part.astype('<f4').tobytes()).decode()}'</script>")
+        for part in (values, values * (1 + 1e-6), values * 1.1)
+    )
+    assert page != near and stale(page, near) == []
+    assert len(stale(page, far)) == len(stale(page, printed("<script></script>"))) == 1
 
 
 def drawn(height: int = 60, colour: str = "green", size: tuple[int, int] = (500, 280)) -> list[dict]:
