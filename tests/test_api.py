@@ -7,8 +7,7 @@ import re
 import pytest
 from nbdev.doclinks import NbdevLookup
 
-from colab import settings
-from notebooks import NOTEBOOKS, ROOT, cells, text
+from notebooks import NOTEBOOKS, ROOT, cells, settings, text
 
 PAGE = next(path for path in NOTEBOOKS if path.stem == "92_api")
 STEMS = [path.stem for path in NOTEBOOKS if (ROOT / "guidance_nb" / f"{path.stem[3:]}.py").exists()]

@@ -7,8 +7,8 @@ import sys
 import pytest
 from test_layering import DISTRIBUTION
 
-from colab import LINK, NEEDS, WITHOUT, install, settings, with_colab
-from notebooks import NOTEBOOKS, cells, text
+from colab import LINK, NEEDS, WITHOUT, install, with_colab
+from notebooks import NOTEBOOKS, cells, settings, text
 
 GIVEN = {"IPython", "yaml"}  # Colab has them; yaml comes with diffusers, besides
 

@@ -8,8 +8,7 @@ import sys
 import pytest
 import yaml
 
-from colab import settings
-from notebooks import ROOT
+from notebooks import ROOT, settings
 from pages import (
     MAX_FIGURE,
     MAX_NOTEBOOK,

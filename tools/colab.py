@@ -6,10 +6,9 @@ the paths in a notebook then lead where they lead here. A second run changes not
 
 import hashlib
 import json
-from configparser import ConfigParser
 from pathlib import Path
 
-from notebooks import NOTEBOOKS, ROOT, cells, is_skipped, text
+from notebooks import NOTEBOOKS, cells, is_skipped, settings, text
 
 LINK = "[Open in Colab]("
 WITHOUT = {"index", "92_api"}  # the README, and a list: there is nothing to run
@@ -32,13 +31,6 @@ if "google.colab" in str(get_ipython()):  # there alone: the project with its da
     get_ipython().system("git clone --quiet --depth 1 {git_url} {folder}")
     get_ipython().run_line_magic("pip", 'install --quiet "{folder}[sd]" fastcore')
     get_ipython().run_line_magic("cd", "-q {folder}/nbs")"""
-
-
-def settings() -> dict[str, str]:
-    "The entries of settings.ini."
-    config = ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    return dict(config["DEFAULT"])
 
 
 def link(path: Path) -> str:

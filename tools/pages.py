@@ -11,14 +11,13 @@ import os
 import re
 import subprocess
 import sys
-from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
 
-from notebooks import NOTEBOOKS, ROOT, cells, directives, text
+from notebooks import NOTEBOOKS, ROOT, cells, directives, settings, text
 
 MAX_NOTEBOOK, MAX_FIGURE, MAX_PAGE = 300_000, 60_000, 1_500_000  # bytes; a page is a notebook and the files it shows
 REGISTRIES = ("pypi.org", "anaconda.org", "npmjs.com", "conda-forge.org")  # name a package instead
@@ -119,19 +118,19 @@ def markup_problems(name: str, source: str) -> list[str]:
     return found
 
 
-def config_problems(settings: dict, quarto: dict) -> list[str]:
+def config_problems(names: dict, quarto: dict) -> list[str]:
     "Where _quarto.yml disagrees with settings.ini or with the notebooks."
     site = quarto["website"]
     sidebar = {page for section in site["sidebar"]["contents"] for page in section["contents"]}
-    names = {path.name for path in NOTEBOOKS}
+    pages = {path.name for path in NOTEBOOKS}
     pairs = {
-        "pages of the sidebar without a notebook": (sidebar - names, set()),
-        "notebooks outside the sidebar": (names - sidebar, set()),
-        "output-dir": (quarto["project"]["output-dir"], settings["doc_path"]),
-        "title": (site["title"], settings["title"]),
-        "description": (site["description"], settings["description"]),
-        "site-url": (site["site-url"], settings["doc_host"] + settings["doc_baseurl"]),
-        "repo-url": (site["repo-url"], settings["git_url"]),
+        "pages of the sidebar without a notebook": (sidebar - pages, set()),
+        "notebooks outside the sidebar": (pages - sidebar, set()),
+        "output-dir": (quarto["project"]["output-dir"], names["doc_path"]),
+        "title": (site["title"], names["title"]),
+        "description": (site["description"], names["description"]),
+        "site-url": (site["site-url"], names["doc_host"] + names["doc_baseurl"]),
+        "repo-url": (site["repo-url"], names["git_url"]),
         "search": (site["search"], True),
         "html without keep-md beside commonmark": (
             "commonmark" in quarto["format"] and not quarto["format"]["html"].get("keep-md"),
@@ -144,13 +143,11 @@ def config_problems(settings: dict, quarto: dict) -> list[str]:
     return found + [f"_quarto.yml: nbs/{name} is missing" for name in files if not (ROOT / "nbs" / name).exists()]
 
 
-def link_problems(name: str, pages: dict[str, Page], settings: dict) -> list[str]:
+def link_problems(name: str, pages: dict[str, Page], names: dict) -> list[str]:
     "Links, anchors and images of page `name` that lead nowhere."
-    site = settings["doc_host"] + settings["doc_baseurl"] + "/"
-    repository = f"{settings['git_url']}/(?:blob|tree)/{settings['branch']}/"
-    repository += (
-        f"|https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/"
-    )
+    site = names["doc_host"] + names["doc_baseurl"] + "/"
+    repository = f"{names['git_url']}/(?:blob|tree)/{names['branch']}/"
+    repository += f"|https://colab.research.google.com/github/{names['user']}/{names['repo']}/blob/{names['branch']}/"
     found = []
     for link in pages[name].links:
         if re.match(repository, link):
@@ -174,10 +171,8 @@ def link_problems(name: str, pages: dict[str, Page], settings: dict) -> list[str
 
 def problems() -> list[str]:
     "Everything wrong with the pages, a line each."
-    config = ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    settings = dict(config["DEFAULT"])
-    found = config_problems(settings, yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")))
+    names = settings()
+    found = config_problems(names, yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")))
     processed = process()
     pages: dict[str, Page] = {}
     for notebook in NOTEBOOKS:
@@ -192,7 +187,7 @@ def problems() -> list[str]:
         found += figure_problems(name, shown) + markup_problems(name, source)
         pages[front.get("output-file", name)] = pages[name] = page
     for notebook in NOTEBOOKS:
-        found += link_problems(notebook.name, pages, settings)
+        found += link_problems(notebook.name, pages, names)
     return found
 
 
