@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'Split', 'Checkpoint', 'Scale', 'Classifier', 'Count', 'Labels', 'Seed', 'Precision', 'Compile', 'BatchSize',
            'Progress', 'Overwrite', 'Samples', 'Eyes', 'Weights', 'RealData', 'SweepFolder', 'Correction', 'Best',
-           'show_version', 'common', 'parse_scales', 'tour', 'parse_flags', 'RecipeCommand', 'interrupted', 'train',
-           'encode', 'show_cost', 'cost', 'finetune_command', 'check_target', 'store', 'parse_interval', 'parse_counts',
-           'sample', 'postprocess_command', 'evaluate', 'score_file', 'sweep_command', 'run_sweep', 'info', 'show_row',
-           'main']
+           'show_version', 'common', 'parse_scales', 'tour', 'parse_flags', 'RecipeCommand', 'interrupted',
+           'train_command', 'encode_command', 'show_cost', 'cost', 'finetune_command', 'check_target', 'store',
+           'parse_interval', 'parse_counts', 'sample_command', 'postprocess_command', 'evaluate_command', 'score_file',
+           'sweep_command', 'run_sweep', 'info', 'show_row', 'main']
 
 # %% ../nbs/30_cli.ipynb #7b942241
 import json
@@ -66,7 +66,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 
 
 def show_version(wanted: bool) -> None:
-    "Print the version and stop."
+    "Print the version and stop, if that is `wanted`."
     if wanted:
         typer.echo(f"guidance-nb {__version__}")
         raise typer.Exit()
@@ -153,8 +153,10 @@ def interrupted(
     return typer.Exit(130)
 
 # %% ../nbs/30_cli.ipynb #5d28fe1f
-@app.command(cls=RecipeCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(
+@app.command(
+    name="train", cls=RecipeCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def train_command(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")],
     out: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/RECIPE.")] = None,
@@ -184,8 +186,8 @@ def train(
         typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; checkpoints are in {folder}")
 
 # %% ../nbs/30_cli.ipynb #a6b04479
-@app.command()
-def encode(
+@app.command(name="encode")
+def encode_command(
     source: Annotated[str, typer.Argument(help="A folder with one sub-folder per class, mnist or cifar10.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; finished shards in it are kept.")],
     vae: Annotated[str, typer.Option(help="Folder or name of a diffusers AutoencoderKL.")],
@@ -353,8 +355,8 @@ def parse_counts(
         raise ValueError(f"{name} = {text!r}; allowed: whole numbers separated by commas, such as 10,20") from None
 
 # %% ../nbs/30_cli.ipynb #f6c8fe32
-@app.command()
-def sample(
+@app.command(name="sample")
+def sample_command(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="An .npz file, or a folder for PNGs.")] = Path("samples.npz"),
     n: Count = 1000,
@@ -416,8 +418,8 @@ def postprocess_command(
     main_only(work)
 
 # %% ../nbs/30_cli.ipynb #2dccc591
-@app.command()
-def evaluate(
+@app.command(name="evaluate")
+def evaluate_command(
     samples: Samples,
     reference: RealData = "mnist",
     eyes: Eyes = INCEPTION,

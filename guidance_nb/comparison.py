@@ -6,7 +6,7 @@
 __all__ = ['DATA', 'METHODS', 'NETWORKS', 'CURVES', 'PAGE', 'CAPTIONS', 'Problem', 'load_problem', 'Budget', 'budget_for',
            'save_stage', 'load_stage', 'Stage', 'training_stage', 'make_network', 'make_loss', 'run_training',
            'train_post', 'load_network', 'guided_model', 'scales_of', 'requests', 'run_sampling', 'start_worker',
-           'run_stage', 'amount_of_work', 'run_stages', 'score_fractal', 'score_digits', 'score', 'score_stage',
+           'run_stage', 'amount_of_work', 'run_stages', 'score_fractal', 'score_digits', 'score_toy', 'score_stage',
            'floor_rows', 'check_tour', 'run_tour', 'gallery_scale', 'draw_samples', 'draw_curves', 'cost_rows',
            'summary', 'embed', 'write_page']
 
@@ -224,7 +224,7 @@ class Stage:
 
 
 def training_stage(data: str, seed: int, name: str, scales: tuple[float, ...], budget: Budget) -> Stage:
-    "The stage that trains network `name`; only the scale-aware one depends on the scales asked for."
+    "The stage that trains network `name` on `data` by `seed` and `budget`; only the scale-aware one knows `scales`."
     aware = (min(1.0, *scales), max(1.0, *scales)) if name == "mg_aware" else ()
     return Stage(data, seed, "train", name, aware, budget)
 
@@ -396,7 +396,7 @@ _progress: Any = None  # in a worker: the shared count of finished steps
 
 
 def start_worker(counter: Any, threads: int) -> None:
-    "Set up a worker process."
+    "Set up a worker process: where it counts its steps, `counter`, and how many `threads` it may use."
     global _progress
     _progress = counter
     torch.set_num_threads(threads)
@@ -495,8 +495,8 @@ def score_digits(
     }
 
 
-def score(data: str, x: Tensor, c: Tensor, problem: Problem) -> dict[str, float]:
-    "Metrics of samples `x` with labels `c` on a data set."
+def score_toy(data: str, x: Tensor, c: Tensor, problem: Problem) -> dict[str, float]:
+    "Metrics of samples `x` with labels `c` on the data set `data`, which `problem` holds."
     return (score_fractal if data == "fractal" else score_digits)(x, c, problem)
 
 # %% ../nbs/20_comparison.ipynb #c0d6cc68
@@ -519,7 +519,7 @@ def score_stage(
         cost, x = info[f"{scale:g} {steps}"], tensors[f"x {scale:g} {steps}"]
         facts |= {"sampler": "heun", "steps": steps, "samples": budget.samples}
         facts |= {"rows_per_sample": cost["rows"], "seconds": cost["seconds"]}
-        rows.append(facts | score(stage.data, x, c, problem))
+        rows.append(facts | score_toy(stage.data, x, c, problem))
     return rows
 
 # %% ../nbs/20_comparison.ipynb #ca9f2d9d
@@ -538,7 +538,7 @@ def floor_rows(
         else:
             chosen = torch.randperm(len(problem.x), generator=generator)[:samples]
             x, c = problem.x[chosen], problem.c[chosen]
-        rows.append({"data": data, "method": "real", "seed": seed} | score(data, x, c, problem))
+        rows.append({"data": data, "method": "real", "seed": seed} | score_toy(data, x, c, problem))
     return rows
 
 # %% ../nbs/20_comparison.ipynb #9fbf0bcd
@@ -600,7 +600,7 @@ def run_tour(
 
 # %% ../nbs/20_comparison.ipynb #e4b0cc80
 def gallery_scale(stage: Stage) -> float:
-    "The scale shown in a gallery: the one asked for that is nearest to 3, or 1 without guidance."
+    "The scale of a `stage` shown in a gallery: the one asked for that is nearest to 3, or 1 without guidance."
     return min(scales_of(stage.name, stage.scales), key=lambda s: abs(s - 3))
 
 # %% ../nbs/20_comparison.ipynb #7a4a0fa7
@@ -754,7 +754,7 @@ CAPTIONS = {
 
 
 def embed(fig: Any, file: Path, caption: str) -> str:
-    "Save a figure and return it as a self-contained HTML figure."
+    "Save the figure `fig` as `file` and return it with its `caption` as a self-contained HTML figure."
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=110)
     file.write_bytes(buffer.getvalue())

@@ -321,7 +321,7 @@ def scale_from_ho_salimans(w: float) -> float:
 
 
 def scale_from_classifier(s: float, conditional_base: bool = False) -> float:
-    "The scale of a classifier gradient of strength `s` on an unconditional or a conditional model (arXiv 2105.05233)."
+    "The scale of a classifier gradient of strength `s`, plus one if `conditional_base` (arXiv 2105.05233)."
     return 1 + s if conditional_base else s
 
 # %% ../nbs/01_denoisers.ipynb #33b5b97d
@@ -361,5 +361,5 @@ def scale_from_meanflow(omega: float, kappa: float) -> float:
 
 
 def dit_channel_scales(scale: float, channels: int = 4, guided: int = 3) -> Tensor:
-    "Per-channel scales `[channels]` of the DiT and SiT code, which guides only the first `guided` latent channels."
+    "Scales `[channels]` of the DiT and SiT code: `scale` on the first `guided` latent channels, 1 on the others."
     return torch.cat([torch.full((guided,), float(scale)), torch.ones(channels - guided)])

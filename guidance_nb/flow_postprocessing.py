@@ -69,7 +69,7 @@ def torch_neighbours(
 
 
 def faiss_neighbours(queries: Tensor, real: Tensor, k: int) -> Tensor:
-    "The same by faiss, for float32 features on the CPU."
+    "Indices `[n, k]` of the real points nearest to `queries` `[n, d]` by faiss, for float32 on the CPU."
     import faiss
 
     index = faiss.IndexFlatL2(real.shape[1])

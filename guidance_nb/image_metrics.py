@@ -544,7 +544,7 @@ class _Block(nn.Module):
 
 # %% ../nbs/08_image_metrics.ipynb #be2cfe4f
 class CifarResNet(nn.Module):
-    "ResNet for 32x32 images with option-A shortcuts; uint8 images in, logits out (arXiv 1512.03385)."
+    "ResNet of `depth` layers for 32x32 images, option-A shortcuts; uint8 images in, logits out (arXiv 1512.03385)."
 
     def __init__(self, depth: int = 56) -> None:
         super().__init__()

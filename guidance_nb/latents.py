@@ -186,7 +186,7 @@ FORMAT = "guidance_nb latents 1"
 
 
 def shard_name(number: int) -> str:
-    "The file name of a shard."
+    "The file name of shard `number`."
     return f"shard-{number:05d}.safetensors"
 
 

@@ -173,7 +173,7 @@ def change_path(
     return x * expand_time(target.alpha(s) / source.alpha(t), x), s
 
 # %% ../nbs/00_paths.ipynb #20e71aab
-MAX_NOISE_TO_SIGNAL = 1e3
+MAX_NOISE_TO_SIGNAL = 1e3  # `cap_time` keeps formulas that divide by alpha below it
 
 
 def cap_time(

@@ -113,7 +113,7 @@ from guidance_nb.training import (
 # %% ../nbs/29_recipes.ipynb #5ca268e8
 @dataclass(frozen=True)
 class DataTable:
-    "What is learned."
+    "The table `data` of a recipe: what is learned."
 
     source: str = "mnist"  # "mnist", "cifar10", a folder with one sub-folder per class, or "latents:FOLDER"
     size: int = 0  # Edge in pixels that images of a folder are brought to, or that latents are of; 0 keeps theirs
@@ -124,7 +124,7 @@ class DataTable:
 # %% ../nbs/29_recipes.ipynb #8b89edd3
 @dataclass(frozen=True)
 class NetworkTable:
-    "What learns it."
+    "The table `network` of a recipe: what learns the data."
 
     name: str = "unet-small"  # A key of `IMAGE_NETWORKS`, or "linear" for a classifier
     path: str = "flow"  # "flow", "vp-linear", "vp-cosine" or "edm"
@@ -137,7 +137,7 @@ METHOD_NAMES = ("plain", "aligned_loss", "model_guidance", "classifier", "judge"
 
 @dataclass(frozen=True)
 class MethodTable:
-    "By which loss."
+    "The table `method` of a recipe: the loss it trains by."
 
     name: str = "plain"  # One of `METHOD_NAMES`; "classifier" sees noisy images, "judge" clean ones
     dropout: float = 0.1  # Probability of training without the label ("plain", "model_guidance", "flow_postprocessing")
@@ -160,7 +160,7 @@ class MethodTable:
 # %% ../nbs/29_recipes.ipynb #a908b76c
 @dataclass(frozen=True)
 class TrainingTable:
-    "For how long, and with what care."
+    "The table `training` of a recipe: for how long, and with what care."
 
     steps: int = 2000  # Optimiser steps
     batch_size: int = 128  # Images per optimiser step, over all processes together

@@ -90,7 +90,14 @@ class Extra(NamedTuple):
     memory: dict  # Written by one step, read by the next
 
 
-def ddim_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: Extra) -> Tensor:
+def ddim_step(
+    model: Denoiser,  # What is sampled, guided or not
+    x: Tensor,  # Samples at time `t`, `[batch, ...]`
+    t: Tensor,  # The time they are at, scalar
+    s: Tensor,  # The time they are brought to, scalar, below `t`
+    c: Tensor | None,  # Conditions `[batch]`, or None
+    extra: Extra,  # Noise, options and memory between steps
+) -> Tensor:  # Samples at time `s`, `[batch, ...]`
     "Eqs. (2) and (3): keep the predicted pair, replace a share `eta` of the noise (arXiv 2010.02502)."
     path, (x0, eps) = model.path, model.predict(x, t, c)
     if extra.eta == 0 or s == 0:
@@ -101,12 +108,12 @@ def ddim_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None
 
 
 def euler_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: Extra) -> Tensor:
-    "One Euler step of dx/dt = u(x, t) in the time of the path."
+    "One Euler step of dx/dt = u(x, t) in the time of the path; same arguments as `ddim_step`."
     return x + (s - t) * model.velocity(x, t, c)
 
 # %% ../nbs/03_samplers.ipynb #41a232b2
 def ddpm_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: Extra) -> Tensor:
-    "Ancestral sampling with the posterior variance, eq. (3) at eta = 1 (arXiv 2006.11239); honours `mean_shift`."
+    "Ancestral sampling, eq. (3) at eta = 1 (arXiv 2006.11239), moved by `mean_shift`; same arguments as `ddim_step`."
     moved = ddim_step(model, x, t, s, c, extra._replace(eta=1.0))
     shift = model.mean_shift(x, t, c)
     if shift is None:
@@ -117,19 +124,19 @@ def ddpm_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None
 
 # %% ../nbs/03_samplers.ipynb #7bab01a0
 def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: Extra) -> Tensor:
-    "The trapezoidal corrector of EDM (arXiv 2206.00364 alg. 1); the step to t = 0 is Euler's."
+    "The corrector of EDM (arXiv 2206.00364 alg. 1); the step to t = 0 is Euler's. Same arguments as `ddim_step`."
     u = model.velocity(x, t, c)
     guess = x + (s - t) * u
     return guess if s == 0 else x + (s - t) * (u + model.velocity(guess, s, c)) / 2
 
 # %% ../nbs/03_samplers.ipynb #ad5981f1
 def sit_diffusion(path: Path, t: Tensor) -> Tensor:
-    "The squared diffusion coefficient g^2 = 2 sigma(t) of SiT (arXiv 2401.08740)."
+    "The squared diffusion coefficient g^2 = 2 sigma(t) of SiT on a `path` (arXiv 2401.08740), shaped as `t`."
     return 2 * path.sigma(t)
 
 
 def euler_maruyama_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: Extra) -> Tensor:
-    "One step of the reverse SDE dx = (u - g^2 score / 2) dt + g dW; to t = 0 by eq. (2)."
+    "One step of the reverse SDE dx = (u - g^2 score / 2) dt + g dW; to 0 by eq. (2). Same arguments as `ddim_step`."
     if s == 0:
         return model.predict(x, t, c).x0
     pair = model.predict(x, t, c)
@@ -139,7 +146,7 @@ def euler_maruyama_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Ten
 
 # %% ../nbs/03_samplers.ipynb #61cb19c0
 def dpmpp_2m_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: Extra) -> Tensor:
-    "DPM-Solver++(2M), eq. (4) (arXiv 2211.01095 alg. 2)."
+    "DPM-Solver++(2M), eq. (4) (arXiv 2211.01095 alg. 2); same arguments as `ddim_step`."
     path, x0 = model.path, model.predict(x, t, c).x0
     h = path.noise_to_signal(t).log() - path.noise_to_signal(s).log()
     d = x0

@@ -540,7 +540,7 @@ class Checkpoints:
 def file_digest(
     path: pathlib.Path,  # Any file
 ) -> str:  # Hexadecimal SHA-256
-    "Checksum of a file."
+    "SHA-256 of a file, in hexadecimal."
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**20):

@@ -16,7 +16,7 @@ from guidance_nb.comparison import (
     load_stage,
     make_network,
     save_stage,
-    score,
+    score_toy,
     training_stage,
 )
 from guidance_nb.denoisers import count_rows
@@ -103,7 +103,9 @@ def test_real_samples_score_better_than_noise(data):
     problem = load_problem(data)
     floor = floor_rows(data, 300, problem, seeds=1)[0]
     c = torch.arange(300) % problem.mixture.num_classes
-    noise = score(data, torch.randn(300, problem.x.shape[1], generator=torch.Generator().manual_seed(0)), c, problem)
+    noise = score_toy(
+        data, torch.randn(300, problem.x.shape[1], generator=torch.Generator().manual_seed(0)), c, problem
+    )
     for metric, more_is_better in (
         ("outlier_rate", False),
         ("coverage", True),

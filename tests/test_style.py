@@ -67,6 +67,31 @@ def test_public_names_are_documented(path):
     assert missing == []
 
 
+def unexplained(function: ast.FunctionDef, docstring: str, lines: list[str]) -> list[str]:
+    "Arguments with no comment beside them that the docstring does not name."
+    if "ame arguments as `" in docstring or function.decorator_list:  # a command explains its own in its help
+        return []
+    args = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    silent = [arg.arg for arg in args if arg.arg != "self" and "# " not in lines[arg.end_lineno - 1]]
+    return [f"{function.name}: {name}" for name in silent if not re.search(rf"\b{name}\b", docstring)]
+
+
+@each_notebook
+def test_arguments_are_explained(path):
+    "Shape, unit and default stand beside an argument, or the docstring says what it is."
+    missing = []
+    for _, source in exported(path):
+        lines = source.splitlines()
+        for node in ast.parse(source).body:
+            docstring = (ast.get_docstring(node) or "") if isinstance(node, ast.FunctionDef | ast.ClassDef) else ""
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                missing += unexplained(node, docstring, lines)
+            elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                made = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+                missing += [f"{node.name}.{what}" for part in made for what in unexplained(part, docstring, lines)]
+    assert missing == []
+
+
 def tool(*command: str) -> None:
     run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

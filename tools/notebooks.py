@@ -2,10 +2,18 @@
 
 import json
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def settings() -> dict[str, str]:
+    "The entries of settings.ini."
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(config["DEFAULT"])
 
 
 def cells(path: Path) -> list[dict]:

@@ -1,23 +1,26 @@
 """Check that the site's pages are well formed: `python tools/pages.py`.
 
 nbdev processes the notebooks into _proc, as it does for the site; pandoc then has to read every formula and find every
-citation, and every link, anchor and image has to lead somewhere. Quarto is not run: that the site builds is for
+citation, and every link, anchor and image has to lead somewhere; a figure says in words what it shows, and nothing is
+larger than it may be. Links to other sites are only looked at. Quarto is not run: that the site builds is for
 `make docs` to say.
 """
 
+import base64
 import os
 import re
 import subprocess
 import sys
-from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
-from notebooks import NOTEBOOKS, ROOT, cells, directives, text
+from notebooks import NOTEBOOKS, ROOT, cells, directives, settings, text
 
-MAX_BYTES = 300_000
+MAX_NOTEBOOK, MAX_FIGURE, MAX_PAGE = 300_000, 60_000, 1_500_000  # bytes; a page is a notebook and the files it shows
+REGISTRIES = ("pypi.org", "anaconda.org", "npmjs.com", "conda-forge.org")  # name a package instead
 
 
 class Page(HTMLParser):
@@ -46,11 +49,11 @@ def process() -> Path:
     return proc_nbs(n_workers=2, force=True)
 
 
-def markdown(notebook: Path) -> tuple[dict, str]:
-    "A processed notebook as front matter and markdown. It is no valid notebook any more, so no library reads it."
+def markdown(shown: list[dict]) -> tuple[dict, str]:
+    "Processed cells as front matter and markdown. They are no valid notebook any more, so no library reads them."
     front: dict = {}
     blocks: list[str] = []
-    for cell in cells(notebook):
+    for cell in shown:
         source = text(cell["source"])
         if cell["cell_type"] == "raw":
             front |= yaml.safe_load(source.strip().strip("-")) or {}
@@ -74,20 +77,65 @@ def render(source: str) -> tuple[Page, str]:
     return Page(run.stdout), run.stderr.strip()
 
 
-def config_problems(settings: dict) -> list[str]:
+def size_problems(name: str, size: int, shown: list[dict], images: dict[str, int]) -> list[str]:
+    "What is larger than it may be: a notebook of `size` bytes, its stored figures, files by name, all together."
+    pairs = [("the notebook", size, MAX_NOTEBOOK), ("the page", size + sum(images.values()), MAX_PAGE)]
+    pairs += [(f"the image {image}", found, MAX_FIGURE) for image, found in images.items()]
+    for number, cell in enumerate(shown, 1):
+        for out in cell.get("outputs", []):
+            pngs = [text(data) for kind, data in out.get("data", {}).items() if kind == "image/png"]
+            pairs += [(f"the figure of cell #{number}", len(base64.b64decode(png)), MAX_FIGURE) for png in pngs]
+    return [f"{name}: {what} has {found:,} bytes, more than {most:,}" for what, found, most in pairs if found > most]
+
+
+def figure_problems(name: str, shown: list[dict]) -> list[str]:
+    "Figures without words: Quarto takes the alternative text of a stored figure from `#| fig-alt` of its cell."
+    found = []
+    for number, cell in enumerate(shown, 1):
+        kinds = [kind for out in cell.get("outputs", []) for kind in out.get("data", {})]
+        if not any(kind.startswith("image/") for kind in kinds):
+            continue
+        try:
+            words = yaml.safe_load(directives(text(cell["source"])).get("fig-alt", ""))
+        except yaml.YAMLError:
+            words = None
+        if not isinstance(words, str) or len(words.split()) < 8:
+            found.append(f"{name}: the figure of cell #{number} needs #| fig-alt: and a sentence, in quotes")
+    return found
+
+
+def markup_problems(name: str, source: str) -> list[str]:
+    "What Quarto would not render, or not lead anywhere from this page."
+    found = []
+    for label in re.findall(r"@(sec-[\w-]+)", source):
+        found += [] if f"{{#{label}}}" in source else [f"{name}: @{label} is no section of this page"]
+    for url in re.findall(r"\]\((https?:[^)\s]*)", source):
+        host = urlsplit(url).hostname or ""
+        if not re.fullmatch(r"([\w-]+\.)+[a-z]{2,}", host):
+            found.append(f"{name}: {url} is no address")
+        elif host.removeprefix("www.") in REGISTRIES:
+            found.append(f"{name}: {url} leads to a package registry")
+    return found
+
+
+def config_problems(names: dict, quarto: dict) -> list[str]:
     "Where _quarto.yml disagrees with settings.ini or with the notebooks."
-    quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     site = quarto["website"]
     sidebar = {page for section in site["sidebar"]["contents"] for page in section["contents"]}
-    names = {path.name for path in NOTEBOOKS}
+    pages = {path.name for path in NOTEBOOKS}
     pairs = {
-        "pages of the sidebar without a notebook": (sidebar - names, set()),
-        "notebooks outside the sidebar": (names - sidebar, set()),
-        "output-dir": (quarto["project"]["output-dir"], settings["doc_path"]),
-        "title": (site["title"], settings["title"]),
-        "description": (site["description"], settings["description"]),
-        "site-url": (site["site-url"], settings["doc_host"] + settings["doc_baseurl"]),
-        "repo-url": (site["repo-url"], settings["git_url"]),
+        "pages of the sidebar without a notebook": (sidebar - pages, set()),
+        "notebooks outside the sidebar": (pages - sidebar, set()),
+        "output-dir": (quarto["project"]["output-dir"], names["doc_path"]),
+        "title": (site["title"], names["title"]),
+        "description": (site["description"], names["description"]),
+        "site-url": (site["site-url"], names["doc_host"] + names["doc_baseurl"]),
+        "repo-url": (site["repo-url"], names["git_url"]),
+        "search": (site["search"], True),
+        "html without keep-md beside commonmark": (
+            "commonmark" in quarto["format"] and not quarto["format"]["html"].get("keep-md"),
+            False,
+        ),
         "nbs/_quarto.yml": ((ROOT / "nbs" / "_quarto.yml").resolve(), ROOT / "_quarto.yml"),
     }
     found = [f"_quarto.yml: {name}: {ours} is not {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
@@ -95,10 +143,11 @@ def config_problems(settings: dict) -> list[str]:
     return found + [f"_quarto.yml: nbs/{name} is missing" for name in files if not (ROOT / "nbs" / name).exists()]
 
 
-def link_problems(name: str, pages: dict[str, Page], settings: dict) -> list[str]:
+def link_problems(name: str, pages: dict[str, Page], names: dict) -> list[str]:
     "Links, anchors and images of page `name` that lead nowhere."
-    site = settings["doc_host"] + settings["doc_baseurl"] + "/"
-    repository = f"{settings['git_url']}/(?:blob|tree)/{settings['branch']}/"
+    site = names["doc_host"] + names["doc_baseurl"] + "/"
+    repository = f"{names['git_url']}/(?:blob|tree)/{names['branch']}/"
+    repository += f"|https://colab.research.google.com/github/{names['user']}/{names['repo']}/blob/{names['branch']}/"
     found = []
     for link in pages[name].links:
         if re.match(repository, link):
@@ -122,22 +171,23 @@ def link_problems(name: str, pages: dict[str, Page], settings: dict) -> list[str
 
 def problems() -> list[str]:
     "Everything wrong with the pages, a line each."
-    config = ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    settings = dict(config["DEFAULT"])
-    found = config_problems(settings)
+    names = settings()
+    found = config_problems(names, yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")))
     processed = process()
     pages: dict[str, Page] = {}
     for notebook in NOTEBOOKS:
-        if notebook.stat().st_size > MAX_BYTES:
-            found.append(f"{notebook.name}: {notebook.stat().st_size:,} bytes, more than {MAX_BYTES:,}")
-        front, source = markdown(processed / notebook.name)
-        found += [f"{notebook.name}: no {key} on the page" for key in ("title", "description") if not front.get(key)]
+        name, shown = notebook.name, cells(processed / notebook.name)
+        front, source = markdown(shown)
+        found += [f"{name}: no {key} on the page" for key in ("title", "description") if not front.get(key)]
         page, warnings = render(source)
-        found += [f"{notebook.name}: {warnings}"] if warnings else []
-        pages[front.get("output-file", notebook.name)] = pages[notebook.name] = page
+        found += [f"{name}: {warnings}"] if warnings else []
+        files = {image["src"]: notebook.parent / image["src"] for image in page.images}
+        images = {image: file.stat().st_size for image, file in files.items() if file.is_file()}
+        found += size_problems(name, notebook.stat().st_size, cells(notebook), images)
+        found += figure_problems(name, shown) + markup_problems(name, source)
+        pages[front.get("output-file", name)] = pages[name] = page
     for notebook in NOTEBOOKS:
-        found += link_problems(notebook.name, pages, settings)
+        found += link_problems(notebook.name, pages, names)
     return found
 
 

@@ -1,5 +1,6 @@
-"""Execute notebooks and store their outputs: `python tools/refresh.py [--flagged] [nbs/NAME.ipynb ...]`.
+"""Execute notebooks and store their outputs: `python tools/refresh.py [--flagged] [--check] [nbs/NAME.ipynb ...]`.
 
+`--check` stores nothing and names the outputs that are not those that are stored; tools/fresh.py says what that means.
 Cells flagged `#| slow`, `#| cuda` or `#| eval: false` are not run and keep the outputs they have; `--flagged` runs the
 first two kinds as well. A second run on the same machine changes no byte.
 """
@@ -17,7 +18,8 @@ from execnb.nbio import nb2dict, read_nb, write_nb
 from execnb.shell import CaptureShell
 from nbdev.clean import clean_nb
 
-from notebooks import NOTEBOOKS, ROOT, directives, is_skipped, text
+from fresh import stale
+from notebooks import NOTEBOOKS, ROOT, cells, directives, is_skipped, text
 
 FIGURES = """from matplotlib_inline.backend_inline import set_matplotlib_formats
 set_matplotlib_formats("png", dpi=100, metadata={"Software": None})"""
@@ -34,8 +36,8 @@ def merge_streams(outputs: list[dict]) -> list[dict]:
     return merged
 
 
-def refresh(path: Path, flagged: bool) -> str:
-    "Execute one notebook and write it back; returns what went wrong, in words, or nothing."
+def execute(path: Path, flagged: bool) -> tuple[dict, str]:
+    "Execute one notebook; returns it with its outputs, and what went wrong, in words, or nothing."
     os.chdir(ROOT / "nbs")
     sys.path.insert(0, str(ROOT))
     notebook, shell = read_nb(path), CaptureShell(path, mpl_format="png")
@@ -52,7 +54,7 @@ def refresh(path: Path, flagged: bool) -> str:
     try:
         shell.run_all(notebook, exc_stop=True, preproc=skip)
     except Exception:
-        return shell.prettytb(fname=path.relative_to(ROOT))
+        return {}, shell.prettytb(fname=path.relative_to(ROOT))
     clean = nb2dict(notebook)
     clean_nb(clean)
     for number, cell in enumerate(clean["cells"], 1):
@@ -60,8 +62,18 @@ def refresh(path: Path, flagged: bool) -> str:
             cell["outputs"] = merge_streams(cell["outputs"])
             errors = [text(o["text"]) for o in cell["outputs"] if o.get("name") == "stderr"]
             if errors:  # a warning carries paths of this machine, and the reader would stumble over it
-                return f"{path.relative_to(ROOT)}: cell #{number} wrote to stderr:\n{errors[0]}"
-    write_nb(clean, path)
+                return clean, f"{path.relative_to(ROOT)}: cell #{number} wrote to stderr:\n{errors[0]}"
+    return clean, ""
+
+
+def refresh(path: Path, flagged: bool, check: bool = False) -> str:
+    "Execute one notebook and write it back, or compare; returns what went wrong, in words, or nothing."
+    notebook, problem = execute(path, flagged)
+    if problem:
+        return problem
+    if check:
+        return "\n".join(f"{path.name}: {line}" for line in stale(cells(path), notebook["cells"], flagged))
+    write_nb(notebook, path)
     return ""
 
 
@@ -69,14 +81,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of nbs/")
     parser.add_argument("--flagged", action="store_true", help="run cells flagged slow or cuda too")
+    parser.add_argument("--check", action="store_true", help="compare the outputs with those that are stored")
     args = parser.parse_args()
     paths = [path.resolve() for path in args.notebooks] or NOTEBOOKS
     if len(paths) == 1:
-        problem = refresh(paths[0], args.flagged)
+        problem = refresh(paths[0], args.flagged, args.check)
         print(problem or f"{paths[0].relative_to(ROOT)}: done", file=sys.stderr if problem else sys.stdout)
         return 1 if problem else 0
     # A process of its own for each notebook, so that none sees another's state.
-    command = [sys.executable, __file__, *(["--flagged"] if args.flagged else [])]
+    command = [sys.executable, __file__, *(f"--{flag}" for flag in ("flagged", "check") if getattr(args, flag))]
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(lambda path: subprocess.run([*command, path]).returncode, paths))
     return 1 if any(codes) else 0
