@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 import pages
 from notebooks import NOTEBOOKS, ROOT, cells, directives, text
@@ -64,6 +65,18 @@ def test_method_pages_cite_check_and_lead_on(path):
     recap = prose(path).split("## Recap")[1].split("## Exercises")[0]
     following = re.search(r"Next: .*\]\((\w+)\.ipynb\)\.\s*$", recap, re.DOTALL)
     assert "| symbol | identifier | equation |" in recap and following and following[1] in PAGES
+
+
+def test_pages_lead_on_in_the_order_of_the_sidebar():
+    "Whoever reads the site in order meets every page once: the next page of the text is none that came before."
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    order = [page.removesuffix(".ipynb") for section in site for page in section["contents"]]
+    following = {page: re.search(r"\bNext: [^[]*\[[^]]+\]\((\w+)\.ipynb\)", prose(PAGES[page])) for page in order}
+    back = {page: link[1] for page, link in following.items() if link and order.index(link[1]) <= order.index(page)}
+    assert back == {}
+    first, last = (order.index(stem) for stem in ("00_paths", "27_scaling"))
+    assert [page for page in order[first : last + 1] if not following[page] and page[:2] < "28"] == []
+    assert all(following[path.stem][1] == order[order.index(path.stem) + 1] for path in METHODS)
 
 
 def test_every_reference_has_a_link_and_is_cited():

@@ -33,7 +33,7 @@ def begin(name: str, number: int) -> str:
     page = page.replace("My method", title.capitalize()).replace("my method", title)
     target, site = ROOT / "nbs" / f"{number}_{name}.ipynb", ROOT / "_quarto.yml"
     target.write_text(page, encoding="utf-8")
-    last = "          - 16_corrections.ipynb\n"  # the last page of the section on the family
+    last = "          - 19_trained_guidance.ipynb\n"  # the last page of the section on the family
     listed = site.read_text(encoding="utf-8").replace(last, f"{last}          - {target.name}\n")
     site.write_text(listed, encoding="utf-8")
     return f"""Wrote nbs/{target.name} and listed it in _quarto.yml. Now:
