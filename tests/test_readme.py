@@ -5,7 +5,6 @@ from configparser import ConfigParser
 
 import matplotlib.image
 import numpy as np
-import pytest
 import yaml
 
 import front
@@ -43,24 +42,17 @@ def test_citations_agree_on_the_version():
     assert citation["repository-code"] == bibtex["url"] == config["DEFAULT"]["git_url"]
 
 
-@pytest.fixture(scope="module")
-def panels():
-    return front.panels()
-
-
-def test_front_figure_shows_what_the_text_says(panels):
+def test_front_figure_is_the_committed_one_and_shows_what_the_text_says(tmp_path, monkeypatch):
     "From 0 to 1 guidance buys the class; beyond, variety and accuracy fall and the price of a step doubles."
+    panels = front.panels()
     none, one, two, four = (panels[scale] for scale in (0.0, 1.0, 2.0, 4.0))
     assert 0.45 < none.right < 0.55 and min(one.right, two.right, four.right) > 0.99
     assert one.coverage > two.coverage + 0.05 > four.coverage + 0.1
     assert one.outliers < two.outliers < four.outliers
     assert [panel.rows for panel in (none, one, two, four)] == [1, 1, 2, 2]
-
-
-def test_front_figure_is_the_committed_one(panels, tmp_path, monkeypatch):
-    "To a tolerance, for another version of matplotlib draws letters differently."
     monkeypatch.setattr(front, "panels", lambda: panels)
     front.draw(tmp_path / "scales.png")
     fresh, ours = (matplotlib.image.imread(file)[..., :3] for file in (tmp_path / "scales.png", front.TARGET))
-    assert fresh.shape == ours.shape and np.abs(fresh - ours).mean() < 0.01
+    assert fresh.shape == ours.shape
+    assert np.abs(fresh - ours).mean() < 0.003  # another seed gives 0.006; letters may be drawn a little differently
     assert front.TARGET.stat().st_size < 100_000

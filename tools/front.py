@@ -27,7 +27,7 @@ class Panel(NamedTuple):
     rows: int  # Network rows a model costs at each evaluation
 
 
-def panels(n: int = 1200) -> dict[float, Panel]:
+def panels(n: int = 800) -> dict[float, Panel]:
     "Samples at every scale from the same noise, measured against the exact density."
     from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
     from guidance_nb.metrics import bayes_judge, class_accuracy, coverage, outlier_rate, outlier_threshold
@@ -60,7 +60,7 @@ def draw(file: Path = TARGET) -> None:
     fig, axes = plt.subplots(1, 4, figsize=(8.6, 3.1), layout="constrained")
     for ax, (scale, panel) in zip(axes, panels().items()):
         show_density(fractal(), ax=ax)
-        ax.scatter(*panel.x.T, s=1.8, color=COLOURS[SCALES[scale]], linewidths=0)
+        ax.scatter(*panel.x.T, s=2.2, color=COLOURS[SCALES[scale]], linewidths=0)
         ax.set(xlim=(-1.95, 1.95), ylim=(-1.95, 1.95), aspect="equal")
         ax.axis("off")
         ax.set_title(TITLES[scale], fontsize=11)
