@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 METADATA := settings.ini pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test bench cifar10 lab notebooks export docs clean
+.PHONY: help tour test bench cifar10 lab method notebooks export docs clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ bench: .venv/installed-bench ## time against peers and goals, and save the ratio
 
 cifar10: .venv/installed ## measure the papers' claims on CIFAR-10: one GPU, ARGS="--budget MINUTES"
 	@$(BIN)/python tools/cifar10.py $(ARGS)
+
+method: .venv/created ## begin a method's notebook: NAME=my_idea NUMBER=32
+	@$(BIN)/python tools/method.py $(NAME) $(NUMBER)
 
 lab: .venv/installed-dev ## edit the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs

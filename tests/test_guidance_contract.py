@@ -1,8 +1,10 @@
 "One contract for every guidance method: a line in `CASES` buys all the tests below."
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -50,6 +52,7 @@ from guidance_nb.weak_models import (
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
 )
+from notebooks import ROOT
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 TIGHT = {"rtol": 0, "atol": 0}
@@ -133,6 +136,20 @@ CASES: dict[str, Case] = {
 }
 
 each_case = pytest.mark.parametrize("name", CASES)
+
+
+def test_no_method_of_the_package_is_missing():
+    "Every kind of `PairGuidance` in the package has a line in `CASES`; one that is only imported fails the linter."
+    for path in sorted((ROOT / "guidance_nb").glob("[a-z]*.py")):
+        importlib.import_module(f"guidance_nb.{path.stem}")
+    leaves, todo = [], [PairGuidance]
+    while todo:
+        method = todo.pop()
+        todo += method.__subclasses__()
+        leaves += [] if method.__subclasses__() else [method]  # what others are made from is no method itself
+    public = {method.__name__ for method in leaves if method.__module__.startswith("guidance_nb.")}
+    missing = {name for name in public if name not in Path(__file__).read_text(encoding="utf-8")}
+    assert missing == set(), "add a line to CASES, as CONTRIBUTING.md says"
 
 
 class Toy(nn.Module):

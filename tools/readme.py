@@ -62,7 +62,7 @@ def code(cell: dict) -> list[str]:
         if any(kind.startswith("image/") for kind in data):
             raise SystemExit(f"{SOURCE.name}: cell {cell['id']} shows a figure: show a file of nbs/images instead.")
         if "text/markdown" in data:
-            blocks.append(text(data["text/markdown"]).strip("\n"))
+            blocks.append(relink(cite(text(data["text/markdown"]).strip("\n"))))
         else:
             blocks.append("```\n" + text(out.get("text") or data["text/plain"]).strip("\n") + "\n```")
     return blocks

@@ -1,0 +1,123 @@
+"The template of a method's notebook passes every check as it is, in a copy of the project."
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from notebooks import ROOT, cells, text
+
+NAME, NUMBER = "halfway_guidance", 32
+FOLDERS = ("nbs", "tools", "tests", "guidance_nb")
+FILES = ("settings.ini", "pyproject.toml", "_quarto.yml", "setup.py")
+
+
+def run(clone: Path, *command: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "IN_TEST"} | {"PYTHONPATH": str(clone)}
+    return subprocess.run([sys.executable, *command], cwd=clone, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    "A copy of the project with a method begun from the template, exported and under contract."
+    place = tmp_path_factory.mktemp("clone")
+    for folder in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__", "_proc")
+        shutil.copytree(ROOT / folder, place / folder, symlinks=True, ignore=ignored)
+    for name in FILES:
+        shutil.copy(ROOT / name, place)
+    begun = run(place, "tools/method.py", NAME, str(NUMBER))
+    assert begun.returncode == 0, begun.stderr
+    exported = run(place, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()")
+    assert exported.returncode == 0, exported.stderr
+    imported, listed = re.search(r"^(from .*)\n(    \".*)$", begun.stdout, re.MULTILINE).groups()
+    contract = place / "tests" / "test_guidance_contract.py"
+    source = contract.read_text(encoding="utf-8").replace(
+        "from guidance_nb.mixtures", f"{imported}\nfrom guidance_nb.mixtures", 1
+    )
+    start = "CASES: dict[str, Case] = {\n"
+    contract.write_text(source.replace(start, f"{start}{listed}\n", 1), encoding="utf-8")
+    return place
+
+
+def test_template_passes_the_house_checks(clone):
+    "Style, layering, export parity, the notebook itself and the contract, by the tests that hold the others."
+    files = ("style", "layering", "export", "notebooks", "guidance_contract")
+    chosen = "halfway or package_is_the_export or ruff or leaks"
+    tests = run(clone, "-m", "pytest", "-n0", "-q", "-k", chosen, *(f"tests/test_{name}.py" for name in files))
+    assert tests.returncode == 0, tests.stdout
+    passed = int(re.search(r"(\d+) passed", tests.stdout)[1])
+    assert passed >= 40, f"only {passed} tests were found for the new page"
+
+
+def test_template_is_typed(clone):
+    "Against the types of the package; torch's own are left out here, for they take most of the time."
+    rules = "[mypy]\nfollow_imports = silent\ndisallow_untyped_defs = True\nignore_missing_imports = True\n"
+    (clone / "mypy.ini").write_text(f"{rules}[mypy-torch.*]\nfollow_imports = skip\n", encoding="utf-8")
+    checked = run(clone, "-m", "mypy", "--config-file=mypy.ini", f"guidance_nb/{NAME}.py")
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_template_makes_a_page(clone):
+    "It is listed, has a title and a claim, and pandoc reads its formulas and finds its citation."
+    pytest.importorskip("pypandoc", reason="pypandoc_binary is not installed, so the page was not checked")
+    script = f"""
+import pages
+from configparser import ConfigParser
+config = ConfigParser(delimiters=["="])
+config.read("settings.ini", encoding="utf-8")
+page, said = pages.render(pages.markdown(pages.ROOT / "nbs" / "{NUMBER}_{NAME}.ipynb")[1])
+print(*pages.config_problems(dict(config["DEFAULT"])), said, sep="\\n")
+assert {{"derivation", "where-it-breaks", "recap"}} <= page.ids, page.ids
+"""
+    said = run(clone, "-c", f"import sys; sys.path.insert(0, 'tools')\n{script}")
+    assert (said.returncode, said.stdout.strip()) == (0, ""), said.stdout + said.stderr
+
+
+def test_no_word_of_the_template_is_left(clone):
+    page = (clone / "nbs" / f"{NUMBER}_{NAME}.ipynb").read_text(encoding="utf-8")
+    assert not re.search(r"my.?method", page, re.IGNORECASE)
+    assert len({cell["id"] for cell in json.loads(page)["cells"]}) == len(json.loads(page)["cells"])
+
+
+@pytest.mark.parametrize("name, number", [("Halfway", 32), ("paths", 32), ("mine", 5), ("mine", 20)])
+def test_names_and_numbers_that_cannot_be_are_refused_in_one_line(name, number):
+    refused = run(ROOT, "tools/method.py", name, str(number))
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert re.match(r"(NAME|NUMBER) = .*; allowed: ", refused.stderr)
+
+
+def test_template_keeps_the_rhythm():
+    "Question, derivation, code, a figure, where it breaks, recap, in this order."
+    sections = [
+        text(cell["source"]).split("\n")[0] for cell in cells(ROOT / "tools" / "template" / "NN_my_method.ipynb")
+    ]
+    titles = [line for line in sections if line.startswith("## ")]
+    assert titles == ["## Derivation", "## Code", "## See it", "## Where it breaks", "## Recap"]
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_contributing_names_what_exists():
+    "Files, make targets and tests."
+    own = {"nbs/32_my_idea.ipynb", "nbs/NAME.ipynb"}  # examples
+    quoted = re.findall(r"[`=(]((?:nbs|tools|tests|guidance_nb)/[\w/.]*)", CONTRIBUTING)
+    assert len(quoted) > 10 and [name for name in quoted if name not in own and not (ROOT / name).exists()] == []
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z]+)", CONTRIBUTING.replace("make one", ""))) <= targets
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"` in `(\w+)`", CONTRIBUTING)
+    assert len(named) >= 6 and [name for name in named if not re.search(rf"def test_\w*{name}", tests)] == []
+
+
+def test_contributing_says_what_the_claims_are():
+    from guidance_nb.guidance_variants import Claims
+
+    for claim in [*re.findall(r"claim `(\w+)=", CONTRIBUTING), "rows", "space"]:
+        assert claim in Claims.__dataclass_fields__

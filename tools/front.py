@@ -1,0 +1,76 @@
+"""Draw the figure of the front page, nbs/images/scales.png: `python tools/front.py`.
+
+One class of the exact 2-D fractal at four scales, no network anywhere, and what each scale keeps and costs. The same
+numbers and picture on every run; tests/test_readme.py compares.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from notebooks import ROOT
+
+TARGET = ROOT / "nbs" / "images" / "scales.png"
+SCALES = {0.0: "reference", 1.0: "conditional", 2.0: "guided", 4.0: "guided"}  # scale -> colour of its role
+TITLES = {0.0: "γ = 0: no condition", 1.0: "γ = 1: no guidance", 2.0: "γ = 2", 4.0: "γ = 4"}
+
+
+class Panel(NamedTuple):
+    "The samples of one scale and what is written below them."
+
+    x: torch.Tensor  # Samples, `[n, 2]`
+    right: float  # Share of the class that was asked for
+    coverage: float  # Share of real points with a sample nearby
+    outliers: float  # Share of samples off the data
+    rows: int  # Network rows a model costs at each evaluation
+
+
+def panels(n: int = 800) -> dict[float, Panel]:
+    "Samples at every scale from the same noise, measured against the exact density."
+    from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+    from guidance_nb.metrics import bayes_judge, class_accuracy, coverage, outlier_rate, outlier_threshold
+    from guidance_nb.mixtures import ExactDenoiser, fractal, sample_mixture
+    from guidance_nb.paths import FlowPath
+    from guidance_nb.samplers import sample
+
+    tree, label, made = fractal(), torch.zeros(n, dtype=torch.long), {}
+    model, bar, judge = ExactDenoiser(tree, FlowPath()), outlier_threshold(tree), bayes_judge(tree)
+    real, _ = sample_mixture(tree, label, torch.Generator().manual_seed(1))
+    for scale in SCALES:
+        guided = ClassifierFreeGuidance(model, scale)
+        x = sample(guided, label, (n, 2), "heun", 32, progress=False)
+        off = outlier_rate(x, judge(x).argmax(1), tree, bar)
+        share = class_accuracy(x, label, judge)
+        made[scale] = Panel(x, share, coverage(real, x, label, label), off, 1 if scale in (0, 1) else 2)
+    return made
+
+
+def draw(file: Path = TARGET) -> None:
+    "Write the figure."
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    from guidance_nb.mixtures import fractal
+    from guidance_nb.plots import COLOURS, show_density
+
+    fig, axes = plt.subplots(1, 4, figsize=(8.6, 3.1), layout="constrained")
+    for ax, (scale, panel) in zip(axes, panels().items()):
+        show_density(fractal(), ax=ax)
+        ax.scatter(*panel.x.T, s=2.2, color=COLOURS[SCALES[scale]], linewidths=0)
+        ax.set(xlim=(-1.95, 1.95), ylim=(-1.95, 1.95), aspect="equal")
+        ax.axis("off")
+        ax.set_title(TITLES[scale], fontsize=11)
+        rows = "1 network row" if panel.rows == 1 else f"{panel.rows} network rows"
+        words = f"right class {panel.right:.0%}\nvariety {panel.coverage:.0%}\n"
+        words += f"off the data {panel.outliers:.0%}\ncost {rows}"
+        ax.text(0.5, -0.02, words, transform=ax.transAxes, ha="center", va="top", fontsize=9, linespacing=1.35)
+    fig.savefig(file, dpi=100, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    draw()
