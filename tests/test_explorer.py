@@ -16,7 +16,6 @@ from guidance_nb.explorer import (
     CONTROLS,
     METHOD_CONTROLS,
     SCRIPT,
-    SHELL_CSS,
     build_scene,
     check_runs,
     explore,
@@ -311,19 +310,44 @@ def test_play_walks_from_noise_to_data(open_page):
     page.select_option("[name=steps]", "16")
     settle(page)
     page.locator("[name=play]").click()
-    page.wait_for_function(f"{HOST}.explorer.state.frame > 2 && {HOST}.explorer.state.frame < 12")
-    assert page.locator("[name=play]").inner_text() == "Pause"
-    page.locator("[name=play]").click()
+    button = f"{HOST}.shadowRoot.querySelector('[name=play]')"
+    page.wait_for_function(
+        f"{HOST}.explorer.state.frame === 5 && ({button}.click(), 1)"
+    )  # in one go, for we may be late
     settle(page)
-    stopped = page.evaluate(f"{HOST}.explorer.state.frame")
-    label = page.locator("[name=frame]").get_attribute("aria-valuetext")
-    assert label == f"t = {1 - stopped / 16:.2f}" and stopped < 16
+    assert page.locator("[name=play]").inner_text() == "Play"
+    assert page.locator("[name=frame]").get_attribute("aria-valuetext") == f"t = {1 - 5 / 16:.2f}"
     page.locator("[name=play]").click()
+    assert page.locator("[name=play]").inner_text() == "Pause"
     page.wait_for_function(f"{HOST}.explorer.state.frame === 16")
-    page.wait_for_function(f"{HOST}.shadowRoot.querySelector('[name=play]').textContent === 'Play'")
+    page.wait_for_function(f"{button}.textContent === 'Play'")
     page.locator("[name=step]").click()
     settle(page)
     assert page.evaluate(f"{HOST}.explorer.state.frame") == 0
+
+
+def test_dragging_the_time_stops_the_animation(open_page):
+    page = open_page()
+    page.locator("[name=play]").click()
+    set_range(page, "frame", 7)
+    assert page.locator("[name=play]").inner_text() == "Play"
+    assert page.evaluate(f"{HOST}.explorer.state.frame") == 7
+
+
+def test_picture_at_a_time_shows_that_time(open_page):
+    "Post-processing ends one frame after the samples, on real points."
+    page = open_page()
+    page.select_option("[name=method]", "flow_postprocessing")
+    settle(page)
+    end = pixels(page)
+    assert page.locator("[name=frame]").get_attribute("aria-valuetext") == "moved to real points"
+    set_range(page, "frame", 32)
+    assert page.locator("[name=frame]").get_attribute("aria-valuetext") == "t = 0.00"
+    before = pixels(page)
+    set_range(page, "frame", 0)
+    assert (end != before).any() and (before != pixels(page)).any(2).double().mean() > 0.01
+    run = run_scene(SCENES["pair"], 1, "flow_postprocessing", settings_of("flow_postprocessing"))
+    expect_numbers(page, SCENES["pair"], run, 1)  # the numbers are those of finished samples, whatever the time shown
 
 
 def test_less_motion_means_no_animation(open_page):
@@ -489,7 +513,3 @@ def test_live_view_refuses_a_model_of_other_classes():
     three = Mixture(torch.tensor([[-1.0], [0.0], [1.0]]), torch.full((3,), 0.1), torch.arange(3))
     with pytest.raises(ValueError, match="model has 3 classes; allowed: 2, as scene 'pair'"):
         explore({"pair": build_scene("pair", gaussian_pair(), 2.6, n=4)}, ExactDenoiser(three, FlowPath()))
-
-
-def test_styles_have_both_themes():
-    assert "data-theme" in SHELL_CSS and SHELL_CSS.count("--page:") == 2
