@@ -35,7 +35,15 @@ from guidance_nb.mixtures import (
     sample_mixture,
 )
 from .paths import FlowPath
-from .plots import METHOD_COLOURS, METHOD_LABELS, get_axes, show_density, show_points, show_trajectories
+from guidance_nb.plots import (
+    METHOD_COLOURS,
+    METHOD_LABELS,
+    get_axes,
+    role_colour,
+    show_density,
+    show_points,
+    show_trajectories,
+)
 from .samplers import Samples, keyed_noise, sample
 
 # %% ../nbs/28_explorer.ipynb #bf5a4e9d
@@ -474,7 +482,10 @@ def draw_run(
     show_density(scene.mixture, c, ax, FlowPath(), t, scene.extent)
     if scene.mixture.dim == 2:
         show_trajectories(shown, ax, method, every=6)
-    show_points(shown.x, None, ax, method, size=3)
+        show_points(shown.x, None, ax, method, size=3)
+    else:
+        look = {"range": (-scene.extent, scene.extent), "density": True, "color": role_colour(method)}
+        ax.hist(shown.x[:, 0].numpy(), bins=52, alpha=0.5, **look)
     ax.set(xlim=(-scene.extent, scene.extent), xlabel=f"t = {t:.2f}", yticks=[])
     if scene.mixture.dim == 2:
         ax.set(ylim=(-scene.extent, scene.extent))
