@@ -748,7 +748,8 @@ function mount(host, page) {
   const root = host.attachShadow({mode: "open"}), find = (query) => root.querySelector(query);
   root.innerHTML = `<style>${page.css}</style><div class="frame">${page.html}</div>`;
   const canvas = find("canvas"), [time, play] = [find("[name=frame]"), find("[name=play]")], kept = {};
-  const state = {scene: "pair", c: 1, method: "classifier_free_guidance", sampler: "heun", steps: 32, frame: 32};
+  const [first, {real}] = Object.entries(page.scenes)[0], method = "classifier_free_guidance";
+  const state = {scene: first, c: real.length - 1, method, sampler: "heun", steps: 32, frame: 32};
   const values = Object.fromEntries(Object.entries(page.controls).map(([name, control]) => [name, control[4]]));
   let run, found, background, wanted = false, timer = 0;
 
@@ -946,6 +947,8 @@ def explorer_page(
 ) -> str:  # HTML without outside parts, to be put into any page
     "The interactive page: data, code and a place to stand in."
     scenes = explorer_scenes() if scenes is None else scenes
+    if not scenes:
+        raise ValueError("scenes = {}; allowed: one or more, see `build_scene`")
     page = {
         "scenes": {name: pack_scene(scene) for name, scene in scenes.items()},
         "controls": CONTROLS,

@@ -441,7 +441,8 @@ def test_a_page_of_ones_own(open_page):
     weights = torch.tensor([0.5, 0.2, 0.2, 0.1])
     own = Mixture(means, torch.tensor([0.1, 0.05, 0.02, 0.1]), torch.tensor([0, 2, 1, 2]), weights)
     scenes = {"own": build_scene("my own", own, 3.0, n=40)}
-    page = open_page(explorer_page(scenes).replace('scene: "pair"', 'scene: "own"'))
+    page = open_page(explorer_page(scenes))
+    assert shown(page, "rows") == "126"
     assert float(page.evaluate(f"{HOST}.dataset.difference")) < 1e-10
     assert len(check_runs(scenes)) == 7
     page.select_option("[name=c]", "2")
@@ -497,6 +498,8 @@ def test_bad_requests_are_one_line(monkeypatch):
         (lambda: settings_of("magic"), "method = 'magic'; allowed: 'classifier_free_guidance'"),
         (lambda: settings_of("model_guidance", weight=2), "weight = 2; allowed: 0 to 0.85"),
         (lambda: run_scene(scene, 1, "model_guidance", {"weight": 0.5}, "ddim"), "sampler = 'ddim'; allowed: 'heun'"),
+        (lambda: run_scene(scene, 5, "model_guidance", {"weight": 0.5}), "c contains 5; allowed: 0 to 1"),
+        (lambda: explorer_page({}), "scenes = {}; allowed: one or more"),
         (lambda: build_scene("deep", gaussian_pair(dim=5), 1.0), "mixture has dimension 5; allowed: 1 or 2"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
