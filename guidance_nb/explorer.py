@@ -646,7 +646,7 @@ fieldset { border: 1px solid var(--line); border-radius: 4px; margin: 0 0 8px; p
 fieldset label { display: flex; flex-wrap: wrap; gap: 2px 8px; } fieldset label span { flex: 1 0 100%; }
 output { min-width: 3.2em; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: normal; } td, thead th + th { text-align: right; }
+th { text-align: left; font-weight: normal; } td, thead th + th { text-align: right; padding-left: 8px; }
 tr + tr, tbody { border-top: 1px solid var(--line); }
 p { margin: 8px 0 0; } .check, .caption, thead th { color: var(--faint); } .check, .caption { font-size: 13px; }
 .hidden { position: absolute; width: 1px; height: 1px; margin: 0; overflow: hidden; clip-path: inset(50%); }
@@ -710,7 +710,7 @@ REPORT_JS = r"""
 function report(table, status, canvas, page, state, found, real, rows) {
   const lines = [["mean", "mean", fixed], ["standard deviation", "std", fixed], ["NLL in nats", "nll", fixed]];
   lines.push(["outliers", "outliers", percent], ["distance", "distance", fixed]);
-  const head = ["", "samples", "real points"].map((text) => make("th", {scope: "col"}, text));
+  const head = ["at t = 0", "samples", "real points"].map((text) => make("th", {scope: "col"}, text));
   const line = (label, key, ours, theirs) => make("tr", {},
     make("th", {scope: "row"}, label), make("td", {className: key}, ours), make("td", {}, theirs));
   const body = lines.map(([label, key, show]) => line(label, key, show(found[key]), show(real[key])));
