@@ -22,7 +22,7 @@ setup(
     packages=["guidance_nb"],
     package_data={"guidance_nb": ["recipe_files/*.toml", "recipe_files/finetune/*.toml", "launch_files/*.yaml"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dinov2", "sd", "bench")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dinov2", "sd", "live", "bench")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": ["guidance_nb=guidance_nb._modidx:d"],

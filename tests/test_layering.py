@@ -14,8 +14,8 @@ from notebooks import NOTEBOOKS, ROOT
 NUMBER = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS if path.stem[:2].isdigit()}
 MODULES = sorted(path for path in (ROOT / "guidance_nb").glob("*.py") if not path.stem.startswith("_"))
 HEAVY = {
-    "PIL", "accelerate", "datasets", "diffusers", "faiss", "matplotlib", "pandas", "peft", "safetensors", "scipy",
-    "seaborn", "sklearn", "torch_fidelity", "torchdiffeq", "torchvision", "transformers",
+    "PIL", "accelerate", "datasets", "diffusers", "faiss", "ipywidgets", "matplotlib", "pandas", "peft", "safetensors",
+    "scipy", "seaborn", "sklearn", "torch_fidelity", "torchdiffeq", "torchvision", "transformers",
 }  # fmt: skip
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "faiss": "faiss-cpu", "torch_fidelity": "torch-fidelity"}
 
@@ -67,7 +67,7 @@ def test_imports_are_requirements(path):
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     settings = config["DEFAULT"]
-    lines = " ".join(settings[f"{kind}requirements"] for kind in ("", "dinov2_", "sd_")).split()
+    lines = " ".join(settings[f"{kind}requirements"] for kind in ("", "dinov2_", "sd_", "live_")).split()
     declared = {re.split(r"[<>=!~\[]", line)[0] for line in lines}
     used = set().union(*map(foreign_roots, imports(ast.parse(path.read_text(encoding="utf-8")))))
     assert {DISTRIBUTION.get(name, name) for name in used - sys.stdlib_module_names} <= declared
