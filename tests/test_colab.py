@@ -10,7 +10,7 @@ from test_layering import DISTRIBUTION
 from colab import LINK, NEEDS, WITHOUT, install, with_colab
 from notebooks import NOTEBOOKS, cells, settings, text
 
-GIVEN = {"IPython", "yaml"}  # Colab has them; yaml comes with diffusers, besides
+GIVEN = {"IPython", "ipywidgets", "yaml"}  # Colab has them; yaml comes with diffusers, besides
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

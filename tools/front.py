@@ -4,6 +4,7 @@ One class of the exact 2-D fractal at four scales, no network anywhere, and what
 numbers and picture on every run; tests/test_readme.py compares.
 """
 
+import io
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,7 @@ def draw(file: Path = TARGET) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     from guidance_nb.mixtures import fractal
     from guidance_nb.plots import COLOURS, show_density
@@ -68,7 +70,9 @@ def draw(file: Path = TARGET) -> None:
         words = f"right class {panel.right:.0%}\nvariety {panel.coverage:.0%}\n"
         words += f"off the data {panel.outliers:.0%}\ncost {rows}"
         ax.text(0.5, -0.02, words, transform=ax.transAxes, ha="center", va="top", fontsize=9, linespacing=1.35)
-    fig.savefig(file, dpi=100, metadata={"Software": None})
+    whole = io.BytesIO()
+    fig.savefig(whole, dpi=100, metadata={"Software": None})
+    Image.open(whole).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)  # half the size
 
 
 if __name__ == "__main__":
