@@ -21,6 +21,7 @@ NEEDS = {
     ),
     "21_image_data": "No GPU is needed; the cell marked `slow` downloads MNIST and CIFAR-10.",
     "22_mnist": "It plots committed rows, so neither data nor a GPU is needed.",
+    "23_cifar10": "It plots committed rows, so neither data nor a GPU is needed.",
     "24_latents": "No GPU is needed; the later cells marked `slow` download MNIST and train on it.",
     "25_stable_diffusion": "Its pipeline is tiny and random: no weights are downloaded. Cells marked `slow` train it.",
     "26_which_guidance": "The cell marked `slow` finds its rows committed, so neither data nor a GPU is needed.",
