@@ -10,7 +10,7 @@ __all__ = ['Data', 'FORMAT', 'Context', 'DenoisingLoss', 'ClassifierLoss', 'keye
            'record_digest', 'force_to_disk', 'checkpoints_in', 'remove_folder', 'clean_remnants', 'write_checkpoint',
            'explain_failure', 'seal_record', 'publish_folder', 'prune_checkpoints', 'check_checkpoint', 'Checkpoint',
            'read_tensors', 'read_checkpoint', 'open_latest', 'latest_checkpoint', 'first_difference', 'check_resume',
-           'Reading', 'State', 'Run', 'keyed_global_randomness', 'has_dropout', 'to_device', 'one_pass',
+           'Reading', 'State', 'Run', 'check_loss', 'keyed_global_randomness', 'has_dropout', 'to_device', 'one_pass',
            'shrink_gradient', 'move_average', 'advance', 'StepGraph', 'check_graphs', 'set_rate', 'record_step',
            'replay_step', 'make_average', 'recompute_activations', 'start_run', 'loss_state', 'optimizer_tensors',
            'load_optimizer', 'load_weights', 'gather_run', 'save_run', 'resume_run', 'keeping', 'explaining_memory',
@@ -881,9 +881,13 @@ class Run:
     saved: int = 0  # Step of the newest checkpoint
     path: pathlib.Path | None = None  # The newest checkpoint
     clock: tuple[int, float] = (0, 0.0)  # Step and time of the last log
-    weights: list[Any] = field(default_factory=list)  # The model's parameters, listed once
     eager: int = 0  # Steps done in this call that were not replayed
     recorded: Any = None  # The `StepGraph` of an engine with graphs
+
+    @cached_property
+    def weights(self) -> list[Any]:
+        "The model's parameters, listed once."
+        return [*self.model.parameters()]
 
     def state(self) -> State:
         "What the caller gets."
@@ -891,15 +895,19 @@ class Run:
             self.average.module.eval()
         return State(self.step, self.reading, self.model, self.average.module)
 
-    def check(self, reading: Any) -> float:
-        "Refuse to go on with a loss that is not finite."
-        if reading is None:
-            return math.nan
-        if not math.isfinite(value := float(reading)):
-            good = f"; last good checkpoint: {self.path}" if self.path else ""
-            hint = f"lower lr = {self.settings['lr']} or check the data{good}"
-            raise FloatingPointError(f"loss = {value} at step {reading.step}; {hint}")
-        return value
+# %% ../nbs/05_training.ipynb #7e15d0c4
+def check_loss(
+    run: Run,  # The run
+    reading: Any,  # A `Reading`, or None before the first step
+) -> float:  # The loss
+    "Refuse to go on with a loss that is not finite."
+    if reading is None:
+        return math.nan
+    if not math.isfinite(value := float(reading)):
+        good = f"; last good checkpoint: {run.path}" if run.path else ""
+        hint = f"lower lr = {run.settings['lr']} or check the data{good}"
+        raise FloatingPointError(f"loss = {value} at step {reading.step}; {hint}")
+    return value
 
 # %% ../nbs/05_training.ipynb #c962e770
 @contextmanager
@@ -958,7 +966,7 @@ def one_pass(
         place.backward(value if passes == 1 else value / passes)
     return value.detach()
 
-# %% ../nbs/05_training.ipynb #29cdb462
+# %% ../nbs/05_training.ipynb #f04d3a91
 def shrink_gradient(
     run: Run,  # The run, with gradients
 ) -> None:
@@ -984,7 +992,7 @@ def move_average(
         kept.copy_(new)
     average.n_averaged += 1
 
-
+# %% ../nbs/05_training.ipynb #29cdb462
 def advance(
     run: Run,  # The run
     x: Tensor,  # This process's share of the batch
@@ -1001,9 +1009,11 @@ def advance(
     values = [one_pass(run, x, c, number) for number in range(run.engine.accumulate)]
     value = values[0] if len(values) == 1 else torch.stack(values).mean()
     reading = Reading(run.place.reduce(value, reduction="mean"), run.step)
-    run.shown = run.check(reading if reading.sent is None else run.reading)  # on a GPU one step late, rather than wait
+    run.shown = check_loss(
+        run, reading if reading.sent is None else run.reading
+    )  # on a GPU one step late, rather than wait
     if run.step + 1 == run.settings["steps"]:
-        run.check(reading)
+        check_loss(run, reading)
     shrink_gradient(run)
     run.whole = False
     run.stepper.step()
@@ -1049,7 +1059,7 @@ def set_rate(
         else:
             group["lr"] = run.rate(run.step)
 
-
+# %% ../nbs/05_training.ipynb #a90c5be2
 def record_step(
     run: Run,  # The run, after a few steps
     x: Tensor,  # A batch, for its shape
@@ -1072,7 +1082,7 @@ def record_step(
     run.average.n_averaged.copy_(averaged)
     return made
 
-
+# %% ../nbs/05_training.ipynb #1d7fe863
 def replay_step(
     run: Run,  # The run
     x: Tensor,  # The batch
@@ -1088,10 +1098,10 @@ def replay_step(
     made.graph.replay()
     run.average.n_averaged += 1
     reading = Reading(made.value, run.step)
-    run.shown = run.check(run.reading)
+    run.shown = check_loss(run, run.reading)
     run.step, run.reading, run.whole = run.step + 1, reading, True
     if run.step == run.settings["steps"]:
-        run.check(reading)
+        check_loss(run, reading)
 
 # %% ../nbs/05_training.ipynb #7960af40
 def make_average(
@@ -1135,14 +1145,12 @@ def start_run(
         model.to(memory_format=torch.channels_last)
     if how.recompute:
         recompute_activations(model)
-    optimizer, rate = make_optimizer(
-        model, settings["lr"], settings["schedule"], settings["steps"], how.warmup, how.weight_decay
-    )
+    lr, schedule, steps = (settings[key] for key in ("lr", "schedule", "steps"))
+    optimizer, rate = make_optimizer(model, lr, schedule, steps, how.warmup, how.weight_decay)
     average = make_average(model, settings["ema"]) if is_sharded(place) else None  # while the weights are whole
     module, stepper = place.prepare(LossModule(model, loss), optimizer)
     average = average or make_average(model, settings["ema"])
     run = Run(model, loss, settings, how, checkpoints, place, module, average, optimizer, stepper, rate)
-    run.weights = [*model.parameters()]
     if how.graphs:
         check_graphs(run)
     if checkpoints is not None:
@@ -1234,7 +1242,7 @@ def save_run(
     checkpoints, scaler, sharded = run.checkpoints, run.place.scaler, is_sharded(run.place)
     if checkpoints is None or run.step == run.saved or (sharded and not together):
         return  # what is divided can only be gathered together
-    run.check(run.reading)
+    check_loss(run, run.reading)
     versions = {"guidance_nb": guidance_nb.__version__, "torch": torch.__version__, "python": platform.python_version()}
     record = {
         "step": run.step,
