@@ -135,6 +135,12 @@ def test_another_plan_needs_another_folder(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "plan.json").read_text())["plan"]["steps"] == 8
 
 
+def test_without_a_judge_nothing_is_trained(tmp_path):
+    with pytest.raises(SystemExit, match=r"no judge: .*resnet20.*--classifiers FOLDER"):
+        cifar10.carry_out(replace(study(tmp_path), classifiers=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_clock_leaves_in_time(tmp_path):
     study(tmp_path, deadline=time.monotonic() + 60).check_time()
     with pytest.raises(OutOfTime):

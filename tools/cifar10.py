@@ -416,6 +416,8 @@ def read_plan(study: Study) -> Plan:
 def train_run(study: Study, plan: Plan, name: str, samples: tuple[str, ...] = ()) -> None:
     "Train one run to its end, from its newest checkpoint; its seconds are added up over calls."
     recipe, folder = run_recipe(name, study.size, plan, samples), study.out / "train" / name
+    if study.classifiers and recipe.method.space.startswith("resnet"):
+        recipe = override(recipe, {"weights": str(study.classifiers)})
     steps, clock, start = recipe.training.steps, folder / "seconds.json", time.monotonic()
     if checkpoints_in(folder) and latest_checkpoint(folder).name == f"step-{steps:08d}":
         return
@@ -588,6 +590,11 @@ def export_weights(study: Study, names: list[str]) -> None:
 
 def carry_out(study: Study) -> None:
     "All of it, from where it stopped."
+    try:  # to find out now, not after the training, that nobody can judge
+        for depth in (20, 56):
+            cifar_resnet(study.classifiers, depth)
+    except ValueError as error:
+        raise SystemExit(f"no judge: {error}; or --classifiers FOLDER") from None
     torch._dynamo.config.recompile_limit = 64  # there are some ten networks, each in some shapes
     plan = read_plan(study)
     print(f"plan: {plan.steps} steps of {plan.batch_size} images, {plan.engine}, {plan.samples} samples a point")
@@ -626,7 +633,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of every run")
     parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile, which takes minutes")
     parser.add_argument(
-        "--classifiers", type=Path, help="folder of resnet20-*.th and resnet56-*.th, if not in GUIDANCE_NB_DATA"
+        "--classifiers",
+        type=Path,
+        help="folder of resnet20-*.th and resnet56-*.th, if not in GUIDANCE_NB_DATA; they are in pretrained_models/ of "
+        "github.com/akamaster/pytorch_resnet_cifar10",
     )
     parser.add_argument("--rehearse", action="store_true", help="a tiny network and 200 images")
     asked = parser.parse_args(arguments)
