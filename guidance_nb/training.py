@@ -1009,9 +1009,8 @@ def advance(
     values = [one_pass(run, x, c, number) for number in range(run.engine.accumulate)]
     value = values[0] if len(values) == 1 else torch.stack(values).mean()
     reading = Reading(run.place.reduce(value, reduction="mean"), run.step)
-    run.shown = check_loss(
-        run, reading if reading.sent is None else run.reading
-    )  # on a GPU one step late, rather than wait
+    known = reading if reading.sent is None else run.reading  # on a GPU one step late, rather than wait
+    run.shown = check_loss(run, known)
     if run.step + 1 == run.settings["steps"]:
         check_loss(run, reading)
     shrink_gradient(run)
