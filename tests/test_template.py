@@ -35,6 +35,8 @@ def clone(tmp_path_factory) -> Path:
     assert begun.returncode == 0, begun.stderr
     exported = run(place, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()")
     assert exported.returncode == 0, exported.stderr
+    shown = run(place, "tools/refresh.py", f"nbs/{NUMBER}_{NAME}.ipynb")
+    assert shown.returncode == 0, shown.stderr
     imported, listed = re.search(r"^(from .*)\n(    \".*)$", begun.stdout, re.MULTILINE).groups()
     contract = place / "tests" / "test_guidance_contract.py"
     source = contract.read_text(encoding="utf-8").replace(
@@ -47,7 +49,7 @@ def clone(tmp_path_factory) -> Path:
 
 def test_template_passes_the_house_checks(clone):
     "Style, layering, export parity, the notebook itself and the contract, by the tests that hold the others."
-    files = ("style", "layering", "export", "notebooks", "guidance_contract")
+    files = ("style", "layering", "export", "notebooks", "colab", "guidance_contract")
     chosen = "halfway or package_is_the_export or ruff or leaks"
     tests = run(clone, "-m", "pytest", "-n0", "-q", "-k", chosen, *(f"tests/test_{name}.py" for name in files))
     assert tests.returncode == 0, tests.stdout
@@ -67,12 +69,12 @@ def test_template_makes_a_page(clone):
     "It is listed, has a title and a claim, and pandoc reads its formulas and finds its citation."
     pytest.importorskip("pypandoc", reason="pypandoc_binary is not installed, so the page was not checked")
     script = f"""
-import pages
-from configparser import ConfigParser
-config = ConfigParser(delimiters=["="])
-config.read("settings.ini", encoding="utf-8")
-page, said = pages.render(pages.markdown(pages.ROOT / "nbs" / "{NUMBER}_{NAME}.ipynb")[1])
-print(*pages.config_problems(dict(config["DEFAULT"])), said, sep="\\n")
+import pages, yaml
+from notebooks import ROOT, cells, settings
+shown = cells(ROOT / "nbs" / "{NUMBER}_{NAME}.ipynb")
+page, said = pages.render(pages.markdown(shown)[1])
+found = pages.config_problems(settings(), yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")))
+print(*found, *pages.figure_problems("page", shown), said, sep="\\n")
 assert {{"derivation", "where-it-breaks", "recap"}} <= page.ids, page.ids
 """
     said = run(clone, "-c", f"import sys; sys.path.insert(0, 'tools')\n{script}")

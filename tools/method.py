@@ -7,6 +7,7 @@ import argparse
 import re
 import sys
 
+from colab import store, with_colab
 from notebooks import NOTEBOOKS, ROOT
 
 TEMPLATE = ROOT / "tools" / "template" / "NN_my_method.ipynb"
@@ -33,6 +34,7 @@ def begin(name: str, number: int) -> str:
     page = page.replace("My method", title.capitalize()).replace("my method", title)
     target, site = ROOT / "nbs" / f"{number}_{name}.ipynb", ROOT / "_quarto.yml"
     target.write_text(page, encoding="utf-8")
+    store(with_colab(target), target)
     last = "          - 19_trained_guidance.ipynb\n"  # the last page of the section on the family
     listed = site.read_text(encoding="utf-8").replace(last, f"{last}          - {target.name}\n")
     site.write_text(listed, encoding="utf-8")
