@@ -631,7 +631,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--patch", type=int, default=2, choices=(1, 2), help="side of the U-Net's patches; 1 in the papers"
     )
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of every run")
-    parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile, which takes minutes")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also try torch.compile, which takes minutes for each of some five shapes: for budgets of hours",
+    )
     parser.add_argument(
         "--classifiers",
         type=Path,
@@ -645,7 +650,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--budget {asked.budget:g}, --stop-after {asked.stop_after:g}; allowed: positive numbers of minutes"
         )
     asked.out.mkdir(parents=True, exist_ok=True)
-    size, compiled = REHEARSAL if asked.rehearse else full_size(asked.patch, asked.lr), not asked.no_compile
+    size, compiled = REHEARSAL if asked.rehearse else full_size(asked.patch, asked.lr), asked.compile
     deadline = time.monotonic() + 60 * asked.stop_after
     try:
         carry_out(Study(asked.out, size, asked.budget, asked.vp, deadline, compiled, asked.classifiers))
