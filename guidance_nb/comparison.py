@@ -695,7 +695,7 @@ def draw_curves(
 def cost_rows(
     table: Any,  # Rows of comparison.csv
     cost: Any,  # Rows of cost.csv, fewer steps
-) -> Any:  # Rows of both at the scales of `cost`
+) -> Any:  # Rows of both at the scales of cost.csv
     "Few and many steps together, for curves of quality against cost."
     import pandas as pd
 

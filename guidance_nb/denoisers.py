@@ -360,6 +360,10 @@ def scale_from_meanflow(omega: float, kappa: float) -> float:
     return omega / (1 - kappa)
 
 
-def dit_channel_scales(scale: float, channels: int = 4, guided: int = 3) -> Tensor:
-    "Scales `[channels]` of the DiT and SiT code: `scale` on the first `guided` latent channels, 1 on the others."
+def dit_channel_scales(
+    scale: float,  # Guidance scale
+    channels: int = 4,  # Number of latent channels
+    guided: int = 3,  # How many of them are guided, from the first
+) -> Tensor:  # A scale for each, `[channels]`
+    "Scales of the DiT and SiT code: the guidance scale on the first latent channels, 1 on the others."
     return torch.cat([torch.full((guided,), float(scale)), torch.ones(channels - guided)])

@@ -288,7 +288,7 @@ def calibration_error(
 
 # %% ../nbs/06_metrics.ipynb #0fe9940a
 def real_floor(
-    metric: Callable[[Any, Any], float],  # `metric(real, other)`, of what `draw` returns
+    metric: Callable[[Any, Any], float],  # `metric(real, other)`, of two draws
     draw: Callable[[int], Any],  # `draw(seed)` -> an independent set of real data
     seeds: int = 3,  # Number of independent pairs
 ) -> tuple[float, float]:  # Mean and standard deviation over the pairs

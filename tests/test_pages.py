@@ -22,6 +22,7 @@ from pages import (
     render,
     size_problems,
 )
+from signatures import plain_signatures
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +157,23 @@ def test_heavy_pages_are_found():
         ("[broken](https://arxiv/abs)", "no address"),
         ("[broken](https:///abs)", "no address"),
         ("[a package](https://pypi.org/project/torch)", "registry"),
+        ("by [`fit`](https://arxiv.org/fit) ([training](05_training.ipynb))", None),
+        ("by [[`fit`](https://arxiv.org/fit)](05_training.ipynb)", "a link in a link"),
+        ("```python\nx: int  # see `fit`\n```\n\nand [`fit`](https://arxiv.org/fit)", None),
+        ("```python\nx: int  # see [`fit`](https://arxiv.org/fit)\n```", "a link in code"),
     ],
 )
 def test_markup_that_leads_nowhere_is_found(source, problem):
     found = markup_problems("a.ipynb", source)
     assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
+
+
+def test_signatures_have_no_links_but_the_words_around_them_do():
+    "Of an output that nbdev linked line by line, only what is fenced as code."
+    signature, words = "x: int  # see [`fit`](https://arxiv.org/fit)\n", "*As [`fit`](https://arxiv.org/fit).*\n"
+    data = {"text/markdown": ["```python\n", signature, "```\n", words]}
+    plain_signatures({"outputs": [{"data": data}, {"text": ["printed"]}]})
+    assert data["text/markdown"] == ["```python\n", "x: int  # see `fit`\n", "```\n", words]
 
 
 def test_markdown_shows_what_the_site_shows():

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from notebooks import NOTEBOOKS, ROOT, cells, directives, settings, text
+from signatures import FENCE, LINK
 
 MAX_NOTEBOOK, MAX_FIGURE, MAX_PAGE = 300_000, 60_000, 1_500_000  # bytes; a page is a notebook and the files it shows
 REGISTRIES = ("pypi.org", "anaconda.org", "npmjs.com", "conda-forge.org")  # name a package instead
@@ -109,6 +110,9 @@ def markup_problems(name: str, source: str) -> list[str]:
     found = []
     for label in re.findall(r"@(sec-[\w-]+)", source):
         found += [] if f"{{#{label}}}" in source else [f"{name}: @{label} is no section of this page"]
+    for code in FENCE.findall(source):
+        found += [f"{name}: a link in code, {link[0]}" for link in LINK.finditer(code)]
+    found += [f"{name}: a link in a link, {link}" for link in re.findall(rf"\[{LINK.pattern}\]\([^)\s]*\)", source)]
     for url in re.findall(r"\]\((https?:[^)\s]*)", source):
         host = urlsplit(url).hostname or ""
         if not re.fullmatch(r"([\w-]+\.)+[a-z]{2,}", host):
