@@ -45,7 +45,7 @@ class AlignedLoss:
 # %% ../nbs/12_aligned_loss.ipynb #02507e4a
 def scale_from_aligned(
     sampling: float,  # Scale s the model is sampled with
-    training: float,  # Scale w of its `AlignedLoss`, not 0
+    training: float,  # Scale w of its AlignedLoss, not 0
 ) -> float:  # The scale gamma = s / w
     "The true guidance scale of an aligned model whose null branch is unconditional, eqs. (6), (7)."
     if not (math.isfinite(sampling) and math.isfinite(training)) or training == 0:

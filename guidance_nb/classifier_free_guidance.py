@@ -69,7 +69,7 @@ def guided_prediction(
     t: Tensor,  # Time, scalar or `[batch]`
     c: Tensor,  # Condition, `[batch]`
     scale: float | Tensor,  # Guidance scale
-    batching: str = "auto",  # How to evaluate the pair, see `choose_batching`
+    batching: str = "auto",  # How to evaluate the pair, see choose_batching
     rescale: float = 0.0,  # Share phi of eq. (3)
 ) -> Prediction:  # The guided pair
     "One guided evaluation, eq. (2), that skips what cannot matter."

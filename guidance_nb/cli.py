@@ -218,7 +218,7 @@ def encode_command(
 # %% ../nbs/30_cli.ipynb #6093cc57
 def show_cost(
     recipe: Recipe,  # A recipe that trains a denoiser
-    gpus: tuple[int, ...],  # Numbers of GPUs; none takes those of `recipe_cost`
+    gpus: tuple[int, ...],  # Numbers of GPUs; none takes those of recipe_cost
     chip: str,  # Their kind
     share: float,  # Assumed share of the peak
 ) -> None:
@@ -445,8 +445,8 @@ def evaluate_command(
 # %% ../nbs/30_cli.ipynb #12e04b60
 def score_file(
     samples: str,  # An .npz file, or a folder of images
-    reference: str,  # See `load_real`
-    eyes: str,  # See `find_eyes`
+    reference: str,  # See load_real
+    eyes: str,  # See find_eyes
     metrics: tuple[str, ...] | None,  # Names, or all usual ones
     split: str,  # "train" or "test"
     weights: str | None,  # Local file with the weights of a named network
@@ -509,10 +509,10 @@ def sweep_command(
 # %% ../nbs/30_cli.ipynb #3dd40ca7
 def run_sweep(
     checkpoint: str,  # A trained denoiser
-    points: list[Request],  # See `sweep_points`
+    points: list[Request],  # See sweep_points
     out: Path,  # Folder for rows.csv and curves.png
-    real: tuple[str, str],  # See `load_real`: where real images come from, and their split
-    eyes: str,  # See `find_eyes`
+    real: tuple[str, str],  # See load_real: where real images come from, and their split
+    eyes: str,  # See find_eyes
     others: dict[str, str | None],  # Checkpoints "classifier" and "correction", and the "weights" of the eyes
     best: str,  # Column that picks the best point
     progress: bool,  # Whether to show progress bars

@@ -173,7 +173,7 @@ def save_stage(
 
 
 def load_stage(
-    path: Path,  # File written by `save_stage`
+    path: Path,  # File written by save_stage
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # Its tensors and facts
     "Read a stage; a damaged file is a `ValueError` that says which and what to do."
     from safetensors import SafetensorError, safe_open
@@ -652,8 +652,8 @@ CURVES = {
 
 # %% ../nbs/20_comparison.ipynb #d21eb806
 def draw_curves(
-    table: Any,  # Rows of `run_tour`
-    floor: Any,  # Rows of `floor_rows`
+    table: Any,  # Rows of run_tour
+    floor: Any,  # Rows of floor_rows
     data: str,  # One of `DATA`
     against: str,  # "scale" or "rows_per_sample"
     metrics: tuple[str, ...] = (),  # Metrics to draw, all of `CURVES` by default
@@ -705,8 +705,8 @@ def cost_rows(
 
 # %% ../nbs/20_comparison.ipynb #74621777
 def summary(
-    table: Any,  # Rows of `run_tour`
-    floor: Any,  # Rows of `floor_rows`
+    table: Any,  # Rows of run_tour
+    floor: Any,  # Rows of floor_rows
     data: str,  # One of `DATA`
 ) -> Any:  # A DataFrame of strings, one line per method and scale
     "Means over seeds, with standard deviations where there are several seeds; the last line is the floor."
@@ -764,9 +764,9 @@ def embed(fig: Any, file: Path, caption: str) -> str:
 
 # %% ../nbs/20_comparison.ipynb #cde2210a
 def write_page(
-    table: Any,  # Rows of `run_tour`
+    table: Any,  # Rows of run_tour
     cost: Any,  # Rows with fewer steps
-    floor: Any,  # Rows of `floor_rows`
+    floor: Any,  # Rows of floor_rows
     stages: list[Stage],  # Finished sampling stages
     problems: dict[str, Problem],  # Data by name
     out: Path,  # Folder to write to

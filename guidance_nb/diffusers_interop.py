@@ -359,7 +359,7 @@ def fill_null(
 
 # %% ../nbs/09_diffusers_interop.ipynb #db8012a4
 def evaluate(
-    model: Any,  # A `DiffusersDenoiser`
+    model: Any,  # A DiffusersDenoiser
     x: Tensor,  # Noisy data, `[batch, channels, height, width]`
     t: Tensor,  # Time, scalar or `[batch]`
     c: Tensor | None,  # The condition of every row
@@ -390,7 +390,7 @@ class DiffusersDenoiser(NetworkDenoiser):
     def __init__(
         self,
         net: Any,  # UNet2DModel, UNet2DConditionModel, DiT, SD3 or Flux transformer; peft adapters welcome
-        scheduler: Any,  # Its scheduler, or `SchedulerFacts`
+        scheduler: Any,  # Its scheduler, or SchedulerFacts
         null: int | Tensor | None = None,  # What stands for no condition: a label, or a condition `[1, ...]`
         packing: Packing | None = None,  # How conditions are packed, for networks that take several
         guidance: float | None = None,  # Fixed scale for a network with an embedded one; None makes it scale-aware
@@ -773,11 +773,11 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
         network: str,  # A key of `IMAGE_NETWORKS`
         shape: Sequence[int],  # (channels, height, width) of an image
         num_classes: int,  # Number of classes
-        path: dict[str, Any],  # By `path_to_json`
+        path: dict[str, Any],  # By path_to_json
         prediction: str = "velocity",  # What the network predicts
         scale_aware: bool = False,  # Whether it takes a guidance scale
         settings: dict[str, Any] | None = None,  # Settings that differ from those of the name
-        facts: dict[str, Any] | None = None,  # `TrainingFacts` as a dictionary
+        facts: dict[str, Any] | None = None,  # TrainingFacts as a dictionary
         sigma_data: float = 0.5,  # Standard deviation of the data, used by `edm` alone
     ):
         net = build_network(network, tuple(shape), num_classes, scale_aware, **(settings or {}))
@@ -797,7 +797,7 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
 
 # %% ../nbs/09_diffusers_interop.ipynb #85239a93
 def card_text(
-    model: Any,  # A `HubDenoiser`
+    model: Any,  # A HubDenoiser
 ) -> str:  # Markdown with the Hub's header
     "The model card of a network."
     facts = model.facts or TrainingFacts("an unknown method", 0, 0)

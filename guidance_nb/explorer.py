@@ -141,7 +141,7 @@ def settings_of(
 
 def true_scale(
     method: str,  # A key of `METHOD_CONTROLS`
-    settings: dict[str, float],  # From `settings_of`
+    settings: dict[str, float],  # From settings_of
 ) -> float:  # gamma in e_u + gamma (e_c - e_u)
     "The guidance scale that a method's own numbers amount to."
     if method == "aligned_loss":
@@ -324,7 +324,7 @@ class Tempered(nn.Module):
 def explorer_model(
     scene: Scene,  # The data
     method: str,  # A key of `METHOD_CONTROLS`
-    settings: dict[str, float],  # From `settings_of`
+    settings: dict[str, float],  # From settings_of
     model: Denoiser | None = None,  # A model of your own on the path of its choice; None: the exact one
 ) -> Denoiser:  # What the sampler walks along
     "The guided denoiser of a method, eq. (4)."
@@ -402,7 +402,7 @@ def run_scene(
     scene: Scene,  # The data
     c: int,  # The class to sample
     method: str,  # A key of `METHOD_CONTROLS`
-    settings: dict[str, float],  # From `settings_of`
+    settings: dict[str, float],  # From settings_of
     sampler: str = "heun",  # "heun" or "euler"
     steps: int = 32,  # Number of steps
     model: Denoiser | None = None,  # A model of your own instead of the exact one
@@ -471,7 +471,7 @@ def draw_run(
     scene: Scene,  # The data
     c: int,  # The class
     method: str,  # A key of `METHOD_CONTROLS`, for the colour
-    run: Samples,  # From `run_scene`
+    run: Samples,  # From run_scene
     frame: int = -1,  # Index of the moment to show
     ax: Any = None,  # Axes, a new one by default
 ) -> Any:  # The Axes
@@ -943,7 +943,7 @@ JavaScript; the figures and numbers further down show a part of it without."""
 
 
 def explorer_page(
-    scenes: dict[str, Scene] | None = None,  # Data sets by name, `explorer_scenes()` by default
+    scenes: dict[str, Scene] | None = None,  # Data sets by name, explorer_scenes() by default
 ) -> str:  # HTML without outside parts, to be put into any page
     "The interactive page: data, code and a place to stand in."
     scenes = explorer_scenes() if scenes is None else scenes
@@ -969,7 +969,7 @@ def render_run(
     scene: Scene,  # The data
     c: int,  # The class
     method: str,  # A key of `METHOD_CONTROLS`
-    run: Samples,  # From `run_scene`
+    run: Samples,  # From run_scene
     frame: int,  # Index of the moment to show
 ) -> bytes:  # A PNG
     "The picture of `draw_run` as a file, on a figure that no other plot knows of."
@@ -1099,7 +1099,7 @@ def solve_view(
 
 # %% ../nbs/28_explorer.ipynb #df12075c
 def explore(
-    scenes: dict[str, Scene] | None = None,  # Data sets by name, `explorer_scenes()` by default
+    scenes: dict[str, Scene] | None = None,  # Data sets by name, explorer_scenes() by default
     model: Denoiser | None = None,  # A model of your own instead of the exact one, on data of every scene given
 ) -> Any:  # A box of ipywidgets, to be the last line of a cell
     "Live sliders in Jupyter; `ModuleNotFoundError` without ipywidgets, `ValueError` if the model does not fit."

@@ -127,7 +127,7 @@ def correction_network(
     shape: tuple[int, ...],  # Shape of one sample
     num_classes: int,  # Number of classes
     seed: int = 0,  # Seed of the initial weights; a network that is given keeps its own
-    **settings: Any,  # Those of `MLP`, or changes to the named network's
+    **settings: Any,  # Those of MLP, or changes to the named network's
 ) -> nn.Module:  # `net(z, tau, labels)`
     "The network of a correction; its weights do not depend on the global random state."
     if isinstance(net, nn.Module):
@@ -151,7 +151,7 @@ class CorrectionFlow(nn.Module):
         num_classes: int = 0,  # Number of classes
         width: int = 128,  # Width of the perceptron
         depth: int = 4,  # Residual blocks of the perceptron
-        octaves: int = 0,  # Sines of the coordinates beside the coordinates, for points in the plane, see `MLP`
+        octaves: int = 0,  # Sines of the coordinates beside the coordinates, for points in the plane, see MLP
         dropout: float = 0.0,  # Share of pairs trained without class; above 0 allows guidance of the correction
         net: nn.Module | str | None = None,  # `net(z, tau, labels)` on whole samples, or a name of `IMAGE_NETWORKS`
         seed: int = 0,  # Seed of the initial weights
@@ -224,7 +224,7 @@ def pair_data(
     real_labels: Tensor | None = None,  # Classes of the real samples `[m]`; needed with `labels`
     k: int = 20,  # Neighbours per sample
     space: Space = "pixels",  # Where distance is measured: "pixels", or a function to features
-    **search: Any,  # `method` and `device` of `nearest_neighbours`
+    **search: Any,  # `method` and `device` of nearest_neighbours
 ) -> PairDraws:
     "Find the pairs of eq. (1) once; the result is the data of `fit` with a `PairLoss`."
     if generated.shape[1:] != real.shape[1:]:
@@ -309,7 +309,7 @@ def apply_correction(
     model: CorrectionFlow,  # The trained correction
     samples: Tensor,  # Generated samples, `[n, ...]`, on any device
     labels: Tensor | None = None,  # Their classes `[n]`; None only for a model without classes
-    steps: int = 16,  # Number of steps, see `carry`
+    steps: int = 16,  # Number of steps, see carry
     sampler: str = "heun",  # "euler", "heun" or "dopri5"
     scale: float = 1.0,  # Guidance scale of the correction itself; other than 1 needs a fit with dropout
     batch_size: int | None = None,  # Samples at a time; None: all
@@ -346,7 +346,7 @@ class FlowPostprocessor(CorrectionFlow):
         ema: float = 0.999,  # Decay of the moving average; lower it for runs below a thousand steps
         seed: int = 0,  # Seed of weights, pairs and times
         progress: bool = True,  # Whether to show a progress bar
-        **network: Any,  # Arguments of `CorrectionFlow`: net, dropout, width, depth, octaves
+        **network: Any,  # Arguments of CorrectionFlow: net, dropout, width, depth, octaves
     ) -> "FlowPostprocessor":
         "Find the pairs of eq. (1) once, train on eq. (2), and return the moving average of the weights."
         pairs = pair_data(generated, real, labels, real_labels, k, space)
@@ -355,9 +355,9 @@ class FlowPostprocessor(CorrectionFlow):
 
 # %% ../nbs/14_flow_postprocessing.ipynb #f8a8ed97
 def correction_flow(
-    pairs: PairDraws,  # Pairs the correction will be trained on, see `pair_data`
+    pairs: PairDraws,  # Pairs the correction will be trained on, see pair_data
     num_classes: int | None = None,  # Number of classes; None: that of the pairs
-    **network: Any,  # Arguments of `CorrectionFlow`: net, dropout, width, depth, octaves, seed
+    **network: Any,  # Arguments of CorrectionFlow: net, dropout, width, depth, octaves, seed
 ) -> FlowPostprocessor:  # Untrained, on the device of the pairs
     "A correction for these pairs: their shape and classes, and s of eq. (2), the size of their displacements."
     classes = pairs.num_classes if num_classes is None else num_classes
@@ -397,7 +397,7 @@ def memorisation_report(
     fresh: Tensor,  # Real samples it has never seen, `[l, ...]`
     space: Space = "pixels",  # "pixels", or a function from samples to features
     threshold: float = 0.1,  # A copy lies closer to the training data than this share of the median fresh distance
-    device: str | torch.device | None = None,  # Where to search, see `nearest_neighbours`; None: where the samples are
+    device: str | torch.device | None = None,  # Where to search, see nearest_neighbours; None: where the samples are
 ) -> dict[str, float]:  # Median nearest distances, their ratio, and the shares of copies
     "Distance of samples to their nearest training sample, against that of fresh real ones."
 
@@ -463,7 +463,7 @@ def load_dinov2(
 
 # %% ../nbs/14_flow_postprocessing.ipynb #b2c7e4cc
 def dinov2_space(
-    path: str | Path,  # Folder with the weights, see `load_dinov2`
+    path: str | Path,  # Folder with the weights, see load_dinov2
     pooling: str = "cls",  # "cls", the class token, or "patches", the mean of the patch tokens
     size: int = 224,  # Height and width the network sees; a multiple of its patch size
     batch_size: int = 64,  # Images at a time
@@ -487,7 +487,7 @@ def dinov2_space(
 
 # %% ../nbs/14_flow_postprocessing.ipynb #d700c37c
 def resnet_space(
-    path: str | Path | None = None,  # As for `cifar_resnet`: file, or folder to look in
+    path: str | Path | None = None,  # As for cifar_resnet: file, or folder to look in
     depth: int = 20,  # 20 or 56
     batch_size: int = 256,  # Images at a time
 ) -> Callable[[Tensor], Tensor]:  # From images in [-1, 1], `[n, 3, 32, 32]`, to features `[n, 64]`
@@ -507,7 +507,7 @@ SPACES = ("pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56")
 def neighbour_space(
     name: str,  # One of `SPACES`
     path: str | Path | None = None,  # Where the weights are; unused by "pixels"
-    **options: Any,  # Those of `dinov2_space` or `resnet_space`
+    **options: Any,  # Those of dinov2_space or resnet_space
 ) -> Space:
     "A space for neighbours by name: pixels, DINOv2's class token or mean patch token, a CIFAR ResNet."
     if name not in SPACES:

@@ -48,7 +48,7 @@ class GuidanceFormula(Denoiser):
         model: Denoiser,  # A model that answers with and without condition
         scale: float | Tensor | Callable[[Tensor], Tensor] = 1.0,  # Guidance scale, or a function of time
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
-        batching: str = "auto",  # How to evaluate the pair, see `choose_batching`
+        batching: str = "auto",  # How to evaluate the pair, see choose_batching
     ):
         if not isinstance(model, Denoiser):
             raise ValueError(f"model is a {type(model).__name__}; allowed: a Denoiser, such as a NetworkDenoiser")
@@ -216,7 +216,7 @@ class RescaledGuidance(PairGuidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: float | Tensor | Schedule = 1.0,  # Guidance scale, or a function of time
         phi: float = 0.7,  # Share of the rescaling, 0 to 1
-        **options: Any,  # `interval` and `batching` of `PairGuidance`
+        **options: Any,  # `interval` and `batching` of PairGuidance
     ):
         super().__init__(model, scale, **options)
         if not 0 <= phi <= 1:
@@ -249,7 +249,7 @@ class MagnitudeAwareGuidance(PairGuidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: float | Tensor | Schedule = 1.0,  # Guidance scale where the two predictions agree
         damping: float = 8.0,  # How fast it falls, a of eq. (3), 0 or more
-        **options: Any,  # `interval` and `batching` of `PairGuidance`
+        **options: Any,  # `interval` and `batching` of PairGuidance
     ):
         super().__init__(model, scale, **options)
         if not 0 <= damping < math.inf:
@@ -286,7 +286,7 @@ class CFGZeroStar(PairGuidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: float | Tensor | Schedule = 1.0,  # Guidance scale, or a function of time
         zero_from: float = 1.0,  # The velocity is zero at times from here up; `math.inf`: nowhere
-        **options: Any,  # `interval` and `batching` of `PairGuidance`
+        **options: Any,  # `interval` and `batching` of PairGuidance
     ):
         super().__init__(model, scale, **options)
         if not zero_from > 0:
@@ -366,7 +366,7 @@ class AdaptiveProjectedGuidance(PairGuidance):
         eta: float = 0.0,  # Share kept of the part along the conditional prediction
         norm: float = math.inf,  # Largest norm of the difference, r of eq. (6)
         momentum: float = 0.0,  # Share of earlier differences, beta of eq. (6), above -1 and below 1
-        **options: Any,  # `interval` and `batching` of `PairGuidance`
+        **options: Any,  # `interval` and `batching` of PairGuidance
     ):
         super().__init__(model, scale, **options)
         if not math.isfinite(eta):
@@ -432,7 +432,7 @@ class FrequencyDecoupledGuidance(PairGuidance):
         model: Denoiser,  # A model of images that answers with and without condition
         scale: float | Tensor | Schedule = 1.0,  # Guidance scale of a share of 1
         shares: tuple[float, ...] = (1.0, 0.5),  # Share of scale - 1 that each band gets, finest first
-        **options: Any,  # `interval` and `batching` of `PairGuidance`
+        **options: Any,  # `interval` and `batching` of PairGuidance
     ):
         super().__init__(model, scale, **options)
         if not isinstance(shares, tuple | list) or not shares or not all(map(math.isfinite, shares)):
@@ -460,7 +460,7 @@ class DynamicThresholding(PairGuidance):
         scale: float | Tensor | Schedule = 1.0,  # Guidance scale, or a function of time
         quantile: float = 0.995,  # Share of the values of a sample that is not clipped
         limit: float = 1.0,  # Largest absolute value of the data
-        **options: Any,  # `interval` and `batching` of `PairGuidance`
+        **options: Any,  # `interval` and `batching` of PairGuidance
     ):
         super().__init__(model, scale, **options)
         if not 0 <= quantile <= 1 or not 0 < limit < math.inf:
@@ -490,7 +490,7 @@ class RectifiedGuidance(PairGuidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: float | Tensor | Schedule = 1.0,  # Guidance scale, or a function of time
         ratios: Ratios | float = 1.0,  # rho of eq. (9), a number or a function of time and class
-        **options: Any,  # `interval` and `batching` of `PairGuidance`
+        **options: Any,  # `interval` and `batching` of PairGuidance
     ):
         super().__init__(model, scale, **options)
         if not callable(ratios) and not math.isfinite(ratios):

@@ -117,7 +117,7 @@ def checksum(
 # %% ../nbs/08_image_metrics.ipynb #aab45aa5
 def extract(
     images: Tensor,  # uint8, `[n, 1 or 3, h, w]`; grey images are repeated to three channels
-    extractor: Extractor,  # From `inception`, `resnet_extractor`, or your own
+    extractor: Extractor,  # From inception, resnet_extractor, or your own
     name: str = "images",  # What the set is called in the table, such as "cifar10 train"
     batch_size: int = 64,  # Images per call of the network
     progress: bool = False,  # Show a progress bar
@@ -215,7 +215,7 @@ def _best_device() -> str:
 
 
 def inception(
-    weights: str | Path | None = None,  # See `inception_weights`
+    weights: str | Path | None = None,  # See inception_weights
     layers: Sequence[str] = ("features", "spatial", "logits"),  # Which to compute
     name: str = INCEPTION,  # Other weights than the ones behind FID need another name, which columns then carry
     device: str | torch.device | None = None,  # CUDA where there is one
@@ -412,7 +412,7 @@ def feature_scores(
 
 # %% ../nbs/08_image_metrics.ipynb #8f5d9c38
 def find_extractor(
-    extractor: str | Extractor,  # "inception-v3-compat", "resnet20", "resnet56", or an `Extractor`
+    extractor: str | Extractor,  # "inception-v3-compat", "resnet20", "resnet56", or an Extractor
     weights: str | Path | None = None,  # File with the weights, for a name
     metrics: Sequence[str] | None = None,  # What it is for, to compute no other layer
 ) -> Extractor:
@@ -438,7 +438,7 @@ def _name(extractor: str | Extractor | None, *sets: Any) -> str:
 
 def measure(
     images: Tensor | Features | Reference,  # Images, a statistics file, or features, which come back as they are
-    extractor: str | Extractor | None = None,  # Name or `Extractor`; without it "inception-v3-compat"
+    extractor: str | Extractor | None = None,  # Name or Extractor; without it "inception-v3-compat"
     metrics: Sequence[str] | None = None,  # What it is for, to compute nothing else
     weights: str | Path | None = None,  # Local file with the extractor's weights
     name: str = "images",  # What the set is called in the table, such as "cifar10 train"
@@ -478,7 +478,7 @@ def _size(each: Any) -> tuple[int, ...]:
 def image_scores(
     samples: Tensor | Features,  # Generated images, uint8 `[n, 1 or 3, h, w]`, or their features
     reference: Tensor | Features | Reference,  # Real images, their features, or a statistics file
-    extractor: str | Extractor | None = None,  # Name or `Extractor`; without it that of features, "inception-v3-compat"
+    extractor: str | Extractor | None = None,  # Name or Extractor; without it that of features, "inception-v3-compat"
     metrics: Sequence[str] | None = None,  # fid, sfid, is, kid, precision, recall; of other networks fd, kd, ...
     weights: str | Path | None = None,  # Local file with the extractor's weights
     k: int = 3,  # Neighbour that sets the radius for precision and recall
@@ -505,8 +505,8 @@ def image_scores(
 def image_floor(
     real: Tensor | Features | Reference,  # Real images, or their features
     n: int | None = None,  # Size of each half: that of the samples to compare with; without it half of all
-    extractor: str | Extractor | None = None,  # Name or `Extractor`, as for `image_scores`
-    metrics: Sequence[str] | None = None,  # As for `image_scores`
+    extractor: str | Extractor | None = None,  # Name or Extractor, as for image_scores
+    metrics: Sequence[str] | None = None,  # As for image_scores
     weights: str | Path | None = None,  # Local file with the extractor's weights
     k: int = 3,  # Neighbour that sets the radius for precision and recall
     seed: int = 0,  # Of the random halves
@@ -572,7 +572,7 @@ def cifar_resnet(
     path: str | Path | None = None,  # File, or folder to look in; without it GUIDANCE_NB_DATA/classifiers
     depth: int = 56,  # 20 or 56
     device: str | torch.device | None = None,  # CUDA where there is one
-) -> CifarResNet:  # A judge of CIFAR-10; `resnet_extractor` makes its features an `Extractor`
+) -> CifarResNet:  # A judge of CIFAR-10; resnet_extractor makes its features an Extractor
     "Load a ResNet trained on CIFAR-10, without executing what the file may hold."
     if depth not in (20, 56):
         raise ValueError(f"depth = {depth}; allowed: 20 or 56")
@@ -596,7 +596,7 @@ def cifar_resnet(
 
 # %% ../nbs/08_image_metrics.ipynb #91cda648
 def resnet_extractor(
-    network: CifarResNet,  # From `cifar_resnet`
+    network: CifarResNet,  # From cifar_resnet
 ) -> Extractor:  # Columns such as fd_resnet56
     "Features of a CIFAR ResNet; a Frechet distance on them is not FID."
     return Extractor(f"resnet{network.depth}", network.layers, next(network.parameters()).device)
@@ -681,7 +681,7 @@ def provenance(
     labels: str = "balanced",  # How labels were chosen
     extractor: str | None = None,  # Name; without it that of the reference
     command: str | None = None,  # Without it that of this process
-) -> dict[str, Any]:  # Column -> value, for `append_rows`
+) -> dict[str, Any]:  # Column -> value, for append_rows
     "What a number means nothing without."
     n = samples if isinstance(samples, int) else samples.n if isinstance(samples, Features) else len(samples)
     cuda = torch.cuda.is_available()
@@ -695,7 +695,7 @@ def provenance(
 
 # %% ../nbs/08_image_metrics.ipynb #24c14d84
 def read_rows(
-    path: str | Path,  # A table written by `append_rows`
+    path: str | Path,  # A table written by append_rows
 ) -> tuple[list[str], list[dict[str, str]]]:  # Columns, rows as text
     "Read a table of rows with provenance, or refuse it with a `ValueError`."
     with open(path, newline="", encoding="utf-8") as file:
@@ -729,7 +729,7 @@ def _locked(folder: Path) -> Iterator[None]:
 # %% ../nbs/08_image_metrics.ipynb #0acb7ba1
 def append_rows(
     path: str | Path,  # Table, `.csv`; made if it is not there
-    rows: Sequence[dict[str, Any]],  # Each with the keys of `provenance` and any further columns
+    rows: Sequence[dict[str, Any]],  # Each with the keys of provenance and any further columns
 ) -> None:
     "Append rows to a table: columns are united, what is there stays, and a crash leaves the old table or the new one."
     path = Path(path)

@@ -320,7 +320,7 @@ def encode_shard(
 # %% ../nbs/24_latents.ipynb #cdff6ed6
 def encoding_settings(
     data: ImageData,  # Pictures
-    vae: dict[str, Any],  # See `describe_vae`
+    vae: dict[str, Any],  # See describe_vae
     **choices: Any,  # `flip`, `dtype`, `crop`, `shard_rows`
 ) -> dict[str, Any]:  # JSON-able
     "What decides the numbers of all shards; refuses what cannot be encoded with a `ValueError`."
@@ -363,7 +363,7 @@ def in_all_processes(
 
 # %% ../nbs/24_latents.ipynb #50d84fe0
 def encode_folder(
-    source: str | Path | ImageData,  # See `load_pictures`
+    source: str | Path | ImageData,  # See load_pictures
     out: str | Path,  # Folder for the shards and their index; finished shards in it are kept
     vae: Any,  # An `AutoencoderKL`, or its folder or name
     size: int | None = None,  # Side of the square to crop and resize to; None wants images of one size
@@ -471,7 +471,7 @@ class LatentData(LatentStore):
 
 # %% ../nbs/24_latents.ipynb #fa98390b
 def read_index(
-    folder: str | Path,  # Folder that `encode_folder` wrote
+    folder: str | Path,  # Folder that encode_folder wrote
 ) -> dict[str, Any]:  # The index
     "The index of a folder of latents; a folder without one is a `ValueError`."
     path = Path(folder) / INDEX
@@ -492,7 +492,7 @@ def read_index(
 
 # %% ../nbs/24_latents.ipynb #25c65a77
 def load_latents(
-    folder: str | Path,  # Folder that `encode_folder` wrote
+    folder: str | Path,  # Folder that encode_folder wrote
     flip: bool = False,  # Whether to take the mirrored view of a random half
     posterior: bool = True,  # Whether to draw from the encoder's posterior; else its mean
     verify: bool = False,  # Whether to read everything once and compare it with the checksums

@@ -79,7 +79,7 @@ def outlier_rate(
     x: Tensor,  # Samples, `[n, d]`
     c: Tensor,  # Their labels, `[n]`
     mixture: Mixture,  # The true distribution
-    threshold: Tensor | None = None,  # From `outlier_threshold`, which is called when absent
+    threshold: Tensor | None = None,  # From outlier_threshold, which is called when absent
 ) -> float:  # Share of samples, 0 to 1; the floor is the quantile of the threshold
     "Share of samples whose true class density lies below the threshold, eq. (2)."
     points = check_points("x", x, mixture.dim)
@@ -140,7 +140,7 @@ def coverage_radius(
     draw: Callable[[int], tuple[Tensor, Tensor]],  # `draw(seed)` -> independent real points and labels
     share: float = 0.95,  # Coverage that real data should get
     seeds: int = 3,  # Pairs of real sets to pool
-) -> float:  # Radius for `coverage`
+) -> float:  # Radius for coverage
     "The radius at which one real set covers a given share of another."
     if not 0 < share < 1 or seeds < 1:
         raise ValueError(f"share = {share}, seeds = {seeds}; allowed: share in (0, 1), seeds 1 or more")

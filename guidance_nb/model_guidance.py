@@ -69,7 +69,7 @@ def check_weight(
 
 # %% ../nbs/13_model_guidance.ipynb #728e2a78
 def check_model_guidance(
-    loss: Any,  # The settings, a `ModelGuidanceLoss`
+    loss: Any,  # The settings, a ModelGuidanceLoss
 ) -> None:
     "Refuse settings that contradict each other, in one line."
     low, high = loss.scale_range or (1.0, 1.0)
@@ -96,7 +96,7 @@ def check_model_guidance(
 
 # %% ../nbs/13_model_guidance.ipynb #2a00cf56
 def check_network(
-    loss: Any,  # The settings, a `ModelGuidanceLoss`
+    loss: Any,  # The settings, a ModelGuidanceLoss
     model: NetworkDenoiser,  # The network in training
     c: Tensor | None,  # Labels of the batch
 ) -> None:

@@ -240,7 +240,7 @@ class UNet(nn.Module):
         scale_aware: bool = False,  # Whether a guidance scale is a fourth input
         patch: int = 1,  # Side of the patches that become the channels of one pixel
         dropout: float = 0.0,  # Dropout inside the residual blocks
-        **levels: Any,  # `widths`, `blocks`, `attention`, `head`, `film`, see `unet_body`
+        **levels: Any,  # `widths`, `blocks`, `attention`, `head`, `film`, see unet_body
     ):
         super().__init__()
         _check_counts(patch=patch, **{name: levels[name] for name in ("widths", "blocks", "head")})

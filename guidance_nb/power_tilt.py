@@ -183,8 +183,8 @@ def solve_shift(
     c: Tensor,  # Condition, `[batch]`
     scale: Tensor,  # Guidance scale, broadcasts against `x`
     start: tuple[Prediction, Prediction],  # The conditional and the unconditional prediction at `x`
-    span: str = "all",  # What the shift may be, see `restrict`
-    solver: tuple[int, float, int] = (50, 1e-4, 2),  # Iterations, tolerance and memory of `solve_rows`
+    span: str = "all",  # What the shift may be, see restrict
+    solver: tuple[int, float, int] = (50, 1e-4, 2),  # Iterations, tolerance and memory of solve_rows
 ) -> tuple[Prediction, Tensor]:  # The guided pair, and which rows `[batch]` found a fixed point
     "Predictions at the fixed point of eq. (5); guidance without correction where none is found."
     gamma, sigma = scale.expand_as(x), expand_time(model.path.sigma(t), x).expand_as(x)
@@ -365,7 +365,7 @@ def sample_feynman_kac(
     times: Tensor | None = None,  # Falling times, instead of `time_grid(model.path, steps)`
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state
-) -> WeightedSamples:  # Particles and weights; `systematic_resample` makes them equal
+) -> WeightedSamples:  # Particles and weights; systematic_resample makes them equal
     "Weighted guided ancestral sampling, eq. (10), of the power tilt (arXiv 2503.02819)."
     path, guided, labels = model.path, PairGuidance(model, scale), check_population(c, shape, threshold, count)
     times = time_grid(path, steps) if times is None else times.double().cpu()

@@ -305,7 +305,7 @@ def recipe_from(
 
 # %% ../nbs/29_recipes.ipynb #cfd9a64e
 def read_recipe(
-    source: str | Path,  # A name out of `recipe_names`, or a TOML file
+    source: str | Path,  # A name out of recipe_names, or a TOML file
     changes: dict[str, Any] | None = None,  # Values that replace those of the file, by key
 ) -> Recipe:  # The recipe
     "Read a recipe; unknown names, keys and values of a wrong type are a `ValueError` of one line."
@@ -377,7 +377,7 @@ def is_main() -> bool:
 
 # %% ../nbs/29_recipes.ipynb #2989c73b
 def main_only(
-    action: Callable[[], Any],  # What one process should do, such as writing a file; calls no `main_only` itself
+    action: Callable[[], Any],  # What one process should do, such as writing a file; calls no main_only itself
 ) -> Any:  # Its result, in every process
     "Let the main process act, and give every process the result or the error."
     device = own_device()
@@ -429,7 +429,7 @@ def make_model(
     recipe: Recipe,  # A recipe
     shape: tuple[int, ...],  # Shape of one image, (channels, height, width)
     num_classes: int,  # Number of classes
-) -> Any:  # A `NetworkDenoiser`, an `ImageClassifier` or a `FlowPostprocessor`, untrained
+) -> Any:  # A NetworkDenoiser, an ImageClassifier or a FlowPostprocessor, untrained
     "The untrained network of a recipe, the same on every call."
     table, method, seed = recipe.network, recipe.method, recipe.training.seed
     path = PATHS[check_choice("network.path", table.path, PATHS)]()
@@ -505,7 +505,7 @@ def recipe_cost(
     gpus: tuple[int, ...] = (),  # Numbers of GPUs; none takes 1 and, if it divides the batch, 8
     chip: str = "h100",  # Their kind
     share: float = 0.35,  # Assumed share of the peak
-) -> Any:  # A pandas table, see `cost_sheet`
+) -> Any:  # A pandas table, see cost_sheet
     "GPU-hours and memory that a recipe will take: an estimate that assumes its share of the peak."
     method, training = recipe.method, recipe.training
     if method.name in ("classifier", "judge", "flow_postprocessing"):
@@ -569,7 +569,7 @@ def check_folder(
 # %% ../nbs/29_recipes.ipynb #39a5026f
 def make_engine(
     table: TrainingTable,  # Settings of a run
-) -> Engine:  # For `fit`
+) -> Engine:  # For fit
     "The engine of a run."
     same = ("precision", "accumulate", "recompute", "compile", "graphs", "channels_last", "warmup", "weight_decay")
     options: dict[str, Any] = {name: getattr(table, name) for name in same}
@@ -611,7 +611,7 @@ def read_pairs(
 def make_training(
     recipe: Recipe,  # A recipe
     data: Any,  # Its images or latents
-) -> tuple[Any, Any, tuple[str, ...]]:  # Untrained model, data for `fit`, names of the classes the model knows
+) -> tuple[Any, Any, tuple[str, ...]]:  # Untrained model, data for fit, names of the classes the model knows
     "What a recipe trains on what."
     if recipe.method.name != "flow_postprocessing":
         return make_model(recipe, data.shape, data.num_classes), data, data.classes
@@ -779,7 +779,7 @@ def default_scale(
 # %% ../nbs/29_recipes.ipynb #5e7855b6
 def guided(
     trained: Trained,  # A trained denoiser
-    scale: float | None = None,  # Guidance scale; 1 is the conditional model; None takes `default_scale`
+    scale: float | None = None,  # Guidance scale; 1 is the conditional model; None takes default_scale
     classifier: Trained | None = None,  # Guide by this classifier instead of by the null label
     interval: tuple[float, float] = (0.0, 1.0),  # Times that classifier-free guidance guides
     channels: int = 0,  # First channels that classifier-free guidance guides; 0 guides all
@@ -949,7 +949,7 @@ def find_eyes(
     source: str,  # "inception-v3-compat", "resnet20", "resnet56", or a checkpoint of a judge or classifier
     weights: str | None = None,  # Local file with the weights of a named network
     metrics: tuple[str, ...] | None = None,  # What it is for
-) -> Extractor:  # For `extract`
+) -> Extractor:  # For extract
     "The network that looks at images, by name or from a checkpoint."
     if not Path(source).exists():
         return find_extractor(source, weights, metrics)
@@ -1011,7 +1011,7 @@ def choose_metrics(
     eyes: Extractor,  # The network that looks
     metrics: tuple[str, ...] | None = None,  # Names, or all that these two allow
     best: str = "",  # Column that somebody will ask for
-) -> tuple[str, ...]:  # Names for `score`
+) -> tuple[str, ...]:  # Names for score
     "The metrics of a comparison; a column that they do not give is refused."
     names = check_metrics(metrics, eyes.name)
     if isinstance(real, Reference) and metrics is None:
@@ -1040,12 +1040,12 @@ def keep_neighbours(
 
 # %% ../nbs/29_recipes.ipynb #69069afe
 def look_at_real(
-    source: str,  # See `load_real`
+    source: str,  # See load_real
     split: str,  # "train" or "test"
     shape: tuple[int, ...],  # Shape of the samples
     eyes: Extractor,  # The network that looks
-    metrics: tuple[str, ...] | None = None,  # See `choose_metrics`
-    best: str = "",  # See `choose_metrics`
+    metrics: tuple[str, ...] | None = None,  # See choose_metrics
+    best: str = "",  # See choose_metrics
     progress: bool = True,  # Whether to show a progress bar
 ) -> tuple[Features, tuple[str, ...]]:  # Features, which only the main process needs and has; and names of metrics
     "Features of real images, and the metrics they allow."
@@ -1068,7 +1068,7 @@ def score(
     metrics: tuple[str, ...] | None = None,  # Names, or all that are usual for the network
     batch_size: int = 256,  # Images per call of the network
     progress: bool = False,  # Whether to show a progress bar
-    seen: Features | None = None,  # What the eyes saw of the samples, see `extract_sharded`; None to look now
+    seen: Features | None = None,  # What the eyes saw of the samples, see extract_sharded; None to look now
 ) -> dict[str, Any]:  # One row of a table
     "Score samples: all metrics of one look, class agreement if the network classifies, and the facts of their making."
     if reference.size and tuple(file.x.shape[2:]) != tuple(reference.size):
@@ -1100,7 +1100,7 @@ def is_metric(
 
 # %% ../nbs/29_recipes.ipynb #f7efeb25
 def floor_size(
-    source: str,  # Where the reference came from, see `load_real`
+    source: str,  # Where the reference came from, see load_real
     reference: Features,  # Features of the reference
     n: int,  # Number of samples to compare with
 ) -> tuple[str, int]:  # The other split of a published data set, or "", and how many images there are for the row
@@ -1113,11 +1113,11 @@ def floor_size(
 
 # %% ../nbs/29_recipes.ipynb #8484b0db
 def floor_row(
-    source: str,  # Where the reference came from, see `load_real`
+    source: str,  # Where the reference came from, see load_real
     reference: Features,  # Features of the reference
     eyes: Extractor,  # The network that looks
     n: int,  # Number of samples to compare with
-    metrics: tuple[str, ...] | None = None,  # As for `score`
+    metrics: tuple[str, ...] | None = None,  # As for score
 ) -> dict[str, Any] | None:  # A row of method "real", or None where there are no other real images
     "How n real images score that are not in the reference: the other split, or one half of the reference on the other."
     other, n = floor_size(source, reference, n)
@@ -1242,7 +1242,7 @@ def same_value(
 
 def has_facts(
     row: dict[str, Any],  # A row of a table
-    wanted: dict[str, Any],  # Facts, such as those of `point_facts`
+    wanted: dict[str, Any],  # Facts, such as those of point_facts
 ) -> bool:
     "Whether a row has these facts."
     return all(same_value(row.get(key, ""), value) for key, value in wanted.items())
@@ -1276,15 +1276,15 @@ def point_facts(
 # %% ../nbs/29_recipes.ipynb #b4e84f26
 def sweep(
     trained: Trained,  # A trained denoiser
-    points: list[Request],  # See `sweep_points`
-    reference: Features,  # Features of the real images; see `look_at_real`
+    points: list[Request],  # See sweep_points
+    reference: Features,  # Features of the real images; see look_at_real
     eyes: Extractor,  # The network that looks
     out: Path,  # Folder for rows.csv; finished points in it are kept
     classifier: Trained | None = None,  # Guide by this classifier
     correction: Trained | None = None,  # Score the corrected samples, too
     progress: bool = True,  # Whether to show progress bars
-    source: str = "",  # Where the reference came from, for `floor_row`
-    metrics: tuple[str, ...] | None = None,  # As for `score`
+    source: str = "",  # Where the reference came from, for floor_row
+    metrics: tuple[str, ...] | None = None,  # As for score
 ) -> Iterator[dict[str, Any]]:
     "Draw and score point after point; yields the rows as they are made, that of real images first."
     file = out / "rows.csv"
@@ -1305,11 +1305,11 @@ def sweep(
 # %% ../nbs/29_recipes.ipynb #be7aed00
 def add_floor(
     file: Path,  # Table of a sweep
-    source: str,  # See `floor_row`
+    source: str,  # See floor_row
     reference: Features,  # Features of the real images
     eyes: Extractor,  # The network that looks
     n: int,  # Number of samples to compare with
-    metrics: tuple[str, ...] | None,  # As for `score`
+    metrics: tuple[str, ...] | None,  # As for score
 ) -> dict[str, Any] | None:  # The row, or None if it is there or cannot be had
     "Write the row of real images, once."
     wanted = {"method": "real", "n": floor_size(source, reference, n)[1], "extractor": reference.extractor}
@@ -1337,7 +1337,7 @@ def add_row(
     correction: Trained | None,  # Correct them first
     reference: Features,  # Features of the real images
     eyes: Extractor,  # The network that looks
-    metrics: tuple[str, ...] | None,  # As for `score`
+    metrics: tuple[str, ...] | None,  # As for score
     progress: bool,  # Whether to show progress bars
 ) -> dict[str, Any]:  # The row
     "Score a point, on all processes if there are several, and write its row."

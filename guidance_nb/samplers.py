@@ -260,10 +260,10 @@ def sample(
     batch_size: int | None = None,  # Samples per batch, all at once by default; never changes a sample
     eta: float = 0.0,  # Share of ancestral noise in "ddim"
     diffusion: Callable[[Path, Tensor], Tensor] = sit_diffusion,  # g^2 of "euler_maruyama"
-    trajectory: bool = False,  # Whether to return `Samples` with all intermediate points
+    trajectory: bool = False,  # Whether to return Samples with all intermediate points
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state
-) -> Tensor | Samples:  # Samples `shape`, or `Samples` if `trajectory`
+) -> Tensor | Samples:  # Samples `shape`, or Samples if `trajectory`
     "Draw samples; sample i depends on (seed, start + i) alone."
     times = time_grid(model.path, steps, str(sampler)) if times is None else times.double().cpu()
     check_request(model, c, shape, sampler, times)

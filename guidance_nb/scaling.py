@@ -186,7 +186,7 @@ def count_sample_rows(
 
 def sampling_flops(
     cost: NetworkCost,  # A network
-    rows: float,  # Rows per sample, see `count_sample_rows`
+    rows: float,  # Rows per sample, see count_sample_rows
 ) -> float:  # FLOPs of one sample
     "FLOPs per drawn sample: rows times a row forward."
     return rows * cost.forward
@@ -221,7 +221,7 @@ def find_chip(
 # %% ../nbs/27_scaling.ipynb #0873f461
 def mfu(
     images_per_second: float,  # Measured, over all GPUs
-    flops_per_image: float,  # See `training_flops`, nothing computed twice; or `sampling_flops`
+    flops_per_image: float,  # See training_flops, nothing computed twice; or sampling_flops
     peak: float,  # FLOP/s of a GPU, see `CHIPS`
     gpus: int = 1,  # Number of GPUs
 ) -> float:  # Between 0 and 1

@@ -157,7 +157,7 @@ class DatasetPictures:
 
 # %% ../nbs/25_stable_diffusion.ipynb #fb237d5f
 def by_caption(
-    pixels: Any,  # See `ImageData`
+    pixels: Any,  # See ImageData
     captions: list[str],  # One caption a picture
     shape: tuple[int, int, int],  # Channels, height, width
     name: str,  # Where they come from
@@ -322,7 +322,7 @@ class CaptionedLatents:
 
 # %% ../nbs/25_stable_diffusion.ipynb #c2704e55
 def cache_captioned(
-    source: Any,  # A folder of captioned pictures, a `datasets.Dataset`, or what `load_captioned` gave
+    source: Any,  # A folder of captioned pictures, a `datasets.Dataset`, or what load_captioned gave
     out: str | Path,  # Folder for latents and embeddings; what is whole in it is kept
     pipeline: Any,  # A Stable Diffusion pipeline
     size: int | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
@@ -341,7 +341,7 @@ def cache_captioned(
 
 
 def load_cached(
-    folder: str | Path,  # What `cache_captioned` wrote
+    folder: str | Path,  # What cache_captioned wrote
     flip: bool = False,  # Whether to take the mirror image of a random half
 ) -> CaptionedLatents:
     "Latents and embeddings of a folder; missing, truncated and foreign files are named."
@@ -482,7 +482,7 @@ def load_text_denoiser(
     lora_layers: Sequence[str] = LORA_LAYERS,  # How the names of the layers end that get it
     scale_aware: bool = False,  # Whether to give the network an input for the scale
     seed: int = 0,  # Seed of LoRA
-) -> TextDenoiser:  # Ready for `fit`
+) -> TextDenoiser:  # Ready for fit
     "The network of a pipeline, ready to be trained."
     if scale_aware and lora_rank:
         raise ValueError(f"lora_rank = {lora_rank}; allowed for a scale-aware network, whose new input is trained: 0")
@@ -673,7 +673,7 @@ def load_clip(
 def clip_score(
     images: Tensor,  # `[n, 3, height, width]`, in [-1, 1] or uint8
     prompts: Sequence[str],  # One a picture
-    clip: Any,  # See `load_clip`
+    clip: Any,  # See load_clip
     batch_size: int = 32,  # Pictures at a time
 ) -> Tensor:  # `[n]`, 0 to 100
     "Agreement of pictures with texts, eq. (4) (arXiv 2104.08718, with the factor of torchmetrics)."
@@ -698,7 +698,7 @@ def compare_scales(
     prompts: Sequence[str],  # Prompts
     pipeline: Any,  # Encodes the prompts and decodes the latents
     scales: Sequence[float] = (1.0, 2.0, 4.0, 7.5),  # Guidance scales; 1 is none
-    clip: Any = None,  # See `load_clip`; None leaves the score out
+    clip: Any = None,  # See load_clip; None leaves the score out
     steps: int = 50,  # Steps of DDIM on the times of the pipeline's scheduler
     seed: int = 0,  # Picture i depends on (seed, i) alone, and not on model and scale
     size: int | None = None,  # Edge in pixels; None for the pipeline's own
@@ -809,7 +809,7 @@ def finetuning_key(
 
 # %% ../nbs/25_stable_diffusion.ipynb #88fa9622
 def read_finetuning(
-    source: str | Path,  # A name out of `finetuning_names`, or a TOML file
+    source: str | Path,  # A name out of finetuning_names, or a TOML file
     changes: dict[str, Any] | None = None,  # Values that replace those of the file, by key
 ) -> FineTuning:
     "Read a recipe; unknown names and keys, wrong types and settings that contradict are a `ValueError`."
@@ -832,7 +832,7 @@ def read_finetuning(
 
 def finetuning_loss(
     recipe: FineTuning,  # A recipe
-) -> Callable:  # The loss, for `fit`
+) -> Callable:  # The loss, for fit
     "The loss of a recipe; settings that contradict each other are a `ValueError`."
     if len(recipe.interval) != 2 or len(recipe.scale_range) not in (0, 2):
         found = f"interval = {recipe.interval}, scale_range = {recipe.scale_range}"
@@ -937,8 +937,8 @@ def finish(
 
 # %% ../nbs/25_stable_diffusion.ipynb #56390e86
 def save_grid(
-    pictures: Tensor,  # See `compare_scales`
-    table: list[dict[str, Any]],  # See `compare_scales`
+    pictures: Tensor,  # See compare_scales
+    table: list[dict[str, Any]],  # See compare_scales
     out: Path,  # Folder for grid.png and grid.csv
 ) -> None:
     "Write a grid, one row for each model and scale and one column for each prompt, and its table."

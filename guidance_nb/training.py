@@ -197,7 +197,7 @@ def visiting_order(
 
 # %% ../nbs/05_training.ipynb #9658a7c2
 def batches(
-    data: Data,  # `(x, c)`, or `draw(n, generator) -> (x, c)`, or `FetchData`
+    data: Data,  # `(x, c)`, or `draw(n, generator) -> (x, c)`, or FetchData
     batch_size: int,  # Samples per batch
     seed: int,  # Seed of the order
     steps: int,  # Number of batches of the whole run
@@ -339,7 +339,7 @@ def open_engine(
     engine: Engine | None,  # None for one process on the given device
     device: torch.device,  # Where the model is
     folder: str | os.PathLike | None = None,  # Where a tracker may write
-) -> Any:  # An `accelerate.Accelerator`, or a `OneProcess`
+) -> Any:  # An `accelerate.Accelerator`, or a OneProcess
     "Find the device, the precision and the other processes."
     if engine is None:
         return OneProcess(device)
@@ -370,7 +370,7 @@ def open_engine(
 
 # %% ../nbs/05_training.ipynb #4e0cface
 def is_sharded(
-    place: Any,  # What `open_engine` gives
+    place: Any,  # What open_engine gives
 ) -> bool:
     "Whether weights and moments are divided among the processes (FSDP2)."
     return bool(getattr(place, "is_fsdp2", False))
@@ -462,7 +462,7 @@ def check_tracker(
 
 # %% ../nbs/05_training.ipynb #75356add
 def on_main(
-    place: Any,  # What `open_engine` gives
+    place: Any,  # What open_engine gives
     action: Callable[[], Any],  # What only one process should do, such as writing a file
 ) -> Any:  # The action's result, in every process
     "Let the main process act and give every process its result, or its error."
@@ -609,7 +609,7 @@ def write_checkpoint(
     record: dict[str, Any],  # Everything but tensors; holds "step"
     model: Any,  # The model in training, or what has its `state_dict`
     ema: nn.Module,  # Its moving average
-    moments: dict[str, Tensor],  # State of the optimiser, see `optimizer_tensors`
+    moments: dict[str, Tensor],  # State of the optimiser, see optimizer_tensors
 ) -> pathlib.Path:  # The checkpoint, `folder/step-00001000`
     "Write a checkpoint whole or not at all: hidden folder, flush, rename; an `OSError` leaves older ones as they are."
     from safetensors import SafetensorError
@@ -756,7 +756,7 @@ def read_tensors(
 
 
 def read_checkpoint(
-    path: str | os.PathLike,  # A folder `step-00001000`, see `latest_checkpoint`
+    path: str | os.PathLike,  # A folder `step-00001000`, see latest_checkpoint
 ) -> Checkpoint:
     "Check and open a checkpoint; nothing in it can run code."
     path = pathlib.Path(path)
@@ -898,7 +898,7 @@ class Run:
 # %% ../nbs/05_training.ipynb #7e15d0c4
 def check_loss(
     run: Run,  # The run
-    reading: Any,  # A `Reading`, or None before the first step
+    reading: Any,  # A Reading, or None before the first step
 ) -> float:  # The loss
     "Refuse to go on with a loss that is not finite."
     if reading is None:
@@ -1190,7 +1190,7 @@ def optimizer_tensors(
 def load_optimizer(
     model: nn.Module,  # The model
     optimizer: torch.optim.Optimizer,  # Its optimiser, before its first step
-    tensors: dict[str, Tensor],  # What `optimizer_tensors` gave
+    tensors: dict[str, Tensor],  # What optimizer_tensors gave
 ) -> None:
     "Put the optimiser's state back, laid out in memory as the weights are."
     weights = dict(model.named_parameters())
@@ -1219,7 +1219,7 @@ def load_weights(
 # %% ../nbs/05_training.ipynb #11c44c97
 def gather_run(
     run: Run,  # A run that is divided; every process must ask
-) -> tuple[Any, dict[str, Tensor]]:  # What has the model's `state_dict`, and `optimizer_tensors`; on the CPU
+) -> tuple[Any, dict[str, Tensor]]:  # What has the model's `state_dict`, and optimizer_tensors; on the CPU
     "The weights and moments of all processes in the main one, nothing in the others."
     kept: list[dict[str, Tensor]] = []
     for parts in (run.model.state_dict(), optimizer_tensors(run.model, run.optimizer)):
@@ -1358,7 +1358,7 @@ def describe_run(
     loss: Callable,  # The loss
     data: Data,  # The data
     engine: Engine | None,  # How the run is carried out
-    **settings: Any,  # Arguments of `fit`
+    **settings: Any,  # Arguments of fit
 ) -> dict[str, Any]:  # JSON-able
     "What makes a run what it is, for the comparison at a resume."
     how = engine or Engine(precision="fp32")
@@ -1373,9 +1373,9 @@ def describe_run(
 
 # %% ../nbs/05_training.ipynb #d55c4597
 def fit(
-    model: Any,  # A `NetworkDenoiser` or a classifier; trained in place
+    model: Any,  # A NetworkDenoiser or a classifier; trained in place
     loss: Callable,  # `loss(model, x0, c, context)` -> per-sample losses `[batch]`
-    data: Data,  # `(x, c)`, or `draw(n, generator) -> (x, c)`, or `FetchData`
+    data: Data,  # `(x, c)`, or `draw(n, generator) -> (x, c)`, or FetchData
     steps: int,  # Number of steps
     batch_size: int = 1024,  # Samples per optimiser step, over all processes and passes
     lr: float = 2e-3,  # Peak learning rate of AdamW
@@ -1444,8 +1444,8 @@ def sample_sharded(
     model: Denoiser,  # Any denoiser, on this process's device
     c: Tensor | None,  # Labels `[n]`, or None for unconditional samples
     shape: tuple[int, ...],  # Full shape `(n, ...)` over all processes
-    **options: Any,  # Arguments of `sample`; `batch_size` is that of a process
-) -> Tensor | Samples:  # What `sample` returns, in every process
+    **options: Any,  # Arguments of sample; `batch_size` is that of a process
+) -> Tensor | Samples:  # What sample returns, in every process
     "`sample`, divided among the processes of `accelerate launch`; without them it is `sample`."
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     rank, world = find_processes(device)

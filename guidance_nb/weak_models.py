@@ -97,7 +97,7 @@ class Autoguidance(WeakGuidance):
 def mixed_scales(
     strength: float,  # Strength shared out, 1 for none
     share: float,  # Share of autoguidance, 0 to 1; the rest is classifier-free guidance
-) -> tuple[float, float]:  # `scale` and `cfg_scale` of `Autoguidance`
+) -> tuple[float, float]:  # `scale` and `cfg_scale` of Autoguidance
     "Two scales from one strength, under eq. (2); after arXiv 2406.02507, as secondary sources have it."
     check_scales(strength)
     if not 0 <= share <= 1:
@@ -203,7 +203,7 @@ def _tokens(layer: Any, h: Tensor) -> Tensor:
 
 def identity_attention(
     model: nn.Module,  # Model whose layers to break
-    layers: Layers,  # Which, see `choose_layers`
+    layers: Layers,  # Which, see choose_layers
 ) -> AbstractContextManager[None]:  # A `with` block
     "Self-attention with A = I, eq. (4): every token attends to itself (arXiv 2403.17377)."
 
@@ -246,7 +246,7 @@ def token_grid(
 # %% ../nbs/17_weak_models.ipynb #3c029125
 def blurred_queries(
     model: nn.Module,  # Model whose layers to break
-    layers: Layers,  # Which, see `choose_layers`
+    layers: Layers,  # Which, see choose_layers
     sigma: float,  # Standard deviation of the blur in tokens; 0 changes nothing, infinity leaves the mean
 ) -> AbstractContextManager[None]:  # A `with` block
     "Self-attention whose queries are blurred over the square grid of tokens, eq. (4) (arXiv 2408.00760)."
@@ -261,7 +261,7 @@ def blurred_queries(
 # %% ../nbs/17_weak_models.ipynb #3f74d97f
 def skipped_layers(
     model: nn.Module,  # Model whose layers to break
-    layers: Layers,  # Which, see `choose_layers`
+    layers: Layers,  # Which, see choose_layers
 ) -> AbstractContextManager[None]:  # A `with` block
     "Whole layers left out, as in the skip-layer guidance of Stable Diffusion 3.5."
     same = lambda hidden_states, *_, **__: hidden_states  # noqa: E731
@@ -342,7 +342,7 @@ class SkipLayerGuidance(Autoguidance):
 @contextmanager
 def recorded_attention(
     model: nn.Module,  # Model to watch
-    layers: Layers,  # Self-attention layers, see `choose_layers`
+    layers: Layers,  # Self-attention layers, see choose_layers
 ) -> Iterator[list[Tensor]]:  # One `[batch, tokens]` for each evaluation of a layer
     "Collect how much attention every token receives, sum_q A_qk averaged over heads, eq. (5) (arXiv 2210.00939)."
     received: list[Tensor] = []
@@ -421,7 +421,7 @@ def annealing(
 
 def annealed_scale(
     scale: float,  # Guidance scale near the data
-    tau: tuple[float, float] = (0.6, 0.9),  # See `annealing`
+    tau: tuple[float, float] = (0.6, 0.9),  # See annealing
 ) -> Callable[[Tensor], Tensor]:  # Scale as a function of time, for any method that takes one
     "CADS for models without embeddings: the scale falls to 0, unconditional, instead ('dynamic' guidance)."
     check_scales(scale)
@@ -434,7 +434,7 @@ def carry_noise(
     seed: int = 0,  # Seed of the noise; may be that of the sampler
     start: int = 0,  # Index of the first sample
     draws: int = 1,  # Stretches of time that have noise of their own
-) -> Tensor:  # Conditions with noise, `[n, 1 + draws, ...]`, for `CADS`
+) -> Tensor:  # Conditions with noise, `[n, 1 + draws, ...]`, for CADS
     "Append to each condition the noise that will corrupt it; row i depends on (seed, start + i) alone."
     check_inputs(c, 0.0, c, EMBEDDINGS)
     if not isinstance(draws, int) or draws < 1:
@@ -450,7 +450,7 @@ class CADS(Denoiser):
 
     def __init__(
         self,
-        model: Denoiser,  # A model of embeddings, guided or not; for class labels see `EmbeddedLabels`
+        model: Denoiser,  # A model of embeddings, guided or not; for class labels see EmbeddedLabels
         noise: float = 0.1,  # Strength s of the noise; 0.1 was used for classes, 0.25 for text
         tau: tuple[float, float] = (0.6, 0.9),  # Times from which the condition fades, and at which it is gone
         mixing: float = 1.0,  # Share of the rescaled embedding, 0 to 1
@@ -537,7 +537,7 @@ class DiscriminatorGuidance(PairGuidance):
     def __init__(
         self,
         model: Denoiser,  # The model to correct
-        discriminator: nn.Module,  # `discriminator(x, t)`, see `log_ratio`
+        discriminator: nn.Module,  # `discriminator(x, t)`, see log_ratio
         scale: float | Tensor | Callable[[Tensor], Tensor] = 1.0,  # 0 is the model, 1 the data
         interval: tuple[float, float] = (0.0, 1.0),  # Times of correction, ends included
     ):

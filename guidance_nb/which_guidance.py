@@ -77,7 +77,7 @@ def make_ratios(
     model: Denoiser,  # The model to be guided
     problem: Problem,  # Its data
     seed: int,  # Choice of data and noise
-) -> Any:  # A `RatioTable`
+) -> Any:  # A RatioTable
     "ReCFG's table at 16 times, on 2,000 points."
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(problem.x), (2000,), generator=generator)
@@ -227,7 +227,7 @@ def run_family(
     file: str | Path,  # Table, `.csv`; gone on with if it is there
     kinds: tuple[str, ...] = KINDS,  # Models
     seeds: int = 3,  # Number of seeds
-    **options: Any,  # `samples`, `budget` and `steps` of `family_rows`
+    **options: Any,  # `samples`, `budget` and `steps` of family_rows
 ) -> None:
     "Run the family and keep every row as soon as it is made."
     from pandas import DataFrame, read_csv
@@ -242,7 +242,7 @@ def run_family(
 
 # %% ../nbs/26_which_guidance.ipynb #0e8641a6
 def best_scales(
-    table: Any,  # pandas table of `run_family`
+    table: Any,  # pandas table of run_family
     share: float = 0.9,  # Least coverage, as a share of the conditional model's
 ) -> Any:  # pandas table: means over seeds at each member's best scale, by model
     "Every member at the scale of fewest outliers among those that keep enough coverage."

@@ -22,7 +22,6 @@ from pages import (
     render,
     size_problems,
 )
-from signatures import plain_signatures
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +165,6 @@ def test_heavy_pages_are_found():
 def test_markup_that_leads_nowhere_is_found(source, problem):
     found = markup_problems("a.ipynb", source)
     assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
-
-
-def test_signatures_have_no_links_but_the_words_around_them_do():
-    "Of an output that nbdev linked line by line, only what is fenced as code."
-    signature, words = "x: int  # see [`fit`](https://arxiv.org/fit)\n", "*As [`fit`](https://arxiv.org/fit).*\n"
-    data = {"text/markdown": ["```python\n", signature, "```\n", words]}
-    plain_signatures({"outputs": [{"data": data}, {"text": ["printed"]}]})
-    assert data["text/markdown"] == ["```python\n", "x: int  # see `fit`\n", "```\n", words]
 
 
 def test_markdown_shows_what_the_site_shows():
