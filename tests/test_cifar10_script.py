@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import time
 from dataclasses import replace
 
@@ -57,8 +58,17 @@ def test_equal_budgets_mean_what_they_say(tmp_path):
     tables = {name: cifar10.run_recipe(name, FULL, plan).training for name in RUNS}
     same = [tables[name] for name in ("base", "aligned", "mg-1.5", "mg-2", "mg-aware")]
     assert len({(table.steps, table.batch_size, table.lr, table.ema, table.seed) for table in same}) == 1
-    assert tables["wide"] == replace(tables["base"], batch_size=512, keep=1, save_every=400)
+    assert tables["wide"] == replace(tables["base"], batch_size=512, keep=2, save_every=400)
     assert tables["base"].keep * tables["base"].save_every == tables["base"].steps
+
+
+@pytest.mark.parametrize("seconds, parts", [(20.0, 1), (100.0, 2), (200.0, 4), (900.0, 8)])
+def test_a_long_run_can_go_on_from_a_minute_ago(seconds, parts):
+    "And a run whose quarters are looked at keeps them, however often it writes."
+    plan = Plan(400, 256, {}, 100, 100, {"aligned": seconds, "base": seconds})
+    tables = {name: cifar10.run_recipe(name, FULL, plan).training for name in ("aligned", "base")}
+    assert tables["aligned"].save_every == 400 // parts
+    assert tables["base"].keep * tables["base"].save_every == 400 and 100 % tables["base"].save_every == 0
 
 
 @needs_data
@@ -120,6 +130,7 @@ def test_the_whole_way_and_on_from_where_it_stopped(tmp_path, monkeypatch, capsy
 POINTS = [
     Point("base", 1.0, 2, headline=True),
     Point("base", 2.0, 20, corrections=("post-pixels-20", "post-resnet-20")),
+    Point("base", 2.0, 20),  # for another claim: it is not drawn again
     Point("mg-1.5", 1.5, 2, portion=0.5),
     Point("base", 2.0, 2, classifier="classifier"),
 ]
@@ -158,8 +169,8 @@ def test_every_point_of_the_study_is_there():
     assert {p.scale for p in points if p.corrections} == set(SCALES)
 
 
-@pytest.mark.parametrize("given", [["--budget", "0"], ["--stop-after", "-1"], ["--budget", "nan"]])
+@pytest.mark.parametrize("given", [["--budget", "0"], ["--stop-after", "-1"], ["--budget", "nan"], ["--lr", "0"]])
 def test_bad_times_are_refused(tmp_path, given, capsys):
     with pytest.raises(SystemExit):
         cifar10.main(["--out", str(tmp_path), *given])
-    assert "allowed: positive numbers of minutes" in capsys.readouterr().err
+    assert re.search(r"allowed: (positive numbers of minutes|a positive number)\n", capsys.readouterr().err)

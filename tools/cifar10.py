@@ -5,9 +5,9 @@
 One network, one budget: it times a training step of every loss, plans the longest equal runs that fit into the budget
 (in minutes), trains them, samples, scores, and prints a short table. Everything is kept under --out; started again with
 the same --out it goes on with what is missing, and `--stop-after MINUTES` leaves in time for a machine that is lent for
-minutes only. `--patch 1` trains the papers' U-Net; the default sees 2x2 patches, without the level
-that is mostly memory traffic: 3.9 times fewer operations an image, 25 instead of 36 million weights.
-`--rehearse` walks the whole way with a tiny network and 200 images, on a CPU in minutes.
+minutes only. `--patch 1` trains the papers' U-Net; the default sees 2x2 patches and has a level less: 3.9 times fewer
+operations an image, 25 instead of 36 million weights. `--rehearse` walks the whole way with a tiny network and 200
+images, on a CPU in minutes.
 """
 
 import argparse
@@ -78,14 +78,14 @@ class Run:
     recipe: str
     changes: dict[str, Any] = field(default_factory=dict)
     length: float = 1.0
-    checkpoints: int = 1  # how many to write; four show how quality grows with training
+    checkpoints: int = 1  # how many are needed; four show how quality grows with training
 
     def __hash__(self) -> int:
         return hash((self.recipe, str(self.changes)))
 
 
 def correction(space: str, neighbours: int) -> Run:
-    "A postprocessing flow for all scales, on samples of the base run."
+    "A post-processing flow for all scales, on samples of the base run."
     return Run("cifar10-post", {"space": space, "neighbours": neighbours}, 0.2)
 
 
@@ -109,7 +109,7 @@ VP_RUNS = {
     "vp-wide": Run("cifar10-base", {"batch_size": 2} | VP),
     "vp-aligned": Run("cifar10-aligned", {"scale": 2.0} | VP),
 }
-PAIRED = (1.0, 2.0, 3.0)  # scales of the samples that the postprocessing flows learn from
+PAIRED = (1.0, 2.0, 3.0)  # scales of the samples that the post-processing flows learn from
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ class Plan:
 
     steps: int  # of the base run
     batch_size: int
-    engine: dict[str, Any]  # precision, channels_last, compile
+    engine: dict[str, Any]  # precision, channels_last, compile, graphs
     samples: int  # a point
-    pairs: int  # samples for the postprocessing flows, at each of their scales
+    pairs: int  # samples for the post-processing flows, at each of their scales
     seconds: dict[str, float]  # expected, by run and for "sampling"
 
 
@@ -227,8 +227,12 @@ def run_recipe(name: str, size: Size, plan: Plan | None = None, samples: tuple[s
     changes["batch_size"] = times * (plan.batch_size if plan else size.batch_size)
     if plan is not None:
         steps = max(8, round(plan.steps * run.length / 8) * 8)
-        changes = plan.engine | {"steps": steps, "keep": run.checkpoints, "grid_every": 0} | changes
-        changes |= {"save_every": steps // run.checkpoints}
+        parts = next(n for n in (1, 2, 4, 8) if n == 8 or n >= max(run.checkpoints, plan.seconds.get(name, 0) / 60))
+        kept = {
+            "save_every": steps // parts,
+            "keep": parts if run.checkpoints > 1 else 2,
+        }  # one a minute, at most eight
+        changes = plan.engine | {"steps": steps, "grid_every": 0} | kept | changes
         changes |= {"warmup": steps // 20, "ema": max(0.5, 1 - 20 / steps)}  # the average spans a twentieth of the run
     if samples:
         changes["samples"] = ",".join(samples)
@@ -442,7 +446,7 @@ def request(study: Study, plan: Plan, point: Point, n: int, seed: int = 0) -> Re
 
 
 def make_pairs(study: Study, plan: Plan) -> tuple[str, ...]:
-    "Samples of the base run for the postprocessing flows, a third from each scale."
+    "Samples of the base run for the post-processing flows, a third from each scale."
     trained, files = load_trained(study.out / "train" / "base"), []
     for scale in PAIRED:
         file = study.out / "pairs" / f"base-{scale:g}.npz"
@@ -486,8 +490,11 @@ def score_points(study: Study, plan: Plan) -> Iterator[dict[str, Any]]:
                 study.check_time()
                 for final, about in draw_point(study, plan, point, rows):
                     waiting.append((pool.submit(score, final, real, eyes, metrics, 1024), about))
+                    rows.append(about)  # a point that two claims need is drawn once
                 while waiting and (len(waiting) > 16 or waiting[0][0].done()):
                     yield save_score(file, *waiting.popleft())
+            while waiting:
+                yield save_score(file, *waiting.popleft())
         finally:
             for future, about in waiting:  # what is drawn is scored, also when the time is up
                 save_score(file, future, about)
@@ -517,7 +524,7 @@ def draw_point(
 
 
 def correct(study: Study, plan: Plan, name: str, drawn: SampleFile) -> SampleFile:
-    "Samples carried by a postprocessing flow."
+    "Samples carried by a post-processing flow."
     flow = find_run(study, name)
     with prepared(flow, plan.engine["precision"], plan.engine["compile"]):
         return postprocess(flow, drawn, batch_size=study.size.rows, progress=False)
@@ -560,17 +567,8 @@ def show_table(study: Study, plan: Plan) -> None:
 
     table = pd.DataFrame(read_rows(study.out / "cifar10.csv")[1])
     table = table[table.n.astype(int) == 2 * plan.samples]
-    names = [
-        "run",
-        "scale",
-        "until",
-        "steps",
-        "n",
-        "fd_resnet56",
-        "agreement_resnet56",
-        "precision_resnet56",
-        "recall_resnet56",
-    ]
+    names = ["run", "scale", "until", "steps", "n"]
+    names += [f"{metric}_resnet56" for metric in ("fd", "agreement", "precision", "recall")]
     names += ["rows_per_sample", "training_seconds"]
     print(table[[name for name in names if name in table]].to_string(index=False))
 
@@ -649,6 +647,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(
             f"--budget {asked.budget:g}, --stop-after {asked.stop_after:g}; allowed: positive numbers of minutes"
         )
+    if not 0 < asked.lr < math.inf:
+        parser.error(f"--lr {asked.lr:g}; allowed: a positive number")
     asked.out.mkdir(parents=True, exist_ok=True)
     size, compiled = REHEARSAL if asked.rehearse else full_size(asked.patch, asked.lr), asked.compile
     deadline = time.monotonic() + 60 * asked.stop_after
