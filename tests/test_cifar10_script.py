@@ -130,9 +130,9 @@ def test_the_whole_way_and_on_from_where_it_stopped(tmp_path, monkeypatch, capsy
 POINTS = [
     Point("base", 1.0, 2, headline=True),
     Point("base", 2.0, 20, corrections=("post-pixels-20", "post-resnet-20")),
-    Point("base", 2.0, 20),  # for another claim: it is not drawn again
     Point("mg-1.5", 1.5, 2, portion=0.5),
     Point("base", 2.0, 2, classifier="classifier"),
+    Point("base", 2.0, 2, classifier="classifier"),  # for another claim: it is not drawn again
 ]
 
 
