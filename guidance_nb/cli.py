@@ -8,7 +8,7 @@ __all__ = ['app', 'Split', 'Checkpoint', 'Scale', 'Classifier', 'Count', 'Labels
            'show_version', 'common', 'parse_scales', 'tour', 'parse_flags', 'RecipeCommand', 'interrupted',
            'train_command', 'encode_command', 'show_cost', 'cost', 'finetune_command', 'check_target', 'store',
            'parse_interval', 'parse_counts', 'sample_command', 'postprocess_command', 'evaluate_command', 'score_file',
-           'sweep_command', 'run_sweep', 'info', 'show_row', 'main']
+           'sweep_command', 'run_sweep', 'info', 'show_row', 'leave_processes', 'main']
 
 # %% ../nbs/30_cli.ipynb #7b942241
 import json
@@ -576,10 +576,20 @@ def show_row(
     typer.echo(f"{', '.join(values)}\n  ({', '.join(facts)})")
 
 # %% ../nbs/30_cli.ipynb #6cc413c1
+def leave_processes() -> None:
+    "Part from the other processes, if there are any: threads of theirs that outlive Python can abort it at its end."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     "Run the command line; exit code 2 for bad input."
     try:
         app()
+    except SystemExit as end:  # how a command ends, well or not
+        if not end.code:
+            leave_processes()
+        raise
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         message = " ".join(str(error).split())
     except torch.OutOfMemoryError as error:

@@ -17,7 +17,7 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from guidance_nb.cli import app
+from guidance_nb.cli import app, main
 from guidance_nb.comparison import DATA, METHODS
 from guidance_nb.image_data import load_images, load_samples, save_samples
 from guidance_nb.recipes import find_key, override, read_recipe, recipe_names, take_images, train_recipe
@@ -297,6 +297,19 @@ def test_bad_input_on_real_models(life, tmp_path):
         assert isinstance(result.exception, ValueError | OSError), (words, result.exception, result.output)
         assert message in str(result.exception), (words, result.exception)
         assert not (tmp_path / "x.npz").exists() and not (tmp_path / "s" / "rows.csv").exists()
+
+
+def test_a_command_parts_from_the_other_processes(tmp_path, monkeypatch):
+    "Else a thread of the process group may still run when Python ends, and abort a command that has done its work."
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    monkeypatch.setattr(sys, "argv", ["guidance-nb", "--help"])
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code and not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_two_processes_draw_what_one_draws(life, tmp_path):
