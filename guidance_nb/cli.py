@@ -576,9 +576,12 @@ def show_row(
     typer.echo(f"{', '.join(values)}\n  ({', '.join(facts)})")
 
 # %% ../nbs/30_cli.ipynb #6cc413c1
-def leave_processes() -> None:
+def leave_processes(
+    failed: bool = False,  # Whether others may still wait for this one, as NCCL would at parting
+) -> None:
     "Part from the other processes, if there are any: threads of theirs that outlive Python can abort it at its end."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and (not failed or torch.distributed.get_backend() == "gloo"):
         torch.distributed.destroy_process_group()
 
 
@@ -598,4 +601,5 @@ def main() -> None:
     else:
         return
     typer.echo(f"guidance-nb: {message}", err=True)
+    leave_processes(failed=True)
     sys.exit(2)

@@ -299,14 +299,15 @@ def test_bad_input_on_real_models(life, tmp_path):
         assert not (tmp_path / "x.npz").exists() and not (tmp_path / "s" / "rows.csv").exists()
 
 
-def test_a_command_parts_from_the_other_processes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words, code", [(["--help"], 0), (["sample", "nothing-there"], 2)])
+def test_a_command_parts_from_the_other_processes(words, code, tmp_path, monkeypatch):
     "Else a thread of the process group may still run when Python ends, and abort a command that has done its work."
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    monkeypatch.setattr(sys, "argv", ["guidance-nb", "--help"])
+    monkeypatch.setattr(sys, "argv", ["guidance-nb", *words])
     try:
         with pytest.raises(SystemExit) as end:
             main()
-        assert not end.value.code and not torch.distributed.is_initialized()
+        assert (end.value.code or 0) == code and not torch.distributed.is_initialized()
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
