@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.cli import leave_processes
 from guidance_nb.flow_postprocessing import CorrectionFlow, PairDraws, PairLoss
 from guidance_nb.mixtures import checkerboard, sample_mixture
 from guidance_nb.model_guidance import ModelGuidanceLoss
@@ -256,3 +257,4 @@ if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
     jobs = (in_turn, killed_while_writing, without_space, one_of_two, one_of_two_sharded, killed_at_step)
     {job.__name__: job for job in jobs}[job](Path(folder), *rest)
+    leave_processes()

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from guidance_nb import recipes
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.cli import app
+from guidance_nb.cli import app, leave_processes
 from guidance_nb.denoisers import dit_channel_scales
 from guidance_nb.image_data import load_images, load_samples
 from guidance_nb.latents import (
@@ -204,6 +204,7 @@ def one_of_two(folder: Path) -> None:
         error = str(problem)
     facts = {"x": drawn.x.tolist(), "error": error}
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(facts))
+    leave_processes()
 
 
 def test_two_processes_do_what_one_does(place):
