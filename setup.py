@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -19,8 +19,12 @@ setup(
     author=cfg["author"],
     url=cfg["git_url"],
     license="Apache-2.0",
-    packages=["guidance_nb"],
-    package_data={"guidance_nb": ["recipe_files/*.toml", "recipe_files/finetune/*.toml", "launch_files/*.yaml"]},
+    packages=find_packages(include=["guidance_nb", "guidance_nb.*"]),
+    package_data={
+        "guidance_nb": ["py.typed", "explorer/*.js", "explorer/*.css", "explorer/*.html"],
+        "guidance_nb.cli": ["recipe_files/*.toml", "recipe_files/finetune/*.toml"],
+        "guidance_nb.engine": ["launch_files/*.yaml"],
+    },
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dinov2", "sd", "live", "bench")},
     entry_points={

@@ -122,7 +122,7 @@ class ClassifierFreeGuidance(Denoiser):
         self.model, self.scale, self.interval = model, check_scales(scale), check_interval(interval)
         self.batching, self.rescale = batching, rescale
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "The guided pair; without condition, the model's own."
         t = check_inputs(x, t, c, self.num_classes)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .denoisers import Denoiser, Prediction, check_inputs
 from .metrics import calibration_error
 from .mixtures import ExactClassifier, Mixture, sample_mixture
-from .paths import Path, cap_time, expand_time
+from .paths import Path, clamp_time_high, expand_time
 
 # %% ../nbs/10_classifier_guidance.ipynb #7a47fd83
 def class_gradient(
@@ -43,7 +43,7 @@ def shift_prediction(
     t: Tensor,  # Time, scalar or `[batch]`
 ) -> Prediction:  # The pair whose score is that of `pair` plus `gradient`
     "Add a gradient to the score of a prediction, eq. (3) (arXiv 2105.05233)."
-    capped = cap_time(path, t)
+    capped = clamp_time_high(path, t)
     forth = path.sigma(capped) ** 2 / path.alpha(capped)
     back = path.sigma(capped) * path.alpha(t) / path.alpha(capped)  # sigma, until the signal ends
     forth, back = expand_time(forth, gradient), expand_time(back, gradient)
@@ -94,9 +94,9 @@ class ClassifierGuidance(Denoiser):
         t, strength = torch.as_tensor(t), self.scale - (self.base == "conditional")
         if c is None or strength == 0 or form != self.form:
             return None
-        return strength * class_gradient(self.classifier, x, cap_time(self.path, t), c)
+        return strength * class_gradient(self.classifier, x, clamp_time_high(self.path, t), c)
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "The guided pair, eq. (3); without a condition, or in mean-shift form, that of the base."
         t = check_inputs(x, t, c, self.num_classes)
         pair = self.model.predict(x, t, c if self.base == "conditional" else None)

@@ -7,7 +7,7 @@ __all__ = ['DATA', 'METHODS', 'NETWORKS', 'CURVES', 'PAGE', 'CAPTIONS', 'Problem
            'save_stage', 'load_stage', 'Stage', 'training_stage', 'make_network', 'make_loss', 'run_training',
            'train_post', 'load_network', 'guided_model', 'scales_of', 'requests', 'run_sampling', 'start_worker',
            'run_stage', 'amount_of_work', 'run_stages', 'score_fractal', 'score_digits', 'score_toy', 'score_stage',
-           'floor_rows', 'check_tour', 'run_tour', 'gallery_scale', 'draw_samples', 'draw_curves', 'cost_rows',
+           'baseline_rows', 'check_tour', 'run_tour', 'gallery_scale', 'draw_samples', 'draw_curves', 'cost_rows',
            'summary', 'embed', 'write_page']
 
 # %% ../nbs/20_comparison.ipynb #b244d927
@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from .aligned_loss import AlignedLoss
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .classifier_guidance import ClassifierGuidance
-from .denoisers import Denoiser, count_rows, mg_weight_from_scale
+from .denoisers import Denoiser, count_nfe, mg_weight_from_scale
 from .flow_postprocessing import FlowPostprocessor
 from guidance_nb.metrics import (
     bayes_judge,
@@ -53,11 +53,11 @@ from guidance_nb.metrics import (
     precision_recall,
 )
 from .mixtures import ExactDenoiser, Mixture, digits, fractal, mixture_of_points, sample_mixture
-from .model_guidance import AtScale, ModelGuidanceLoss
+from .model_guidance import FixedScale, ModelGuidanceLoss
 from .networks import NoisyClassifier, mlp_denoiser
 from .paths import FlowPath
 from .plots import METHOD_COLOURS, METHOD_LABELS, show_curves, show_density, show_images, show_points
-from .samplers import Samples, sample
+from .samplers import Trajectory, sample, sample_trajectory
 from .training import ClassifierLoss, DenoisingLoss, fit
 
 # %% ../nbs/20_comparison.ipynb #91ae22c5
@@ -294,9 +294,9 @@ def train_post(
     base = load_network(need, problem, folder)
     labels, generated = torch.arange(budget.pairs) % problem.mixture.num_classes, []
     for i, scale in enumerate(budget.post_scales):
-        seed, shape = 1000 + 10 * stage.seed + i, (budget.pairs, problem.x.shape[1])
+        seed, shape = 1000 + 10 * stage.seed + i, problem.x.shape[1:]
         options: dict[str, Any] = {"steps": budget.steps, "seed": seed, "batch_size": 1000, "progress": False}
-        generated.append(torch.as_tensor(sample(ClassifierFreeGuidance(base, scale), labels, shape, **options)))
+        generated.append(sample(ClassifierFreeGuidance(base, scale), labels, shape, **options))
     real, real_c, every = problem.x[:20_000], problem.c[:20_000], labels.repeat(len(generated))
     training: dict[str, Any] = {
         "steps": budget.train_steps,
@@ -345,7 +345,7 @@ def guided_model(
     if method == "classifier_guidance":
         return ClassifierGuidance(networks[0], networks[1], scale)
     if method == "model_guidance":
-        return networks[0] if scale == budget.mg_scale else AtScale(networks[1], scale)
+        return networks[0] if scale == budget.mg_scale else FixedScale(networks[1], scale)
     return ClassifierFreeGuidance(networks[0], scale)  # of the base, or of the aligned model
 
 # %% ../nbs/20_comparison.ipynb #b8f5ac3e
@@ -377,11 +377,9 @@ def run_sampling(
     for scale, steps in requests(stage):
         model = guided_model(stage.name, networks, problem, scale, budget)
         begin = time.perf_counter()
-        with count_rows() as rows:
-            shape = (len(c), problem.x.shape[1])
-            run = sample(model, c, shape, steps=steps, seed=stage.seed, trajectory=True, progress=False)
-            assert isinstance(run, Samples)
-            x, paths = run.x, run.trajectory[:, :60]
+        with count_nfe() as rows:
+            run = sample_trajectory(model, c, problem.x.shape[1:], steps=steps, seed=stage.seed, progress=False)
+            x, paths = run.x, run.points[:, :60]
             if stage.name == "flow_postprocessing":
                 paths = torch.stack([x[:60], x[:60]])
                 x = networks[1](x, c)
@@ -518,12 +516,12 @@ def score_stage(
         facts = {"data": stage.data, "method": stage.name, "scale": scale, "seed": stage.seed, "variant": variant}
         cost, x = info[f"{scale:g} {steps}"], tensors[f"x {scale:g} {steps}"]
         facts |= {"sampler": "heun", "steps": steps, "samples": budget.samples}
-        facts |= {"rows_per_sample": cost["rows"], "seconds": cost["seconds"]}
+        facts |= {"nfe": cost["rows"], "seconds": cost["seconds"]}
         rows.append(facts | score_toy(stage.data, x, c, problem))
     return rows
 
 # %% ../nbs/20_comparison.ipynb #ca9f2d9d
-def floor_rows(
+def baseline_rows(
     data: str,  # One of `DATA`
     samples: int,  # Number of real samples to score as if they were generated
     problem: Problem,  # Its data
@@ -588,7 +586,7 @@ def run_tour(
     problems = {name: load_problem(name) for name in data}
     bar = tqdm(stages, desc="scoring", disable=not progress, leave=False)
     rows = [row for stage in bar for row in score_stage(stage, out / "stages", problems[stage.data])]
-    floors = [row for d in data for row in floor_rows(d, budgets[d].samples, problems[d])]
+    floors = [row for d in data for row in baseline_rows(d, budgets[d].samples, problems[d])]
     everything, floor = pd.DataFrame(rows), pd.DataFrame(floors)
     full = everything.steps == everything.data.map({name: budget.steps for name, budget in budgets.items()})
     table, cost = everything[full].reset_index(drop=True), everything[~full].reset_index(drop=True)
@@ -653,12 +651,12 @@ CURVES = {
 # %% ../nbs/20_comparison.ipynb #d21eb806
 def draw_curves(
     table: Any,  # Rows of run_tour
-    floor: Any,  # Rows of floor_rows
+    floor: Any,  # Rows of baseline_rows
     data: str,  # One of `DATA`
-    against: str,  # "scale" or "rows_per_sample"
+    against: str,  # "scale" or "nfe"
     metrics: tuple[str, ...] = (),  # Metrics to draw, all of `CURVES` by default
 ) -> Any:  # The figure
-    "One panel per metric against `scale` or `rows_per_sample`; dashed lines are the real-versus-real floor."
+    "One panel per metric against `scale` or `nfe`; dashed lines are the real-versus-real floor."
 
     from matplotlib import pyplot
 
@@ -706,11 +704,11 @@ def cost_rows(
 # %% ../nbs/20_comparison.ipynb #74621777
 def summary(
     table: Any,  # Rows of run_tour
-    floor: Any,  # Rows of floor_rows
+    floor: Any,  # Rows of baseline_rows
     data: str,  # One of `DATA`
 ) -> Any:  # A DataFrame of strings, one line per method and scale
     "Means over seeds, with standard deviations where there are several seeds; the last line is the floor."
-    metrics = ["rows_per_sample", *CURVES[data]]
+    metrics = ["nfe", *CURVES[data]]
 
     def text(values: Any) -> str:
         spread = f" ±{values.std():.2g}" if len(values) > 1 and values.std() > 0 else ""
@@ -719,7 +717,7 @@ def summary(
     rows = table[table.data == data].groupby(["method", "scale"], sort=False)[metrics].agg(text).reset_index()
     rows["method"], rows["scale"] = rows["method"].map(METHOD_LABELS), rows["scale"].map("{:g}".format)
     real = {m: text(floor[floor.data == data][m]) for m in CURVES[data]}
-    rows.loc[len(rows)] = {"method": "real samples", "scale": "", "rows_per_sample": ""} | real
+    rows.loc[len(rows)] = {"method": "real samples", "scale": "", "nfe": ""} | real
     return rows.rename(columns=lambda name: name.replace("_", " "))
 
 # %% ../nbs/20_comparison.ipynb #4e8b1658
@@ -766,7 +764,7 @@ def embed(fig: Any, file: Path, caption: str) -> str:
 def write_page(
     table: Any,  # Rows of run_tour
     cost: Any,  # Rows with fewer steps
-    floor: Any,  # Rows of floor_rows
+    floor: Any,  # Rows of baseline_rows
     stages: list[Stage],  # Finished sampling stages
     problems: dict[str, Problem],  # Data by name
     out: Path,  # Folder to write to
@@ -781,7 +779,7 @@ def write_page(
         if data == "fractal":
             figures["trajectories"] = draw_samples(first, out / "stages", problem, trajectories=True)
         figures["scale"] = draw_curves(table, floor, data, "scale")
-        figures["cost"] = draw_curves(cost_rows(table, cost), floor, data, "rows_per_sample")
+        figures["cost"] = draw_curves(cost_rows(table, cost), floor, data, "nfe")
         parts = [f"<h2>{'The 2-D fractal' if data == 'fractal' else 'Handwritten digits, 8x8 pixels'}</h2>"]
         for name, fig in figures.items():
             caption = "Samples of every class." if data == "digits" and name == "samples" else CAPTIONS[name]

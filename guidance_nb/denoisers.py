@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'EMBEDDINGS', 'Prediction', 'target_coefficients', 'to_prediction', 'guide', 'Denoiser', 'check_labels',
-           'check_inputs', 'RowCount', 'record_rows', 'count_rows', 'TrainableDenoiser', 'network_inputs',
+           'check_inputs', 'NFECount', 'record_nfe', 'count_nfe', 'TrainableDenoiser', 'network_inputs',
            'NetworkDenoiser', 'choose_batching', 'OnPath', 'scale_from_ho_salimans', 'scale_from_classifier',
            'scale_from_mg_weight', 'mg_weight_from_scale', 'scale_from_mg_table', 'scale_from_gft',
            'scale_from_meanflow', 'dit_channel_scales']
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .paths import Path, cap_time, change_path, check_time, expand_time
+from .paths import Path, clamp_time_high, change_path, check_time, expand_time
 
 # %% ../nbs/01_denoisers.ipynb #7e073ce3
 class Prediction(NamedTuple):
@@ -71,7 +71,7 @@ def to_prediction(
 ) -> Prediction:  # The pair (x0, eps)
     "Solve eq. (3) for the posterior means of clean data and noise."
     if prediction == "eps":
-        t = cap_time(path, t)
+        t = clamp_time_high(path, t)
     if prediction == "x0":
         t = t.clamp(min=path.time_at(torch.tensor(1e-3, dtype=torch.float64)).item())
     a, b = target_coefficients(prediction, path, t, sigma_data)
@@ -104,7 +104,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.path, self.num_classes = path, num_classes
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "Posterior means at noisy data `x` `[batch, ...]`, time `t` (scalar or `[batch]`), labels `c` `[batch]`."
         raise NotImplementedError
 
@@ -177,16 +177,16 @@ def check_inputs(
     return t
 
 # %% ../nbs/01_denoisers.ipynb #77c334e6
-class RowCount:
+class NFECount:
     "Number of network rows evaluated while the counter was open, in `total`."
 
     total: int = 0
 
 
-_open_counters: list[RowCount] = []
+_open_counters: list[NFECount] = []
 
 
-def record_rows(
+def record_nfe(
     rows: int,  # Number of samples about to pass through a network once
 ) -> None:
     "Report network rows to every open counter; a leaf calls this next to its network."
@@ -195,9 +195,9 @@ def record_rows(
 
 
 @contextmanager
-def count_rows() -> Iterator[RowCount]:
+def count_nfe() -> Iterator[NFECount]:
     "Count the network rows evaluated inside a `with` block."
-    counter = RowCount()
+    counter = NFECount()
     _open_counters.append(counter)
     try:
         yield counter
@@ -235,7 +235,7 @@ class TrainableDenoiser(Denoiser):
         null = torch.full((len(x),), self.num_classes, device=x.device)
         labels = null if c is None else c if drop is None else torch.where(drop, null, c)
         inputs = network_inputs(x, t, self.path, self.sigma_data if self.prediction == "edm" else None)
-        record_rows(len(x))
+        record_nfe(len(x))
         if not self.scale_aware:
             return self.net(*inputs, labels)
         scale = 1.0 if scale is None else scale
@@ -270,7 +270,7 @@ class NetworkDenoiser(TrainableDenoiser):
         "The pair that a raw output `y` at (x, t) stands for, eq. (3)."
         return to_prediction(y, x, torch.as_tensor(t), self.path, self.prediction, self.sigma_data)
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None, scale: float | Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None, scale: float | Tensor | None = None) -> Prediction:
         "Posterior means, eq. (3), from one network evaluation; `scale` is for scale-aware networks alone."
         return self.decode(self.output(x, t, c, scale=scale), x, t)
 
@@ -308,10 +308,10 @@ class OnPath(Denoiser):
         super().__init__(path, model.num_classes)
         self.model = model
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "The wrapped model's prediction at the matching point of its own path."
         return self.model.predict(
-            *change_path(x, cap_time(self.path, torch.as_tensor(t)), self.path, self.model.path), c
+            *change_path(x, clamp_time_high(self.path, torch.as_tensor(t)), self.path, self.model.path), c
         )
 
 # %% ../nbs/01_denoisers.ipynb #25b631d3

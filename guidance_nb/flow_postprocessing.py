@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .denoisers import check_labels, record_rows
-from .image_metrics import cifar_resnet, extract, resnet_extractor
+from .denoisers import check_labels, record_nfe
+from .images.metrics import cifar_resnet, extract, resnet_extractor
 from .networks import MLP, build_network
 from .paths import expand_time
 from .training import Context, train
@@ -169,7 +169,7 @@ class CorrectionFlow(nn.Module):
         "The learned velocity at `z` `[batch, ...]`, `tau` `[batch]`; rows with `drop` True see no class."
         null = torch.full((len(z),), self.num_classes, device=z.device)
         labels = null if c is None else c if drop is None else torch.where(drop, null, c)
-        record_rows(len(z))
+        record_nfe(len(z))
         return self.spread * self.net(z.flatten(1) if self.flat else z, tau, labels).reshape(z.shape)
 
     def guided(self, z: Tensor, tau: Tensor, c: Tensor | None, scale: float) -> Tensor:

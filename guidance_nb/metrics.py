@@ -6,7 +6,7 @@
 __all__ = ['FRACTAL_RADIUS', 'check_points', 'check_classes', 'nll', 'outlier_threshold', 'outlier_rate', 'distances',
            'nearest_distances', 'coverage', 'coverage_radius', 'nearest_train_distance', 'precision_recall', 'frechet',
            'sliced_wasserstein', 'class_sliced_wasserstein', 'class_accuracy', 'bayes_judge', 'digits_judge',
-           'calibration_error', 'real_floor']
+           'calibration_error', 'real_baseline']
 
 # %% ../nbs/06_metrics.ipynb #7f7261a0
 from collections.abc import Callable
@@ -287,7 +287,7 @@ def calibration_error(
     return torch.zeros(bins, dtype=torch.float64).index_add(0, which, gap).abs().sum().item() / len(p)
 
 # %% ../nbs/06_metrics.ipynb #0fe9940a
-def real_floor(
+def real_baseline(
     metric: Callable[[Any, Any], float],  # `metric(real, other)`, of two draws
     draw: Callable[[int], Any],  # `draw(seed)` -> an independent set of real data
     seeds: int = 3,  # Number of independent pairs

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEGATIVES', 'guidance_direction', 'check_weight', 'check_model_guidance', 'check_network', 'ModelGuidanceLoss',
-           'asked_rows', 'draw_weights', 'scale_during_training', 'AtScale', 'AutoWeight']
+           'guided_mask', 'draw_weights', 'scale_during_training', 'FixedScale', 'AutoWeight']
 
 # %% ../nbs/13_model_guidance.ipynb #6d0e6248
 import math
@@ -144,7 +144,7 @@ class ModelGuidanceLoss:
         x = model.path.interpolate(x0, eps, t)
         y, target = model.output(x, t, c, drop=drop, scale=scale), model.target(x0, eps, t)
         w = w * (~drop & (self.interval[0] <= t) & (t <= self.interval[1]))
-        rows = asked_rows(w)
+        rows = guided_mask(w)
         if context.step >= self.start_step and len(w[rows]):
             teacher = {"ema": context.ema, "online": model, "frozen": self.frozen}[self.target]
             ahead = context.integers(x0, 1, model.num_classes)[rows] if self.unconditional == "contrastive" else None
@@ -153,7 +153,7 @@ class ModelGuidanceLoss:
         return (y - target).square().flatten(1).mean(1)
 
 # %% ../nbs/13_model_guidance.ipynb #8dca3d6b
-def asked_rows(
+def guided_mask(
     w: Tensor,  # Weight of each sample, `[batch]`; 0 where there is no guidance
 ) -> Tensor | slice:  # Index of the rows that the teacher is asked about
     "The guided rows; on an accelerator all rows, for counting makes it wait, and new shapes are compiled anew."
@@ -192,7 +192,7 @@ def scale_during_training(
     return 1 + weight * (kept * start + (steps * (1 - decay) if rate == 0 else (1 - kept) / (1 - weight)))
 
 # %% ../nbs/13_model_guidance.ipynb #b49de9d9
-class AtScale(Denoiser):
+class FixedScale(Denoiser):
     "A scale-aware network at one scale: one row per prediction, eq. (5) (arXiv 2502.12154 eq. 21)."
 
     def __init__(
@@ -207,7 +207,7 @@ class AtScale(Denoiser):
             raise ValueError(f"scale = {scale}; allowed: a finite number")
         self.model, self.scale = model, scale
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "Posterior means at the chosen scale; `c=None` gives the unconditional ones, which have no scale."
         return self.model.predict(x, t, c, scale=self.scale)
 

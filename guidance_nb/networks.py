@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .denoisers import NetworkDenoiser, check_inputs, record_rows
+from .denoisers import NetworkDenoiser, check_inputs, record_nfe
 from .paths import Path, expand_time
 
 # %% ../nbs/04_networks.ipynb #9efdb62a
@@ -104,7 +104,7 @@ class NoisyClassifier(nn.Module):
         "Logits `[batch, num_classes]` at noisy data `x` `[batch, dim]`, time `t` (scalar or `[batch]`)."
         t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-        record_rows(len(x))
+        record_nfe(len(x))
         scaled = x * (alpha / (alpha**2 + sigma**2))[:, None]
         weight, labels = self.net.read.weight, torch.zeros(len(x), dtype=torch.long, device=x.device)
         return self.net(scaled.to(weight.dtype), t.to(weight.dtype), labels).to(x.dtype)
@@ -128,7 +128,7 @@ class LinearClassifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         "Logits `[batch, num_classes]` at noisy data `x` `[batch, dim]`, time `t` (scalar or `[batch]`)."
         t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
-        record_rows(len(x))
+        record_nfe(len(x))
         return self.net(torch.cat([x, t[:, None]], 1).to(self.net.weight.dtype)).to(x.dtype)
 
 # %% ../nbs/04_networks.ipynb #b18c3977
@@ -431,7 +431,7 @@ class ImageClassifier(nn.Module):
     def features(self, x: Tensor, t: Tensor | float) -> Tensor:
         "What the last layer sees, `[batch, features]`: pooled maps, or for the linear one the pixels and the time."
         t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
-        record_rows(len(x))
+        record_nfe(len(x))
         if self.encoder is None:
             return torch.cat([x.flatten(1), t[:, None]], 1).to(self.head.weight.dtype)
         scaled = x * expand_time(self.path.alpha(t) / (self.path.alpha(t) ** 2 + self.path.sigma(t) ** 2), x)

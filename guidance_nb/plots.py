@@ -19,7 +19,7 @@ from torch import Tensor
 from .metrics import check_classes, check_points
 from .mixtures import Mixture, log_prob
 from .paths import FlowPath, Path
-from .samplers import Samples
+from .samplers import Trajectory
 
 # %% ../nbs/07_plots.ipynb #cda0f459
 COLOURS = {"data": "0.6", "conditional": "tab:orange", "reference": "tab:blue", "guided": "tab:green"}
@@ -162,7 +162,7 @@ def show_points(
 
 # %% ../nbs/07_plots.ipynb #a6389efa
 def show_trajectories(
-    samples: Samples,  # What `sample(..., trajectory=True)` returns, data `[n, 1]` or `[n, 2]`
+    samples: Trajectory,  # What `sample_trajectory` returns, data `[n, 1]` or `[n, 2]`
     ax: Any = None,  # Axes, a new one by default
     role: str = "guided",  # A key of `COLOURS` or `METHOD_COLOURS`
     every: int = 1,  # Draw every n-th sample
@@ -170,12 +170,12 @@ def show_trajectories(
     "Draw the way from noise to data: value against falling time in 1-D, curves in the plane in 2-D."
     from matplotlib.collections import LineCollection
 
-    shape = tuple(samples.trajectory.shape)
+    shape = tuple(samples.points.shape)
     if len(shape) != 3 or shape[2] not in (1, 2):
         raise ValueError(f"trajectory has shape {shape}; allowed: [times, n, 1] or [times, n, 2]")
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every = {every!r}; allowed: a whole number, 1 or more")
-    ax, curves = get_axes(ax), samples.trajectory[:, ::every].detach().cpu().double().transpose(0, 1)  # [n, times, d]
+    ax, curves = get_axes(ax), samples.points[:, ::every].detach().cpu().double().transpose(0, 1)  # [n, times, d]
     flat = curves.shape[2] == 1
     if flat:
         times = samples.times.detach().cpu().double()[None, :, None].expand(len(curves), -1, 1)

@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .classifier_free_guidance import check_scales
-from .denoisers import Denoiser, Prediction, check_inputs, count_rows, guide, record_rows
+from .denoisers import Denoiser, Prediction, check_inputs, count_nfe, guide, record_nfe
 from .guidance_variants import Claims, PairGuidance
 from .mixtures import ExactDenoiser, Mixture, log_prob
 from .paths import Path, expand_time
-from .samplers import Extra, NoiseSource, check_request, ddim_step, time_grid
+from .samplers import StepContext, NoiseSource, check_request, ddim_step, time_grid
 
 # %% ../nbs/18_power_tilt.ipynb #ce07a083
 def class_mixture(
@@ -62,10 +62,10 @@ class MixturePair(Denoiser):
             raise ValueError(f"away has dimension {away.dim}; allowed: that of toward, {toward.dim}")
         self.toward, self.away = ExactDenoiser(toward, path), ExactDenoiser(away, path)
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "Exact posterior means under the one or the other distribution."
         t = check_inputs(x, t, c, self.num_classes)
-        record_rows(len(x))
+        record_nfe(len(x))
         return (self.away if c is None else self.toward).predict(x, t)
 
 # %% ../nbs/18_power_tilt.ipynb #0afb4cba
@@ -296,7 +296,9 @@ class PredictorCorrector:
         if not 0 < self.size < math.inf:
             raise ValueError(f"size = {self.size}; allowed: a positive, finite number")
 
-    def __call__(self, model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: Extra) -> Tensor:
+    def __call__(
+        self, model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: StepContext
+    ) -> Tensor:
         "One step from `t` to `s`; the step to 0 ends with the predictor."
         x = ddim_step(model, x, t, s, c, extra._replace(eta=0.0))
         if s == 0:
@@ -356,7 +358,8 @@ def check_population(
 def sample_feynman_kac(
     model: Denoiser,  # A model that answers with and without condition
     c: int | Tensor,  # Condition of the whole population: a class, or one embedding
-    shape: tuple[int, ...],  # Full shape `(n, ...)`
+    n: int,  # Number of particles
+    shape: tuple[int, ...],  # Shape of one particle
     scale: float,  # Guidance scale
     steps: int = 100,  # Number of steps
     seed: int = 0,  # Of the noise and of the resampling
@@ -367,14 +370,15 @@ def sample_feynman_kac(
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> WeightedSamples:  # Particles and weights; systematic_resample makes them equal
     "Weighted guided ancestral sampling, eq. (10), of the power tilt (arXiv 2503.02819)."
-    path, guided, labels = model.path, PairGuidance(model, scale), check_population(c, shape, threshold, count)
+    path, guided = model.path, PairGuidance(model, scale)
+    labels = check_population(c, (n, *shape), threshold, count)
     times = time_grid(path, steps) if times is None else times.double().cpu()
-    check_request(model, labels, shape, "ddpm", times)
+    check_request(model, labels, shape, "ddpm", times, None)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    labels, noise = labels.to(device), NoiseSource(seed, 0, shape, device, dtype)
-    x, log_w = noise() * path.sigma(times[0]).item(), torch.zeros(shape[0], dtype=torch.float64, device=device)
+    labels, noise = labels.to(device), NoiseSource(seed, 0, (n, *shape), device, dtype)
+    x, log_w = noise() * path.sigma(times[0]).item(), torch.zeros(n, dtype=torch.float64, device=device)
     shares, resamplings, offsets = [], 0, torch.Generator().manual_seed(seed)
-    with count_rows() as rows:
+    with count_nfe() as rows:
         for t, s in tqdm(list(zip(times[:-1], times[1:])), disable=not progress, unit=" steps"):
             toward, away = model.predict_pair(x, t, labels)
             h = 1 - (path.noise_to_signal(s) / path.noise_to_signal(t)) ** 2

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Data', 'FORMAT', 'Context', 'DenoisingLoss', 'ClassifierLoss', 'keyed_generator', 'check_data', 'FetchData',
            'prefetch', 'visiting_order', 'batches', 'make_optimizer', 'Engine', 'OneProcess', 'choose_precision',
-           'check_compiler', 'open_engine', 'is_sharded', 'prepare_sharding', 'gathered', 'divided', 'WholeModel',
+           'check_compiler', 'open_engine', 'is_sharded', 'prepare_sharding', 'gathered', 'divided', 'UnshardedView',
            'check_tracker', 'on_main', 'block_names', 'LossModule', 'DamagedCheckpoint', 'Checkpoints', 'file_digest',
            'record_digest', 'force_to_disk', 'checkpoints_in', 'remove_folder', 'clean_remnants', 'write_checkpoint',
            'explain_failure', 'seal_record', 'publish_folder', 'prune_checkpoints', 'check_checkpoint', 'Checkpoint',
            'read_tensors', 'read_checkpoint', 'open_latest', 'latest_checkpoint', 'first_difference', 'check_resume',
-           'Reading', 'State', 'Run', 'check_loss', 'keyed_global_randomness', 'has_dropout', 'to_device', 'one_pass',
-           'shrink_gradient', 'move_average', 'advance', 'StepGraph', 'check_graphs', 'set_rate', 'record_step',
-           'replay_step', 'make_average', 'recompute_activations', 'start_run', 'loss_state', 'optimizer_tensors',
-           'load_optimizer', 'load_weights', 'gather_run', 'save_run', 'resume_run', 'keeping', 'explaining_memory',
+           'Reading', 'State', 'Run', 'check_loss', 'keyed_global_rng', 'has_dropout', 'to_device', 'forward_backward',
+           'clip_gradient', 'update_ema', 'advance', 'StepGraph', 'check_graphs', 'set_rate', 'record_step',
+           'replay_step', 'make_average', 'checkpoint_gradients', 'start_run', 'loss_state', 'optimizer_tensors',
+           'load_optimizer', 'load_weights', 'gather_run', 'save_run', 'resume_run', 'keeping', 'add_memory_hint',
            'after_step', 'describe_run', 'fit', 'train', 'find_processes', 'gather_rows', 'sample_sharded']
 
 # %% ../nbs/05_training.ipynb #0bc3055d
@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 
 from .denoisers import Denoiser, NetworkDenoiser
 from .paths import Path
-from .samplers import Samples, sample
+from .samplers import sample
 
 # %% ../nbs/05_training.ipynb #a8f0d2e4
 @dataclass
@@ -425,7 +425,7 @@ def divided(
     return distribute_tensor(x.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
-class WholeModel(nn.Module):
+class UnshardedView(nn.Module):
     "A divided model as the one model that it is: gathers its parameters when it is asked for them, in every process."
 
     def __init__(
@@ -911,7 +911,7 @@ def check_loss(
 
 # %% ../nbs/05_training.ipynb #c962e770
 @contextmanager
-def keyed_global_randomness(
+def keyed_global_rng(
     device: torch.device,  # Where the work is done
     *key: int,  # Whole numbers
 ) -> Iterator[None]:
@@ -939,7 +939,7 @@ def to_device(
     return x.to(memory_format=torch.channels_last) if run.engine.channels_last and x.ndim == 4 else x
 
 # %% ../nbs/05_training.ipynb #79792075
-def one_pass(
+def forward_backward(
     run: Run,  # The run
     x: Tensor,  # This process's share of the batch
     c: Tensor | None,  # Its labels
@@ -959,7 +959,7 @@ def one_pass(
     key = (seed, 4, run.step, place.process_index, number)
     silent = place.no_sync(run.module) if number + 1 < passes else nullcontext()
     cast = place.autocast() if is_sharded(place) else nullcontext()  # elsewhere Accelerate has wrapped the module in it
-    with silent, keyed_global_randomness(place.device, *key) if has_dropout(run.model) else nullcontext():
+    with silent, keyed_global_rng(place.device, *key) if has_dropout(run.model) else nullcontext():
         with cast:
             losses = run.module(to_device(x, run), None if c is None else to_device(c, run), context)
         value = losses.mean()
@@ -967,7 +967,7 @@ def one_pass(
     return value.detach()
 
 # %% ../nbs/05_training.ipynb #f04d3a91
-def shrink_gradient(
+def clip_gradient(
     run: Run,  # The run, with gradients
 ) -> None:
     "Clip the gradient, if the engine says so; Accelerate is asked where it has to scale or gather first."
@@ -978,13 +978,13 @@ def shrink_gradient(
         nn.utils.clip_grad_norm_(run.weights, largest)
 
 
-def move_average(
+def update_ema(
     run: Run,  # The run, after its optimiser's step
 ) -> None:
     "Equation (2): the first time by `AveragedModel`, then the same operation on lists of weights made once."
     average = run.average
     if is_sharded(run.place) or not average.n_averaged:
-        average.update_parameters(WholeModel(run.model) if is_sharded(run.place) else run.model)
+        average.update_parameters(UnshardedView(run.model) if is_sharded(run.place) else run.model)
         return
     move = get_ema_multi_avg_fn(run.settings["ema"])
     move([*average.module.parameters()], run.weights, average.n_averaged)
@@ -1006,17 +1006,17 @@ def advance(
         replay_step(run, x, c)
         return
     run.stepper.zero_grad(set_to_none=True)
-    values = [one_pass(run, x, c, number) for number in range(run.engine.accumulate)]
+    values = [forward_backward(run, x, c, number) for number in range(run.engine.accumulate)]
     value = values[0] if len(values) == 1 else torch.stack(values).mean()
     reading = Reading(run.place.reduce(value, reduction="mean"), run.step)
     known = reading if reading.sent is None else run.reading  # on a GPU one step late, rather than wait
     run.shown = check_loss(run, known)
     if run.step + 1 == run.settings["steps"]:
         check_loss(run, reading)
-    shrink_gradient(run)
+    clip_gradient(run)
     run.whole = False
     run.stepper.step()
-    move_average(run)
+    update_ema(run)
     run.step, run.reading, run.whole, run.eager = run.step + 1, reading, True, run.eager + 1
 
 # %% ../nbs/05_training.ipynb #c7a30e52
@@ -1074,10 +1074,10 @@ def record_step(
     run.stepper.zero_grad(set_to_none=True)  # so that gradients get their place inside the graph
     averaged = run.average.n_averaged.clone()
     with torch.cuda.graph(made.graph, capture_error_mode="thread_local"):
-        made.value = one_pass(run, made.x, made.c, 0, made.generator)
-        shrink_gradient(run)
+        made.value = forward_backward(run, made.x, made.c, 0, made.generator)
+        clip_gradient(run)
         run.stepper.step()
-        move_average(run)
+        update_ema(run)
     run.average.n_averaged.copy_(averaged)
     return made
 
@@ -1111,7 +1111,7 @@ def make_average(
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
 
 
-def recompute_activations(
+def checkpoint_gradients(
     model: nn.Module,  # A model with networks of `diffusers` inside
 ) -> None:
     "Let blocks keep their inputs alone and compute the rest again in the backward pass (gradient checkpointing)."
@@ -1143,7 +1143,7 @@ def start_run(
     if how.channels_last:
         model.to(memory_format=torch.channels_last)
     if how.recompute:
-        recompute_activations(model)
+        checkpoint_gradients(model)
     lr, schedule, steps = (settings[key] for key in ("lr", "schedule", "steps"))
     optimizer, rate = make_optimizer(model, lr, schedule, steps, how.warmup, how.weight_decay)
     average = make_average(model, settings["ema"]) if is_sharded(place) else None  # while the weights are whole
@@ -1319,7 +1319,7 @@ def keeping(
 
 # %% ../nbs/05_training.ipynb #66a6ad0a
 @contextmanager
-def explaining_memory(
+def add_memory_hint(
     run: Run,  # The run
 ) -> Iterator[None]:
     "Say in one line which knobs to turn when memory runs out; still a `torch.OutOfMemoryError`."
@@ -1400,7 +1400,7 @@ def fit(
     show = progress and run.place.is_main_process
     bar = tqdm(total=steps, initial=run.step, desc=description, unit=" steps", disable=not show)
     source = batches(data, batch_size, seed, steps, run.step, rows if share < batch_size else None)
-    with bar, closing(source), keeping(run), explaining_memory(run):
+    with bar, closing(source), keeping(run), add_memory_hint(run):
         for x, c in source:
             advance(run, x, c)
             if show:
@@ -1442,18 +1442,19 @@ def gather_rows(
 # %% ../nbs/05_training.ipynb #f3e2671e
 def sample_sharded(
     model: Denoiser,  # Any denoiser, on this process's device
-    c: Tensor | None,  # Labels `[n]`, or None for unconditional samples
-    shape: tuple[int, ...],  # Full shape `(n, ...)` over all processes
+    c: Tensor | int,  # Labels `[n]`, or the number of unconditional samples
+    shape: tuple[int, ...],  # Shape of one sample
     **options: Any,  # Arguments of sample; `batch_size` is that of a process
-) -> Tensor | Samples:  # What sample returns, in every process
+) -> Tensor:  # What sample returns, in every process
     "`sample`, divided among the processes of `accelerate launch`; without them it is `sample`."
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     rank, world = find_processes(device)
     if world == 1:
         return sample(model, c, shape, **options)
-    if shape[0] < world:
-        raise ValueError(f"shape = {shape}; allowed: at least one sample for each of {world} processes")
-    sizes = [len(part) for part in torch.arange(shape[0]).tensor_split(world)]
+    n = c if isinstance(c, int) else len(c)
+    if n < world:
+        raise ValueError(f"c asks for {n} samples; allowed: at least one for each of {world} processes")
+    sizes = [len(part) for part in torch.arange(n).tensor_split(world)]
     first = sum(sizes[:rank])
     mine = slice(first, first + sizes[rank])
     options |= {"start": options.get("start", 0) + first, "progress": options.get("progress", True) and rank == 0}
@@ -1462,14 +1463,11 @@ def sample_sharded(
     result: Any = None
     error: Exception | None = None
     try:
-        result = sample(model, None if c is None else c[mine], (sizes[rank], *shape[1:]), **options)
+        result = sample(model, sizes[rank] if isinstance(c, int) else c[mine], shape, **options)
     except (ValueError, RuntimeError, FloatingPointError) as problem:
         error = problem
     errors: list[Exception | None] = [None] * world
     torch.distributed.all_gather_object(errors, error)
     if any(errors):
         raise next(filter(None, errors))
-    if isinstance(result, Samples):
-        points = gather_rows(result.trajectory.transpose(0, 1), sizes).transpose(0, 1)
-        return Samples(points[-1], points, result.times, result.rows * shape[0] // sizes[rank])
     return gather_rows(result, sizes)

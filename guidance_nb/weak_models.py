@@ -27,7 +27,7 @@ from .classifier_guidance import shift_prediction
 from .denoisers import EMBEDDINGS, Denoiser, Prediction, TrainableDenoiser, check_inputs, check_labels, guide
 from .guidance_variants import Claims, PairGuidance
 from .mixtures import Mixture, log_posterior, log_prob
-from .paths import Path, cap_time, expand_time
+from .paths import Path, clamp_time_high, expand_time
 from .samplers import keyed_noise
 
 # %% ../nbs/17_weak_models.ipynb #78b8d092
@@ -62,7 +62,7 @@ class WeakGuidance(PairGuidance):
         null = self.model.predict(x, t, None)
         return Prediction(*(d + (self.cfg_scale - 1) * (a - b) for d, a, b in zip(pair, toward, null)))
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "The guided pair; outside the interval, the model with classifier-free guidance alone."
         t = check_inputs(x, t, c, self.num_classes)
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
@@ -281,7 +281,7 @@ class Perturbed(Denoiser):
         with perturb(model):
             pass  # refuses unknown layers now
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "What the broken model predicts."
         with self.perturb(self.model):
             return self.model.predict(x, t, c)
@@ -403,7 +403,7 @@ def move_noise(
 ) -> Prediction:  # A pair with alpha x0 + sigma eps as before
     "Add to the noise of a prediction and let the clean data follow; where the signal ends, at the capped time."
     t = torch.as_tensor(t)
-    capped = cap_time(path, t)
+    capped = clamp_time_high(path, t)
     ratio = path.noise_to_signal(capped)
     share = torch.where(t > capped, path.alpha(t) * ratio / path.sigma(t), torch.ones_like(ratio))
     return Prediction(pair.x0 - expand_time(ratio, push) * push, pair.eps + expand_time(share, push) * push)
@@ -476,7 +476,7 @@ class CADS(Denoiser):
         rescaled = (noisy - noisy.mean(rest, keepdim=True)) * ratio + y.mean(rest, keepdim=True)
         return torch.where(share == 1, y, noisy + self.mixing * (rescaled - noisy))
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "The model's answer to the noisy question; without a condition, the model's own."
         t = check_inputs(x, t, c, self.num_classes)
         return self.model.predict(x, t, None if c is None else self.question(c, t))
@@ -500,7 +500,7 @@ class EmbeddedLabels(Denoiser):
         "The embeddings `[batch, width]` of labels `[batch]`."
         return self.table(check_labels(labels, self.model.num_classes, len(labels)))
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "The model's prediction for these embeddings; None is its own null label."
         t = check_inputs(x, t, c, self.num_classes)
         if c is None:
@@ -549,7 +549,7 @@ class DiscriminatorGuidance(PairGuidance):
         own = self.model.predict(x, t, c)
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            ratio = log_ratio(self.discriminator, point, cap_time(self.path, t), c)
+            ratio = log_ratio(self.discriminator, point, clamp_time_high(self.path, t), c)
             (gradient,) = torch.autograd.grad(ratio.sum(), point)
         return shift_prediction(own, gradient, self.path, t), own
 
@@ -598,7 +598,7 @@ class IndependentConditionGuidance(PairGuidance):
 
     def shift(self, t: Tensor) -> Tensor:
         "How far labels are shifted at each time, 0 to `num_classes` - 1, shaped like `t`."
-        ratio = self.path.noise_to_signal(cap_time(self.path, t.detach().double().cpu()))
+        ratio = self.path.noise_to_signal(clamp_time_high(self.path, t.detach().double().cpu()))
         levels = (101 * ratio / (1 + ratio) + 1 / math.pi).long()  # no usual grid has times on their borders
         keyed = [np.random.Generator(np.random.Philox(key=[self.seed, k])) for k in levels.flatten().tolist()]
         return torch.tensor([int(draw.integers(self.num_classes)) for draw in keyed]).view(t.shape)

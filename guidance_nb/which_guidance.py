@@ -17,7 +17,7 @@ from torch import Tensor
 
 # %% ../nbs/26_which_guidance.ipynb #4d54c988
 from .comparison import Problem, load_problem, score_fractal
-from .denoisers import Denoiser, NetworkDenoiser, count_rows, record_rows
+from .denoisers import Denoiser, NetworkDenoiser, count_nfe, record_nfe
 from guidance_nb.guidance_variants import (
     AdaptiveProjectedGuidance,
     CFGPlusPlus,
@@ -33,7 +33,7 @@ from guidance_nb.guidance_variants import (
     tent_schedule,
 )
 from .mixtures import ExactDenoiser
-from .model_guidance import AtScale, ModelGuidanceLoss
+from .model_guidance import FixedScale, ModelGuidanceLoss
 from .networks import mlp_denoiser
 from .paths import FlowPath
 from .power_tilt import CharacteristicGuidance, PredictorCorrector
@@ -46,10 +46,10 @@ from .weak_models import Autoguidance, IndependentConditionGuidance, annealed_sc
 class CountedDenoiser(ExactDenoiser):
     "An exact model that counts its rows as if it were a network."
 
-    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Any:
         "Posterior means at (x, t)."
-        record_rows(len(x))
-        return super().predict(x, t, c)
+        record_nfe(len(x))
+        return super().forward(x, t, c)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _scheduled(schedule: Callable[[float], Any]) -> Callable[[Tools, float], Den
 
 
 def _own(name: str) -> Member:
-    return Member(lambda tools, scale: AtScale(tools.trained[name], scale), trained=True)
+    return Member(lambda tools, scale: FixedScale(tools.trained[name], scale), trained=True)
 
 # %% ../nbs/26_which_guidance.ipynb #fddc7032
 MIDDLE = interval_from_noise(FlowPath(), 0.19, 1.61)  # EDM2's best interval for FID; data of size 0.5, as here
@@ -168,8 +168,8 @@ def draw_member(
     "Sample one member of the family."
     made, c = member.make(tools, scale), torch.arange(n) % 2
     model, step = (tools.model, PredictorCorrector(made)) if member.corrects else (made, "ddim")
-    with count_rows() as rows:
-        x = sample(model, c, (n, 2), step, steps, seed=seed, progress=False)
+    with count_nfe() as rows:
+        x = sample(model, c, (2,), step, steps, seed=seed, progress=False)
     return torch.as_tensor(x), c, rows.total / n
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.cli import leave_processes
+from guidance_nb.cli.app import destroy_process_group
 from guidance_nb.flow_postprocessing import CorrectionFlow, PairDraws, PairLoss
 from guidance_nb.mixtures import checkerboard, sample_mixture
 from guidance_nb.model_guidance import ModelGuidanceLoss
@@ -205,16 +205,16 @@ def one_of_two(folder: Path) -> None:
     run.close()
     seen["resumed"] = {"losses": finish(start("passes", folder))[0]}
     c = torch.arange(7) % 3
-    samples = sample_sharded(state.ema, c, (7, 2), steps=3, sampler="ddpm", batch_size=1, progress=False)
-    again = sample_sharded(state.ema, None, (6, 2), steps=3, batch_size=1, trajectory=True, progress=False)
+    samples = sample_sharded(state.ema, c, (2,), steps=3, sampler="ddpm", batch_size=1, progress=False)
+    again = sample_trajectory_sharded(state.ema, 6, (2,), steps=3, batch_size=1, progress=False)
     bad = torch.tensor([[0.0, 0.0]] * 3 + [[math.nan, 0.0]])  # only one of them has it
-    seen["samples"] = [samples.tolist(), again.trajectory.tolist(), again.rows]
+    seen["samples"] = [samples.tolist(), again.points.tolist(), again.rows]
     for key, action in (
         ("batch", lambda: next(start("plain", engine=Engine(precision="fp32", cpu=True), batch_size=15))),
         ("main", lambda: on_main(place, (folder / "missing").read_text)),
         ("nan", lambda: finish(start("plain", engine=Engine(precision="fp32", cpu=True), lr=1e30))),
         ("full", lambda: finish(start("plain", Path(os.devnull), engine=Engine(precision="fp32", cpu=True)))),
-        ("nan samples", lambda: sample_sharded(state.ema, None, (4, 2), init=bad, progress=False)),
+        ("nan samples", lambda: sample_sharded(state.ema, 4, (2,), init=bad, progress=False)),
     ):
         try:
             action()
@@ -275,4 +275,4 @@ if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
     jobs = (in_turn, killed_while_writing, without_space, one_of_two, one_of_two_sharded, killed_at_step)
     {job.__name__: job for job in jobs}[job](Path(folder), *rest)
-    leave_processes()
+    destroy_process_group()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from guidance_nb.aligned_loss import AlignedLoss, scale_from_aligned
-from guidance_nb.denoisers import PREDICTIONS, NetworkDenoiser, count_rows
+from guidance_nb.denoisers import PREDICTIONS, NetworkDenoiser, count_nfe
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.training import Context, DenoisingLoss, train
@@ -104,7 +104,7 @@ def test_both_branches_learn_from_twice_the_rows_in_one_pass(anchor):
     model = cell(rows)
     calls = []
     model.net.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
-    with count_rows() as counted:
+    with count_nfe() as counted:
         loss = AlignedLoss(w, anchor)(model, x0, c, context()).mean()
     assert counted.total == 16 and calls == [16]
     loss.backward()

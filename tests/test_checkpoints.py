@@ -218,7 +218,7 @@ def test_a_run_caught_between_weights_and_average_is_not_kept(tmp_path, monkeypa
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "move_average", interrupt)
+    monkeypatch.setattr(training, "update_ema", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(run)
     assert checkpoints_in(tmp_path / "plain") == []

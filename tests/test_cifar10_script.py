@@ -11,9 +11,9 @@ import pytest
 
 import cifar10
 from cifar10 import PARTS, REHEARSAL, RUNS, SCALES, STEPS, OutOfTime, Plan, Point, Study, full_size
-from guidance_nb.denoisers import count_rows
-from guidance_nb.image_metrics import read_rows
-from guidance_nb.recipes import Request, draw, load_trained
+from guidance_nb.denoisers import count_nfe
+from guidance_nb.images.metrics import read_rows
+from guidance_nb.cli.recipes import Request, draw, load_trained
 
 needs_data = pytest.mark.skipif(
     "GUIDANCE_NB_DATA" not in os.environ, reason="needs CIFAR-10 and its classifiers in GUIDANCE_NB_DATA"
@@ -79,7 +79,7 @@ def test_points_cost_the_rows_that_are_planned(tmp_path):
         list(cifar10.train_recipe(recipe, tmp_path / name, progress=False))
         trained = load_trained(tmp_path / name)
         for scale in (1.0, 1.5) if name == "base" else (1.5,):
-            with count_rows() as rows:
+            with count_nfe() as rows:
                 draw(trained, Request(n=3, scale=scale, steps=4, sampler="euler"), progress=False)
             assert rows.total == 3 * Point(name, scale, 4).rows
 

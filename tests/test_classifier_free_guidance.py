@@ -21,11 +21,11 @@ from guidance_nb.classifier_free_guidance import (
     two_class_law,
     two_class_map,
 )
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Prediction, count_rows
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Prediction, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, gaussian_pair
 from guidance_nb.networks import MLP, mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import sample, sample_trajectory
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
@@ -80,7 +80,7 @@ class Recorder(Denoiser):
         super().__init__(FlowPath(), 4)
         self.asked = []
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         labels = [None] * len(x) if c is None else c.tolist()
         self.asked += list(zip(x[:, 0].tolist(), labels))
         value = x * 0 if c is None else x * 0 + 1.0 + c[:, None]
@@ -108,7 +108,7 @@ def test_only_needed_evaluations_are_made(scale, interval):
 def test_no_condition_is_never_guided():
     x, t, _ = batch()
     model = network()
-    with count_rows() as rows:
+    with count_nfe() as rows:
         pair = ClassifierFreeGuidance(model, 9.0, rescale=0.5).predict(x, t)
     assert rows.total == len(x)
     assert_close(pair, model.predict(x, t))
@@ -120,7 +120,7 @@ def test_batching_changes_nothing_but_the_number_of_passes(batching):
     passes = []
     model = network()
     model.net.register_forward_hook(lambda *_: passes.append(1))
-    with count_rows() as rows:
+    with count_nfe() as rows:
         pair = ClassifierFreeGuidance(model, 2.5, batching=batching).predict(x, t, c)
     assert (len(passes), rows.total) == ({"batched": 1, "sequential": 2}[batching], 2 * len(x))
     eps = -1.5 * model.eps(x, t) + 2.5 * model.eps(x, t, c)
@@ -282,15 +282,15 @@ def test_interval_law_when_sampling():
     r = [m / math.sqrt(s**2 + math.tan(math.pi / 2 * t) ** 2) for t in interval]
     model = ClassifierFreeGuidance(ExactDenoiser(gaussian_pair(m, s**2), path), 5.0, interval)
     c = torch.ones(8, dtype=torch.long)
-    run = sample(model, c, (8, 1), "heun", 160, trajectory=True, progress=False, dtype=torch.float64)
-    assert_close((run.x[:, 0] - m) / s, two_class_map(run.trajectory[0][:, 0], 5.0, r[0], r[1]), rtol=0, atol=0.05)
+    run = sample_trajectory(model, c, (1,), "heun", 160, progress=False, dtype=torch.float64)
+    assert_close((run.x[:, 0] - m) / s, two_class_map(run.points[0][:, 0], 5.0, r[0], r[1]), rtol=0, atol=0.05)
 
 
 def test_guidance_translates_equal_widths():
     "Equal variances, different means: the ODE ends on the extrapolated mean with the same variance."
 
     class Means(Denoiser):
-        def predict(self, x, t, c=None):
+        def forward(self, x, t, c=None):
             mean, v = (0.3, 0.4) if c is None else (1.0, 0.4)
             alpha, sigma = self.path.alpha(t), self.path.sigma(t)
             eps = sigma * (x - alpha * mean) / (alpha**2 * v + sigma**2)
@@ -299,7 +299,7 @@ def test_guidance_translates_equal_widths():
     guided = ClassifierFreeGuidance(Means(FlowPath(), 1), 4.0)
     c = torch.zeros(2, dtype=torch.long)
     init = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
-    x = sample(guided, c, (2, 1), "heun", 200, init=init, progress=False, dtype=torch.float64)
+    x = sample(guided, c, (1,), "heun", 200, init=init, progress=False, dtype=torch.float64)
     assert x.mean().item() == pytest.approx(0.3 + 4 * 0.7, abs=1e-3)
     assert ((x[1] - x[0]) / 2).item() ** 2 == pytest.approx(0.4, abs=1e-3)
 

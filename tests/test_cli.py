@@ -17,11 +17,11 @@ import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from guidance_nb.cli import app, main
+from guidance_nb.cli.app import app, main
 from guidance_nb.comparison import DATA, METHODS
-from guidance_nb.image_data import load_images, load_samples, save_samples
-from guidance_nb.recipes import find_key, override, read_recipe, recipe_names, take_images, train_recipe
-from guidance_nb.stable_diffusion import finetuning_key, finetuning_names
+from guidance_nb.images.data import load_images, load_samples, save_samples
+from guidance_nb.cli.recipes import find_key, override, read_recipe, recipe_names, take_images, train_recipe
+from guidance_nb.interop.stable_diffusion import finetuning_key, finetuning_names
 from guidance_nb.training import checkpoints_in, latest_checkpoint, read_checkpoint
 from notebooks import ROOT, cells, text
 
@@ -32,7 +32,7 @@ HEEDFUL = {"text": True, "preexec_fn": partial(signal.signal, signal.SIGINT, sig
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from guidance_nb.cli import main; main()", *arguments]
+    return [sys.executable, "-c", "from guidance_nb.cli.app import main; main()", *arguments]
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -53,7 +53,7 @@ def test_the_tour_writes_all_it_promises(finished):
     expected = {(d, m, s) for d in DATA for m in METHODS for s in (("1.0",) if m == "none" else ("1.0", "2.0"))}
     assert {(r["data"], r["method"], str(float(r["scale"]))) for r in rows} == expected and len(rows) == len(expected)
     facts, metrics = (
-        {"sampler", "steps", "rows_per_sample", "seconds", "seed"},
+        {"sampler", "steps", "nfe", "seconds", "seed"},
         {"class_accuracy", "outlier_rate", "recall"},
     )
     assert facts | metrics <= set(rows[0])
@@ -218,7 +218,7 @@ def test_the_whole_life_on_mnist(life):
     before, after = csv.DictReader((root / "rows.csv").read_text().splitlines())
     assert (before["n"], before["reference_n"], before["scale"], before["extractor"]) == ("20", "60", "2.0", "judge")
     assert before["correction"] == "" and after["correction"].endswith("mnist-post/step-00000005")
-    assert float(after["rows_per_sample"]) == float(before["rows_per_sample"]) + 4
+    assert float(after["nfe"]) == float(before["nfe"]) + 4
     assert "fd_judge" in said["evaluate"] and "method real" in said["evaluate"]
     assert "MNIST with label dropout" in done("info", str(root / "runs" / "mnist-base"))
     assert '"sampler_steps"' not in done("info", str(root / "base.npz")) and "20 samples" in done(
@@ -324,7 +324,7 @@ def test_two_processes_draw_what_one_draws(life, tmp_path):
     assert process.returncode == 0, process.stderr
     one, two = load_samples(root / "base.npz"), load_samples(tmp_path / "two.npz")
     assert torch.equal(one.x, two.x) and torch.equal(one.c, two.c)
-    assert one.facts["rows_per_sample"] == two.facts["rows_per_sample"] and process.stdout.count("20 samples") == 1
+    assert one.facts["nfe"] == two.facts["nfe"] and process.stdout.count("20 samples") == 1
 
 
 def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path):

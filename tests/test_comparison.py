@@ -10,7 +10,7 @@ from guidance_nb.comparison import (
     NETWORKS,
     Stage,
     budget_for,
-    floor_rows,
+    baseline_rows,
     guided_model,
     load_problem,
     load_stage,
@@ -19,7 +19,7 @@ from guidance_nb.comparison import (
     score_toy,
     training_stage,
 )
-from guidance_nb.denoisers import count_rows
+from guidance_nb.denoisers import count_nfe
 from guidance_nb.mixtures import ExactDenoiser
 
 
@@ -42,7 +42,7 @@ def networks_for(method, problem, budget):
 def test_each_method_costs_what_its_notebook_says(method, rows, fractal):
     budget = budget_for("fractal", quick=True)
     model = guided_model(method, networks_for(method, fractal, budget), fractal, 3.0, budget)
-    with count_rows() as counted:
+    with count_nfe() as counted:
         model.predict(torch.randn(10, 2), torch.tensor(0.5), torch.arange(10) % 2)
     assert counted.total == 10 * rows
 
@@ -101,7 +101,7 @@ def test_damaged_stages_are_reported(tmp_path, damage):
 @pytest.mark.parametrize("data", DATA)
 def test_real_samples_score_better_than_noise(data):
     problem = load_problem(data)
-    floor = floor_rows(data, 300, problem, seeds=1)[0]
+    floor = baseline_rows(data, 300, problem, seeds=1)[0]
     c = torch.arange(300) % problem.mixture.num_classes
     noise = score_toy(
         data, torch.randn(300, problem.x.shape[1], generator=torch.Generator().manual_seed(0)), c, problem

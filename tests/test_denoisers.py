@@ -13,7 +13,7 @@ from guidance_nb.denoisers import (
     Prediction,
     check_inputs,
     choose_batching,
-    count_rows,
+    count_nfe,
     dit_channel_scales,
     guide,
     mg_weight_from_scale,
@@ -116,9 +116,9 @@ def test_counted_rows_are_the_rows_that_reached_the_network():
     spy = Spy()
     model = NetworkDenoiser(spy, FlowPath(), num_classes=3)
     x, c = torch.randn(7, 2), torch.arange(7) % 3
-    with count_rows() as outer:
+    with count_nfe() as outer:
         model.predict(x, 0.5, c)
-        with count_rows() as inner:
+        with count_nfe() as inner:
             for batching in ("batched", "sequential", "auto"):
                 model.predict_pair(x, torch.tensor(0.5), c, batching)
         model.predict(x, torch.rand(7))

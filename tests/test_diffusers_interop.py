@@ -19,8 +19,8 @@ from torch.testing import assert_close
 
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_rows, to_prediction
-from guidance_nb.diffusers_interop import (
+from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe, to_prediction
+from guidance_nb.interop.diffusers import (
     Clock,
     DiffusersDenoiser,
     HubDenoiser,
@@ -210,7 +210,7 @@ def test_stable_diffusion_pipeline():
         call["negative_prompt"] = [null] * 2
         guided = ClassifierFreeGuidance(from_pipeline(pipeline, null).model, 3.0)
         times = scheduler_times(pipeline.scheduler, 5)
-        ours = sample(guided, encode(PROMPTS), (2, *shape), "ddim", times=times, init=start, progress=False)
+        ours = sample(guided, encode(PROMPTS), (*shape,), "ddim", times=times, init=start, progress=False)
         compare(pipeline, call, ours, decode)
 
 
@@ -225,7 +225,7 @@ def test_pipelines_with_packed_conditions(make, sampler, told):
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": start, "height": 16, "width": 16, **told}
     times = scheduler_times(pipeline.scheduler, 4)
     guided = ClassifierFreeGuidance(model, 3.0)
-    ours = sample(guided, c, (2, *shape), sampler, times=times, init=start, progress=False)
+    ours = sample(guided, c, (*shape,), sampler, times=times, init=start, progress=False)
     assert c.ndim == 2 and c.dtype == torch.float32
     compare(pipeline, call, ours, decode)
 
@@ -239,7 +239,7 @@ def test_flux_pipeline(embedded):
     call = {"num_inference_steps": 4, "guidance_scale": 2.5, "latents": to_patches(start)[0], "max_sequence_length": 8}
     call |= {"height": 16, "width": 16}
     times = scheduler_times(pipeline.scheduler, 4, sigmas=np.linspace(1, 1 / 4, 4))
-    ours = sample(model, c, (2, *shape), "euler", times=times, init=start, progress=False)
+    ours = sample(model, c, (*shape,), "euler", times=times, init=start, progress=False)
     compare(pipeline, call, ours, decode)
     if embedded:  # without a fixed scale it is an input, 1 unless asked, and 0 without condition
         aware = from_pipeline(pipeline, **options).model
@@ -259,7 +259,7 @@ def test_dit_pipeline_with_a_learned_variance():
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(0)}
     theirs = torch.from_numpy(pipeline([0, 1], output_type="np", **call).images).permute(0, 3, 1, 2)
     times, guided = scheduler_times(pipeline.scheduler, 4), ClassifierFreeGuidance(model, 3.0)
-    ours = sample(guided, encode(["cat", 1]), (2, *shape), "ddim", times=times, init=start, progress=False)
+    ours = sample(guided, encode(["cat", 1]), (*shape,), "ddim", times=times, init=start, progress=False)
     shades = (decode(ours) / 2 + 0.5).clamp(0, 1)
     assert ((shades > 0) & (shades < 1)).float().mean() > 0.1
     assert_close(shades, theirs, rtol=0, atol=1e-5)
@@ -277,7 +277,7 @@ def test_dit_does_not_drop_labels_by_itself():
 def test_a_pipeline_without_conditions():
     pipeline = diffusers.DDIMPipeline(cases.class_unet(), cases.ddim())
     model, _, decode, shape = from_pipeline(pipeline)
-    x = sample(model, None, (2, *shape), "ddim", 4, progress=False)
+    x = sample(model, 2, (*shape,), "ddim", 4, progress=False)
     assert model.num_classes == 0 and torch.equal(decode(x), x)
 
 
@@ -368,7 +368,7 @@ def test_fine_tune_resume_save_load_with_plain_diffusers(tmp_path):
     start = torch.randn(2, *shape)
     call = {"num_inference_steps": 4, "guidance_scale": 2.0, "latents": start}
     times, guided = scheduler_times(again.scheduler, 4), ClassifierFreeGuidance(model.eval(), 2.0)
-    ours = sample(guided, encode(PROMPTS), (2, *shape), "ddim", times=times, init=start, progress=False)
+    ours = sample(guided, encode(PROMPTS), (*shape,), "ddim", times=times, init=start, progress=False)
     compare(again, call, ours, decode)
 
 
@@ -378,7 +378,7 @@ def test_rows_are_counted_and_a_pair_is_one_pass():
     model.net.register_forward_pre_hook(lambda net, args: calls.append(len(args[0])))
     for batching, expected in (("batched", [6]), ("sequential", [3, 3])):
         calls.clear()
-        with count_rows() as rows:
+        with count_nfe() as rows:
             pair = model.predict_pair(x, torch.tensor(0.3), text, batching)
         assert (rows.total, calls) == (6, expected)
         assert_close(pair[1].eps, model.eps(x, torch.tensor(0.3)))
@@ -409,7 +409,7 @@ def test_torchcfm_models_sample_where_their_ode_ends():
             return torch.tanh(read(torch.cat([x, t[:, None]], 1)) + y[:, None])
 
     model, labels, x = from_torchcfm(Net(), 3), torch.tensor([0, 1, 2, 1]), torch.randn(4, 2)
-    ours = sample(model, labels, (4, 2), "euler", 10, init=x, progress=False)
+    ours = sample(model, labels, (2,), "euler", 10, init=x, progress=False)
     with torch.no_grad():
         for i in range(10):
             x = x + 0.1 * Net()(torch.full((4,), i / 10), x, labels)
@@ -427,7 +427,7 @@ def test_callables_answer_row_by_row_and_train_if_they_can():
 
     model = from_callable(Net(), FlowPath(), "x0", 3)
     x, c, drop = torch.randn(5, 2), torch.tensor([0, 1, 2, 1, 0]), torch.tensor([True, False, True, False, False])
-    with count_rows() as rows:
+    with count_nfe() as rows:
         y = model.output(x, 0.5, c, drop)
     assert rows.total == 5
     assert_close(y, torch.where(drop[:, None], torch.full((2,), 7.0), model.net.label(c)))
@@ -487,13 +487,13 @@ def test_guidance_with_a_space_and_a_memory_in_a_pipeline(kind):
     model, start = DiffusersDenoiser(cases.unet(), scheduler, null), torch.randn(2, 4, 8, 8)
     apg = lambda model: AdaptiveProjectedGuidance(model, 4.0, eta=0.3, norm=3.0, momentum=-0.5)  # noqa: E731
     times = scheduler_times(scheduler, 6)
-    ours = sample(apg(model), text, (2, 4, 8, 8), "ddim", times=times, init=start, progress=False)
+    ours = sample(apg(model), text, (4, 8, 8), "ddim", times=times, init=start, progress=False)
     guider = diffusers_guider(apg, scheduler)
     for _ in range(2):
         theirs = guided_loop(guider, model.net, scheduler, start, 6, (text, null.expand(2, -1, -1)))
         assert_close(theirs, ours, rtol=0, atol=1e-4 * ours.abs().max().item())
     linear = ClassifierFreeGuidance(model, 4.0)
-    linear = sample(linear, text, (2, 4, 8, 8), "ddim", times=times, init=start, progress=False)
+    linear = sample(linear, text, (4, 8, 8), "ddim", times=times, init=start, progress=False)
     assert (linear - ours).abs().max() > 1e-2
 
 
@@ -503,7 +503,7 @@ def test_guidance_that_looks_elsewhere_is_refused():
             super().__init__(model.path, model.num_classes)
             self.model, self.by = model, (dx, dt, dc)
 
-        def predict(self, x, t, c=None):
+        def forward(self, x, t, c=None):
             return self.model.predict(x + self.by[0], t - self.by[1], None if c is None else c + self.by[2])
 
     scheduler, text = cases.ddim(), torch.randn(2, 5, 8)
@@ -544,7 +544,7 @@ def test_a_hub_folder_is_the_model_and_its_card_runs(tmp_path):
     code, scope = card.split("```")[1].removeprefix("python\n"), {}
     exec(code.replace("FOLDER OR HUB NAME", str(tmp_path)).replace('"ddim", 3)', '"ddim", 3, progress=False)'), scope)
     guided = ClassifierFreeGuidance(model, 2.0)
-    expected = sample(guided, torch.arange(4) % 3, (4, 1, 8, 8), "ddim", 3, progress=False)
+    expected = sample(guided, torch.arange(4) % 3, (1, 8, 8), "ddim", 3, progress=False)
     assert_close(scope["images"], expected)
 
 
@@ -571,8 +571,8 @@ def test_every_path_survives_json():
 
 def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
     "By the call that the notebook gives."
-    from guidance_nb.image_data import save_samples
-    from guidance_nb.recipes import Recipe, load_trained, override, train_recipe
+    from guidance_nb.images.data import save_samples
+    from guidance_nb.cli.recipes import Recipe, load_trained, override, train_recipe
 
     x = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
     save_samples(tmp_path / "images", x, torch.arange(16) % 2)

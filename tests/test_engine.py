@@ -26,7 +26,7 @@ from guidance_nb.training import (
     fit,
     has_dropout,
     keyed_generator,
-    keyed_global_randomness,
+    keyed_global_rng,
     latest_checkpoint,
     make_optimizer,
     prefetch,
@@ -318,9 +318,9 @@ def test_dropout_layers_are_keyed_and_the_caller_keeps_its_randomness():
     assert finish(start("drop"))[0] == first
     assert finish(start("drop", seed=1))[0] != first
     assert has_dropout(case("drop")[0]) and not has_dropout(case("plain")[0])
-    with keyed_global_randomness(torch.device("cpu"), 1, 2):
+    with keyed_global_rng(torch.device("cpu"), 1, 2):
         a = torch.rand(3)
-    with keyed_global_randomness(torch.device("cpu"), 1, 3):
+    with keyed_global_rng(torch.device("cpu"), 1, 3):
         b = torch.rand(3)
     assert not torch.equal(a, b)
 

@@ -172,7 +172,7 @@ def test_program_computes_what_the_package_does(program, name, method, own):
             state,
         )
         run = run_scene(scene, c, method, settings, sampler, steps)
-        assert_close(torch.tensor(walked, dtype=torch.float64), run.trajectory.flatten(1), rtol=1e-9, atol=1e-9)
+        assert_close(torch.tensor(walked, dtype=torch.float64), run.points.flatten(1), rtol=1e-9, atol=1e-9)
         assert rows == run.rows
         ours = scene_numbers(scene, run.x, c)
         assert found.keys() == ours.keys()
@@ -213,7 +213,7 @@ def test_slider_moves_numbers_and_picture(open_page):
     before, words = pixels(page), page.locator("canvas").get_attribute("aria-label")
     set_range(page, "scale", 6.5)
     run = run_scene(SCENES["pair"], 1, "classifier_free_guidance", settings_of("classifier_free_guidance", scale=6.5))
-    assert_close(points(page), run.trajectory.flatten(1), rtol=1e-9, atol=1e-9)
+    assert_close(points(page), run.points.flatten(1), rtol=1e-9, atol=1e-9)
     expect_numbers(page, SCENES["pair"], run, 1)
     after = pixels(page)
     assert (before != after).any(2).double().mean() > 0.01
@@ -267,7 +267,7 @@ def test_menus_change_data_class_sampler_and_steps(open_page):
     run = run_scene(
         SCENES["fractal"], 0, "classifier_free_guidance", settings_of("classifier_free_guidance"), "euler", 8
     )
-    assert_close(points(page), run.trajectory.flatten(1), rtol=1e-9, atol=1e-9)
+    assert_close(points(page), run.points.flatten(1), rtol=1e-9, atol=1e-9)
     expect_numbers(page, SCENES["fractal"], run, 0)
 
 

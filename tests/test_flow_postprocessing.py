@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from guidance_nb.denoisers import count_rows
+from guidance_nb.denoisers import count_nfe
 from guidance_nb.flow_postprocessing import (
     CorrectionFlow,
     FlowPostprocessor,
@@ -26,7 +26,7 @@ from guidance_nb.flow_postprocessing import (
     pair_data,
     torch_neighbours,
 )
-from guidance_nb.image_metrics import cifar_resnet
+from guidance_nb.images.metrics import cifar_resnet
 from guidance_nb.networks import MLP, build_network
 from guidance_nb.training import Context, train
 
@@ -145,7 +145,7 @@ def test_loss_is_least_at_the_neighbour_mean():
 @pytest.mark.parametrize(("sampler", "steps", "evaluations"), [("euler", 7, 7), ("heun", 7, 14)])
 def test_evaluations(sampler, steps, evaluations):
     model = FlowPostprocessor(2, 2)
-    with count_rows() as rows:
+    with count_nfe() as rows:
         model(torch.zeros(5, 2), torch.zeros(5, dtype=torch.long), steps, sampler)
     assert rows.total == 5 * evaluations
 
@@ -334,7 +334,7 @@ def test_image_network_by_name(shape):
     model = rough(FlowPostprocessor(shape, 4, net="unet-tiny", dropout=0.1))
     g = torch.Generator().manual_seed(1)
     x, c = 2 * torch.randn(7, *shape, generator=g), torch.arange(7) % 4
-    with count_rows() as rows:
+    with count_nfe() as rows:
         whole = model(x, c, 3)
     assert rows.total == 7 * 6 and whole.abs().max() > 1
     torch.testing.assert_close(model(x, c, 3, batch_size=3), whole, atol=1e-4, rtol=1e-4)

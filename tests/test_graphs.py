@@ -13,7 +13,7 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.recipes import make_engine, override, read_recipe
+from guidance_nb.cli.recipes import make_engine, override, read_recipe
 from guidance_nb.training import (
     Context,
     DenoisingLoss,
@@ -22,7 +22,7 @@ from guidance_nb.training import (
     fit,
     keyed_generator,
     make_average,
-    move_average,
+    update_ema,
     set_rate,
 )
 
@@ -91,7 +91,7 @@ def test_the_average_moves_as_the_slow_way_does():
     for _ in range(4):
         for value in [*model.parameters(), *model.net.b.buffers()]:
             value.data += 1
-        move_average(run)
+        update_ema(run)
         theirs.update_parameters(model)
         for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()):
             assert torch.equal(a, b)
@@ -107,7 +107,7 @@ def test_asking_all_rows_gives_the_same_loss(options, monkeypatch):
     x0, c = torch.randn(50, 2, generator=keyed_generator(1)), torch.arange(50) % 3
     loss = ModelGuidanceLoss(**options)
     some = loss(model, x0, c, Context(keyed_generator(2), 1, 9, average))
-    monkeypatch.setattr(model_guidance, "asked_rows", lambda w: slice(None))
+    monkeypatch.setattr(model_guidance, "guided_mask", lambda w: slice(None))
     assert_close(loss(model, x0, c, Context(keyed_generator(2), 1, 9, average)), some)
 
 

@@ -20,8 +20,8 @@ from guidance_nb.denoisers import (
     NetworkDenoiser,
     OnPath,
     Prediction,
-    count_rows,
-    record_rows,
+    count_nfe,
+    record_nfe,
     target_coefficients,
 )
 from guidance_nb.flow_postprocessing import FlowPostprocessor
@@ -86,7 +86,7 @@ class Blind(Denoiser):
         super().__init__(model.path, model.num_classes)
         self.model = model
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         return self.model.predict(x, t, None)
 
 
@@ -207,9 +207,9 @@ class Mixed(ExactDenoiser):
         means = torch.randn(6, 4, generator=generator, dtype=torch.float64)
         super().__init__(Mixture(means, torch.rand(6, generator=generator) + 0.2, torch.arange(6) % 3), path)
 
-    def predict(self, x, t, c=None):
-        record_rows(len(x))
-        return super().predict(x, t, c)
+    def forward(self, x, t, c=None):
+        record_nfe(len(x))
+        return super().forward(x, t, c)
 
 
 def setting(case: Case, path=PATHS[0], n: int = 9):
@@ -226,7 +226,7 @@ def setting(case: Case, path=PATHS[0], n: int = 9):
 
 
 def rows_of(model: Denoiser, *arguments) -> int:
-    with count_rows() as rows:
+    with count_nfe() as rows:
         model.predict(*arguments)
     return rows.total
 
@@ -254,7 +254,7 @@ class Deaf(Denoiser):
         super().__init__(model.path, model.num_classes)
         self.model = model
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         return self.model.predict(x, t, None)
 
 
@@ -357,7 +357,7 @@ class Spy(Denoiser):
         super().__init__(model.path, model.num_classes)
         self.model, self.unconditional = model, []
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         if c is None:
             self.unconditional += torch.as_tensor(t).expand(len(x)).tolist()
         return self.model.predict(x, t, c)

@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 from scipy.stats import beta
 from torch.testing import assert_close
 
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Prediction, count_rows, record_rows
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Prediction, count_nfe, record_nfe
 from guidance_nb.guidance_variants import (
     AdaptiveProjectedGuidance,
     CFGPlusPlus,
@@ -42,7 +42,7 @@ from guidance_nb.guidance_variants import (
     zero_velocity,
 )
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import sample, sample_trajectory
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
@@ -75,8 +75,8 @@ class Told(Denoiser):
         self.decode = NetworkDenoiser(torch.nn.Identity(), path, 1, prediction).decode
         self.outputs = y_c, y_u
 
-    def predict(self, x, t, c=None):
-        record_rows(len(x))
+    def forward(self, x, t, c=None):
+        record_nfe(len(x))
         return self.decode(self.outputs[c is None][: len(x)], x, torch.as_tensor(t))
 
 
@@ -146,7 +146,7 @@ def test_diffusers_zero_star():
     # their factor is computed in float32
     assert_close(ours.velocity(x, HALF, c), theirs(guider, y_c, y_u), rtol=1e-5, atol=1e-5)
     one = torch.tensor(1.0, dtype=torch.float64)
-    with count_rows() as rows:
+    with count_nfe() as rows:
         assert_close(ours.velocity(x, one, c), theirs(guider, y_c, y_u, step=0), rtol=0, atol=1e-12)
     assert rows.total == 0
 
@@ -293,7 +293,7 @@ def test_rows_of_an_interval_in_a_real_run(sampler, window):
     "Published Heun guides both stages of a step; here each stage goes by its time. Inner windows cost the same."
     model, *_, c = told("velocity", shape=(1, 2))
     interval = interval_from_steps(FlowPath(), 10, *window, sampler)
-    rows = sample(PairGuidance(model, 2.0, interval), c, (1, 2), sampler, 10, progress=False, trajectory=True).rows
+    rows = sample_trajectory(PairGuidance(model, 2.0, interval), c, (2,), sampler, 10, progress=False).rows
     ours = published = 0
     for step in range(10):
         stages = [step] if sampler == "euler" or step == 9 else [step, step + 1]
@@ -376,7 +376,7 @@ def test_step_memory():
 class Counted(Told):
     "A model whose answer depends on the point."
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         y = torch.tanh(x * (2.0 if c is None else 1.0) + (0.3 if c is None else -0.5))
         return self.decode(y, x, torch.as_tensor(t))
 
@@ -389,24 +389,24 @@ def test_momentum_does_not_see_other_samples():
     for sampler in ("heun", "ddim", "dpmpp_2m", "euler_maruyama", "dopri5"):
         for steps in (2,) if sampler == "dopri5" else (1, 2, 5):
             options = {"sampler": sampler, "steps": steps, "progress": False, "dtype": torch.float64}
-            once = sample(make(), c, (6, 3), **options)
+            once = sample(make(), c, (3,), **options)
             used.predict(draw(6, 3), torch.tensor(0.99), c)
-            assert torch.equal(sample(used, c, (6, 3), **options), once)
+            assert torch.equal(sample(used, c, (3,), **options), once)
             if sampler != "dopri5":
-                assert_close(sample(used, c, (6, 3), batch_size=4, **options), once, rtol=0, atol=1e-12)
-                halves = [sample(used, c[:3], (3, 3), start=i, **options) for i in (0, 3)]
+                assert_close(sample(used, c, (3,), batch_size=4, **options), once, rtol=0, atol=1e-12)
+                halves = [sample(used, c[:3], (3,), start=i, **options) for i in (0, 3)]
                 assert_close(torch.cat(halves), once, rtol=0, atol=1e-12)
     later = {"times": torch.tensor([0.7, 0.3, 0.0]), "init": draw(6, 3), "progress": False, "dtype": torch.float64}
     used.predict(draw(6, 3), torch.tensor(1.0), c)  # a higher noise level than that run begins with
-    assert torch.equal(sample(used, c, (6, 3), "ddim", **later), sample(make(), c, (6, 3), "ddim", **later))
+    assert torch.equal(sample(used, c, (3,), "ddim", **later), sample(make(), c, (3,), "ddim", **later))
 
 
 def test_momentum_under_heun():
     "Both evaluations at a time see the past of that time: Heun written out with one history per noise level."
     model, c = Counted(None, None, FlowPath(), "velocity"), torch.zeros(2, dtype=torch.long)
-    run = sample(
+    run = sample_trajectory(
         AdaptiveProjectedGuidance(model, 2.5, eta=1.0, momentum=-0.5),
-        c, (2, 3), "heun", 4, progress=False, dtype=torch.float64, trajectory=True,
+        c, (3,), "heun", 4, progress=False, dtype=torch.float64,
     )  # fmt: skip
 
     def field(x, t, past):
@@ -415,13 +415,13 @@ def test_momentum_under_heun():
         data = cond.x0 + 1.5 * total
         return (x - data) / t, total
 
-    x, past = run.trajectory[0], torch.zeros(2, 3).double()
+    x, past = run.points[0], torch.zeros(2, 3).double()
     for t, s in zip(run.times[:-1], run.times[1:]):
         u, total = field(x, t, past)
         guess = x + (s - t) * u
         x = guess if s == 0 else x + (s - t) * (u + field(guess, s, total)[0]) / 2
         past = total
-        assert_close(x, run.trajectory[list(run.times).index(s)])
+        assert_close(x, run.points[list(run.times).index(s)])
 
 
 @each_path
@@ -431,28 +431,28 @@ def test_cfgpp_by_hand(path):
     options = {"progress": False, "dtype": torch.float64}
     times = torch.linspace(0.98, 0, 8).double()  # a network's noise does not settle the pair where alpha is 0
     options["times"] = times
-    run = sample(CFGPlusPlus(model, 0.7), c, (3, 2), "ddim", trajectory=True, **options)
-    x = run.trajectory[0]
+    run = sample_trajectory(CFGPlusPlus(model, 0.7), c, (2,), "ddim", **options)
+    x = run.points[0]
     for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
         e_c, e_u = model.eps(x, t, c), model.eps(x, t)
         data = (x - path.sigma(t) * (e_u + 0.7 * (e_c - e_u))) / path.alpha(t)
-        assert_close(run.trajectory[i + 1], path.alpha(s) * data + path.sigma(s) * e_u, rtol=1e-9, atol=1e-9)
-        x = run.trajectory[i + 1]
+        assert_close(run.points[i + 1], path.alpha(s) * data + path.sigma(s) * e_u, rtol=1e-9, atol=1e-9)
+        x = run.points[i + 1]
     scales = cfgpp_scales(path, times, 0.7)
     level = path.noise_to_signal(times)
     assert_close(scales, 0.7 * level[:-1] / (level[:-1] - level[1:]))
     plain = PairGuidance(model, lambda t: scales[(times[:-1] - t).abs().argmin()])
-    assert_close(sample(plain, c, (3, 2), "ddim", **options), run.x, rtol=1e-6, atol=1e-6)
+    assert_close(sample(plain, c, (2,), "ddim", **options), run.x, rtol=1e-6, atol=1e-6)
 
 
 def test_cfgpp_is_plain_guidance_where_it_cannot_be_refused():
     "DPM-Solver++ asks for clean data alone and gets that of plain guidance at lambda."
     model, c = Counted(None, None, VPPath("cosine"), "eps"), torch.zeros(3, dtype=torch.long)
-    ours, plain = (sample(m(model, 0.7), c, (3, 2), "dpmpp_2m", 9, progress=False) for m in (CFGPlusPlus, PairGuidance))
+    ours, plain = (sample(m(model, 0.7), c, (2,), "dpmpp_2m", 9, progress=False) for m in (CFGPlusPlus, PairGuidance))
     assert_close(ours, plain)
     for sampler in ("euler", "heun", "euler_maruyama", "dopri5"):
         with pytest.raises(ValueError, match="allowed: sampler 'ddim' or 'ddpm'"):
-            sample(CFGPlusPlus(model, 0.7), c, (3, 2), sampler, 5, progress=False)
+            sample(CFGPlusPlus(model, 0.7), c, (2,), sampler, 5, progress=False)
 
 
 class Gaussians(Denoiser):
@@ -462,7 +462,7 @@ class Gaussians(Denoiser):
         super().__init__(EDMPath(), 1)
         self.laws = (m, v), (n, w)
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         m, v = self.laws[c is None]
         s = expand_time(self.path.sigma(torch.as_tensor(t)), x)
         eps = s * (x - m) / (v + s**2)
@@ -488,17 +488,16 @@ def test_recfg_on_gaussians(w):
 
     c = torch.zeros(2000, dtype=torch.long)
     for rho, ratios in ((True, ratio), (False, 0.0)):
-        x = sample(
+        x = sample_trajectory(
             RectifiedGuidance(model, gamma, ratios),
             c,
-            (2000, 1),
+            (1,),
             "heun",
             100,
             progress=False,
             dtype=torch.float64,
-            trajectory=True,
         )
-        start = x.trajectory[0]
+        start = x.points[0]
         end = solve_ivp(
             slope, (80, 0), [start.mean().item(), start.std().item()], args=(rho,), rtol=1e-9, atol=1e-11
         ).y[:, -1]
@@ -519,11 +518,11 @@ def test_zero_init_by_steps():
     model, *_, c = told("velocity", shape=(1, 2))
     for official in (0, 1, 3):
         start = interval_from_steps(FlowPath(), 25, 0, official, "euler")[0]
-        run = sample(CFGZeroStar(model, 2.0, start), c, (1, 2), "euler", 25, progress=False, trajectory=True)
+        run = sample_trajectory(CFGZeroStar(model, 2.0, start), c, (2,), "euler", 25, progress=False)
         assert run.rows == 2 * (25 - official - 1)
-        still = (run.trajectory.diff(dim=0).abs().flatten(1).amax(1) == 0).sum().item()
+        still = (run.points.diff(dim=0).abs().flatten(1).amax(1) == 0).sum().item()
         assert still == official + 1
-    never = sample(CFGZeroStar(model, 2.0, math.inf), c, (1, 2), "euler", 25, progress=False, trajectory=True)
+    never = sample_trajectory(CFGZeroStar(model, 2.0, math.inf), c, (2,), "euler", 25, progress=False)
     assert never.rows == 50
 
 

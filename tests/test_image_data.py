@@ -23,7 +23,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 
 from guidance_nb import image_data
-from guidance_nb.image_data import (
+from guidance_nb.images.data import (
     FILES,
     ImageData,
     balanced_subset,
@@ -524,7 +524,7 @@ def test_a_failed_write_leaves_the_old_samples(tmp_path, monkeypatch, name, fail
 
 WRITER = """
 import sys, torch
-from guidance_nb.image_data import save_samples
+from guidance_nb.images.data import save_samples
 for i in range(10**6):
     save_samples(sys.argv[1], torch.full((40, 1, 4, 4), i % 256, dtype=torch.uint8), None, {"i": i})
     print(i, flush=True)

@@ -392,7 +392,7 @@ def test_the_networks_are_those_whose_accuracy_was_measured(data, depth, paramet
     features = im.extract(images[:50], extractor)
     assert features.rows["features"].shape == (50, 64) and extractor.name == f"resnet{depth}"
     assert torch.equal(features.rows["logits"].argmax(1), network(images[:50]).argmax(1))
-    assert list(im.image_floor(features, metrics="fd")) == [f"fd_resnet{depth}_floor"]
+    assert list(im.image_baseline(features, metrics="fd")) == [f"fd_resnet{depth}_floor"]
 
 
 def test_damaged_classifier_files(data, tmp_path, monkeypatch):
@@ -512,13 +512,13 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
 def test_floor_is_between_disjoint_halves():
     real = pictures(60, 0)
     features = im.extract(real, QUARTERS)
-    floor = im.image_floor(features, n=20, seed=3)
+    floor = im.image_baseline(features, n=20, seed=3)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
     expected = im.image_scores(real[order[:20]], real[order[20:40]], QUARTERS)
     assert floor == pytest.approx({f"{key}_floor": value for key, value in expected.items()}, rel=1e-4, abs=1e-9)
-    assert list(im.image_floor(real, extractor=QUARTERS)) == list(floor)
+    assert list(im.image_baseline(real, extractor=QUARTERS)) == list(floor)
     with pytest.raises(ValueError, match="n = 31 of 60 real images; allowed: 1 to 30"):
-        im.image_floor(features, n=31)
+        im.image_baseline(features, n=31)
 
 
 def test_features_are_reused():

@@ -24,10 +24,10 @@ from typer.testing import CliRunner
 
 from guidance_nb import recipes
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.cli import app, leave_processes
+from guidance_nb.cli.app import app, destroy_process_group
 from guidance_nb.denoisers import dit_channel_scales
-from guidance_nb.image_data import load_images, load_samples
-from guidance_nb.latents import (
+from guidance_nb.images.data import load_images, load_samples
+from guidance_nb.images.latents import (
     INDEX,
     check_shard,
     crop_image,
@@ -45,7 +45,7 @@ from guidance_nb.latents import (
 )
 from guidance_nb.networks import image_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.recipes import (
+from guidance_nb.cli.recipes import (
     LATER_KEYS,
     Recipe,
     Request,
@@ -93,7 +93,7 @@ def done(*words: object) -> str:
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, "-c", "from guidance_nb.cli import main; main()", *map(str, words)]
+    return [sys.executable, "-c", "from guidance_nb.cli.app import main; main()", *map(str, words)]
 
 
 # The crop
@@ -204,7 +204,7 @@ def one_of_two(folder: Path) -> None:
         error = str(problem)
     facts = {"x": drawn.x.tolist(), "error": error}
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(facts))
-    leave_processes()
+    destroy_process_group()
 
 
 def test_two_processes_do_what_one_does(place):
@@ -290,7 +290,7 @@ def test_training_reads_them_and_is_the_same_in_two_passes(place):
 
 
 def test_mapping_takes_neither_memory_nor_open_files(tmp_path):
-    from guidance_nb.latents import write_index, write_shard
+    from guidance_nb.images.latents import write_index, write_shard
 
     def resident() -> int:
         "Bytes of this process that are no pages of files."

@@ -211,7 +211,7 @@ def test_calibration_error_extremes():
 
 def test_real_floor_by_hand():
     values = [1.0, 5.0, 9.0]  # draw(2 i) + draw(2 i + 1) = 4 i + 1
-    assert m.real_floor(lambda a, b: a + b, lambda seed: seed) == (np.mean(values), np.std(values, ddof=1))
+    assert m.real_baseline(lambda a, b: a + b, lambda seed: seed) == (np.mean(values), np.std(values, ddof=1))
 
 
 @pytest.mark.parametrize("d", [2, 64])
@@ -260,7 +260,7 @@ FLAT = gaussian_pair(dim=2)
         (lambda: m.digits_judge()(X), "x has 2 values per sample; allowed: 64"),
         (lambda: m.calibration_error(X, C), "rows that are 0 or more and sum to 1"),
         (lambda: m.calibration_error(X + 0.5, C, bins=0), "bins = 0"),
-        (lambda: m.real_floor(lambda a, b: 0.0, lambda s: s, seeds=1), "seeds = 1"),
+        (lambda: m.real_baseline(lambda a, b: 0.0, lambda s: s, seeds=1), "seeds = 1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(call, message):

@@ -10,8 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import NetworkDenoiser, count_rows, scale_from_mg_weight
-from guidance_nb.model_guidance import AtScale, AutoWeight, ModelGuidanceLoss, guidance_direction, scale_during_training
+from guidance_nb.denoisers import NetworkDenoiser, count_nfe, scale_from_mg_weight
+from guidance_nb.model_guidance import (
+    FixedScale,
+    AutoWeight,
+    ModelGuidanceLoss,
+    guidance_direction,
+    scale_during_training,
+)
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.training import Context, DenoisingLoss, keyed_generator, train
@@ -191,7 +197,7 @@ def test_teacher_pass(target):
     replay = context(ema)
     t, _, dropped = replay.times(x0), replay.noise(x0), replay.drop(x0, 0.1)
     keep = ~dropped & (t <= 0.75)
-    with count_rows() as rows:
+    with count_nfe() as rows:
         ModelGuidanceLoss(target=target)(model, x0, c, context(ema))
     k = int(keep.sum())
     assert rows.total == 400 + 2 * k
@@ -241,9 +247,9 @@ def test_at_scale():
     model = NetworkDenoiser(Watch(3), FlowPath(), 3, scale_aware=True)
     x, c = batch(5)
     t = torch.linspace(0.1, 0.9, 5)
-    assert_close(AtScale(model, 2.5).predict(x, t, c), model.predict(x, t, c, scale=2.5))
-    assert_close(AtScale(model, 2.5).predict(x, t), model.predict(x, t))
-    assert (AtScale(model, 2.5).x0(x, t, c) - model.x0(x, t, c)).abs().max() > 1e-3
+    assert_close(FixedScale(model, 2.5).predict(x, t, c), model.predict(x, t, c, scale=2.5))
+    assert_close(FixedScale(model, 2.5).predict(x, t), model.predict(x, t))
+    assert (FixedScale(model, 2.5).x0(x, t, c) - model.x0(x, t, c)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("cfg, weight", [(1.5, 0.5), (3.0, 0.25), (0.5, 0.5)])
@@ -348,9 +354,9 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="c is None; allowed: labels"):
         ModelGuidanceLoss()(plain, x0, None, context(plain))
     with pytest.raises(ValueError, match=r"model.scale_aware = False"):
-        AtScale(plain, 1.0)
+        FixedScale(plain, 1.0)
     with pytest.raises(ValueError, match="scale = nan"):
-        AtScale(aware, math.nan)
+        FixedScale(aware, math.nan)
     for bad in ({"value": -0.1}, {"limit": 1.0}, {"value": 0.8, "limit": 0.7}):
         with pytest.raises(ValueError, match="allowed: 0 <= value <= limit < 1"):
             AutoWeight(**bad)

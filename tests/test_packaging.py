@@ -34,7 +34,7 @@ def test_wheel_is_the_package_alone(tmp_path):
     assert (metadata["Name"], metadata["Version"]) == (SETTINGS["lib_name"], SETTINGS["version"])
     assert metadata["Requires-Python"] == f">={SETTINGS['min_python']}"
     assert (metadata["License-Expression"] or metadata["License"]) == "Apache-2.0"
-    assert "guidance-nb = guidance_nb.cli:main" in entry_points
+    assert "guidance-nb = guidance_nb.cli.app:main" in entry_points
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert len(required) == len(SETTINGS["requirements"].split())
     assert [line for line in required if re.match("nbdev|fastcore|execnb", line)] == []

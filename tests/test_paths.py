@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from guidance_nb.paths import EDMPath, FlowPath, VPPath, cap_time, change_path, check_time
+from guidance_nb.paths import EDMPath, FlowPath, VPPath, clamp_time_high, change_path, check_time
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), VPPath("linear", 0.5, 12.0), EDMPath(), EDMPath(3.0)]
 times = st.floats(0.0, 1.0)
@@ -67,9 +67,9 @@ def test_changing_path_there_and_back(t, x):
 
 def test_cap_time_keeps_the_ratio_below_a_thousand():
     for path in PATHS:
-        capped = cap_time(path, torch.linspace(0, 1, 11, dtype=torch.float64))
+        capped = clamp_time_high(path, torch.linspace(0, 1, 11, dtype=torch.float64))
         assert (path.noise_to_signal(capped) <= 1000 * (1 + 1e-9)).all()
-    assert math.isclose(cap_time(PATHS[0], f64(1.0)).item(), 1000 / 1001)
+    assert math.isclose(clamp_time_high(PATHS[0], f64(1.0)).item(), 1000 / 1001)
 
 
 @pytest.mark.parametrize("t", [-0.1, 1.0001, float("nan"), float("inf")])

@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb
 from guidance_nb import plots
 from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture, checkerboard, gaussian_pair, sample_mixture
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import sample, sample_trajectory
 
 
 @pytest.fixture(autouse=True)
@@ -107,16 +107,16 @@ def test_histogram_has_area_one():
 @pytest.mark.parametrize("every", [1, 4])
 def test_trajectories(every):
     model = ExactDenoiser(checkerboard(), FlowPath())
-    samples = sample(model, None, (10, 2), steps=5, trajectory=True, progress=False)
+    samples = sample_trajectory(model, 10, (2,), steps=5, progress=False)
     ax = plots.show_trajectories(samples, every=every)
     curves = ax.collections[0].get_segments()
-    np.testing.assert_allclose(np.stack(curves), samples.trajectory[:, ::every].transpose(0, 1), rtol=1e-6)
+    np.testing.assert_allclose(np.stack(curves), samples.points[:, ::every].transpose(0, 1), rtol=1e-6)
     model = ExactDenoiser(gaussian_pair(), FlowPath())
-    samples = sample(model, None, (10, 1), steps=5, trajectory=True, progress=False)
+    samples = sample_trajectory(model, 10, (1,), steps=5, progress=False)
     ax = plots.show_trajectories(samples)
     curve = ax.collections[0].get_segments()[2]
     np.testing.assert_allclose(curve[:, 0], samples.times)
-    np.testing.assert_allclose(curve[:, 1], samples.trajectory[:, 2, 0], rtol=1e-6)
+    np.testing.assert_allclose(curve[:, 1], samples.points[:, 2, 0], rtol=1e-6)
     assert ax.get_xlim() == (1.0, 0.0)
 
 

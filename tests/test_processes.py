@@ -15,12 +15,12 @@ from engine_cases import SHARDED, STEPS, assert_same_weights, case, finish, star
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-from guidance_nb.cli import app
-from guidance_nb.image_data import save_samples
-from guidance_nb.image_metrics import read_rows
-from guidance_nb.recipes import Recipe, describe_recipe, override, train_recipe
-from guidance_nb.samplers import sample
-from guidance_nb.scaling import launch_file
+from guidance_nb.cli.app import app
+from guidance_nb.images.data import save_samples
+from guidance_nb.images.metrics import read_rows
+from guidance_nb.cli.recipes import Recipe, describe_recipe, override, train_recipe
+from guidance_nb.samplers import sample, sample_trajectory
+from guidance_nb.engine.cost import launch_file
 from guidance_nb.training import Engine, batches, checkpoints_in, read_checkpoint, sample_sharded
 
 CASES = Path(__file__).with_name("engine_cases.py")
@@ -102,15 +102,15 @@ def test_samples(two):
     flat = [torch.tensor(p).reshape(s) for p, s in zip(two[0]["contrast"]["ema"], sizes)]
     model.load_state_dict(dict(zip(names, flat)))
     c = torch.arange(7) % 3
-    samples = sample(model, c, (7, 2), steps=3, sampler="ddpm", batch_size=1, progress=False)
-    again = sample(model, None, (6, 2), steps=3, batch_size=1, trajectory=True, progress=False)
-    assert two[0]["samples"] == [samples.tolist(), again.trajectory.tolist(), again.rows]
+    samples = sample(model, c, (2,), steps=3, sampler="ddpm", batch_size=1, progress=False)
+    again = sample_trajectory(model, 6, (2,), steps=3, batch_size=1, progress=False)
+    assert two[0]["samples"] == [samples.tolist(), again.points.tolist(), again.rows]
 
 
 def test_one_process_needs_no_world():
     model = case("plain")[0]
     options = {"steps": 3, "progress": False, "start": 5}
-    assert torch.equal(sample_sharded(model, None, (4, 2), **options), sample(model, None, (4, 2), **options))
+    assert torch.equal(sample_sharded(model, 4, (2,), **options), sample(model, 4, (2,), **options))
 
 
 def test_errors_reach_both_processes(two):

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guidance_nb import recipes
-from guidance_nb.image_data import SampleFile, load_samples, save_samples
-from guidance_nb.image_metrics import INCEPTION, PROVENANCE, Extractor, Features, append_rows, read_reference
-from guidance_nb.recipes import (
+from guidance_nb.images.data import SampleFile, load_samples, save_samples
+from guidance_nb.images.metrics import INCEPTION, PROVENANCE, Extractor, Features, append_rows, read_reference
+from guidance_nb.cli.recipes import (
     Recipe,
     Request,
     choose_metrics,
     complete_request,
     describe_recipe,
     draw,
-    find_eyes,
+    find_feature_extractor,
     finish_sweep,
-    floor_size,
+    baseline_size,
     is_done,
     key_meanings,
     load_real,
@@ -179,20 +179,20 @@ def test_a_missing_compiler_is_bad_input(runs, monkeypatch):
 def test_eyes_are_named_after_what_they_were_trained_for(runs):
     file = load_samples(runs / "samples.npz")
     for name in ("judge", "classifier"):
-        eyes = find_eyes(str(runs / name))
+        eyes = find_feature_extractor(str(runs / name))
         real = recipes.measure(load_samples(runs / "images").x, eyes)
         row = score(file, real, eyes)
         assert {f"fd_{name}", f"agreement_{name}"} <= set(row) and row["extractor"] == name
         assert "agreement" not in "".join(score(SampleFile(file.x, None, {}), real, eyes))
     with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'judge', 'classifier'"):
-        find_eyes(str(runs / "base"))
+        find_feature_extractor(str(runs / "base"))
 
 
 def test_a_grey_judge_refuses_colours(runs, tmp_path, monkeypatch):
     judge = load_trained(runs / "judge")
     grey = replace(judge, shape=(1, 8, 8), model=make_model(judge.recipe, (1, 8, 8), 2).eval())
     monkeypatch.setattr(recipes, "load_trained", lambda source: grey)
-    eyes = find_eyes(str(runs / "judge"))
+    eyes = find_feature_extractor(str(runs / "judge"))
     x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
     assert recipes.extract(x, eyes).n == 4
     with pytest.raises(ValueError, match="images have colours; allowed: grey ones"):
@@ -248,11 +248,11 @@ def test_the_best_point(tmp_path, best, scale):
 
 def test_the_floor_is_as_large_as_there_are_images():
     published = Features("judge", {"features": torch.zeros(60_000, 1)}, name="mnist train")
-    assert floor_size("mnist", published, 500) == ("test", 500)
-    assert floor_size("mnist", published, 50_000) == ("test", 10_000)
-    assert floor_size("mnist", replace(published, name="mnist test"), 500) == ("train", 500)
-    assert floor_size("folder", replace(published, rows={"features": torch.zeros(31, 1)}), 500) == ("", 15)
-    assert floor_size("stats.npz", Features(INCEPTION), 500) == ("", 0)
+    assert baseline_size("mnist", published, 500) == ("test", 500)
+    assert baseline_size("mnist", published, 50_000) == ("test", 10_000)
+    assert baseline_size("mnist", replace(published, name="mnist test"), 500) == ("train", 500)
+    assert baseline_size("folder", replace(published, rows={"features": torch.zeros(31, 1)}), 500) == ("", 15)
+    assert baseline_size("stats.npz", Features(INCEPTION), 500) == ("", 0)
 
 
 def test_points_of_a_sweep():

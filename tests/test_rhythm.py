@@ -81,7 +81,7 @@ def test_pages_lead_on_in_the_order_of_the_sidebar():
     following = {page: re.search(r"\bNext: [^[]*\[[^]]+\]\((\w+)\.ipynb\)", prose(PAGES[page])) for page in order}
     back = {page: link[1] for page, link in following.items() if link and order.index(link[1]) <= order.index(page)}
     assert back == {}
-    first, last = (order.index(stem) for stem in ("00_paths", "27_scaling"))
+    first, last = (order.index(stem) for stem in ("00_paths", "37_scaling"))
     assert [page for page in order[first : last + 1] if not following[page] and page[:2] < "28"] == []
     assert all(following[path.stem][1] == order[order.index(path.stem) + 1] for path in METHODS)
 

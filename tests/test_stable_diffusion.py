@@ -27,12 +27,12 @@ from typer.testing import CliRunner
 from guidance_nb import cli
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_rows
-from guidance_nb.diffusers_interop import scheduler_times
-from guidance_nb.model_guidance import AtScale, ModelGuidanceLoss
+from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_nfe
+from guidance_nb.interop.diffusers import scheduler_times
+from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.paths import FlowPath
 from guidance_nb.samplers import sample
-from guidance_nb.stable_diffusion import (
+from guidance_nb.interop.stable_diffusion import (
     FineTuning,
     MemoryWatch,
     TextDenoiser,
@@ -46,7 +46,7 @@ from guidance_nb.stable_diffusion import (
     load_cached,
     load_captioned,
     load_text_denoiser,
-    naming_knobs,
+    add_memory_hint,
     read_finetuning,
     save_pipeline,
 )
@@ -364,8 +364,8 @@ def test_tuned_pipeline_opens_in_plain_diffusers(method, pipeline, folder, cache
     scale = {"plain": 3.0, "aligned": 2.0, "mg": 1.0, "aware": 3.5}[method]
     noise, prompts = torch.randn(2, 4, 8, 8), ["red cat", "blue dog"]
     theirs = there(prompts, num_inference_steps=4, guidance_scale=scale, latents=noise, output_type="pt").images
-    guided = (AtScale if method == "aware" else ClassifierFreeGuidance)(tuned, scale)
-    with count_rows() as rows:
+    guided = (FixedScale if method == "aware" else ClassifierFreeGuidance)(tuned, scale)
+    with count_nfe() as rows:
         assert_close(our_images(guided, there, noise, prompts, 4), theirs, rtol=0, atol=1e-4)
     assert rows.total == 2 * 4 * (1 if method in ("mg", "aware") else 2)
     old = ClassifierFreeGuidance(load_text_denoiser(pipeline, cached.null), scale)
@@ -485,7 +485,7 @@ def test_too_little_memory_names_the_knobs(folder, saved, tmp_path, monkeypatch)
     for knob in ("batch_size", "accumulate = 2", "recompute", "two_stage = true", "lora_rank = 16", "a smaller size"):
         assert knob in told
     assert "\n" not in told
-    with pytest.raises(RuntimeError, match=r"^other$"), naming_knobs(recipe):
+    with pytest.raises(RuntimeError, match=r"^other$"), add_memory_hint(recipe):
         raise RuntimeError("other")
 
 

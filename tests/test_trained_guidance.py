@@ -10,9 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_rows
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
 from guidance_nb.guidance_variants import PairGuidance
-from guidance_nb.model_guidance import AtScale, ModelGuidanceLoss
+from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.trained_guidance import (
@@ -158,7 +158,7 @@ class Twice(Denoiser):
         super().__init__(model.path, model.num_classes)
         self.model, self.scale = model, scale
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         pair = self.model.predict(x, t, c)
         alpha, sigma = (f(t).reshape(-1, 1) for f in (self.path.alpha, self.path.sigma))
         return Prediction(pair.x0 + self.scale * sigma, pair.eps - self.scale * alpha)
@@ -224,7 +224,7 @@ def test_rows():
         (GuidedDistillationLoss(teacher), 400),
     ):
         model = watch().train()
-        with count_rows() as rows:
+        with count_nfe() as rows:
             loss(model, x0, c, context())
         assert rows.total == 400 + extra, loss
         assert model.training and model.net.calls[0][2:4] == (True, True)
@@ -460,7 +460,7 @@ def test_learned_scale():
     found = []
     for s in (1.0, 2.0, 2.8):
         with torch.no_grad():
-            guided = AtScale(ema, s).x0(x, torch.tensor(t), torch.ones(41, dtype=torch.long))
+            guided = FixedScale(ema, s).x0(x, torch.tensor(t), torch.ones(41, dtype=torch.long))
         found.append((((guided - uncond) * (cond - uncond)).sum() / (cond - uncond).square().sum()).item())
     assert found[:2] == pytest.approx([1, 2], abs=0.35) and found[2] > found[1] + 0.1  # it lags at the top: 1 / scale^2
 

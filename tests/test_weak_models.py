@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import EMBEDDINGS, Denoiser, OnPath, Prediction, count_rows
+from guidance_nb.denoisers import EMBEDDINGS, Denoiser, OnPath, Prediction, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, gaussian_pair
 from guidance_nb.networks import NoisyClassifier, image_denoiser, mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
@@ -116,7 +116,7 @@ def test_the_variance_law_by_quadrature():
 def test_sampled_autoguidance_repairs_the_width():
     law = lambda v: ExactDenoiser(Mixture(torch.zeros(1, 1), torch.tensor([v]), torch.tensor([0])), FlowPath())  # noqa: E731
     guided = Autoguidance(law(1.5), law(4.0), repairing_scale(0.5, 1.5, 4.0))
-    end = sample(guided, None, (1, 1), steps=200, init=torch.ones(1, 1), progress=False, dtype=torch.float64)
+    end = sample(guided, 1, (1,), steps=200, init=torch.ones(1, 1), progress=False, dtype=torch.float64)
     assert end.item() ** 2 == pytest.approx(0.5, rel=5e-3)
 
 
@@ -127,7 +127,7 @@ def test_two_scales_and_their_cost(dit, batch):
     scale, cfg_scale = mixed_scales(3.0, 0.75)
     assert (scale, cfg_scale) == (2.5, 1.5)
     guided = Autoguidance(dit, weak, scale, cfg_scale=cfg_scale)
-    with count_rows() as rows:
+    with count_nfe() as rows:
         assert_close(guided.predict(x, t, c).eps, 3.0 * own - 0.5 * null - 1.5 * poor)
     assert rows.total == 12 and guided.claims.rows == 3 and not guided.claims.conditional_at_one
     assert Autoguidance.claims.rows == 2 and Autoguidance.claims.conditional_at_one
@@ -137,7 +137,7 @@ def test_two_scales_and_their_cost(dit, batch):
         (Autoguidance(dit, weak, 1.0, cfg_scale=2.0), 8),
         (Autoguidance(dit, weak, 2.0, (0.0, 0.5), cfg_scale=2.0), 2 * 3 + 2 * 2),
     ):
-        with count_rows() as rows:
+        with count_nfe() as rows:
             guided.predict(x, t, c)
         assert rows.total == expected
     schedule = Autoguidance(dit, weak, lambda t: 1 + t)
@@ -374,7 +374,7 @@ def test_self_attention_guidance_restated(model, batch):
     got = SelfAttentionGuidance(model, 1, sigma=0.8).predict(x, t, c)
     assert_close(got.eps, eps)
     assert_close(got.x0, (x - wide(t) * eps) / wide(1 - t))
-    with count_rows() as rows:
+    with count_nfe() as rows:
         SelfAttentionGuidance(model, 1, sigma=0.8, cfg_scale=2.0).predict(x, t, c)
     assert rows.total == 12
 
@@ -423,7 +423,7 @@ class Echo(Denoiser):
     def __init__(self):
         super().__init__(FlowPath(), EMBEDDINGS)
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         total = torch.zeros(len(x), 1).to(x) if c is None else c.flatten(1).sum(1, keepdim=True)
         return Prediction(0 * x + total, 0 * x + total)
 
@@ -433,7 +433,7 @@ def test_samples_do_not_depend_on_their_batch(dit):
     y = by_embedding.embed(torch.arange(6) % 3).detach()
     guided = CADS(ClassifierFreeGuidance(by_embedding, 3.0, (0.1, 0.9)), 0.5)
     draw = lambda c, n, start, size=None: sample(  # noqa: E731
-        guided, c, (n, 1, 8, 8), steps=4, seed=2, start=start, batch_size=size, progress=False
+        guided, c, (1, 8, 8), steps=4, seed=2, start=start, batch_size=size, progress=False
     )
     whole = draw(carry_noise(y, seed=2, draws=4), 6, 0)
     assert_close(draw(carry_noise(y, seed=2, draws=4), 6, 0, 1), whole, rtol=1e-4, atol=1e-4)
@@ -486,7 +486,7 @@ def test_judges_and_their_cost():
     for judge in (one, all_):
         nn.init.normal_(judge.net.read.weight)
         for scale, expected in ((1.0, 12), (0.0, 6)):
-            with count_rows() as rows, torch.no_grad():
+            with count_nfe() as rows, torch.no_grad():
                 pair = DiscriminatorGuidance(model, judge, scale).predict(x, 0.4, c)
             assert rows.total == expected and not pair.x0.requires_grad
     logits = all_(x, 0.4)
@@ -495,7 +495,7 @@ def test_judges_and_their_cost():
     assert_close(log_ratio(all_, x, 0.4), logits[:, 3:].exp().sum(1).log() - logits[:, :3].exp().sum(1).log())
     assert_close(log_ratio(one, x, 0.4, c), one(x, 0.4)[:, 1] - one(x, 0.4)[:, 0])
     early = DiscriminatorGuidance(model, one, 1.0, (0.0, 0.3))
-    with count_rows() as rows:
+    with count_nfe() as rows:
         early.predict(x, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), c)
     assert rows.total == 9
 

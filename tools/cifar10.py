@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from guidance_nb.image_data import SampleFile, save_samples
-from guidance_nb.image_metrics import (
+from guidance_nb.images.data import SampleFile, save_samples
+from guidance_nb.images.metrics import (
     Extractor,
     Features,
     append_rows,
@@ -35,17 +35,17 @@ from guidance_nb.image_metrics import (
     read_rows,
     resnet_extractor,
 )
-from guidance_nb.recipes import (
+from guidance_nb.cli.recipes import (
     DataTable,
     Recipe,
     Request,
     Trained,
     choose_metrics,
     draw,
-    floor_row,
+    baseline_row,
     has_facts,
     load_trained,
-    look_at_real,
+    extract_reference_features,
     make_data,
     make_engine,
     make_loss,
@@ -480,7 +480,7 @@ def score_points(study: Study, plan: Plan) -> Iterator[dict[str, Any]]:
     rows, waiting = read_rows(file)[1] if file.exists() else [], deque[tuple[Future, dict[str, Any]]]()
     for n in (plan.samples, 2 * plan.samples):
         if not any(has_facts(row, {"run": "real", "n": n}) for row in rows):
-            floor = floor_row("cifar10", real, eyes, n, metrics)
+            floor = baseline_row("cifar10", real, eyes, n, metrics)
             if floor is not None:
                 append_rows(file, [floor | {"run": "real", "device": device_name()}])
                 yield floor | {"run": "real"}
@@ -542,7 +542,7 @@ def save_score(file: Path, future: Future, about: dict[str, Any]) -> dict[str, A
 def look_at(study: Study, eyes: Extractor) -> tuple[Features, tuple[str, ...]]:
     "Features of the training images, of a part of them in a rehearsal, and the metrics they allow."
     if study.size.limit is None:
-        return look_at_real("cifar10", "train", (3, 32, 32), eyes, METRICS, progress=False)
+        return extract_reference_features("cifar10", "train", (3, 32, 32), eyes, METRICS, progress=False)
     data = read_images(run_recipe("base", study.size).data)
     metrics = choose_metrics(data.images(torch.arange(len(data))), eyes, METRICS)
     return measure(data.images(torch.arange(len(data))), eyes, metrics, name="cifar10 train"), metrics
@@ -569,7 +569,7 @@ def show_table(study: Study, plan: Plan) -> None:
     table = table[table.n.astype(int) == 2 * plan.samples]
     names = ["run", "scale", "until", "steps", "n"]
     names += [f"{metric}_resnet56" for metric in ("fd", "agreement", "precision", "recall")]
-    names += ["rows_per_sample", "training_seconds"]
+    names += ["nfe", "training_seconds"]
     print(table[[name for name in names if name in table]].to_string(index=False))
 
 

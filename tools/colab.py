@@ -15,15 +15,15 @@ WITHOUT = {"index", "92_api"}  # the README, and a list: there is nothing to run
 
 SLOW = "No GPU is needed; cells marked `slow` take a while."
 NEEDS = {
-    "08_image_metrics": (
+    "33_image_metrics": (
         "The two cells marked `slow` read CIFAR-10 and the weights of two classifiers from the folder "
         "`GUIDANCE_NB_DATA`, which Colab does not have: skip them there."
     ),
-    "21_image_data": "No GPU is needed; the cell marked `slow` downloads MNIST and CIFAR-10.",
+    "32_image_data": "No GPU is needed; the cell marked `slow` downloads MNIST and CIFAR-10.",
     "22_mnist": "It plots committed rows, so neither data nor a GPU is needed.",
     "23_cifar10": "It plots committed rows, so neither data nor a GPU is needed.",
-    "24_latents": "No GPU is needed; the later cells marked `slow` download MNIST and train on it.",
-    "25_stable_diffusion": "Its pipeline is tiny and random: no weights are downloaded. Cells marked `slow` train it.",
+    "34_latents": "No GPU is needed; the later cells marked `slow` download MNIST and train on it.",
+    "36_stable_diffusion": "Its pipeline is tiny and random: no weights are downloaded. Cells marked `slow` train it.",
     "26_which_guidance": "The cell marked `slow` finds its rows committed, so neither data nor a GPU is needed.",
 }
 

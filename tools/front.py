@@ -41,7 +41,7 @@ def panels(n: int = 800) -> dict[float, Panel]:
     real, _ = sample_mixture(tree, label, torch.Generator().manual_seed(1))
     for scale in SCALES:
         guided = ClassifierFreeGuidance(model, scale)
-        x = sample(guided, label, (n, 2), "heun", 32, progress=False)
+        x = sample(guided, label, (2,), "heun", 32, progress=False)
         off = outlier_rate(x, judge(x).argmax(1), tree, bar)
         share = class_accuracy(x, label, judge)
         made[scale] = Panel(x, share, coverage(real, x, label, label), off, 1 if scale in (0, 1) else 2)

@@ -1,0 +1,45 @@
+"""One line for a rule about an argument: what is refused is a `ValueError` of one line, `name = value; allowed: ...`."""
+
+import difflib
+import math
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def require(fine: object, name: str, value: object, allowed: str) -> None:
+    """Refuse `value` unless `fine`."""
+    if not fine:
+        shown = repr(value) if isinstance(value, str | bytes | list | dict) else value
+        raise ValueError(f"{name} = {shown}; allowed: {allowed}")
+
+
+def check_choice(name: str, value: T, allowed: Collection[T]) -> T:
+    """One of a few values; names the nearest where there is one."""
+    near = difflib.get_close_matches(str(value), map(str, allowed), 1) if len(allowed) > 12 else []
+    shown = f"{near[0]!r}, ..." if near else ", ".join(map(repr, allowed))
+    require(value in allowed, name, value, shown)
+    return value
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, allowed: str = "") -> float:
+    """A finite number from `low` to `high`, ends included where they are finite."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ends = {(False, False): "a finite number", (True, False): f"a number, {low:g} or more"}
+    words = ends.get((math.isfinite(low), math.isfinite(high)), f"{low:g} to {high:g}")
+    require(fine and low <= value <= high, name, value, allowed or words)
+    return value
+
+
+def check_whole(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
+    """A whole number from `low` to `high`."""
+    fine = isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
+    require(fine, name, value, f"a whole number, {low} or more" if high is None else f"a whole number, {low} to {high}")
+    return value
+
+
+def check_distinct(name: str, values: Iterable[Any]) -> None:
+    """One value or more, each once."""
+    values = tuple(values)
+    require(values and len(set(values)) == len(values), name, values, "one or more, each once")
