@@ -12,7 +12,7 @@ __all__ = ['PREDICTIONS', 'EMBEDDINGS', 'Prediction', 'target_coefficients', 'to
 # %% ../nbs/01_denoisers.ipynb #cd2e7cba
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,10 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         "Posterior means at noisy data `x` `[batch, ...]`, time `t` (scalar or `[batch]`), labels `c` `[batch]`."
         raise NotImplementedError
+
+    def predict(self, x: Tensor, t: Tensor, c: Tensor | None = None, **options: Any) -> Prediction:
+        "The same as calling the model: `model(x, t, c)`."
+        return self(x, t, c, **options)
 
     def predict_pair(self, x: Tensor, t: Tensor, c: Tensor, batching: str = "auto") -> tuple[Prediction, Prediction]:
         "The conditional and the unconditional prediction."
