@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guidance_nb import recipes
+from guidance_nb.cli import recipes
 from guidance_nb.images.data import SampleFile, load_samples, save_samples
 from guidance_nb.images.metrics import INCEPTION, PROVENANCE, Extractor, Features, append_rows, read_reference
 from guidance_nb.cli.recipes import (
