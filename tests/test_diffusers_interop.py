@@ -184,7 +184,7 @@ def test_our_samplers_and_their_loops(name, options, sampler):
         start = start * (1 + level**2) ** 0.5 * model.path.alpha(times[0]).item()
     else:
         theirs = loop(scheduler, net, start, 10, text)
-    ours = sample(model, text, tuple(start.shape), sampler, times=times, init=start, progress=False)
+    ours = sample(model, text, tuple(start.shape[1:]), sampler, times=times, init=start, progress=False)
     # Karras noise levels lie between the table's, where the interpolants differ; with flow noise levels the solver cuts
     # its timesteps to whole numbers, 99.9 to 99. In both cases the network is told slightly other times than by us.
     loose = options.get("use_karras_sigmas") or options.get("use_flow_sigmas")
@@ -210,7 +210,7 @@ def test_stable_diffusion_pipeline():
         call["negative_prompt"] = [null] * 2
         guided = ClassifierFreeGuidance(from_pipeline(pipeline, null).model, 3.0)
         times = scheduler_times(pipeline.scheduler, 5)
-        ours = sample(guided, encode(PROMPTS), (*shape,), "ddim", times=times, init=start, progress=False)
+        ours = sample(guided, encode(PROMPTS), shape, "ddim", times=times, init=start, progress=False)
         compare(pipeline, call, ours, decode)
 
 
@@ -225,7 +225,7 @@ def test_pipelines_with_packed_conditions(make, sampler, told):
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": start, "height": 16, "width": 16, **told}
     times = scheduler_times(pipeline.scheduler, 4)
     guided = ClassifierFreeGuidance(model, 3.0)
-    ours = sample(guided, c, (*shape,), sampler, times=times, init=start, progress=False)
+    ours = sample(guided, c, shape, sampler, times=times, init=start, progress=False)
     assert c.ndim == 2 and c.dtype == torch.float32
     compare(pipeline, call, ours, decode)
 
@@ -239,7 +239,7 @@ def test_flux_pipeline(embedded):
     call = {"num_inference_steps": 4, "guidance_scale": 2.5, "latents": to_patches(start)[0], "max_sequence_length": 8}
     call |= {"height": 16, "width": 16}
     times = scheduler_times(pipeline.scheduler, 4, sigmas=np.linspace(1, 1 / 4, 4))
-    ours = sample(model, c, (*shape,), "euler", times=times, init=start, progress=False)
+    ours = sample(model, c, shape, "euler", times=times, init=start, progress=False)
     compare(pipeline, call, ours, decode)
     if embedded:  # without a fixed scale it is an input, 1 unless asked, and 0 without condition
         aware = from_pipeline(pipeline, **options).model
@@ -259,7 +259,7 @@ def test_dit_pipeline_with_a_learned_variance():
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(0)}
     theirs = torch.from_numpy(pipeline([0, 1], output_type="np", **call).images).permute(0, 3, 1, 2)
     times, guided = scheduler_times(pipeline.scheduler, 4), ClassifierFreeGuidance(model, 3.0)
-    ours = sample(guided, encode(["cat", 1]), (*shape,), "ddim", times=times, init=start, progress=False)
+    ours = sample(guided, encode(["cat", 1]), shape, "ddim", times=times, init=start, progress=False)
     shades = (decode(ours) / 2 + 0.5).clamp(0, 1)
     assert ((shades > 0) & (shades < 1)).float().mean() > 0.1
     assert_close(shades, theirs, rtol=0, atol=1e-5)
@@ -277,7 +277,7 @@ def test_dit_does_not_drop_labels_by_itself():
 def test_a_pipeline_without_conditions():
     pipeline = diffusers.DDIMPipeline(cases.class_unet(), cases.ddim())
     model, _, decode, shape = from_pipeline(pipeline)
-    x = sample(model, 2, (*shape,), "ddim", 4, progress=False)
+    x = sample(model, 2, shape, "ddim", 4, progress=False)
     assert model.num_classes == 0 and torch.equal(decode(x), x)
 
 
@@ -368,7 +368,7 @@ def test_fine_tune_resume_save_load_with_plain_diffusers(tmp_path):
     start = torch.randn(2, *shape)
     call = {"num_inference_steps": 4, "guidance_scale": 2.0, "latents": start}
     times, guided = scheduler_times(again.scheduler, 4), ClassifierFreeGuidance(model.eval(), 2.0)
-    ours = sample(guided, encode(PROMPTS), (*shape,), "ddim", times=times, init=start, progress=False)
+    ours = sample(guided, encode(PROMPTS), shape, "ddim", times=times, init=start, progress=False)
     compare(again, call, ours, decode)
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from guidance_nb import cli
+from guidance_nb.cli.app import app
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_nfe
@@ -345,7 +345,7 @@ def our_images(model, pipeline, noise, prompts, steps):
         ids = pipeline.tokenizer(prompts, padding="max_length", max_length=10, return_tensors="pt").input_ids
         c = pipeline.text_encoder(ids)[0]
         times = scheduler_times(pipeline.scheduler, steps)
-        x = sample(model, c, tuple(noise.shape), "ddim", times=times, init=noise, progress=False)
+        x = sample(model, c, tuple(noise.shape[1:]), "ddim", times=times, init=noise, progress=False)
         return (pipeline.vae.decode(x / 0.7).sample / 2 + 0.5).clamp(0, 1)
 
 
@@ -404,7 +404,7 @@ def test_clip_score_is_the_clipped_cosine(pipeline, cached, tmp_path):
 
 
 def call(*words):
-    return CliRunner().invoke(cli.app, ["finetune", *map(str, words)], catch_exceptions=False)
+    return CliRunner().invoke(app, ["finetune", *map(str, words)], catch_exceptions=False)
 
 
 TINY = ("--size", 0, "--steps", 2, "--batch-size", 4, "--accumulate", 2, "--precision", "fp32")

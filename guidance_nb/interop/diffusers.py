@@ -748,7 +748,7 @@ from guidance_nb.samplers import sample
 {imports}
 model = HubDenoiser.from_pretrained("FOLDER OR HUB NAME")
 guided = {guidance}
-images = sample(guided, torch.arange(4) % {classes}, (4, *model.shape), "{sampler}", {sampler_steps})
+images = sample(guided, torch.arange(4) % {classes}, model.shape, "{sampler}", {sampler_steps})
 ```
 """
 
