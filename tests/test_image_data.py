@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 
-from guidance_nb import image_data
+from guidance_nb.images import data as image_data
 from guidance_nb.images.data import (
     FILES,
     ImageData,

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from torchvision import transforms
 from typer.testing import CliRunner
 
-from guidance_nb import recipes
+from guidance_nb.cli import recipes
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.cli.app import app, destroy_process_group
 from guidance_nb.denoisers import dit_channel_scales
