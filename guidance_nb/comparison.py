@@ -575,7 +575,7 @@ def run_tour(
     quick: bool = False,  # Whether to run everything in miniature
     progress: bool = True,  # Whether to show progress bars
 ) -> Any:  # The table, a pandas DataFrame
-    "Train, sample and score all methods; writes comparison.csv, cost.csv, floor.csv, figures and index.html."
+    "Train, sample and score all methods; writes comparison.csv, cost.csv, baseline.csv, figures and index.html."
     import pandas as pd
 
     out, scales = Path(out), tuple(sorted({float(s) for s in scales}))
@@ -590,7 +590,7 @@ def run_tour(
     everything, floor = pd.DataFrame(rows), pd.DataFrame(floors)
     full = everything.steps == everything.data.map({name: budget.steps for name, budget in budgets.items()})
     table, cost = everything[full].reset_index(drop=True), everything[~full].reset_index(drop=True)
-    for name, frame in (("comparison.csv", table), ("cost.csv", cost), ("floor.csv", floor)):
+    for name, frame in (("comparison.csv", table), ("cost.csv", cost), ("baseline.csv", floor)):
         frame.to_csv(out / f"{name}.tmp", index=False, float_format="%.6g")
         os.replace(out / f"{name}.tmp", out / name)
     write_page(table, cost, floor, stages, problems, out)

@@ -219,7 +219,7 @@ def family_rows(
         member = FAMILY[name]
         taken = affordable_steps(member, tools, scale, budget)
         x, c, rows = draw_member(member, tools, scale, taken, samples, seed)
-        facts = {"model": kind, "member": name, "scale": scale, "seed": seed, "steps": taken, "rows": round(rows, 2)}
+        facts = {"model": kind, "member": name, "scale": scale, "seed": seed, "steps": taken, "nfe": round(rows, 2)}
         yield facts | {"samples": samples, "trained": steps if kind == "learned" else 0} | score_fractal(x, c, problem)
 
 # %% ../nbs/26_which_guidance.ipynb #9e2ad7b2
@@ -246,7 +246,7 @@ def best_scales(
     share: float = 0.9,  # Least coverage, as a share of the conditional model's
 ) -> Any:  # pandas table: means over seeds at each member's best scale, by model
     "Every member at the scale of fewest outliers among those that keep enough coverage."
-    measures = ["outlier_rate", "coverage", "sliced_wasserstein", "rows", "steps"]
+    measures = ["outlier_rate", "coverage", "sliced_wasserstein", "nfe", "steps"]
     groups = table.groupby(["model", "member", "scale"])
     mean = groups[measures].mean().assign(spread=groups.outlier_rate.std(), seeds=groups.size()).reset_index()
     least = mean[mean.member == "conditional"].set_index("model").coverage * share

@@ -121,7 +121,7 @@ def expect_numbers(page, scene, run, c: int) -> None:
     assert shown(page, "nll") == f"{found['nll']:.3f}"
     assert shown(page, "distance") == f"{found['distance']:.3f}"
     assert shown(page, "outliers") == f"{100 * found['outliers']:.1f} %"
-    assert shown(page, "rows") == str(run.rows)
+    assert shown(page, "rows") == f"{run.nfe:g}"
 
 
 def test_stored_page_is_the_one_the_package_makes():
@@ -173,7 +173,7 @@ def test_program_computes_what_the_package_does(program, name, method, own):
         )
         run = run_scene(scene, c, method, settings, sampler, steps)
         assert_close(torch.tensor(walked, dtype=torch.float64), run.points.flatten(1), rtol=1e-9, atol=1e-9)
-        assert rows == run.rows
+        assert rows == run.nfe
         ours = scene_numbers(scene, run.x, c)
         assert found.keys() == ours.keys()
         for key, value in ours.items():
@@ -472,7 +472,7 @@ def test_live_view_shows_what_the_package_computes(method):
     everything[CONTROLS[name].label].value = value
     run = run_scene(scene, 1, method, settings_of(method, **{name: value}))
     assert f"<td>{run.x.mean():.3f}</td>" in everything["HTML"].value
-    assert f"<td>{run.rows}</td>" in everything["HTML"].value
+    assert f"<td>{run.nfe:g}</td>" in everything["HTML"].value
     at_end = everything["Image"].value
     assert before != at_end
     everything["frame"].value = 4

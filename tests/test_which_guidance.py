@@ -49,7 +49,7 @@ def test_committed_rows_are_of_this_code(name, scale):
     row, problem = table.loc[("exact", name, scale, 1)], load_problem("fractal")
     tools = Tools(exact_tools(problem, 1).model, None, None, {})
     x, c, rows = draw_member(FAMILY[name], tools, scale, int(row.steps), int(row.samples), 1)
-    assert rows == row.rows
+    assert rows == row.nfe
     found = score_fractal(x, c, problem)
     for key in ("outlier_rate", "coverage", "sliced_wasserstein"):
         assert found[key] == pytest.approx(row[key], abs=0.004)  # rounding moves a few samples in a thousand
@@ -60,7 +60,7 @@ def test_the_table_is_complete():
     points = {(kind, *point, seed) for kind in KINDS for point in family_points(kind) for seed in range(3)}
     found = list(zip(table.model, table.member, table.scale, table.seed))
     assert set(found) == points and len(found) == len(points)
-    assert (table.rows[table.steps > 2] <= 65).all()
+    assert (table.nfe[table.steps > 2] <= 65).all()
 
 
 def test_best_scales_by_loops():

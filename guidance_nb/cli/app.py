@@ -96,7 +96,7 @@ def tour(
     except KeyboardInterrupt:
         typer.echo("guidance-nb: interrupted; finished stages are kept, start again to continue", err=True)
         raise typer.Exit(130) from None
-    floor = pd.read_csv(out / "floor.csv")
+    floor = pd.read_csv(out / "baseline.csv")
     for name in table.data.unique():
         typer.echo(f"\n{name}\n{summary(table, floor, name).to_string(index=False)}")
     typer.echo(f"\nTables, figures and a page to read are in {out}: open {out / 'index.html'}")

@@ -32,7 +32,7 @@ from guidance_nb.plots import (
     show_points,
     show_trajectories,
 )
-from guidance_nb.samplers import Trajectory, keyed_noise, sample
+from guidance_nb.samplers import Trajectory, keyed_noise, sample_trajectory
 
 
 class Scene(NamedTuple):
@@ -975,13 +975,13 @@ def numbers_table(
     x: Tensor,  # Finished samples, `[n, d]`
     c: int,  # Their class
     scale: float,  # True scale
-    rows: int,  # Network rows per sample
+    nfe: float,  # Network function evaluations per sample
 ) -> str:  # An HTML table
     "The numbers of samples beside those of real points."
     real = scene_numbers(scene, scene.real[scene.real_c == c], c) | {"distance": scene.floor[c]}
     show = lambda v: ", ".join(f"{w:.3f}" for w in (v if isinstance(v, list) else [v]))  # noqa: E731
     found = {key: (show(v), show(real[key])) for key, v in scene_numbers(scene, x, c).items()}
-    found |= {"true scale": (f"{scale:.2f}", ""), "rows a sample": (str(rows), "")}
+    found |= {"true scale": (f"{scale:.2f}", ""), "NFE": (f"{nfe:g}", "")}
     body = "".join(f"<tr><th>{key}</th><td>{ours}</td><td>{theirs}</td></tr>" for key, (ours, theirs) in found.items())
     return f"<table><tr><th></th><th>samples</th><th>real points</th></tr>{body}</table>"
 
