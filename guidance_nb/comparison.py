@@ -56,7 +56,7 @@ from .mixtures import ExactDenoiser, Mixture, digits, fractal, mixture_of_points
 from .model_guidance import FixedScale, ModelGuidanceLoss
 from .networks import NoisyClassifier, mlp_denoiser
 from .paths import FlowPath
-from .plots import METHOD_COLOURS, METHOD_LABELS, show_curves, show_density, show_images, show_points
+from .plots import COLOURS, METHOD_LABELS, show_curves, show_density, show_images, show_points
 from .samplers import Trajectory, sample, sample_trajectory
 from .training import ClassifierLoss, DenoisingLoss, fit
 
@@ -624,7 +624,7 @@ def draw_samples(
             continue
         show_density(problem.mixture, ax=ax)
         if trajectories:
-            ax.plot(paths[:, :, 0], paths[:, :, 1], lw=0.5, alpha=0.6, color=METHOD_COLOURS[stage.name])
+            ax.plot(paths[:, :, 0], paths[:, :, 1], lw=0.5, alpha=0.6, color=COLOURS[stage.name])
             ax.plot(*paths[-1].T, ".", ms=2, color="black")
         else:
             show_points(x, torch.arange(len(x)) % 2, ax=ax, size=0.8)
@@ -669,7 +669,7 @@ def draw_curves(
         ax.axhline(real[metric].mean(), color="black", ls="--", lw=0.8)
         if against == "scale":  # no guidance is one model, whatever the scale
             level = rows[rows.method == "none"][metric].mean()
-            ax.axhline(level, color=METHOD_COLOURS["none"], lw=1.5, zorder=0)
+            ax.axhline(level, color=COLOURS["none"], lw=1.5, zorder=0)
         ax.set(xlabel=against.replace("_", " "), ylabel=metric.replace("_", " "))
         if ax.get_legend() is not None:
             ax.get_legend().remove()

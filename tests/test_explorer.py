@@ -29,7 +29,7 @@ from guidance_nb.explorer import (
 )
 from guidance_nb.mixtures import ExactDenoiser, Mixture, gaussian_pair, log_prob
 from guidance_nb.paths import FlowPath, VPPath
-from guidance_nb.plots import density_image
+from guidance_nb.plots import _density_image
 from notebooks import ROOT, cells, text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
@@ -197,7 +197,7 @@ def test_picture_is_the_exact_density(program, t):
     for name in ("fractal", "grid"):
         scene = SCENES[name]
         found = torch.tensor(program(body, [name, t, size]), dtype=torch.float64).reshape(size, size).flip(0)
-        ours = density_image(scene.mixture, 1, FlowPath(), t, scene.extent, size)
+        ours = _density_image(scene.mixture, 1, FlowPath(), t, scene.extent, size)
         assert_close(found, ours, rtol=1e-9, atol=1e-9 * ours.max().item())
     film = torch.tensor(program(body, ["pair", t, 64]), dtype=torch.float64).reshape(64, 64).flip(0)
     line = ((torch.arange(64).double() + 0.5) / 64 * 2 - 1)[:, None] * SCENES["pair"].extent

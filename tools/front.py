@@ -14,7 +14,7 @@ import torch
 from notebooks import ROOT
 
 TARGET = ROOT / "nbs" / "images" / "scales.png"
-SCALES = {0.0: "reference", 1.0: "conditional", 2.0: "guided", 4.0: "guided"}  # scale -> colour of its role
+SCALES = {0.0: "unconditional", 1.0: "conditional", 2.0: "guided", 4.0: "guided"}  # scale -> colour of its role
 TITLES = {0.0: "γ = 0: no condition", 1.0: "γ = 1: no guidance", 2.0: "γ = 2", 4.0: "γ = 4"}
 
 

@@ -24,10 +24,8 @@ from guidance_nb.mixtures import (
 )
 from guidance_nb.paths import FlowPath
 from guidance_nb.plots import (
-    METHOD_COLOURS,
+    COLOURS,
     METHOD_LABELS,
-    get_axes,
-    role_colour,
     show_density,
     show_points,
     show_trajectories,
@@ -463,15 +461,15 @@ def draw_run(
     ax: Any = None,  # Axes, a new one by default
 ) -> Any:  # The Axes
     "Samples and trajectories up to a moment, over the exact density of that moment."
-    ax, upto = get_axes(ax), run.points[: frame % len(run.points) + 1]
+    upto = run.points[: frame % len(run.points) + 1]
     shown = Trajectory(upto, run.times[: len(upto)], run.nfe)
     t = shown.times[-1].item()
-    show_density(scene.mixture, c, ax, FlowPath(), t, scene.extent)
+    ax = show_density(scene.mixture, c, ax, FlowPath(), t, scene.extent)
     if scene.mixture.dim == 2:
         show_trajectories(shown, ax, method, every=6)
         show_points(shown.x, None, ax, method, size=3)
     else:
-        look = {"range": (-scene.extent, scene.extent), "density": True, "color": role_colour(method)}
+        look = {"range": (-scene.extent, scene.extent), "density": True, "color": COLOURS[method]}
         ax.hist(shown.x[:, 0].numpy(), bins=52, alpha=0.5, **look)
     ax.set(xlim=(-scene.extent, scene.extent), xlabel=f"t = {t:.2f}", yticks=[])
     if scene.mixture.dim == 2:
@@ -941,7 +939,7 @@ def explorer_page(
         "controls": CONTROLS,
         "methods": METHOD_CONTROLS,
         "labels": {name: METHOD_LABELS[name] for name in METHOD_CONTROLS},
-        "colours": {name: [METHOD_COLOURS[name], DARK_COLOURS[name]] for name in METHOD_CONTROLS},
+        "colours": {name: [COLOURS[name], DARK_COLOURS[name]] for name in METHOD_CONTROLS},
         "css": SHELL_CSS,
         "html": SHELL_HTML,
         "checks": check_runs(scenes),
