@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Extra = Literal["plots", "images", "cli", "diffusers", "sd", "dinov2", "live"]
+Extra = Literal["plots", "images", "engine", "diffusers", "cli", "sd", "dinov2", "live"]
 
 
 @contextmanager

@@ -27,13 +27,13 @@ from guidance_nb import __version__
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, choose_batching, count_nfe
+from guidance_nb.engine.cost import count_step_rows, find_chip, mfu, network_cost, sampling_flops, training_flops
 from guidance_nb.flow_postprocessing import faiss_neighbours, torch_neighbours
 from guidance_nb.images.metrics import CifarResNet, extract, image_scores, resnet_extractor
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import image_denoiser
 from guidance_nb.paths import FlowPath, VPPath
 from guidance_nb.samplers import sample
-from guidance_nb.engine.cost import count_step_rows, find_chip, mfu, network_cost, sampling_flops, training_flops
 from guidance_nb.training import DenoisingLoss, Engine, fit
 from notebooks import ROOT
 
@@ -304,7 +304,7 @@ def batching(sizes: Sizes) -> Iterator[Pair]:
         times = max(1, sizes.samples // n)
 
         @torch.no_grad()
-        def forward(kind: str, x: Tensor = x, t: Tensor = t, c: Tensor = c, times: int = times) -> Tensor:
+        def predict(kind: str, x: Tensor = x, t: Tensor = t, c: Tensor = c, times: int = times) -> Tensor:
             for _ in range(times):
                 conditional, unconditional = model.predict_pair(x, t, c, kind)
             return torch.stack([conditional.x0, unconditional.x0])

@@ -7,8 +7,8 @@ import argparse
 import re
 import sys
 
-from colab import store, with_colab
-from notebooks import NOTEBOOKS, ROOT
+from colab import with_colab
+from notebooks import NOTEBOOKS, ROOT, store
 
 TEMPLATE = ROOT / "tools" / "template" / "NN_my_method.ipynb"
 
