@@ -5,6 +5,9 @@ import math
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -43,3 +46,21 @@ def check_distinct(name: str, values: Iterable[Any]) -> None:
     """One value or more, each once."""
     values = tuple(values)
     require(values and len(set(values)) == len(values), name, values, "one or more, each once")
+
+
+def check_scale(scale: Any, name: str = "scale") -> Any:
+    """A finite number, a tensor of finite numbers, or a function of time."""
+    if not callable(scale):
+        numeric = isinstance(scale, int | float | Tensor) and not isinstance(scale, bool)
+        require(numeric and torch.as_tensor(scale).isfinite().all(), name, scale, "a finite number")
+    return scale
+
+
+def check_interval(interval: Any) -> tuple[float, float]:
+    """Two times in [0, 1], in order."""
+    try:
+        low, high = (float(t) for t in interval)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    require(0 <= low <= high <= 1, "interval", interval, "two times, 0 <= first <= last <= 1")
+    return low, high

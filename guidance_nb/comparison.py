@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from .aligned_loss import AlignedLoss
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .classifier_guidance import ClassifierGuidance
-from .denoisers import Denoiser, count_nfe, mg_weight_from_scale
+from .denoisers import Denoiser, count_nfe
 from .flow_postprocessing import FlowPostprocessor
 from guidance_nb.metrics import (
     bayes_judge,
@@ -53,7 +53,7 @@ from guidance_nb.metrics import (
     precision_recall,
 )
 from .mixtures import ExactDenoiser, Mixture, digits, fractal, mixture_of_points, sample_mixture
-from .model_guidance import FixedScale, ModelGuidanceLoss
+from .model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale
 from .networks import NoisyClassifier, mlp_denoiser
 from .paths import FlowPath
 from .plots import COLOURS, METHOD_LABELS, show_curves, show_density, show_images, show_points

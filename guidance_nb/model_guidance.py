@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEGATIVES', 'guidance_direction', 'check_weight', 'check_model_guidance', 'check_network', 'ModelGuidanceLoss',
-           'guided_mask', 'draw_weights', 'scale_during_training', 'FixedScale', 'AutoWeight']
+           'guided_mask', 'draw_weights', 'scale_during_training', 'scale_from_mg_weight', 'mg_weight_from_scale',
+           'scale_from_mg_table', 'FixedScale', 'AutoWeight']
 
 # %% ../nbs/13_model_guidance.ipynb #6d0e6248
 import math
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import require
 from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction
 from .paths import expand_time
 from .training import Context
@@ -190,6 +192,23 @@ def scale_during_training(
     rate = (1 - decay) * (1 - weight)
     kept = (1 - rate) ** steps
     return 1 + weight * (kept * start + (steps * (1 - decay) if rate == 0 else (1 - kept) / (1 - weight)))
+
+# %% ../nbs/13_model_guidance.ipynb #8a10e002
+def scale_from_mg_weight(w: float) -> float:
+    "The scale a Model-guidance weight `w` < 1 converges to, 1 / (1 - w) (arXiv 2502.12154 eq. 18, fixed point)."
+    require(w < 1, "w", w, "below 1, for at 1 and above the training target has no fixed point")
+    return 1 / (1 - w)
+
+
+def mg_weight_from_scale(scale: float) -> float:
+    "The Model-guidance weight whose fixed point is `scale`, the inverse of `scale_from_mg_weight`."
+    require(scale > 0, "scale", scale, "above 0")
+    return 1 - 1 / scale
+
+
+def scale_from_mg_table(s: float) -> float:
+    "The scale of the number printed in Model-guidance's tables, w = s - 1 (arXiv 2502.12154 table 3)."
+    return scale_from_mg_weight(s - 1)
 
 # %% ../nbs/13_model_guidance.ipynb #b49de9d9
 class FixedScale(Denoiser):

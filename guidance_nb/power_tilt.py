@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .classifier_free_guidance import check_scales
+from ._checks import check_scale
+from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import Denoiser, Prediction, check_inputs, count_nfe, guide, record_nfe
-from .guidance_variants import Claims, PairGuidance
+from .guidance import Claims, Guidance, Scale
 from .mixtures import ExactDenoiser, Mixture, log_prob
 from .paths import Path, expand_time
 from .samplers import StepContext, NoiseSource, check_request, ddim_step, time_grid
@@ -76,7 +77,7 @@ def log_tilt(
     x: Tensor,  # Points, `[n, d]`
 ) -> Tensor:  # `[n]`, float64
     "Log density of the power tilt up to a constant, eq. (1)."
-    check_scales(scale)
+    check_scale(scale)
     return scale * log_prob(toward, x) + (1 - scale) * log_prob(away, x)
 
 # %% ../nbs/18_power_tilt.ipynb #123b3aca
@@ -86,7 +87,7 @@ def tilt_mixture(
     scale: float,  # gamma
 ) -> Mixture:  # The tilt, all of class 0
     "The power tilt where it is a Gaussian mixture, eq. (2); raises `ValueError` where it is not, or does not exist."
-    check_scales(scale)
+    check_scale(scale)
     several = len(toward.means) > 1
     if len(away.means) > 1 or (several and not (float(scale).is_integer() and scale >= 1)):
         raise ValueError(f"scale = {scale}; allowed: a whole number from 1 for a mixture toward, and one Gaussian away")
@@ -203,15 +204,15 @@ def solve_shift(
     return Prediction(*pair), found
 
 # %% ../nbs/18_power_tilt.ipynb #d884c448
-class CharacteristicGuidance(PairGuidance):
+class CharacteristicGuidance(Guidance):
     "Guidance at the fixed point of eq. (5), classifier-free guidance where there is none (arXiv 2312.07586)."
 
-    claims: ClassVar[Claims] = Claims("2312.07586", rows=0)
+    claims: ClassVar[Claims] = Claims("2312.07586", nfe=0)
 
     def __init__(
         self,
         model: Denoiser,  # A model that answers with and without condition
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 1.0,  # Guidance scale, or a function of time
+        scale: Scale = 1.0,  # Guidance scale, or a function of time
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
         batching: str = "auto",  # How to evaluate the first pair; later ones lie at two points
         iterations: int = 50,  # Pairs evaluated for a sample at most
@@ -370,7 +371,7 @@ def sample_feynman_kac(
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> WeightedSamples:  # Particles and weights; systematic_resample makes them equal
     "Weighted guided ancestral sampling, eq. (10), of the power tilt (arXiv 2503.02819)."
-    path, guided = model.path, PairGuidance(model, scale)
+    path, guided = model.path, ClassifierFreeGuidance(model, scale)
     labels = check_population(c, (n, *shape), threshold, count)
     times = time_grid(path, steps) if times is None else times.double().cpu()
     check_request(model, labels, shape, "ddpm", times, None)

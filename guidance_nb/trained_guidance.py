@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BRANCHES', 'branch_outputs', 'check_training', 'MeanFlowGuidanceLoss', 'draw_scales', 'GuidanceFreeTrainingLoss',
-           'GuidedDistillationLoss']
+           'GuidedDistillationLoss', 'scale_from_gft', 'scale_from_meanflow']
 
 # %% ../nbs/19_trained_guidance.ipynb #57249f1a
 import math
@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .classifier_free_guidance import ClassifierFreeGuidance, check_interval, predict_where
+from ._checks import check_interval, require
+from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import Denoiser, NetworkDenoiser, Prediction
+from .guidance import predict_where
 from .model_guidance import check_network
 from .paths import expand_time
 from .training import Context
@@ -164,9 +166,8 @@ class GuidedDistillationLoss:
         "What the teacher says: guided at `scale` `[batch]`, unconditional where dropped."
         was_training = self.teacher.training
         self.teacher.eval()
-        asked = self.teacher if scale is None else self.guidance(self.teacher, expand_time(scale[~drop], x[~drop]))
-        unasked = lambda x, t, c: self.teacher.predict(x, t)  # noqa: E731
-        pair = predict_where(~drop, asked.predict, unasked, x, t, c)
+        asked = self.teacher if scale is None else self.guidance(self.teacher, scale)
+        pair = predict_where(~drop, asked, lambda m, *point: m(*point), lambda _, x, t, c: self.teacher(x, t), x, t, c)
         self.teacher.train(was_training)
         return pair
 
@@ -181,3 +182,15 @@ class GuidedDistillationLoss:
         y = model.output(x, t, c, drop=drop, scale=scale)
         pair = self.answer(x, t, c, drop, scale)
         return (y - model.target(*pair, t).to(x0.dtype)).square().flatten(1).mean(1)
+
+# %% ../nbs/19_trained_guidance.ipynb #8a10f002
+def scale_from_gft(beta: float) -> float:
+    "The scale of guidance-free training at `beta` in (0, 1] (arXiv 2501.15420); above 1 the same relation damps."
+    require(beta > 0, "beta", beta, "above 0")
+    return 1 / beta
+
+
+def scale_from_meanflow(omega: float, kappa: float) -> float:
+    "The scale of MeanFlow's training-time guidance, omega / (1 - kappa) (arXiv 2505.13447)."
+    require(kappa < 1, "kappa", kappa, "below 1, for at 1 and above the training target has no fixed point")
+    return omega / (1 - kappa)

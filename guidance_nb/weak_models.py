@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .classifier_free_guidance import ClassifierFreeGuidance, check_scales, check_variances, predict_where
-from .classifier_guidance import shift_prediction
-from .denoisers import EMBEDDINGS, Denoiser, Prediction, TrainableDenoiser, check_inputs, check_labels, guide
-from .guidance_variants import Claims, PairGuidance
+from ._checks import check_scale
+from .classifier_free_guidance import ClassifierFreeGuidance, _check_variances
+from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, check_inputs, check_labels, guide
+from .guidance import Claims, Guidance, Scale, predict_where, shift_prediction
 from .mixtures import Mixture, log_posterior, log_prob
-from .paths import Path, clamp_time_high, expand_time
+from .paths import Path, clamp_time, expand_time
 from .samplers import keyed_noise
 
 # %% ../nbs/17_weak_models.ipynb #78b8d092
-class WeakGuidance(PairGuidance):
+class WeakGuidance(Guidance):
     "Guidance away from a weak prediction, beside classifier-free guidance, eq. (2); `pair` makes the two predictions."
 
     claims: ClassVar[Claims] = Claims("2406.02507", needs_condition=False)
@@ -39,15 +39,15 @@ class WeakGuidance(PairGuidance):
     def __init__(
         self,
         model: Denoiser,  # The model to guide
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 1.0,  # 0 is the weak prediction, 1 the model's own
+        scale: Scale = 1.0,  # 0 is the weak prediction, 1 the model's own
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the weak prediction is used, ends included
         cfg_scale: float = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
     ):
         super().__init__(model, scale, interval)
-        check_scales(cfg_scale)
+        check_scale(cfg_scale)
         self.cfg_scale, self.plain = cfg_scale, model
         if cfg_scale != 1:
-            self.claims = replace(self.claims, rows=3, conditional_at_one=False)  # type: ignore[misc]
+            self.claims = replace(self.claims, nfe=3, conditional_at_one=False)  # type: ignore[misc]
             self.plain = ClassifierFreeGuidance(model, cfg_scale)
 
     def guided(self, x: Tensor, t: Tensor, c: Tensor | None) -> Prediction:
@@ -76,7 +76,7 @@ class Autoguidance(WeakGuidance):
         self,
         model: Denoiser,  # The model to guide
         weak: Denoiser,  # A worse one: smaller, less trained, both; on the same path, with the same conditions
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 1.0,  # 0 is the weak model, 1 the model
+        scale: Scale = 1.0,  # 0 is the weak model, 1 the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the weak model is used, ends included
         cfg_scale: float = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
     ):
@@ -99,7 +99,7 @@ def mixed_scales(
     share: float,  # Share of autoguidance, 0 to 1; the rest is classifier-free guidance
 ) -> tuple[float, float]:  # `scale` and `cfg_scale` of Autoguidance
     "Two scales from one strength, under eq. (2); after arXiv 2406.02507, as secondary sources have it."
-    check_scales(strength)
+    check_scale(strength)
     if not 0 <= share <= 1:
         raise ValueError(f"share = {share}; allowed: 0 to 1")
     return 1 + share * (strength - 1), 1 + (1 - share) * (strength - 1)
@@ -123,8 +123,8 @@ def repairing_scale(
     v_weak: float,  # Variance that the weak model has learned
 ) -> float:  # The scale gamma*
     "The scale at which autoguidance undoes the model's error in width on a Gaussian, eq. (3)."
-    check_variances(v, v_model, 1.0)
-    check_variances(v, v_weak, 1.0)
+    _check_variances(v, v_model, 1.0)
+    _check_variances(v, v_weak, 1.0)
     if v_model == v_weak:
         raise ValueError(f"v_weak = {v_weak}; allowed: another variance than v_model, for equals cannot guide")
     return math.log(v_weak / v) / math.log(v_weak / v_model)
@@ -296,7 +296,7 @@ class PerturbedAttentionGuidance(Autoguidance):
         self,
         model: Denoiser,  # A model with a `diffusers` network
         layers: Layers,  # Self-attention layers, by number or part of the name
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 4.0,  # 0 is the broken model, 1 the model
+        scale: Scale = 4.0,  # 0 is the broken model, 1 the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
         cfg_scale: float = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
     ):
@@ -313,7 +313,7 @@ class SmoothedEnergyGuidance(Autoguidance):
         self,
         model: Denoiser,  # A model with a `diffusers` network
         layers: Layers,  # Self-attention layers, by number or part of the name
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 4.0,  # 0 is the broken model, 1 the model
+        scale: Scale = 4.0,  # 0 is the broken model, 1 the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
         cfg_scale: float = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
         sigma: float = math.inf,  # Standard deviation of the blur in tokens
@@ -331,7 +331,7 @@ class SkipLayerGuidance(Autoguidance):
         self,
         model: Denoiser,  # A model with a `diffusers` network
         layers: Layers,  # Transformer blocks or a U-Net's attention layers, by number or part of the name
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 3.8,  # 0 is the broken model, 1 the model
+        scale: Scale = 3.8,  # 0 is the broken model, 1 the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
         cfg_scale: float = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
     ):
@@ -367,7 +367,7 @@ class SelfAttentionGuidance(WeakGuidance):
         self,
         model: Denoiser,  # A model with a `diffusers` network, evaluated once for a prediction
         layer: int | str,  # Self-attention layer to watch, by number or name
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 1.75,  # 0 is the blurred prediction, 1 the model's
+        scale: Scale = 1.75,  # 0 is the blurred prediction, 1 the model's
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the blur is used, ends included
         cfg_scale: float = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
         sigma: float = 1.0,  # Standard deviation of the blur in pixels
@@ -403,7 +403,7 @@ def move_noise(
 ) -> Prediction:  # A pair with alpha x0 + sigma eps as before
     "Add to the noise of a prediction and let the clean data follow; where the signal ends, at the capped time."
     t = torch.as_tensor(t)
-    capped = clamp_time_high(path, t)
+    capped = clamp_time(path, t)
     ratio = path.noise_to_signal(capped)
     share = torch.where(t > capped, path.alpha(t) * ratio / path.sigma(t), torch.ones_like(ratio))
     return Prediction(pair.x0 - expand_time(ratio, push) * push, pair.eps + expand_time(share, push) * push)
@@ -424,7 +424,7 @@ def annealed_scale(
     tau: tuple[float, float] = (0.6, 0.9),  # See annealing
 ) -> Callable[[Tensor], Tensor]:  # Scale as a function of time, for any method that takes one
     "CADS for models without embeddings: the scale falls to 0, unconditional, instead ('dynamic' guidance)."
-    check_scales(scale)
+    check_scale(scale)
     annealing(torch.zeros(()), tau)
     return lambda t: scale * annealing(t, tau)
 
@@ -446,7 +446,7 @@ def carry_noise(
 class CADS(Denoiser):
     "A model, guided or not, that is asked a noisy question early in sampling, eq. (6) (arXiv 2310.17347)."
 
-    claims: ClassVar[Claims] = Claims("2310.17347", rows=1, conditional_at_one=False)
+    claims: ClassVar[Claims] = Claims("2310.17347", nfe=1, conditional_at_one=False)
 
     def __init__(
         self,
@@ -487,7 +487,7 @@ class EmbeddedLabels(Denoiser):
 
     def __init__(
         self,
-        model: TrainableDenoiser,  # A model with one embedding table for its labels
+        model: NetworkDenoiser,  # A model with one embedding table for its labels
     ):
         super().__init__(model.path, EMBEDDINGS)
         rows = model.num_classes + 1
@@ -529,7 +529,7 @@ def log_ratio(
     return real[rows, c] - generated[rows, c]
 
 # %% ../nbs/17_weak_models.ipynb #060a808d
-class DiscriminatorGuidance(PairGuidance):
+class DiscriminatorGuidance(Guidance):
     "A model corrected by a judge of real against generated noisy data, eq. (7) (arXiv 2211.17091)."
 
     claims: ClassVar[Claims] = Claims("2211.17091", conditional_at_one=False, needs_condition=False)
@@ -538,7 +538,7 @@ class DiscriminatorGuidance(PairGuidance):
         self,
         model: Denoiser,  # The model to correct
         discriminator: nn.Module,  # `discriminator(x, t)`, see log_ratio
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 1.0,  # 0 is the model, 1 the data
+        scale: Scale = 1.0,  # 0 is the model, 1 the data
         interval: tuple[float, float] = (0.0, 1.0),  # Times of correction, ends included
     ):
         super().__init__(model, scale, interval)
@@ -549,7 +549,7 @@ class DiscriminatorGuidance(PairGuidance):
         own = self.model.predict(x, t, c)
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            ratio = log_ratio(self.discriminator, point, clamp_time_high(self.path, t), c)
+            ratio = log_ratio(self.discriminator, point, clamp_time(self.path, t), c)
             (gradient,) = torch.autograd.grad(ratio.sum(), point)
         return shift_prediction(own, gradient, self.path, t), own
 
@@ -579,7 +579,7 @@ class ExactDiscriminator(nn.Module):
         return torch.cat([joint(self.generated), joint(self.real)], 1).to(x.dtype)
 
 # %% ../nbs/17_weak_models.ipynb #a30830be
-class IndependentConditionGuidance(PairGuidance):
+class IndependentConditionGuidance(Guidance):
     "Guidance away from a random label, for models without a null label (arXiv 2407.02687)."
 
     claims: ClassVar[Claims] = Claims("2407.02687")
@@ -587,7 +587,7 @@ class IndependentConditionGuidance(PairGuidance):
     def __init__(
         self,
         model: Denoiser,  # A model of two classes or more; it is never asked without one
-        scale: float | Tensor | Callable[[Tensor], Tensor] = 1.0,  # Guidance scale: 1 is the conditional model
+        scale: Scale = 1.0,  # Guidance scale: 1 is the conditional model
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
         seed: int = 0,  # Seed of the labels
     ):
@@ -598,7 +598,7 @@ class IndependentConditionGuidance(PairGuidance):
 
     def shift(self, t: Tensor) -> Tensor:
         "How far labels are shifted at each time, 0 to `num_classes` - 1, shaped like `t`."
-        ratio = self.path.noise_to_signal(clamp_time_high(self.path, t.detach().double().cpu()))
+        ratio = self.path.noise_to_signal(clamp_time(self.path, t.detach().double().cpu()))
         levels = (101 * ratio / (1 + ratio) + 1 / math.pi).long()  # no usual grid has times on their borders
         keyed = [np.random.Generator(np.random.Philox(key=[self.seed, k])) for k in levels.flatten().tolist()]
         return torch.tensor([int(draw.integers(self.num_classes)) for draw in keyed]).view(t.shape)

@@ -18,19 +18,17 @@ from torch import Tensor
 # %% ../nbs/26_which_guidance.ipynb #4d54c988
 from .comparison import Problem, load_problem, score_fractal
 from .denoisers import Denoiser, NetworkDenoiser, count_nfe, record_nfe
+from .classifier_free_guidance import ClassifierFreeGuidance
+from .guidance import interval_from_noise, linear_schedule, tent_schedule
 from guidance_nb.guidance_variants import (
     AdaptiveProjectedGuidance,
     CFGPlusPlus,
     CFGZeroStar,
     MagnitudeAwareGuidance,
-    PairGuidance,
     RectifiedGuidance,
     RescaledGuidance,
     TangentialGuidance,
     estimate_ratios,
-    interval_from_noise,
-    linear_schedule,
-    tent_schedule,
 )
 from .mixtures import ExactDenoiser
 from .model_guidance import FixedScale, ModelGuidanceLoss
@@ -125,7 +123,7 @@ def _plain(method: Callable[..., Denoiser], **options: Any) -> Callable[[Tools, 
 
 
 def _scheduled(schedule: Callable[[float], Any]) -> Callable[[Tools, float], Denoiser]:
-    return lambda tools, scale: PairGuidance(tools.model, schedule(scale))
+    return lambda tools, scale: ClassifierFreeGuidance(tools.model, schedule(scale))
 
 
 def _own(name: str) -> Member:
@@ -136,8 +134,8 @@ MIDDLE = interval_from_noise(FlowPath(), 0.19, 1.61)  # EDM2's best interval for
 
 FAMILY: dict[str, Member] = {
     "conditional": Member(lambda tools, scale: tools.model, scales=(1.0,)),
-    "classifier-free": Member(_plain(PairGuidance)),
-    "interval": Member(_plain(PairGuidance, interval=MIDDLE)),
+    "classifier-free": Member(_plain(ClassifierFreeGuidance)),
+    "interval": Member(_plain(ClassifierFreeGuidance, interval=MIDDLE)),
     "linear schedule": Member(_scheduled(linear_schedule)),
     "tent schedule": Member(_scheduled(tent_schedule)),
     "annealed schedule": Member(_scheduled(annealed_scale)),
@@ -152,7 +150,7 @@ FAMILY: dict[str, Member] = {
     "other class": Member(_plain(IndependentConditionGuidance)),
     "autoguidance": Member(lambda tools, scale: Autoguidance(tools.model, tools.weak, scale)),
     "characteristic": Member(_plain(CharacteristicGuidance, iterations=8, tolerance=1e-2)),
-    "Langevin": Member(_plain(PairGuidance), corrects=True),
+    "Langevin": Member(_plain(ClassifierFreeGuidance), corrects=True),
     **{name.replace("_", " "): _own(name) for name in ("model_guidance", "guidance_free_training", "distillation")},
 }
 

@@ -11,9 +11,9 @@ import pytest
 
 import cifar10
 from cifar10 import PARTS, REHEARSAL, RUNS, SCALES, STEPS, OutOfTime, Plan, Point, Study, full_size
+from guidance_nb.cli.recipes import Request, draw, load_trained
 from guidance_nb.denoisers import count_nfe
 from guidance_nb.images.metrics import read_rows
-from guidance_nb.cli.recipes import Request, draw, load_trained
 
 needs_data = pytest.mark.skipif(
     "GUIDANCE_NB_DATA" not in os.environ, reason="needs CIFAR-10 and its classifiers in GUIDANCE_NB_DATA"

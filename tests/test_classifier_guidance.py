@@ -9,19 +9,14 @@ from scipy.special import softmax
 from scipy.stats import norm
 from torch import nn
 
-from guidance_nb.classifier_guidance import (
-    ClassifierGuidance,
-    check_choice,
-    check_scale,
-    class_gradient,
-    classifier_report,
-    shift_prediction,
-)
+from guidance_nb._checks import check_choice, check_scale
+from guidance_nb.classifier_guidance import ClassifierGuidance, class_gradient, classifier_report
 from guidance_nb.denoisers import Denoiser, Prediction
+from guidance_nb.guidance import shift_prediction
 from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture, gaussian_pair, sample_mixture
 from guidance_nb.networks import LinearClassifier, NoisyClassifier
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import sample, sample_trajectory
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 MEANS, VARIANCES = np.array([-1.0, 0.3, 0.8, 2.0]), np.array([0.1, 0.3, 0.05, 0.4])
@@ -117,7 +112,7 @@ def test_shift_is_the_published_one(path):
     t = torch.linspace(0.02, 0.98, 8, dtype=torch.float64)
     alpha, sigma = (f(t).numpy()[:, None] for f in (path.alpha, path.sigma))
     x0 = torch.tensor((x.numpy() - sigma * eps.numpy()) / alpha)
-    pair = shift_prediction(Prediction(x0, eps), g, path, t)
+    pair = shift_prediction(Prediction(x0, eps), g, path, t, "score")
     new_eps = eps.numpy() - sigma * g.numpy()
     np.testing.assert_allclose(pair.eps, new_eps, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(pair.x0, (x.numpy() - sigma * new_eps) / alpha, rtol=1e-9, atol=1e-9)
@@ -151,8 +146,8 @@ def test_mean_shift_is_posterior_variance_times_gradient():
     results = {}
     for scale in (0.0, 2.0):
         model = ClassifierGuidance(Still(path, 2), Softmax(push), scale, form="mean_shift")
-        options = {"times": times, "init": x, "trajectory": True, "progress": False, "dtype": torch.float64}
-        run = sample(model, c, (1,), "ddpm", **options)
+        options = {"times": times, "init": x, "progress": False, "dtype": torch.float64}
+        run = sample_trajectory(model, c, (1,), "ddpm", **options)
         results[scale] = run.points[1]
     abar_t, abar_s = math.exp(-(0.1 * 0.5 + 9.95 * 0.25)), math.exp(-(0.1 * 0.4 + 9.95 * 0.16))
     beta_tilde = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
@@ -209,7 +204,7 @@ def test_report_on_points_has_no_exact_columns(mixture):
     assert table.equals(again)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, True, torch.tensor(2.0)])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, True, torch.tensor([1.0, float("nan")])])
 def test_bad_scales(scale):
     with pytest.raises(ValueError, match=r"scale = .*; allowed: a finite number"):
         check_scale(scale)

@@ -18,9 +18,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from guidance_nb.cli.app import app, main
+from guidance_nb.cli.recipes import find_key, override, read_recipe, recipe_names, take_images, train_recipe
 from guidance_nb.comparison import DATA, METHODS
 from guidance_nb.images.data import load_images, load_samples, save_samples
-from guidance_nb.cli.recipes import find_key, override, read_recipe, recipe_names, take_images, train_recipe
 from guidance_nb.interop.stable_diffusion import finetuning_key, finetuning_names
 from guidance_nb.training import checkpoints_in, latest_checkpoint, read_checkpoint
 from notebooks import ROOT, cells, text

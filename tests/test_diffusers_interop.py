@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe, to_prediction
+from guidance_nb.guidance_variants import AdaptiveProjectedGuidance
 from guidance_nb.interop.diffusers import (
     Clock,
     DiffusersDenoiser,
@@ -40,7 +41,6 @@ from guidance_nb.interop.diffusers import (
     to_hub,
     to_patches,
 )
-from guidance_nb.guidance_variants import AdaptiveProjectedGuidance
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path
@@ -571,8 +571,8 @@ def test_every_path_survives_json():
 
 def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
     "By the call that the notebook gives."
-    from guidance_nb.images.data import save_samples
     from guidance_nb.cli.recipes import Recipe, load_trained, override, train_recipe
+    from guidance_nb.images.data import save_samples
 
     x = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
     save_samples(tmp_path / "images", x, torch.arange(16) % 2)

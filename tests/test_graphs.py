@@ -10,10 +10,10 @@ from torch.testing import assert_close
 
 from guidance_nb import model_guidance
 from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.cli.recipes import make_engine, override, read_recipe
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.cli.recipes import make_engine, override, read_recipe
 from guidance_nb.training import (
     Context,
     DenoisingLoss,
@@ -22,8 +22,8 @@ from guidance_nb.training import (
     fit,
     keyed_generator,
     make_average,
-    update_ema,
     set_rate,
+    update_ema,
 )
 
 

@@ -25,15 +25,14 @@ from guidance_nb.denoisers import (
     target_coefficients,
 )
 from guidance_nb.flow_postprocessing import FlowPostprocessor
+from guidance_nb.guidance import Claims
 from guidance_nb.guidance_variants import (
     AdaptiveProjectedGuidance,
     CFGPlusPlus,
     CFGZeroStar,
-    Claims,
     DynamicThresholding,
     FrequencyDecoupledGuidance,
     MagnitudeAwareGuidance,
-    PairGuidance,
     RectifiedGuidance,
     RescaledGuidance,
     TangentialGuidance,
@@ -70,8 +69,8 @@ class Case(NamedTuple):
     attention: bool = False  # Whether it breaks the network's attention, which then is its second branch
 
 
-def case(method: type[PairGuidance], *, step_only: bool = False, **options) -> Case:
-    "The line of a `PairGuidance` that takes `options`."
+def case(method: type[ClassifierFreeGuidance], *, step_only: bool = False, **options) -> Case:
+    "The line of a `ClassifierFreeGuidance` that takes `options`."
     return Case(partial(method, **options), method.claims, step_only=step_only)
 
 
@@ -113,7 +112,7 @@ JUDGE = replace(DiscriminatorGuidance.claims, rows=1)  # an exact judge is no ne
 CASES: dict[str, Case] = {
     "classifier": Case(by_classifier, Claims("2105.05233", rows=1), interval=False, exact=True),
     "classifier-free": Case(ClassifierFreeGuidance, Claims("2207.12598")),
-    "pair": case(PairGuidance),
+    "pair": case(ClassifierFreeGuidance),
     "characteristic": case(CharacteristicGuidance, tolerance=1e-9, iterations=16),
     "rescale": case(RescaledGuidance),
     "rescale in full": case(RescaledGuidance, phi=1.0),
@@ -139,10 +138,10 @@ each_case = pytest.mark.parametrize("name", CASES)
 
 
 def test_no_method_of_the_package_is_missing():
-    "Every kind of `PairGuidance` in the package has a line in `CASES`; one that is only imported fails the linter."
+    "Every kind of `ClassifierFreeGuidance` in the package has a line in `CASES`; one that is only imported fails the linter."
     for path in sorted((ROOT / "guidance_nb").glob("[a-z]*.py")):
         importlib.import_module(f"guidance_nb.{path.stem}")
-    leaves, todo = [], [PairGuidance]
+    leaves, todo = [], [ClassifierFreeGuidance]
     while todo:
         method = todo.pop()
         todo += method.__subclasses__()
@@ -471,7 +470,7 @@ def test_nests_in_another_guidance_and_on_another_path(name):
     model, x, t, c = setting(case)
     guided = case.make(model, 2.5)
     expected = guided.predict(x, t, c)
-    assert_close(Prediction(*PairGuidance(guided, 1.0).predict(x, t, c)), Prediction(*expected), rtol=1e-9, atol=1e-9)
+    assert_close(Prediction(*ClassifierFreeGuidance(guided, 1.0).predict(x, t, c)), Prediction(*expected), rtol=1e-9, atol=1e-9)
     there, s = change_path(x, t, model.path, EDMPath())
     moved = OnPath(case.make(model, 2.5), EDMPath()).predict(there, s, c)
     assert_close(Prediction(*moved), Prediction(*expected), rtol=1e-7, atol=1e-7)

@@ -15,6 +15,15 @@ from scipy.stats import beta
 from torch.testing import assert_close
 
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Prediction, count_nfe, record_nfe
+from guidance_nb.guidance import (
+    beta_schedule,
+    cosine_schedule,
+    exponential_schedule,
+    interval_from_noise,
+    interval_from_steps,
+    linear_schedule,
+    tent_schedule,
+)
 from guidance_nb.guidance_variants import (
     AdaptiveProjectedGuidance,
     CFGPlusPlus,
@@ -22,23 +31,14 @@ from guidance_nb.guidance_variants import (
     DynamicThresholding,
     FrequencyDecoupledGuidance,
     MagnitudeAwareGuidance,
-    PairGuidance,
     RatioTable,
     RectifiedGuidance,
     RescaledGuidance,
     StepMemory,
     TangentialGuidance,
-    beta_schedule,
     cfgpp_scales,
-    cosine_schedule,
     estimate_ratios,
-    exponential_schedule,
     frequency_bands,
-    interval_from_noise,
-    interval_from_steps,
-    linear_schedule,
-    shift_pair,
-    tent_schedule,
     zero_velocity,
 )
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
@@ -47,7 +47,7 @@ from guidance_nb.samplers import sample, sample_trajectory
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
 FAMILY = [
-    PairGuidance,
+    ClassifierFreeGuidance,
     RescaledGuidance,
     MagnitudeAwareGuidance,
     CFGZeroStar,
@@ -99,7 +99,7 @@ def theirs(guider, y_c, y_u, step=3):
 def test_diffusers_cfg(prediction):
     model, y_c, y_u, x, c = told(prediction)
     guided = theirs(guiders.ClassifierFreeGuidance(guidance_scale=3.5), y_c, y_u)
-    assert_close(PairGuidance(model, 3.5).predict(x, HALF, c), model.decode(guided, x, HALF))
+    assert_close(ClassifierFreeGuidance(model, 3.5).predict(x, HALF, c), model.decode(guided, x, HALF))
 
 
 @pytest.mark.parametrize(("path", "prediction"), [(PATHS[0], "velocity"), (PATHS[1], "v"), (PATHS[2], "v")])
@@ -229,7 +229,7 @@ def test_diffusers_dynamic_thresholding():
     "Needs `sample_max_value` raised: by default it clips at 1 and rescales nothing."
     model, *_, x, c = told("x0")
     ours = DynamicThresholding(model, 3.0, quantile=0.9).x0(x, HALF, c)
-    plain = PairGuidance(model, 3.0).x0(x, HALF, c)
+    plain = ClassifierFreeGuidance(model, 3.0).x0(x, HALF, c)
     options = {"thresholding": True, "dynamic_thresholding_ratio": 0.9}
     assert_close(DDPMScheduler(**options, sample_max_value=100.0)._threshold_sample(plain), ours)
     assert_close(DDPMScheduler(**options)._threshold_sample(plain), plain.clamp(-1, 1))
@@ -261,7 +261,7 @@ def test_known_defects_of_diffusers(their_pyramid):
 def test_a_shift_moves_one_coordinate(path, space):
     t, x0, eps, h = torch.linspace(0.05, 0.95, 7).double(), draw(7, 3), draw(7, 3, seed=1), draw(7, 3, seed=2)
     a, s, da, ds = (expand_time(f(t), x0) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
-    moved = shift_pair(Prediction(x0, eps), h, path, t, space)
+    moved = shift_prediction(Prediction(x0, eps), h, path, t, space)
     assert_close(a * moved.x0 + s * moved.eps, a * x0 + s * eps, rtol=1e-9, atol=1e-9)
     weight = {"x0": (1, 0), "eps": (0, 1), "velocity": (da, ds)}[space]
     assert_close(weight[0] * (moved.x0 - x0) + weight[1] * (moved.eps - eps), h, rtol=1e-9, atol=1e-8)
@@ -293,7 +293,7 @@ def test_rows_of_an_interval_in_a_real_run(sampler, window):
     "Published Heun guides both stages of a step; here each stage goes by its time. Inner windows cost the same."
     model, *_, c = told("velocity", shape=(1, 2))
     interval = interval_from_steps(FlowPath(), 10, *window, sampler)
-    rows = sample_trajectory(PairGuidance(model, 2.0, interval), c, (2,), sampler, 10, progress=False).rows
+    rows = sample_trajectory(ClassifierFreeGuidance(model, 2.0, interval), c, (2,), sampler, 10, progress=False).rows
     ours = published = 0
     for step in range(10):
         stages = [step] if sampler == "euler" or step == 9 else [step, step + 1]
@@ -441,14 +441,14 @@ def test_cfgpp_by_hand(path):
     scales = cfgpp_scales(path, times, 0.7)
     level = path.noise_to_signal(times)
     assert_close(scales, 0.7 * level[:-1] / (level[:-1] - level[1:]))
-    plain = PairGuidance(model, lambda t: scales[(times[:-1] - t).abs().argmin()])
+    plain = ClassifierFreeGuidance(model, lambda t: scales[(times[:-1] - t).abs().argmin()])
     assert_close(sample(plain, c, (2,), "ddim", **options), run.x, rtol=1e-6, atol=1e-6)
 
 
 def test_cfgpp_is_plain_guidance_where_it_cannot_be_refused():
     "DPM-Solver++ asks for clean data alone and gets that of plain guidance at lambda."
     model, c = Counted(None, None, VPPath("cosine"), "eps"), torch.zeros(3, dtype=torch.long)
-    ours, plain = (sample(m(model, 0.7), c, (2,), "dpmpp_2m", 9, progress=False) for m in (CFGPlusPlus, PairGuidance))
+    ours, plain = (sample(m(model, 0.7), c, (2,), "dpmpp_2m", 9, progress=False) for m in (CFGPlusPlus, ClassifierFreeGuidance))
     assert_close(ours, plain)
     for sampler in ("euler", "heun", "euler_maruyama", "dopri5"):
         with pytest.raises(ValueError, match="allowed: sampler 'ddim' or 'ddpm'"):
@@ -541,7 +541,7 @@ def test_zero_init_by_steps():
         (lambda m: interval_from_steps(FlowPath(), 10, 5, 4), "first = 5, last = 4; allowed"),
         (lambda m: interval_from_noise(FlowPath(), -1.0), "low = -1.0, high = inf; allowed"),
         (lambda m: linear_schedule(float("nan")), "scale = nan; allowed"),
-        (lambda m: PairGuidance(Denoiser(FlowPath(), 0)), "model has 0 classes; allowed"),
+        (lambda m: ClassifierFreeGuidance(Denoiser(FlowPath(), 0)), "model.num_classes = 0; allowed"),
     ],
 )
 def test_bad_input(make, says):

@@ -10,13 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import NetworkDenoiser, count_nfe, scale_from_mg_weight
+from guidance_nb.denoisers import NetworkDenoiser, count_nfe
 from guidance_nb.model_guidance import (
-    FixedScale,
     AutoWeight,
+    FixedScale,
     ModelGuidanceLoss,
     guidance_direction,
     scale_during_training,
+    scale_from_mg_weight,
 )
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath

@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb
 from guidance_nb import plots
 from guidance_nb.mixtures import ExactDenoiser, Mixture, checkerboard, gaussian_pair, sample_mixture
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import sample, sample_trajectory
+from guidance_nb.samplers import sample_trajectory
 
 
 @pytest.fixture(autouse=True)

@@ -437,5 +437,5 @@ def test_bad_populations():
     ):
         with pytest.raises(ValueError, match=match):
             sample_feynman_kac(**{"model": model, "c": 0, "shape": (4, 1), "scale": 2.0, "progress": False, **options})
-    with pytest.raises(ValueError, match="model has 0 classes; allowed"):
+    with pytest.raises(ValueError, match="model.num_classes = 0; allowed"):
         sample_feynman_kac(mlp_denoiser(1, FlowPath()), 0, (4, 1), 2.0)

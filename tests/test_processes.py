@@ -16,11 +16,11 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from guidance_nb.cli.app import app
+from guidance_nb.cli.recipes import Recipe, describe_recipe, override, train_recipe
+from guidance_nb.engine.cost import launch_file
 from guidance_nb.images.data import save_samples
 from guidance_nb.images.metrics import read_rows
-from guidance_nb.cli.recipes import Recipe, describe_recipe, override, train_recipe
 from guidance_nb.samplers import sample, sample_trajectory
-from guidance_nb.engine.cost import launch_file
 from guidance_nb.training import Engine, batches, checkpoints_in, read_checkpoint, sample_sharded
 
 CASES = Path(__file__).with_name("engine_cases.py")

@@ -10,11 +10,6 @@ from torch.testing import assert_close
 
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.flow_postprocessing import CorrectionFlow, PairLoss
-from guidance_nb.images.metrics import Extractor, extract
-from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import mlp_denoiser
-from guidance_nb.paths import FlowPath
 from guidance_nb.engine.cost import (
     CHIPS,
     Chip,
@@ -39,6 +34,11 @@ from guidance_nb.engine.cost import (
     step_seconds,
     training_flops,
 )
+from guidance_nb.flow_postprocessing import CorrectionFlow, PairLoss
+from guidance_nb.images.metrics import Extractor, extract
+from guidance_nb.model_guidance import ModelGuidanceLoss
+from guidance_nb.networks import mlp_denoiser
+from guidance_nb.paths import FlowPath
 from guidance_nb.training import DenoisingLoss
 
 LARGE = NetworkCost(675_000_000, 237e9, 474e9, 333e6, 1.35e9)
@@ -138,8 +138,8 @@ def test_memory_by_hand():
 
 def test_the_estimate_of_memory_is_what_a_real_pass_keeps():
     "Bytes kept by real tensors on the CPU, for two numbers of rows, beside those counted on fakes."
-    from guidance_nb.networks import build_network
     from guidance_nb.engine.cost import kept_bytes
+    from guidance_nb.networks import build_network
 
     settings = {"width": 32, "depth": 2, "heads": 2}
     cost = network_cost("dit-s/2", (4, 8, 8), 10, precision="fp32", **settings)

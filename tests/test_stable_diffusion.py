@@ -29,14 +29,12 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_nfe
 from guidance_nb.interop.diffusers import scheduler_times
-from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
-from guidance_nb.paths import FlowPath
-from guidance_nb.samplers import sample
 from guidance_nb.interop.stable_diffusion import (
     FineTuning,
     MemoryWatch,
     TextDenoiser,
     TwoStageAlignedLoss,
+    add_memory_hint,
     cache_captioned,
     check_pipeline,
     clip_score,
@@ -46,10 +44,12 @@ from guidance_nb.interop.stable_diffusion import (
     load_cached,
     load_captioned,
     load_text_denoiser,
-    add_memory_hint,
     read_finetuning,
     save_pipeline,
 )
+from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
+from guidance_nb.paths import FlowPath
+from guidance_nb.samplers import sample
 from guidance_nb.training import Context, DenoisingLoss, Engine, keyed_generator, train
 
 diffusers.utils.logging.set_verbosity_error()

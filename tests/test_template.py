@@ -119,7 +119,7 @@ def test_contributing_names_what_exists():
 
 
 def test_contributing_says_what_the_claims_are():
-    from guidance_nb.guidance_variants import Claims
+    from guidance_nb.guidance import Claims
 
     for claim in [*re.findall(r"claim `(\w+)=", CONTRIBUTING), "rows", "space"]:
         assert claim in Claims.__dataclass_fields__

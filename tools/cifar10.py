@@ -25,27 +25,17 @@ from typing import Any
 
 import torch
 
-from guidance_nb.images.data import SampleFile, save_samples
-from guidance_nb.images.metrics import (
-    Extractor,
-    Features,
-    append_rows,
-    cifar_resnet,
-    measure,
-    read_rows,
-    resnet_extractor,
-)
 from guidance_nb.cli.recipes import (
     DataTable,
     Recipe,
     Request,
     Trained,
+    baseline_row,
     choose_metrics,
     draw,
-    baseline_row,
+    extract_reference_features,
     has_facts,
     load_trained,
-    extract_reference_features,
     make_data,
     make_engine,
     make_loss,
@@ -57,6 +47,16 @@ from guidance_nb.cli.recipes import (
     read_recipe,
     score,
     train_recipe,
+)
+from guidance_nb.images.data import SampleFile, save_samples
+from guidance_nb.images.metrics import (
+    Extractor,
+    Features,
+    append_rows,
+    cifar_resnet,
+    measure,
+    read_rows,
+    resnet_extractor,
 )
 from guidance_nb.training import checkpoints_in, fit, latest_checkpoint
 

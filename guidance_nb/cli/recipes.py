@@ -18,16 +18,13 @@ from torch import Tensor, nn
 
 
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, check_interval, check_scales
-from guidance_nb.classifier_guidance import ClassifierGuidance, check_choice
-from guidance_nb.denoisers import (
-    Denoiser,
-    check_labels,
-    count_nfe,
-    dit_channel_scales,
-    mg_weight_from_scale,
-    scale_from_mg_weight,
-)
+from guidance_nb._checks import check_interval, check_scale
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb._checks import check_choice
+from guidance_nb.classifier_guidance import ClassifierGuidance
+from guidance_nb.classifier_free_guidance import dit_channel_scales
+from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
+from guidance_nb.model_guidance import mg_weight_from_scale, scale_from_mg_weight
 from guidance_nb.flow_postprocessing import (
     FlowPostprocessor,
     PairDraws,

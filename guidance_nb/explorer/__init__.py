@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from guidance_nb.aligned_loss import scale_from_aligned
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.classifier_guidance import ClassifierGuidance, check_choice
-from guidance_nb.denoisers import Denoiser, Prediction, guide, record_nfe, scale_from_mg_weight, to_prediction
+from guidance_nb._checks import check_choice
+from guidance_nb.classifier_guidance import ClassifierGuidance
+from guidance_nb.denoisers import Denoiser, Prediction, guide, record_nfe, to_prediction
+from guidance_nb.model_guidance import scale_from_mg_weight
 from guidance_nb.flow_postprocessing import nearest_neighbours
 from guidance_nb.metrics import nll, outlier_rate, outlier_threshold, sliced_wasserstein
 from guidance_nb.mixtures import (

@@ -17,7 +17,6 @@ from guidance_nb.denoisers import (
     NetworkDenoiser,
     Prediction,
     check_inputs,
-    network_inputs,
     record_nfe,
     target_coefficients,
     to_prediction,
@@ -361,7 +360,7 @@ def evaluate(
     if c is not None:
         parts = {condition_names(model.net)[0]: c} if model.packing is None else model.packing.unpack(c)
     if clock is None:
-        data, time = network_inputs(x, t, model.path, model.sigma_data)
+        data, time = model.network_inputs(x, t)
     else:
         data, time = x, clock(t).to(x.device).expand(len(x))
     if guidance is not None:
@@ -372,8 +371,6 @@ def evaluate(
 
 class DiffusersDenoiser(NetworkDenoiser):
     "A network of diffusers with the facts of its scheduler as a denoiser, for sampling, guidance and training."
-
-    null: Tensor | None
 
     def __init__(
         self,
@@ -387,9 +384,8 @@ class DiffusersDenoiser(NetworkDenoiser):
         facts = scheduler if isinstance(scheduler, SchedulerFacts) else path_from_scheduler(scheduler)
         (classes, null), embedded = find_null(net, null), bool(net.config.get("guidance_embeds"))
         aware = embedded and guidance is None
-        super().__init__(net, facts.path, classes, facts.prediction, facts.sigma_data, aware)
+        super().__init__(net, facts.path, classes, facts.prediction, facts.sigma_data, aware, null)
         self.facts, self.packing, self.guidance = facts, packing, guidance if embedded else None
-        self.register_buffer("null", null)
 
     def output(
         self, x: Tensor, t: Tensor | float, c: Tensor | None = None,

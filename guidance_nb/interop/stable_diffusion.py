@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import NetworkDenoiser, check_inputs, count_nfe, mg_weight_from_scale, record_nfe
+from guidance_nb.denoisers import NetworkDenoiser, check_inputs, count_nfe, record_nfe
+from guidance_nb.model_guidance import mg_weight_from_scale
 from guidance_nb.interop.diffusers import (
     DiffusersDenoiser,
     condition_names,
