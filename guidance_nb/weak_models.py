@@ -28,7 +28,7 @@ from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, check_
 from .guidance import Claims, Guidance, Scale, predict_where, shift_prediction
 from .mixtures import Mixture, log_posterior, log_prob
 from .paths import Path, clamp_time, expand_time
-from .samplers import keyed_noise
+from ._random import keyed_noise
 
 # %% ../nbs/17_weak_models.ipynb #78b8d092
 class WeakGuidance(Guidance):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.cli.app import destroy_process_group
 from guidance_nb.flow_postprocessing import CorrectionFlow, PairDraws, PairLoss
@@ -24,11 +25,10 @@ from guidance_nb.training import (
     Engine,
     fit,
     is_sharded,
-    keyed_generator,
     on_main,
     open_engine,
     sample_sharded,
-)  # fmt: skip
+)
 
 STEPS, BATCH = 12, 16
 

@@ -12,6 +12,7 @@ from engine_cases import STEPS, Shelf, assert_same_weights, case, finish, points
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_generator, keyed_global_rng
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
@@ -25,14 +26,12 @@ from guidance_nb.training import (
     choose_precision,
     fit,
     has_dropout,
-    keyed_generator,
-    keyed_global_rng,
     latest_checkpoint,
     make_optimizer,
     prefetch,
     read_checkpoint,
     train,
-)  # fmt: skip
+)
 
 
 def plain_loop(model, x, c, steps, batch_size, lr, decay, seed, dropout):

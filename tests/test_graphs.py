@@ -9,22 +9,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from guidance_nb import model_guidance
+from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.cli.recipes import make_engine, override, read_recipe
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.training import (
-    Context,
-    DenoisingLoss,
-    Engine,
-    check_graphs,
-    fit,
-    keyed_generator,
-    make_average,
-    set_rate,
-    update_ema,
-)
+from guidance_nb.training import Context, DenoisingLoss, Engine, check_graphs, fit, make_average, set_rate, update_ema
 
 
 def ready(**changes):

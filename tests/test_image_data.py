@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 
+from guidance_nb._random import keyed_generator
 from guidance_nb.images import data as image_data
 from guidance_nb.images.data import (
     FILES,
@@ -35,7 +36,7 @@ from guidance_nb.images.data import (
     save_samples,
     to_uint8,
 )
-from guidance_nb.training import batches, keyed_generator
+from guidance_nb.training import batches
 
 
 def picture(*shape, seed=0):

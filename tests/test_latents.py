@@ -22,15 +22,26 @@ from torch.testing import assert_close
 from torchvision import transforms
 from typer.testing import CliRunner
 
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.cli import recipes
-from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.cli.app import app, destroy_process_group
-from guidance_nb.denoisers import dit_channel_scales
-from guidance_nb.images.data import load_images, load_samples
+from guidance_nb.cli.recipes import (
+    LATER_KEYS,
+    Recipe,
+    Request,
+    draw,
+    load_trained,
+    override,
+    read_recipe,
+    recipe_from,
+    recipe_shape,
+    recorded,
+    train_recipe,
+)
+from guidance_nb.images.data import crop_image, load_images, load_samples
 from guidance_nb.images.latents import (
     INDEX,
     check_shard,
-    crop_image,
     decode,
     describe_vae,
     draw_latents,
@@ -45,19 +56,6 @@ from guidance_nb.images.latents import (
 )
 from guidance_nb.networks import image_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.cli.recipes import (
-    LATER_KEYS,
-    Recipe,
-    Request,
-    draw,
-    load_trained,
-    override,
-    read_recipe,
-    recipe_from,
-    recipe_shape,
-    recorded,
-    train_recipe,
-)
 from guidance_nb.training import DenoisingLoss, checkpoints_in, fit, latest_checkpoint, read_checkpoint
 
 

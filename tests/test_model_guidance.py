@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_generator
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
 from guidance_nb.model_guidance import (
@@ -21,7 +22,7 @@ from guidance_nb.model_guidance import (
 )
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.training import Context, DenoisingLoss, keyed_generator, train
+from guidance_nb.training import Context, DenoisingLoss, train
 
 
 class Rows(nn.Module):

@@ -12,18 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guidance_nb.cli import recipes
-from guidance_nb.images.data import SampleFile, load_samples, save_samples
-from guidance_nb.images.metrics import INCEPTION, PROVENANCE, Extractor, Features, append_rows, read_reference
 from guidance_nb.cli.recipes import (
     Recipe,
     Request,
+    baseline_size,
     choose_metrics,
     complete_request,
     describe_recipe,
     draw,
     find_feature_extractor,
     finish_sweep,
-    baseline_size,
     is_done,
     key_meanings,
     load_real,
@@ -42,6 +40,8 @@ from guidance_nb.cli.recipes import (
     take_images,
     train_recipe,
 )
+from guidance_nb.images.data import SampleFile, load_samples, save_samples
+from guidance_nb.images.metrics import INCEPTION, PROVENANCE, Extractor, Features, append_rows, read_reference
 from guidance_nb.training import latest_checkpoint, record_digest
 
 TINY = {"network": "unet-tiny", "steps": 2, "batch_size": 8, "warmup": 0, "precision": "fp32", "grid_every": 0}

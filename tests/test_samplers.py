@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_noise
 from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import SAMPLERS, keyed_noise, sample, time_grid
+from guidance_nb.samplers import SAMPLERS, sample, time_grid
 
 F64 = {"progress": False, "dtype": torch.float64}
 

@@ -24,9 +24,10 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from guidance_nb.cli.app import app
+from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.cli.app import app
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_nfe
 from guidance_nb.interop.diffusers import scheduler_times
 from guidance_nb.interop.stable_diffusion import (
@@ -50,7 +51,7 @@ from guidance_nb.interop.stable_diffusion import (
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.paths import FlowPath
 from guidance_nb.samplers import sample
-from guidance_nb.training import Context, DenoisingLoss, Engine, keyed_generator, train
+from guidance_nb.training import Context, DenoisingLoss, Engine, train
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_generator
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
@@ -21,7 +22,7 @@ from guidance_nb.trained_guidance import (
     branch_outputs,
     draw_scales,
 )
-from guidance_nb.training import Checkpoints, Context, DenoisingLoss, Engine, fit, keyed_generator, train
+from guidance_nb.training import Checkpoints, Context, DenoisingLoss, Engine, fit, train
 
 NULL = 3
 

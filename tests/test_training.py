@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_generator
 from guidance_nb.mixtures import gaussian_pair, sample_mixture
 from guidance_nb.networks import LinearClassifier, NoisyClassifier, fourier_features, mlp_denoiser
 from guidance_nb.paths import FlowPath, VPPath
-from guidance_nb.training import ClassifierLoss, Context, DenoisingLoss, batches, fit, keyed_generator, train
+from guidance_nb.training import ClassifierLoss, Context, DenoisingLoss, batches, fit, train
 
 
 class Point(nn.Module):

@@ -12,30 +12,24 @@ import typer
 from typer.core import TyperCommand
 
 from guidance_nb import __version__
-from guidance_nb.comparison import run_tour, summary
-from guidance_nb.images.data import SampleFile, load_samples, may_replace, save_samples
-from guidance_nb.images.metrics import INCEPTION, append_rows, column
-from guidance_nb.images.latents import INDEX, encode_folder, read_index
-
-
 from guidance_nb.cli.recipes import (
     Recipe,
     Request,
+    baseline_row,
     check_folder,
     check_recipe,
     complete_request,
     describe_recipe,
     describe_trained,
     draw,
+    extract_reference_features,
     find_feature_extractor,
     find_key,
     finish_sweep,
-    baseline_row,
     is_main,
     is_metric,
     latent_folder,
     load_trained,
-    extract_reference_features,
     main_only,
     point_facts,
     postprocess,
@@ -47,9 +41,12 @@ from guidance_nb.cli.recipes import (
     sweep_points,
     train_recipe,
 )
+from guidance_nb.comparison import run_tour, summary
 from guidance_nb.engine.cost import extract_sharded
+from guidance_nb.images.data import SampleFile, load_samples, may_replace, save_samples
+from guidance_nb.images.latents import INDEX, encode_folder, read_index
+from guidance_nb.images.metrics import INCEPTION, append_rows, column
 from guidance_nb.interop.stable_diffusion import finetune, finetuning_key, finetuning_names, read_finetuning
-
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 

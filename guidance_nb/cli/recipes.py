@@ -16,15 +16,13 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
-
+from guidance_nb._checks import check_choice, check_interval, check_scale
+from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb._checks import check_interval, check_scale
-from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb._checks import check_choice
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.classifier_guidance import ClassifierGuidance
-from guidance_nb.classifier_free_guidance import dit_channel_scales
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
-from guidance_nb.model_guidance import mg_weight_from_scale, scale_from_mg_weight
+from guidance_nb.engine.cost import cost_sheet, count_step_rows, extract_sharded, network_cost
 from guidance_nb.flow_postprocessing import (
     FlowPostprocessor,
     PairDraws,
@@ -44,8 +42,7 @@ from guidance_nb.images.data import (
     load_samples,
     to_uint8,
 )
-
-
+from guidance_nb.images.latents import INDEX, LatentData, decode, decode_all, load_latents, load_vae, read_index
 from guidance_nb.images.metrics import (
     INCEPTION,
     Extractor,
@@ -62,16 +59,18 @@ from guidance_nb.images.metrics import (
     read_reference,
     read_rows,
 )
-
-
-from guidance_nb.images.latents import INDEX, LatentData, decode, decode_all, load_latents, load_vae, read_index
-from guidance_nb.model_guidance import FixedScale, AutoWeight, ModelGuidanceLoss
+from guidance_nb.interop.stable_diffusion import to_value
+from guidance_nb.model_guidance import (
+    AutoWeight,
+    FixedScale,
+    ModelGuidanceLoss,
+    mg_weight_from_scale,
+    scale_from_mg_weight,
+)
 from guidance_nb.networks import IMAGE_NETWORKS, ImageClassifier, build_network, image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.plots import METHOD_LABELS, show_curves
 from guidance_nb.samplers import SAMPLERS, sample, time_grid
-from guidance_nb.engine.cost import cost_sheet, count_step_rows, extract_sharded, network_cost
-from guidance_nb.interop.stable_diffusion import to_value
 from guidance_nb.training import (
     Checkpoints,
     ClassifierLoss,
@@ -81,7 +80,6 @@ from guidance_nb.training import (
     check_compiler,
     check_tracker,
     choose_precision,
-    find_processes,
     fit,
     latest_checkpoint,
     load_weights,

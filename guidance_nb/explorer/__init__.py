@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from guidance_nb._checks import check_choice
+from guidance_nb._random import keyed_noise
 from guidance_nb.aligned_loss import scale_from_aligned
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb._checks import check_choice
 from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.denoisers import Denoiser, Prediction, guide, record_nfe, to_prediction
-from guidance_nb.model_guidance import scale_from_mg_weight
 from guidance_nb.flow_postprocessing import nearest_neighbours
 from guidance_nb.metrics import nll, outlier_rate, outlier_threshold, sliced_wasserstein
 from guidance_nb.mixtures import (
@@ -24,6 +24,7 @@ from guidance_nb.mixtures import (
     gaussian_pair,
     sample_mixture,
 )
+from guidance_nb.model_guidance import scale_from_mg_weight
 from guidance_nb.paths import FlowPath
 from guidance_nb.plots import (
     COLOURS,
@@ -32,7 +33,7 @@ from guidance_nb.plots import (
     show_points,
     show_trajectories,
 )
-from guidance_nb.samplers import Trajectory, keyed_noise, sample_trajectory
+from guidance_nb.samplers import Trajectory, sample_trajectory
 
 
 class Scene(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guidance_nb.training import keyed_generator
+from guidance_nb._random import keyed_generator
 
 
 def from_uint8(

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from guidance_nb._files import force_to_disk
+from guidance_nb._processes import find_processes
 from guidance_nb.images.data import (
     ImageData,
     ImageFiles,
@@ -24,7 +26,7 @@ from guidance_nb.images.data import (
     to_uint8,
     write_aside,
 )
-from guidance_nb.training import find_processes, first_difference, force_to_disk, prefetch
+from guidance_nb.training import first_difference, prefetch
 
 
 def resize_crop(

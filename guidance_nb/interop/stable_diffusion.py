@@ -21,25 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-
+from guidance_nb._files import force_to_disk
+from guidance_nb._processes import find_processes
+from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, check_inputs, count_nfe, record_nfe
-from guidance_nb.model_guidance import mg_weight_from_scale
-from guidance_nb.interop.diffusers import (
-    DiffusersDenoiser,
-    condition_names,
-    decode_latents,
-    encode_text,
-    fill_null,
-    has_encoder,
-    latent_channels,
-    path_from_scheduler,
-    scheduler_times,
-)
 from guidance_nb.images.data import IMAGE_SUFFIXES, ImageData, ImageFiles, common_size, to_uint8, write_aside
-
-
 from guidance_nb.images.latents import (
     CROPS,
     CroppedFiles,
@@ -51,21 +39,20 @@ from guidance_nb.images.latents import (
     open_shard,
     write_shard,
 )
-from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
-from guidance_nb.samplers import sample
-from guidance_nb.training import (
-    Checkpoints,
-    Context,
-    DenoisingLoss,
-    Engine,
-    State,
-    find_processes,
-    first_difference,
-    fit,
-    force_to_disk,
-    keyed_generator,
+from guidance_nb.interop.diffusers import (
+    DiffusersDenoiser,
+    condition_names,
+    decode_latents,
+    encode_text,
+    fill_null,
+    has_encoder,
+    latent_channels,
+    path_from_scheduler,
+    scheduler_times,
 )
-
+from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale
+from guidance_nb.samplers import sample
+from guidance_nb.training import Checkpoints, Context, DenoisingLoss, Engine, State, first_difference, fit
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 
