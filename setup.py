@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["guidance_nb", "guidance_nb.*"]),
     package_data={
         "guidance_nb": ["py.typed", "explorer/*.js", "explorer/*.css", "explorer/*.html"],
-        "guidance_nb.cli": ["recipe_files/*.toml", "recipe_files/finetune/*.toml"],
+        "guidance_nb.cli": ["recipe_files/*.toml", "recipe_files/finetune/*.toml", "recipe_files/finetuning/*.toml"],
         "guidance_nb.engine": ["launch_files/*.yaml"],
     },
     install_requires=cfg["requirements"].split(),
