@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._extras import extra
 from .denoisers import Denoiser, Prediction, check_inputs, check_labels
 from .paths import FlowPath, Path
 
@@ -283,7 +284,8 @@ def digits(
     split: str = "train",  # "train" (1,437 images), "test" (360) or "all"
 ) -> tuple[Tensor, Tensor]:  # Pixels in [-1, 1], `[n, 64]`, and labels `[n]`
     "The 1,797 real 8x8 handwritten digits that come with scikit-learn, in a fixed split."
-    from sklearn.datasets import load_digits
+    with extra("images"):
+        from sklearn.datasets import load_digits
 
     if split not in ("train", "test", "all"):
         raise ValueError(f"split = {split!r}; allowed: 'train', 'test', 'all'")
