@@ -40,17 +40,16 @@ from .classifier_guidance import ClassifierGuidance
 from .denoisers import Denoiser, count_nfe
 from .flow_postprocessing import FlowPostprocessor
 from guidance_nb.metrics import (
-    bayes_judge,
     class_accuracy,
-    class_sliced_wasserstein,
     coverage,
-    digits_judge,
+    digits_classifier,
     frechet,
-    nearest_train_distance,
+    nearest_neighbours,
     nll,
     outlier_rate,
     outlier_threshold,
     precision_recall,
+    sliced_wasserstein,
 )
 from .mixtures import ExactDenoiser, Mixture, digits, fractal, mixture_of_points, sample_mixture
 from .model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale
@@ -89,9 +88,9 @@ class Problem:
         return outlier_threshold(self.mixture)
 
     @cached_property
-    def judge(self) -> Callable[[Tensor], Tensor]:
+    def judge(self) -> Mixture | Callable[[Tensor], Tensor]:
         "The classifier that judges samples."
-        return digits_judge() if self.x.shape[1] == 64 else bayes_judge(self.mixture)
+        return digits_classifier() if self.x.shape[1] == 64 else self.mixture
 
 # %% ../nbs/20_comparison.ipynb #02b673dc
 def load_problem(
@@ -471,7 +470,7 @@ def score_fractal(
     return {
         "outlier_rate": outlier_rate(x, c, problem.mixture, problem.threshold),
         "coverage": coverage(problem.real, x, problem.real_c, c),
-        "sliced_wasserstein": class_sliced_wasserstein(x, c, problem.real, problem.real_c),
+        "sliced_wasserstein": sliced_wasserstein(x, problem.real, c, problem.real_c),
         "nll": nll(x, c, problem.mixture),
         "class_accuracy": class_accuracy(x, c, problem.judge),
     }
@@ -489,7 +488,7 @@ def score_digits(
         "frechet": frechet(x, problem.real),
         "precision": precision,
         "recall": recall,
-        "nearest_train_distance": nearest_train_distance(x, problem.x),
+        "nearest_train_distance": nearest_neighbours(x, problem.x)[0].mean().item(),
     }
 
 

@@ -24,7 +24,6 @@ from guidance_nb.flow_postprocessing import (
     neighbour_space,
     neighbour_weights,
     pair_data,
-    torch_neighbours,
 )
 from guidance_nb.images.metrics import cifar_resnet
 from guidance_nb.networks import MLP, build_network
@@ -267,34 +266,20 @@ def test_bad_input(clouds):
         CorrectionFlow(4, 3, dropout=2)
 
 
-@pytest.mark.parametrize("memory", [1, 5000, 2**28])
-@pytest.mark.parametrize("k", [1, 6, 30])
-def test_both_searches_are_brute_force(clouds, k, memory):
-    "Also in small chunks, and with a great common offset, in which float32 products would drown."
-    x, y, c, d = clouds
-    expected = brute_force(x, y, k, c, d)
-    for method in ("torch", "faiss"):
-        assert (nearest_neighbours(x, y, k, c, d, method=method).numpy() == expected).all()
-    expected = brute_force(x + 1000, y + 1000, k, torch.zeros_like(c), torch.zeros_like(d))
-    assert (torch_neighbours(x + 1000, y + 1000, k, memory=memory).numpy() == expected).all()
-
-
-@pytest.mark.parametrize("method", ["torch", "faiss"])
-def test_ties_go_to_the_lower_index(method):
+def test_ties_go_to_the_lower_index():
     "A lattice with many copies of every point: most distances are tied, whole numbers, and exact."
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(3, (90, 2), generator=g).float(), torch.randint(3, (700, 2), generator=g).float()
     for k in (1, 4, 100, 700):
         expected = brute_force(x, y, k, torch.zeros(90), torch.zeros(700))
-        assert (nearest_neighbours(x, y, k, method=method).numpy() == expected).all()
+        assert (nearest_neighbours(x, y, k).numpy() == expected).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_search_and_correction_on_a_gpu(clouds):
     x, y, c, d = clouds
     expected = brute_force(x, y, 5, c, d)
-    for options in ({"device": "cuda"}, {"device": "cuda", "method": "torch"}):
-        assert (nearest_neighbours(x, y, 5, c, d, **options).numpy() == expected).all()
+    assert (nearest_neighbours(x, y, 5, c, d, device="cuda").numpy() == expected).all()
     assert (nearest_neighbours(x.cuda(), y.cuda(), 5, c.cuda(), d.cuda()).numpy() == expected).all()
     model = FlowPostprocessor(4, 3)
     torch.nn.init.normal_(model.net.read.weight)
@@ -306,7 +291,7 @@ def test_the_parts_of_fit_are_fit(clouds):
     x, y, c, d = clouds
     arguments = {"steps": 5, "batch_size": 32, "ema": 0.5, "progress": False}
     whole = FlowPostprocessor.fit(x, y, c, d, k=4, width=16, depth=1, seed=3, **arguments)
-    pairs = pair_data(x, y, c, d, k=4, method="torch")
+    pairs = pair_data(x, y, c, d, k=4)
     flow = correction_flow(pairs, width=16, depth=1, seed=3)
     nearest = y[brute_force(x, y, 1, c, d)[:, 0]]
     torch.testing.assert_close(flow.spread, (nearest - x).square().mean().sqrt())
@@ -490,8 +475,6 @@ def test_dinov2_with_weights_missing(weights, tmp_path):
 
 def test_bad_input_of_images(clouds):
     x, y, c, d = clouds
-    with pytest.raises(ValueError, match="method = 'scann'; allowed: 'auto', 'faiss', 'torch'"):
-        nearest_neighbours(x, y, 1, method="scann")
     with pytest.raises(ValueError, match="with 1 real points in class 2"):
         pair_data(x, y, c, torch.cat([d[:-1].clamp(max=1), torch.tensor([2])]), k=2)
     with pytest.raises(ValueError, match=r"\[4\] generated, \[3\] real; allowed: equal shapes"):

@@ -31,19 +31,19 @@ class Panel(NamedTuple):
 def panels(n: int = 800) -> dict[float, Panel]:
     "Samples at every scale from the same noise, measured against the exact density."
     from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-    from guidance_nb.metrics import bayes_judge, class_accuracy, coverage, outlier_rate, outlier_threshold
-    from guidance_nb.mixtures import ExactDenoiser, fractal, sample_mixture
+    from guidance_nb.metrics import class_accuracy, coverage, outlier_rate, outlier_threshold
+    from guidance_nb.mixtures import ExactDenoiser, fractal, log_posterior, sample_mixture
     from guidance_nb.paths import FlowPath
     from guidance_nb.samplers import sample
 
     tree, label, made = fractal(), torch.zeros(n, dtype=torch.long), {}
-    model, bar, judge = ExactDenoiser(tree, FlowPath()), outlier_threshold(tree), bayes_judge(tree)
+    model, bar = ExactDenoiser(tree, FlowPath()), outlier_threshold(tree)
     real, _ = sample_mixture(tree, label, torch.Generator().manual_seed(1))
     for scale in SCALES:
         guided = ClassifierFreeGuidance(model, scale)
         x = sample(guided, label, (2,), "heun", 32, progress=False)
-        off = outlier_rate(x, judge(x).argmax(1), tree, bar)
-        share = class_accuracy(x, label, judge)
+        off = outlier_rate(x, log_posterior(tree, x).argmax(1), tree, bar)
+        share = class_accuracy(x, label, tree)
         made[scale] = Panel(x, share, coverage(real, x, label, label), off, 1 if scale in (0, 1) else 2)
     return made
 

@@ -407,7 +407,7 @@ def run_scene(
     x, points, times = run.x.double(), run.points.double(), run.times
     if method == "flow_postprocessing":
         own, k = scene.real[scene.real_c == c], int(settings["neighbours"])
-        found = nearest_neighbours(x, own, k, method="torch")
+        found = nearest_neighbours(x, own, k)
         x = own[found[torch.arange(len(x)), torch.arange(len(x)) % k]].double()
         points, times = torch.cat([points, x[None]]), torch.cat([times, times[-1:]])
     return Trajectory(points, times, run.nfe)
