@@ -42,6 +42,25 @@ def keyed_noise(
     return torch.cat(blocks)[start % 256 :][:n]
 
 
+class NoiseSource:
+    "Keyed noise for samples `start`, `start + 1`, ...: the n-th call gives the noise of step n, from 0."
+
+    def __init__(
+        self,
+        seed: int,  # Seed of the whole run
+        start: int,  # Index of the first sample
+        shape: tuple[int, ...],  # Shape of each draw, `[n, ...]`
+        device: torch.device,  # Where the noise is needed
+        dtype: torch.dtype,  # Its precision
+    ):
+        self.seed, self.start, self.shape, self.place, self.step = seed, start, shape, (device, dtype), 0
+
+    def __call__(self) -> Tensor:
+        "The next draw."
+        self.step += 1
+        return keyed_noise(self.seed, self.start, self.shape, self.step - 1).to(*self.place)
+
+
 def visiting_order(
     size: int,  # Number of samples
     batch_size: int,  # Samples per batch

@@ -25,7 +25,8 @@ from .denoisers import Denoiser, Prediction, check_inputs, count_nfe, guide, rec
 from .guidance import Claims, Guidance, Scale
 from .mixtures import ExactDenoiser, Mixture, log_prob
 from .paths import Path, expand_time
-from .samplers import StepContext, NoiseSource, check_request, ddim_step, time_grid
+from ._random import NoiseSource
+from .samplers import StepContext, _check_request, ddim_step, time_grid
 
 # %% ../nbs/18_power_tilt.ipynb #ce07a083
 def class_mixture(
@@ -374,7 +375,7 @@ def sample_feynman_kac(
     path, guided = model.path, ClassifierFreeGuidance(model, scale)
     labels = check_population(c, (n, *shape), threshold, count)
     times = time_grid(path, steps) if times is None else times.double().cpu()
-    check_request(model, labels, shape, "ddpm", times, None)
+    _check_request(model, labels, shape, "ddpm", times)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     labels, noise = labels.to(device), NoiseSource(seed, 0, (n, *shape), device, dtype)
     x, log_w = noise() * path.sigma(times[0]).item(), torch.zeros(n, dtype=torch.float64, device=device)

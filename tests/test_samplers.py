@@ -7,11 +7,13 @@ import torch
 from torch.testing import assert_close
 
 from guidance_nb._random import keyed_noise
+from guidance_nb._random import keyed_noise
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import SAMPLERS, sample, time_grid
+from guidance_nb.samplers import SAMPLERS, sample, sample_trajectory, time_grid
 
 F64 = {"progress": False, "dtype": torch.float64}
 
@@ -183,18 +185,23 @@ def test_divergence_is_reported():
         ({"sampler": "rk4"}, "sampler = 'rk4'; allowed: 'ddim'"),
         ({"steps": 0}, "steps = 0; allowed: a whole number"),
         ({"steps": 2.5}, "steps = 2.5"),
-        ({"shape": (2,)}, "shape = (2,)"),
-        ({"shape": (0, 2), "c": None}, "shape = (0, 2)"),
+        ({"shape": ()}, "shape = (); allowed: the shape of one sample"),
+        ({"shape": (0, 2), "c": 2}, "shape = (0, 2)"),
         ({"c": torch.tensor([0, 5])}, "c contains 5; allowed: 0 to 1"),
         ({"c": torch.tensor([0.0, 1.0])}, "c is torch.float32"),
-        ({"c": torch.tensor([0])}, "c has shape (1,)"),
+        ({"c": torch.tensor([[0]])}, "c has shape (1, 1)"),
+        ({"c": 0}, "c = 0; allowed: labels [n], or the number of unconditional samples"),
+        ({"eta": 1.5}, "eta = 1.5; allowed: 0 to 1"),
+        ({"start": -1}, "start = -1; allowed: a whole number, 0 or more"),
+        ({"batch_size": 0}, "batch_size = 0; allowed: a whole number, 1 or more"),
+        ({"init": torch.zeros(3, 1)}, "init has shape (3, 1); allowed: (2, 1)"),
         ({"seed": -1}, "seed = -1"),
         ({"times": torch.tensor([0.0, 1.0])}, "strictly falling"),
         ({"times": torch.tensor([2.0, 1.0])}, "in [0, 1]"),
     ],
 )
 def test_bad_requests(arguments, words):
-    request = {"c": torch.tensor([0, 1]), "shape": (2, 1), "progress": False} | arguments
+    request = {"c": torch.tensor([0, 1]), "shape": (1,), "progress": False} | arguments
     with pytest.raises(ValueError) as caught:
         sample(ExactDenoiser(gaussian_pair(), FlowPath()), **request)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -219,3 +226,75 @@ def test_sample_takes_its_own_grid_at_any_largest_noise(sigma_max):
         times = time_grid(path, steps)
         assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
     assert sample(ExactDenoiser(fractal(depth=2), path), 3, (2,), "euler", 4, **F64).isfinite().all()
+
+
+class Times(ExactDenoiser):
+    "An exact model that remembers the times it was asked at."
+
+    def forward(self, x, t, c=None):
+        self.asked = [*getattr(self, "asked", []), float(t)]
+        return super().forward(x, t, c)
+
+
+@pytest.mark.parametrize("path", [FlowPath(), VPPath(), VPPath("cosine"), EDMPath(), VPPath("linear", 0.0)], ids=repr)
+@pytest.mark.parametrize("span", [None, (0.9, 0.89), (0.2, 0.0)])
+def test_dopri5_works_on_every_path_and_never_asks_outside_its_times(path, span):
+    "The exact ODE of one Gaussian keeps every point at its number of standard deviations."
+    model = Times(Mixture(torch.zeros(1, 1), torch.tensor([0.2]), torch.tensor([0])), path)
+    times = torch.tensor(span or (1.0, 0.0), dtype=torch.float64)
+    run = sample_trajectory(model, 20, (1,), "dopri5", times=times, **F64)
+    first, last = ((path.alpha(t) ** 2 * 0.2 + path.sigma(t) ** 2).sqrt() for t in times)
+    assert_close(run.x, run.points[0] * last / first, rtol=1e-3, atol=1e-3 * last.item())
+    assert times[-1] <= min(model.asked) and max(model.asked) <= times[0]
+
+
+def test_a_sixteen_bit_state_is_asked_at_exact_times():
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x, time, labels):
+            seen.append(time[0].item())
+            return x
+
+    model = NetworkDenoiser(Net(), FlowPath())
+    sample(model, 1, (2,), "euler", 1000, dtype=torch.bfloat16, progress=False)
+    assert_close(torch.tensor(seen), torch.linspace(1, 0, 1001)[:-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_every_part_keeps_the_mode_it_had(failing):
+    "Also when the model fails, and when a guided model is made from one that evaluates."
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.norm = torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(2)
+
+        def forward(self, x, time, labels):
+            assert not self.drop.training and not failing
+            return self.norm(self.drop(x))
+
+    model = NetworkDenoiser(Net(), FlowPath(), 3)
+    model.eval()
+    model.net.norm.train()
+    modes, statistics = [part.training for part in model.modules()], model.net.norm.running_mean.clone()
+    guided = ClassifierFreeGuidance(model, 2.0)
+    try:
+        sample(guided, torch.tensor([0, 1]), (2,), steps=2, progress=False)
+    except AssertionError:
+        assert failing
+    assert [part.training for part in model.modules()] == modes and guided.training
+    assert_close(model.net.norm.running_mean, statistics)
+    assert not torch.is_grad_enabled() or all(p.grad is None for p in model.parameters())
+
+
+def test_no_gradient_is_kept_while_sampling():
+    model = mlp_denoiser(2, FlowPath(), width=8, depth=1)
+    assert not sample(model, 2, (2,), steps=2, progress=False).requires_grad
+
+
+def test_keyed_noise_of_far_samples_is_not_that_of_near_ones():
+    "Blocks of 256 samples and steps of the sampler must not share a key."
+    draws = [keyed_noise(0, start, (4, 3), step) for start in (0, 256, 512, 256 * 2**20) for step in (0, 1, 255, 256)]
+    flat = torch.stack(draws).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == len(draws)
