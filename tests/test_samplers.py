@@ -7,7 +7,6 @@ import torch
 from torch.testing import assert_close
 
 from guidance_nb._random import keyed_noise
-from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
