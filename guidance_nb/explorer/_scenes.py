@@ -144,7 +144,7 @@ class Scene:
         c, generator = torch.arange(mixture.num_classes).repeat_interleave(n), torch.Generator().manual_seed(seed)
         real, other = (sample_mixture(mixture, c, generator)[0].split(n) for _ in range(2))
         self.real = list(real)  # by class, `[n, d]` each
-        self.baseline = [sliced_wasserstein(x, y, PROJECTIONS) for x, y in zip(real, other)]  # real against real
+        self.baseline = [sliced_wasserstein(x, y, projections=PROJECTIONS) for x, y in zip(real, other)]  # real against real
         self.noise = keyed_noise(seed, 0, (n, mixture.dim))  # where the samples start
         self.threshold = outlier_threshold(mixture)  # log density of an outlier, by class
 
@@ -202,7 +202,7 @@ class Scene:
             "std": x.double().std(0).tolist(),
             "nll": nll(x, labels, self.mixture),
             "outliers": outlier_rate(x, labels, self.mixture, self.threshold),
-            "distance": sliced_wasserstein(x, self.real[c], PROJECTIONS),
+            "distance": sliced_wasserstein(x, self.real[c], projections=PROJECTIONS),
         }
 
     def pack(self) -> dict[str, Any]:
