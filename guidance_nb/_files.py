@@ -68,6 +68,18 @@ def remove(
         path.unlink(missing_ok=True)
 
 
+def read_text(
+    path: Path,  # A text file
+) -> str:  # Its content, without the byte order mark that some editors put first
+    "Text in UTF-8; another encoding, and what is no regular file, is a `ValueError` that names the file."
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; allowed: a text file that is there")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; allowed: text in UTF-8") from None
+
+
 @contextmanager
 def write_aside(
     path: Path,  # File or folder that will stand there

@@ -60,7 +60,7 @@ def _squares(
     y: Tensor,  # `[m, d]`, float64, where the work is done
     rows: int,  # Points of x at a time
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    "Points of x, their squared distances to all of y by one matrix product, and a bound of the rounding error `[b, 1]`."
+    "Points of x, squared distances to all of y by a matrix product, and a bound of the rounding error `[b, 1]`."
     centre = y.mean(0)  # a common offset would drown small distances
     b = y - centre
     norms = b.square().sum(1)

@@ -14,18 +14,13 @@ from guidance_nb.flow_postprocessing import (
     PairLoss,
     carry,
     correction_flow,
-    dinov2_inputs,
-    dinov2_space,
     effective_sample_size,
     in_batches,
-    load_dinov2,
     memorisation_report,
     nearest_neighbours,
-    neighbour_space,
     neighbour_weights,
     pair_data,
 )
-from guidance_nb.images.metrics import cifar_resnet
 from guidance_nb.networks import MLP, build_network
 from guidance_nb.training import Context, train
 
@@ -368,111 +363,6 @@ def test_report_and_neighbours_in_a_space(clouds):
     assert effective_sample_size(x, y, 5, space=space) == effective_sample_size(space(x), space(y), 5)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    "A tiny DINOv2 with three registers and random weights, in a folder."
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=42, patch_size=14, num_register_tokens=3
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.Dinov2WithRegistersModel(config)
-    rough(model)
-    folder = tmp_path_factory.mktemp("dinov2")
-    model.save_pretrained(folder)
-    return folder
-
-
-def by_hand(x, size):
-    "What the network should see, through PIL's resizing of floats, which is bicubic and antialiased."
-    from PIL import Image
-
-    x = (np.clip(x.numpy(), -1, 1) + 1) / 2
-    out = np.empty((len(x), 3, size, size), np.float32)
-    for i in range(len(x)):
-        for j in range(3):
-            plane = Image.fromarray(x[i, j % x.shape[1]].astype(np.float32), mode="F")
-            out[i, j] = np.asarray(plane.resize((size, size), Image.Resampling.BICUBIC))
-    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    return torch.tensor((out - mean[:, None, None]) / deviation[:, None, None], dtype=torch.float32)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Pillow, of the mode argument
-@pytest.mark.parametrize(("channels", "side", "size"), [(1, 8, 224), (3, 32, 224), (3, 64, 28)])
-def test_dinov2_inputs_are_pillows(channels, side, size):
-    x = 0.7 * torch.randn(3, channels, side, side, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(dinov2_inputs(x, size), by_hand(x, size), atol=2e-5, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_dinov2_features(weights):
-    "Class token, and mean over patches alone: register by register the forward pass is spelled out here."
-    transformers = pytest.importorskip("transformers")
-    model = transformers.Dinov2WithRegistersModel.from_pretrained(weights).eval()
-    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad():
-        h = model.embeddings(by_hand(x, 28))
-        assert h.shape == (5, 1 + 3 + 4, 24)  # class, registers, 2 x 2 patches
-        for layer in model.encoder.layer:
-            h = layer(h)
-        tokens = model.layernorm(h)
-    options = {"size": 28, "batch_size": 2, "device": "cpu"}
-    near = {"atol": 1e-4, "rtol": 0}
-    torch.testing.assert_close(dinov2_space(weights, **options)(x), tokens[:, 0], **near)
-    patches = neighbour_space("dinov2-patches", weights, **options)(x)
-    torch.testing.assert_close(patches, (tokens[:, 4] + tokens[:, 5] + tokens[:, 6] + tokens[:, 7]) / 4, **near)
-    assert (patches - tokens[:, 1:].mean(1)).abs().max() > 1e-2
-    space = neighbour_space("dinov2", weights, **options)
-    real = torch.cat([x + 0.01, -x])
-    features = space(real)
-    expected = brute_force(tokens[:, 0], features, 3, torch.zeros(5), torch.zeros(10))
-    assert (nearest_neighbours(x, real, 3, space=space).numpy() == expected).all()
-
-
-def test_dinov2_bad_input(weights, tmp_path, monkeypatch):
-    x = torch.zeros(2, 1, 8, 8)
-    for images, message in (
-        (x[0], "allowed: floating-point images"),
-        (x.expand(2, 2, 8, 8), r"allowed: floating-point images \[n, 1 or 3"),
-        (x.byte(), "x is torch.uint8"),
-        (x + 255, r"x reaches 255; allowed: images in \[-1, 1\]"),
-        (x * float("nan"), "x reaches nan"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dinov2_inputs(images)
-    with pytest.raises(ValueError, match="pooling = 'max'"):
-        dinov2_space(weights, "max")
-    with pytest.raises(ValueError, match="size = 30; allowed: a multiple of the patch size 14"):
-        dinov2_space(weights, size=30)
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        load_dinov2(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
-    with pytest.raises(ValueError, match=r"holds a 'dinov2'; .* of a 'dinov2_with_registers'"):
-        load_dinov2(tmp_path)
-    (tmp_path / "config.json").write_text((weights / "config.json").read_text())
-    with pytest.raises(OSError, match="safetensors"):
-        load_dinov2(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install 'transformers"):
-        load_dinov2(weights)
-
-
-def test_dinov2_with_weights_missing(weights, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    kept = load_file(weights / "model.safetensors")
-    del kept["embeddings.register_tokens"]
-    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text((weights / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"lacks 1 weights, embeddings\.register_tokens first"):
-        load_dinov2(tmp_path)
-    whole = (weights / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="damaged weights"):
-        load_dinov2(tmp_path)
-
-
 def test_bad_input_of_images(clouds):
     x, y, c, d = clouds
     with pytest.raises(ValueError, match="with 1 real points in class 2"):
@@ -483,19 +373,3 @@ def test_bad_input_of_images(clouds):
         FlowPostprocessor(4)(x.long())
     with pytest.raises(ValueError, match="did you mean 'unet-tiny'"):
         FlowPostprocessor((1, 8, 8), 3, net="unet-tyni")
-    with pytest.raises(ValueError, match="space = 'vgg'; allowed: 'pixels', 'dinov2', 'dinov2-patches'"):
-        neighbour_space("vgg")
-    with pytest.raises(ValueError, match="without weights"):
-        neighbour_space("dinov2-patches")
-
-
-@pytest.mark.skipif("GUIDANCE_NB_DATA" not in os.environ, reason="needs the CIFAR classifiers in GUIDANCE_NB_DATA")
-def test_resnet_space_is_the_pooled_layer():
-    "Features by a hook on the network's last layer, whose input they are."
-    network, seen = cifar_resnet(depth=20), []
-    network.linear.register_forward_hook(lambda layer, args, result: seen.append(args[0]))
-    x = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1  # some values are out of range
-    network(((x.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8))
-    found = neighbour_space("resnet20", batch_size=2)(x)
-    torch.testing.assert_close(found, seen[0].cpu())
-    assert found.shape == (5, 64) and not torch.equal(found, neighbour_space("resnet56")(x))

@@ -38,7 +38,7 @@ from guidance_nb.cli.recipes import (
     recorded,
     train_recipe,
 )
-from guidance_nb.images.data import crop_image, load_images, load_samples
+from guidance_nb.images.data import crop_image, load_images, load_samples, resize_crop
 from guidance_nb.images.latents import (
     INDEX,
     check_shard,
@@ -48,10 +48,8 @@ from guidance_nb.images.latents import (
     encode,
     encode_folder,
     load_latents,
-    load_pictures,
     load_vae,
     open_shard,
-    resize_crop,
     shard_name,
 )
 from guidance_nb.networks import image_denoiser
@@ -153,6 +151,31 @@ def test_draws_and_decoding_by_hand():
     assert torch.equal(decode(vae, z), (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
 
 
+@pytest.mark.parametrize("constants", [{}, {"shift_factor": -0.2}, {"mean": True}, {"mean": True, "shift_factor": 3.0}])
+def test_one_convention_of_scaling_everywhere(place, tmp_path, constants):
+    "Stored latents, their decoding here and that of a pipeline, against the formula of diffusers' pipelines."
+    from guidance_nb.interop.diffusers import decode_latents
+
+    mean, std = torch.tensor([0.1, -0.3, 0.5, 2.0]), torch.tensor([0.5, 1.0, 2.0, 3.0])
+    settings = {key: value for key, value in constants.items() if key != "mean"}
+    settings |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()} if "mean" in constants else {}
+    vae = make_vae(scaling_factor=0.4, **settings)
+    encode_folder(place / "pictures", tmp_path, vae, 16, shard_rows=9, progress=False)
+    data, rows = load_latents(tmp_path, posterior=False), torch.arange(6)
+    z, _ = data.fetch(rows, torch.Generator())
+    raw = data.moments(rows, torch.zeros(6, dtype=torch.long))[:, 0]
+    if "mean" in constants:
+        expected = (raw - mean[:, None, None]) * 0.4 / std[:, None, None]
+    else:
+        expected = (raw - constants.get("shift_factor", 0.0)) * 0.4
+    assert_close(z, expected)
+    with torch.no_grad():
+        picture = vae.decode(raw).sample
+    assert_close(decode_latents(vae, z), picture, rtol=1e-4, atol=1e-4)
+    grey = (picture * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert (decode(vae, z).int() - grey.int()).abs().max() <= 1  # on the border between two levels either is right
+
+
 def test_half_precision_halves_the_files_and_rounds(place, tmp_path):
     index = encode_folder(place / "pictures", tmp_path, place / "vae", 16, dtype="float16", progress=False)
     one, two = (load_latents(folder) for folder in (place / "whole", tmp_path))
@@ -166,7 +189,7 @@ def test_numbers_that_do_not_fit_name_the_picture(place, tmp_path):
     with torch.no_grad():
         vae.quant_conv.bias += 1e5
     with pytest.raises(
-        ValueError, match=r"a/00\.png are not finite in float16; allowed: a sound picture, or 'float32'"
+        ValueError, match=r"a/00\.png are not finite in float16; allowed: a sound image, or 'float32'"
     ):
         encode_folder(place / "pictures", tmp_path, vae, 16, dtype="float16", progress=False)
     assert not list(tmp_path.glob("shard-*"))
@@ -248,7 +271,7 @@ def test_two_processes_do_what_one_does(place):
 
 def test_every_row_is_its_picture_whatever_the_order(place):
     data, vae = load_latents(place / "whole", posterior=False, verify=True), load_vae(place / "vae")
-    pictures = load_pictures(place / "pictures", 16)
+    pictures = load_images(place / "pictures", size=16)
     order = torch.randperm(37)
     x, c = data.fetch(order, torch.Generator().manual_seed(0))
     assert_close(x, draw_latents(encode(vae, pictures.images(order)), None, 0.4, -0.2), rtol=1e-4, atol=1e-4)
@@ -350,8 +373,8 @@ def test_wrong_pictures_and_autoencoders_are_refused(place, tmp_path):
 
     pictures, out = place / "pictures", tmp_path / "out"
     fails("allowed: images of one size, or give size", pictures, out, make_vae())
-    fails("pictures are 15x15; allowed: sides divisible by 2", pictures, out, make_vae(), size=15)
-    fails("vae is a AutoencoderTiny; allowed: a diffusers AutoencoderKL", pictures, out, AutoencoderTiny())
+    fails("sides = '15x15'; allowed: multiples of 2", pictures, out, make_vae(), size=15)
+    fails("vae = 'a AutoencoderTiny'; allowed: a diffusers AutoencoderKL", pictures, out, AutoencoderTiny())
     fails("channels = 4; allowed: 1, 3", pictures, out, make_vae(4), size=16)
     fails("cannot be loaded (", pictures, out, str(tmp_path), size=16)
     fails("source = 'nowhere'; allowed: 'mnist', 'cifar10', or a folder", "nowhere", out, make_vae())
@@ -378,7 +401,7 @@ def test_three_of_four_channels_as_in_the_code_of_dit():
     both = model.output(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c, c]), drop=torch.arange(10) >= 5)
     conditional, unconditional = both.split(5)  # velocities, as SiT's function gets them
     first = unconditional[:, :3] + 1.5 * (conditional[:, :3] - unconditional[:, :3])
-    guided = ClassifierFreeGuidance(model, dit_channel_scales(1.5)[:, None, None])
+    guided = ClassifierFreeGuidance(model, dit_channel_scales(1.5))
     velocity = guided.predict(x, t, c).velocity(model.path, t)
     assert_close(velocity, torch.cat([first, conditional[:, 3:]], 1), rtol=1e-4, atol=1e-4)
 

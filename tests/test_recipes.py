@@ -41,7 +41,8 @@ from guidance_nb.cli.recipes import (
     train_recipe,
 )
 from guidance_nb.images.data import SampleFile, load_samples, save_samples
-from guidance_nb.images.metrics import INCEPTION, PROVENANCE, Extractor, Features, append_rows, read_reference
+from guidance_nb.images.features import INCEPTION, Extractor, Features, read_reference
+from guidance_nb.images.metrics import PROVENANCE, append_rows
 from guidance_nb.training import latest_checkpoint, record_digest
 
 TINY = {"network": "unet-tiny", "steps": 2, "batch_size": 8, "warmup": 0, "precision": "fp32", "grid_every": 0}

@@ -35,7 +35,7 @@ from guidance_nb.engine.cost import (
     training_flops,
 )
 from guidance_nb.flow_postprocessing import CorrectionFlow, PairLoss
-from guidance_nb.images.metrics import Extractor, extract
+from guidance_nb.images.features import Extractor, extract
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath

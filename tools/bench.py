@@ -28,7 +28,8 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, choose_batching, count_nfe
 from guidance_nb.engine.cost import count_step_rows, find_chip, mfu, network_cost, sampling_flops, training_flops
-from guidance_nb.images.metrics import CifarResNet, extract, image_scores, resnet_extractor
+from guidance_nb.images.features import CifarResNet, extract, resnet_extractor
+from guidance_nb.images.metrics import image_scores
 from guidance_nb.metrics import nearest_neighbours
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import image_denoiser

@@ -49,15 +49,8 @@ from guidance_nb.cli.recipes import (
     train_recipe,
 )
 from guidance_nb.images.data import SampleFile, save_samples
-from guidance_nb.images.metrics import (
-    Extractor,
-    Features,
-    append_rows,
-    cifar_resnet,
-    measure,
-    read_rows,
-    resnet_extractor,
-)
+from guidance_nb.images.features import Extractor, Features, cifar_resnet, extract, resnet_extractor
+from guidance_nb.images.metrics import append_rows, read_rows
 from guidance_nb.training import checkpoints_in, fit, latest_checkpoint
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -545,7 +538,7 @@ def look_at(study: Study, eyes: Extractor) -> tuple[Features, tuple[str, ...]]:
         return extract_reference_features("cifar10", "train", (3, 32, 32), eyes, METRICS, progress=False)
     data = read_images(run_recipe("base", study.size).data)
     metrics = choose_metrics(data.images(torch.arange(len(data))), eyes, METRICS)
-    return measure(data.images(torch.arange(len(data))), eyes, metrics, name="cifar10 train"), metrics
+    return extract(data.images(torch.arange(len(data))), eyes, "cifar10 train", metrics=metrics), metrics
 
 
 def keep_samples(study: Study, drawn: SampleFile, point: Point) -> None:

@@ -29,7 +29,6 @@ from guidance_nb.flow_postprocessing import (
     PairLoss,
     apply_correction,
     correction_flow,
-    neighbour_space,
     pair_data,
 )
 from guidance_nb.images.data import (
@@ -42,23 +41,28 @@ from guidance_nb.images.data import (
     load_samples,
     to_uint8,
 )
-from guidance_nb.images.latents import INDEX, LatentData, decode, decode_all, load_latents, load_vae, read_index
-from guidance_nb.images.metrics import (
+from guidance_nb.images.latents import (
+    INDEX,
+    LatentData,
+    decode,
+    decode_all,
+    latent_constants,
+    load_latents,
+    load_vae,
+    read_index,
+)
+from guidance_nb.images.features import (
     INCEPTION,
     Extractor,
     Features,
     Reference,
-    append_rows,
     check_metrics,
-    column,
     extract,
-    feature_scores,
+    feature_space,
     find_extractor,
-    measure,
-    provenance,
     read_reference,
-    read_rows,
 )
+from guidance_nb.images.metrics import append_rows, column, feature_scores, provenance, read_rows
 from guidance_nb.interop.stable_diffusion import to_value
 from guidance_nb.model_guidance import (
     AutoWeight,
@@ -579,7 +583,7 @@ def read_pairs(
     method = recipe.method
     x, c = read_generated(method.samples, data.shape, data.num_classes)
     real = from_uint8(data.images(torch.arange(len(data))))
-    space = neighbour_space(method.space, method.weights or None)
+    space = feature_space(method.space, method.weights or None)
     labels = None if c is None else data.labels
     return pair_data(x, real, c, labels, method.neighbours, space, device=own_device())
 
@@ -643,7 +647,7 @@ def find_vae(
     if not name:
         raise ValueError("the latents were encoded by a nameless autoencoder; allowed: data.vae or --vae, its folder")
     vae = load_vae(name)
-    config = {"factor": vae.config.scaling_factor, "shift": vae.config.shift_factor or 0.0}
+    config = dict(zip(("factor", "shift"), latent_constants(vae.config)))
     for key, found in (config | {"latent_channels": vae.config.latent_channels}).items():
         if found != known[key]:
             raise ValueError(f"{name} has {key} = {found}; allowed: {known[key]}, as the latents were encoded with")
@@ -1029,7 +1033,7 @@ def extract_reference_features(
     def look() -> tuple[str, ...]:
         real, _, name = load_real(source, split, shape)
         chosen = choose_metrics(real, eyes, metrics, best)
-        seen[0] = keep_neighbours(measure(real, eyes, chosen, name=name, batch_size=256, progress=progress))
+        seen[0] = keep_neighbours(extract(real, eyes, name, 256, progress, chosen))
         return chosen
 
     chosen = main_only(look)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from guidance_nb._processes import find_processes, gather_rows
 from guidance_nb._random import keyed_generator
 from guidance_nb.denoisers import Denoiser, count_nfe
-from guidance_nb.images.metrics import Extractor, Features, check_images, checksum, extract
+from guidance_nb.images.features import Extractor, Features, check_images, checksum, extract
 from guidance_nb.networks import build_network, mlp_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.samplers import sample

@@ -1,43 +1,45 @@
-"""MNIST, CIFAR-10 or any folder of images: checked files, a keyed order, keyed flips, and sample files that round-trip."""
+"""MNIST, CIFAR-10 or any folder of images: checked files, keyed flips, and sample files that round-trip."""
 
 import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._files import digest, read_text, write_aside
 from guidance_nb._random import keyed_generator
+
+__all__ = ["ImageData", "from_uint8", "load_images", "load_samples", "save_samples", "to_uint8"]
+
+Crop = Literal["adm", "torchvision"]
 
 
 def from_uint8(
     x: Tensor,  # Grey levels, uint8, any shape
 ) -> Tensor:  # Floats in [-1, 1], same shape
-    "Grey levels as numbers in [-1, 1], eq. (1)."
-    if x.dtype != torch.uint8:
-        raise ValueError(f"x is {x.dtype}; allowed: torch.uint8")
+    "Grey levels as numbers in [-1, 1]: x = u / 127.5 - 1."
+    require(x.dtype == torch.uint8, "type of x", x.dtype, "torch.uint8")
     return x.float() / 127.5 - 1
 
 
 def to_uint8(
     x: Tensor,  # Floats, meant to be in [-1, 1], any shape
 ) -> Tensor:  # Grey levels, uint8, same shape
-    "Nearest grey levels, eq. (2); values outside [-1, 1] are clipped."
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; allowed: floating-point values in [-1, 1]")
-    if not torch.isfinite(x).all():
-        raise ValueError(f"x has {(~torch.isfinite(x)).sum()} values that are not finite; allowed: numbers in [-1, 1]")
+    "Nearest grey levels, u = round(127.5 x + 127.5); values outside [-1, 1] are clipped."
+    require(x.is_floating_point(), "type of x", x.dtype, "floating-point values in [-1, 1]")
+    bad = int((~torch.isfinite(x)).sum())
+    require(not bad, "values of x that are not finite", bad, "none")
     if x.numel() and x.min() >= 0 and x.max() > 2:
         raise ValueError(f"x is in [{x.min():.3g}, {x.max():.3g}]; allowed: [-1, 1] (from_uint8 converts grey levels)")
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -47,7 +49,7 @@ def to_uint8(
 class ImageData:
     "Labelled images as `fit` reads them: whole batches by index, flips keyed, values in [-1, 1]."
 
-    pixels: Any  # uint8 Tensor `[n, channels, height, width]`, or a callable from indices to such a tensor
+    pixels: Tensor | Callable[[Tensor], Tensor]  # uint8 `[n, channels, height, width]`, or a function of indices
     labels: Tensor  # Class indices `[n]`
     classes: tuple[str, ...]  # Names of the classes
     shape: tuple[int, int, int]  # Channels, height, width
@@ -60,9 +62,9 @@ class ImageData:
         return len(self.classes)
 
     def __post_init__(self) -> None:
-        wanted = torch.uint8, (len(self), *self.shape)
-        if isinstance(self.pixels, Tensor) and (found := (self.pixels.dtype, tuple(self.pixels.shape))) != wanted:
-            raise ValueError(f"pixels are {found[0]} {found[1]}; allowed: {wanted[0]} {wanted[1]}")
+        if isinstance(self.pixels, Tensor):
+            found, wanted = (self.pixels.dtype, *self.pixels.shape), (torch.uint8, len(self), *self.shape)
+            require(found == wanted, "pixels", found, f"{wanted}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,7 +74,7 @@ class ImageData:
         return self.pixels[indices] if isinstance(self.pixels, Tensor) else self.pixels(indices)
 
     def fetch(self, indices: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        "Rows `rows` of the batch `indices`, in [-1, 1], with labels; flips are drawn for the whole batch, eq. (3)."
+        "Rows `rows` of the batch `indices`, in [-1, 1], with labels; flips are drawn for the whole batch."
         mine = indices[rows]
         x = from_uint8(self.images(mine))
         if self.flip:
@@ -87,26 +89,14 @@ def balanced_subset(
     seed: int = 0,  # Seed of the choice
 ) -> ImageData:  # `per_class * num_classes` images, class after class
     "As many images of every class, chosen by seed."
-    counts = data.labels.bincount(minlength=data.num_classes)
-    if not isinstance(per_class, int) or not 1 <= per_class <= counts.min():
-        raise ValueError(f"per_class = {per_class!r}; allowed: 1 to {counts.min()}, the size of the smallest class")
+    check_whole("per_class", per_class, 1, int(data.labels.bincount(minlength=data.num_classes).min()))
     chosen = []
     for label in range(data.num_classes):
         members = (data.labels == label).nonzero()[:, 0]
-        order = torch.randperm(len(members), generator=keyed_generator(seed, 4, label))
-        chosen.append(members[order[:per_class]])
+        chosen.append(members[torch.randperm(len(members), generator=keyed_generator(seed, 4, label))[:per_class]])
     indices = torch.cat(chosen)
-    pixels = data.pixels[indices] if isinstance(data.pixels, Tensor) else _Chosen(data.pixels, indices)
+    pixels = data.pixels[indices] if isinstance(data.pixels, Tensor) else lambda i: data.images(indices[i])
     return replace(data, pixels=pixels, labels=data.labels[indices])
-
-
-@dataclass
-class _Chosen:
-    pixels: Callable[[Tensor], Tensor]
-    indices: Tensor
-
-    def __call__(self, indices: Tensor) -> Tensor:
-        return self.pixels(self.indices[indices])
 
 
 FILES = {  # bytes and md5 of the files as published; for CIFAR-10 torchvision has the same md5s
@@ -139,10 +129,12 @@ def check_files(
         path = root / name
         if not path.is_file():
             missing.append(name)
-        elif path.stat().st_size != size:
-            raise ValueError(f"{path} is damaged: {path.stat().st_size:,} bytes instead of {size:,}; allowed: {advice}")
-        elif (found := hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()) != md5:
-            raise ValueError(f"{path} is damaged: md5 {found} instead of {md5}; allowed: {advice}")
+            continue
+        found = path.stat().st_size
+        if found != size:
+            raise ValueError(f"{path} is damaged: {found:,} bytes instead of {size:,}; allowed: {advice}")
+        if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+            raise ValueError(f"{path} is damaged: its md5 is not {md5}; allowed: {advice}")
     return missing
 
 
@@ -211,6 +203,23 @@ def read_published(
     return x, torch.tensor(cifar.targets), tuple(cifar.classes)
 
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def image_files(
+    folder: Path,  # Folder to look in, and in all folders below it
+) -> list[Path]:  # Sorted
+    "The images below a folder, without hidden names (.DS_Store, ._a.png, .ipynb_checkpoints); only regular files."
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = (Path(root, name) for name in sorted(names) if not name.startswith("."))
+        found += (path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
+    for path in found:
+        require(path.is_file(), "image", str(path), "a regular file, so replace or delete it")
+    return sorted(found)
+
+
 def crop_image(
     image: Any,  # A PIL image
     size: int,  # Height and width of the result
@@ -226,24 +235,67 @@ def crop_image(
     return image.crop((left, top, left + size, top + size))
 
 
+def resize_crop(
+    image: Any,  # A PIL image
+    size: int,  # Height and width of the result
+) -> Any:  # A PIL image of `size` by `size`
+    "torchvision's Resize and CenterCrop: bilinear with antialiasing, then the centre square."
+    from torchvision.transforms.functional import center_crop, resize
+
+    return center_crop(resize(image, size), [size, size])
+
+
+CROPS: dict[Crop, Callable[[Any, int], Any]] = {"adm": crop_image, "torchvision": resize_crop}
+ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
+
+
+def as_shown(
+    file: Any,  # A PIL image
+    channels: int,  # 3 for RGB, 1 for grey
+) -> Any:  # A PIL image of mode RGB or L
+    "An image as viewers show it: upright, and what is transparent on white."
+    from PIL import Image, ImageOps
+
+    require(not file.mode.startswith(("I", "F")), "mode", file.mode, "8 bits per channel")
+    image = ImageOps.exif_transpose(file)
+    if "A" in file.getbands() or "transparency" in file.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB" if channels == 3 else "L")
+
+
 def read_image(
     path: str | Path,  # Image file
     channels: int,  # 3 for RGB, 1 for grey
     size: int | None = None,  # Side of the square to crop and resize to; None keeps the image as it is
+    crop: Crop = "adm",  # How to do so
 ) -> Tensor:  # uint8 `[channels, height, width]`
-    "Decode one image file, without transparency; a damaged one is a `ValueError` that names it."
+    "One image file; a damaged one is a `ValueError` that names it."
     from PIL import Image
 
+    require(Path(path).is_file(), "image", str(path), "a regular file that is there")
     try:
         with Image.open(path) as file:
-            mode, image = file.mode, file.convert("RGB" if channels == 3 else "L")
+            image = as_shown(file, channels)
     except Exception as error:  # decoders of damaged files raise errors of many kinds
         reason = " ".join(str(error).split()).replace(f" {str(path)!r}", "")
         raise ValueError(f"{path} cannot be read ({reason}); allowed: an image file, so replace or delete it") from None
-    if mode.startswith(("I", "F")):
-        raise ValueError(f"{path} has pixels of mode {mode}; allowed: 8 bits per channel")
-    array = np.array(image if size is None else crop_image(image, size))
+    array = np.array(image if size is None else CROPS[crop](image, size))
     return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1).contiguous()
+
+
+def read_header(
+    path: str | Path,  # Image file
+) -> tuple[tuple[int, int], str]:  # Height and width as shown, and mode
+    "What an image file says of itself, without decoding it."
+    from PIL import Image
+
+    require(Path(path).is_file(), "image", str(path), "a regular file that is there")
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size if turned else image.size[::-1], image.mode
+    except Exception:  # decoders of damaged files raise errors of many kinds
+        raise ValueError(f"{path} is no image file; allowed: replace or delete it") from None
 
 
 def common_size(
@@ -251,23 +303,12 @@ def common_size(
 ) -> tuple[int, int]:  # Height and width
     "The one size of all images, from their headers; names two files that differ."
     with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(_header, paths))
-    for path, (size, _) in zip(paths, sizes):
-        if size != sizes[0][0]:
-            a, b = (f"{n[0]}x{n[1]}" for n in (sizes[0][0], size))
+        sizes = [size for size, _ in pool.map(read_header, paths)]
+    for path, size in zip(paths, sizes):
+        if size != sizes[0]:
+            a, b = (f"{width}x{height}" for height, width in (sizes[0], size))
             raise ValueError(f"{paths[0]} is {a} and {path} is {b}; allowed: images of one size, or give size")
-    return sizes[0][0][1], sizes[0][0][0]
-
-
-def _header(path: str | Path) -> tuple[tuple[int, int], str]:
-    "Width and height, and mode, of an image file."
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.size, image.mode
-    except Exception:  # decoders of damaged files raise errors of many kinds
-        raise ValueError(f"{path} is no image file; allowed: replace or delete it") from None
+    return sizes[0]
 
 
 CACHE_BYTES = 2**28  # image folders that decode to at most this much, 256 MiB, are kept once decoded
@@ -278,11 +319,12 @@ class ImageFiles:
 
     def __init__(
         self,
-        paths: Sequence[str],  # Image files
+        paths: Sequence[str | Path],  # Image files
         shape: tuple[int, int, int],  # Channels, height, width of the result
         size: int | None,  # Side to crop and resize to, or None
+        crop: Crop = "adm",  # How to do so
     ):
-        self.paths, self.shape, self.size = list(paths), shape, size
+        self.paths, self.shape, self.size, self.crop = [str(path) for path in paths], shape, size, crop
         small = len(paths) * shape[0] * shape[1] * shape[2] <= CACHE_BYTES
         self.cache = torch.empty(len(paths), *shape, dtype=torch.uint8) if small else None
         self.known = torch.zeros(len(paths), dtype=torch.bool)
@@ -299,42 +341,45 @@ class ImageFiles:
 
     def decode(self, indices: Tensor) -> Tensor:
         "Read and decode, without the memory."
+
+        def one(i: int) -> Tensor:
+            image = read_image(self.paths[i], self.shape[0], self.size, self.crop)
+            require(image.shape == self.shape, f"shape of {self.paths[i]}", tuple(image.shape), f"{self.shape}")
+            return image
+
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            images = list(pool.map(lambda i: read_image(self.paths[i], self.shape[0], self.size), indices.tolist()))
-        for i, image in zip(indices.tolist(), images):
-            if image.shape != self.shape:
-                raise ValueError(f"{self.paths[i]} is {tuple(image.shape)}; allowed: {self.shape}, as when first seen")
+            images = list(pool.map(one, indices.tolist()))
         return torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
+
+
+def class_folders(
+    folder: Path,  # Folder of class folders
+) -> list[str]:  # Sorted
+    "Names of the sub-folders that are not hidden."
+    return sorted(entry.name for entry in folder.glob("*") if entry.is_dir() and not entry.name.startswith("."))
 
 
 def folder_images(
     folder: Path,  # Folder with one sub-folder per class
-    split: str = "train",  # Sub-folder to use if the folder has one of this name that holds the classes
-    size: int | None = None,  # Side of the square to crop and resize to; needed if sizes differ
-    channels: int = 3,  # 3 for RGB, 1 for grey
-    flip: bool = False,  # Whether `fetch` mirrors a random half of the images
+    split: str,  # Sub-folder to use if the folder has one of this name that holds the classes
+    size: int | None,  # Side of the square to crop and resize to; needed if sizes differ
+    channels: int,  # 3 for RGB, 1 for grey
+    flip: bool,  # Whether `fetch` mirrors a random half of the images
+    crop: Crop,  # How to crop and resize
 ) -> ImageData:  # Images are decoded when fetched
-    "A folder of class sub-folders, by torchvision's `ImageFolder`; labels follow the sorted names."
-    from torchvision.datasets import ImageFolder
-
-    if channels not in (1, 3):
-        raise ValueError(f"channels = {channels!r}; allowed: 1, 3")
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(f"size = {size!r}; allowed: a whole number, 1 or more")
-    if any(entry.is_dir() for entry in (folder / split).glob("*")):
+    "A folder of class sub-folders; labels follow the sorted names, as torchvision's `ImageFolder` has it."
+    if class_folders(folder / split):
         folder = folder / split
-    elif split != "train":
-        raise ValueError(f"split = {split!r}; allowed: 'train', or a sub-folder of {folder} that holds class folders")
-    if not any(entry.is_dir() for entry in folder.iterdir()):
-        raise ValueError(f"{folder} has no sub-folders; allowed: one sub-folder of images per class")
-    found = ImageFolder(str(folder), allow_empty=True)
-    labels = torch.tensor(found.targets, dtype=torch.long)
-    for name, count in zip(found.classes, labels.bincount(minlength=len(found.classes))):
-        if not count:
-            raise ValueError(f"{folder / name} holds no images; allowed: at least one per class, or delete the folder")
-    paths = [path for path, _ in found.samples]
+    else:
+        require(split == "train", "split", split, f"'train', or a sub-folder of {folder} that holds class folders")
+    classes = class_folders(folder)
+    require(classes, "class folders", f"none in {folder}", "one sub-folder of images per class")
+    files = [(path, label) for label, name in enumerate(classes) for path in image_files(folder / name)]
+    paths, labels = [path for path, _ in files], torch.tensor([label for _, label in files], dtype=torch.long)
+    for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
+        require(count, f"images in {folder / name}", count, "at least one per class, or delete the folder")
     shape = (channels, *(common_size(paths) if size is None else (size, size)))
-    return ImageData(ImageFiles(paths, shape, size), labels, tuple(found.classes), shape, flip, str(folder))
+    return ImageData(ImageFiles(paths, shape, size, crop), labels, tuple(classes), shape, flip, str(folder))
 
 
 def load_images(
@@ -344,15 +389,18 @@ def load_images(
     size: int | None = None,  # Side to crop and resize the images of a folder to
     flip: bool = False,  # Whether `fetch` mirrors a random half of the images
     download: bool = True,  # Whether to download MNIST or CIFAR-10 if missing; never into GUIDANCE_NB_DATA
-    channels: int | None = None,  # For a folder: 3 for RGB, the default, or 1 for grey
+    channels: Literal[1, 3] | None = None,  # For a folder: 3 for RGB, the default, or 1 for grey
+    crop: Crop = "adm",  # For a folder: how to crop and resize, as ADM or as torchvision does
 ) -> ImageData:  # With checked files
     "MNIST, CIFAR-10 or a folder of images; missing and damaged files are named."
+    if size is not None:
+        check_whole("size", size, 1)
+    require(channels in (None, 1, 3), "channels", channels, "1, 3")
+    check_choice("crop", crop, CROPS)
     if source not in FILES:
-        if not Path(source).is_dir():
-            raise ValueError(f"source = {str(source)!r}; allowed: 'mnist', 'cifar10', or a folder of class sub-folders")
-        return folder_images(Path(source), split, size, 3 if channels is None else channels, flip)
-    if split not in ("train", "test"):
-        raise ValueError(f"split = {split!r}; allowed: 'train', 'test'")
+        require(Path(source).is_dir(), "source", str(source), "'mnist', 'cifar10', or a folder of class sub-folders")
+        return folder_images(Path(source), split, size, channels or 3, flip, crop)
+    check_choice("split", split, ("train", "test"))
     x, labels, classes = read_published(str(source), find_files(str(source), root, download), split)
     if size not in (None, x.shape[2]) or channels not in (None, x.shape[1]):
         raise ValueError(f"size = {size}, channels = {channels}; allowed: {x.shape[2]}, {x.shape[1]}, as stored")
@@ -368,72 +416,7 @@ class SampleFile(NamedTuple):
 
 
 FORMAT = "guidance_nb samples 1"
-
-
-def check_samples(
-    x: Tensor,  # Floats in [-1, 1] or uint8, `[n, channels, height, width]`
-    c: Tensor | None,  # Labels `[n]` or None
-    facts: dict[str, Any] | None,  # JSON-able
-) -> tuple[np.ndarray, np.ndarray | None, str]:  # NHWC uint8, labels int64, JSON
-    "What will be written, or a one-line refusal."
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or not x.numel():
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: [n, 1 or 3, height, width], not empty")
-    if c is not None and (c.is_floating_point() or c.shape != x.shape[:1] or bool((c < 0).any())):
-        raise ValueError(f"c is {c.dtype} {tuple(c.shape)}; allowed: {len(x)} whole numbers, 0 or more, one per sample")
-    if not isinstance(facts, dict | None):
-        raise ValueError(f"facts is a {type(facts).__name__}; allowed: a dict")
-    try:
-        text = json.dumps(facts or {})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"facts cannot be written as JSON ({error}); allowed: text, numbers, lists, dicts") from None
-    x = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu()
-    return x.permute(0, 2, 3, 1).contiguous().numpy(), None if c is None else c.cpu().long().numpy(), text
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    "Ask for a file's bytes, or a folder's names, to be on disk."
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def write_aside(
-    path: Path,  # File or folder that will stand there
-) -> Iterator[Path]:  # A temporary name beside it, to write to
-    "Write under a temporary name and rename when all is on disk; a failure leaves what was there."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    old = path.parent / f".{path.name}.{os.getpid()}.old"
-    _remove(aside)
-    try:
-        yield aside
-        if aside.is_dir() and path.exists():
-            os.rename(path, old)
-        try:
-            os.replace(aside, path)
-        except OSError:
-            if old.exists():
-                os.rename(old, path)
-            raise
-        _sync(path.parent)
-        _remove(old)
-    finally:
-        _remove(aside)
-
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+FACTS = "facts.json"
 
 
 def may_replace(
@@ -448,17 +431,17 @@ def may_replace(
         except zipfile.BadZipFile:
             return False
         return overwrite or {"arr_0.npy", "facts.npy"} <= names <= {"arr_0.npy", "arr_1.npy", "facts.npy"}
-    files = [p for p in path.rglob("*") if not p.is_dir() and p != path / "facts.json"]
+    files = [p for p in path.rglob("*") if not p.is_dir() and p != path / FACTS]
     if overwrite:
         return all(p.suffix.lower() in IMAGE_SUFFIXES for p in files)
     ours = all(re.fullmatch(r"(\d{4,}/)?\d{6,}\.png", p.relative_to(path).as_posix()) for p in files)
-    return not any(path.iterdir()) or (ours and _folder_facts(path) is not None)
+    return not any(path.iterdir()) or (ours and _record(path) is not None)
 
 
-def _folder_facts(path: Path) -> dict[str, Any] | None:
-    "The facts.json of a folder that `save_samples` wrote, or None."
+def _record(folder: Path) -> dict[str, Any] | None:
+    "What `save_samples` wrote beside its images, or None for a folder made elsewhere."
     try:
-        found = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+        found = json.loads(read_text(folder / FACTS))
         return found if found["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -473,75 +456,89 @@ def save_samples(
 ) -> Path:  # `path`
     "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders."
     path = Path(path)
-    if path.suffix.lower() in (".npy", ".pt", ".zip", ".png", ".jpg", ".jpeg", ".webp", ".safetensors"):
-        raise ValueError(f"path = {str(path)!r}; allowed: a name that ends in .npz, or a folder")
-    images, labels, text = check_samples(x, c, facts)
+    other = path.suffix.lower() in (".npy", ".pt", ".zip", ".png", ".jpg", ".jpeg", ".webp", ".safetensors")
+    require(not other, "path", str(path), "a name that ends in .npz, or a folder")
+    fine = x.ndim == 4 and x.shape[1] in (1, 3) and x.numel()
+    require(fine, "shape of x", tuple(x.shape), "[n, 1 or 3, height, width], not empty")
+    if c is not None:
+        fine = not c.is_floating_point() and c.shape == x.shape[:1] and bool((c >= 0).all())
+        require(fine, "c", f"{c.dtype} {tuple(c.shape)}", f"{len(x)} whole numbers, 0 or more, one per sample")
+    require(isinstance(facts, dict | None), "facts", facts, "a dict")
+    try:
+        text = json.dumps(facts or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"facts cannot be written as JSON ({error}); allowed: text, numbers, lists, dicts") from None
+    images = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    labels = None if c is None else c.cpu().long().numpy()
     if path.exists() and (path.is_dir() == (path.suffix == ".npz") or not may_replace(path, overwrite)):
         advice = "another name" if overwrite else "another name, or overwrite=True if these are samples"
         raise ValueError(f"{path} exists and save_samples did not write all of it; allowed: {advice}")
     with write_aside(path) as aside:
         if path.suffix == ".npz":
-            arrays: dict[str, Any] = {"arr_0": images, "facts": np.array(text)}
-            arrays |= {} if labels is None else {"arr_1": labels}
+            arrays = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
             with open(aside, "wb") as file:
                 np.savez(file, **arrays)
-            _sync(aside)
         else:
             _write_folder(aside, images, labels, text)
     return path
 
 
 def _write_folder(folder: Path, images: np.ndarray, labels: np.ndarray | None, text: str) -> None:
+    "PNG files and what is known of them, with a checksum of the pixels, for decoders pass over some kinds of damage."
     from PIL import Image
 
-    folders = [folder] if labels is None else [folder / f"{label:04d}" for label in np.unique(labels)]
-    for name in folders:
-        name.mkdir(parents=True)
-    facts = {"format": FORMAT, "shape": images.shape, "sha256": _digest(images, labels), "facts": json.loads(text)}
-    (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    folders = [folder] * len(images) if labels is None else [folder / f"{label:04d}" for label in labels]
+    for name in {*folders}:
+        name.mkdir(parents=True, exist_ok=True)
+    record = {"format": FORMAT, "shape": images.shape, "sha256": _pixels_digest(images, labels)}
+    (folder / FACTS).write_text(json.dumps(record | {"facts": json.loads(text)}, indent=1), encoding="utf-8")
 
     def write(i: int) -> None:
-        path = (folder if labels is None else folder / f"{labels[i]:04d}") / f"{i:06d}.png"
-        Image.fromarray(images[i] if images.shape[3] == 3 else images[i, :, :, 0]).save(path)
-        _sync(path)
+        image = Image.fromarray(images[i] if images.shape[3] == 3 else images[i, :, :, 0])
+        image.save(folders[i] / f"{i:06d}.png")
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(len(images))))
-    for name in [folder / "facts.json", *folders, folder]:
-        _sync(name)
 
 
-def _digest(images: np.ndarray, labels: np.ndarray | None) -> str:
-    "SHA-256 of NHWC pixels and labels, for PNG decoders pass over some kinds of damage."
-    digest = hashlib.sha256(images.tobytes())
-    digest.update(b"" if labels is None else labels.tobytes())
-    return digest.hexdigest()
+def _pixels_digest(images: np.ndarray, labels: np.ndarray | None) -> str:
+    return digest(images, b"" if labels is None else labels)
+
+
+def read_arrays(
+    path: Path,  # An .npz file
+) -> dict[str, np.ndarray]:  # All of its arrays
+    "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
+    try:
+        require(path.is_file(), "kind of file", "none", "a regular file that is there")
+        require(zipfile.is_zipfile(path), "kind of file", "no complete zip archive", "an .npz archive")
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}
+    except Exception as error:  # a damaged archive raises errors of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read ({reason}); allowed: an .npz file of numbers") from None
 
 
 def load_npz(
     path: Path,  # An .npz file with NHWC uint8 images as arr_0, perhaps labels as arr_1
 ) -> SampleFile:  # Its content
     "Samples in ADM's layout; whatever is wrong with the file is said in one line."
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("no complete zip archive")
-        with np.load(path, allow_pickle=False) as file:
-            if "arr_0" not in file.files:
-                raise ValueError(f"no array arr_0, only {', '.join(file.files) or 'nothing'}")
-            x, c = file["arr_0"], file["arr_1"] if "arr_1" in file.files else None
-            facts = json.loads(str(file["facts"])) if "facts" in file.files else {}
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is damaged or holds no samples ({reason}); allowed: ADM's .npz layout") from None
+    arrays = read_arrays(path)
+    require("arr_0" in arrays, f"arrays of {path}", ", ".join(arrays) or "none", "arr_0, the images")
+    x, c = arrays["arr_0"], arrays.get("arr_1")
     if x.dtype != np.uint8:
         span = f" in [{x.min():.3g}, {x.max():.3g}]" if x.size and np.issubdtype(x.dtype, np.number) else ""
         raise ValueError(f"{path}: arr_0 is {x.dtype}{span}; allowed: uint8 (to_uint8 converts floats in [-1, 1])")
-    if x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3):
-        raise ValueError(f"{path}: arr_0 has shape {x.shape}, channels first; allowed: [n, height, width, channels]")
+    first = ", channels first" if x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3) else ""
     if x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
-        raise ValueError(f"{path}: arr_0 has shape {x.shape}; allowed: [n, height, width, 1 or 3], not empty")
+        raise ValueError(f"{path}: arr_0 has shape {x.shape}{first}; allowed: [n, height, width, 1 or 3], not empty")
     if c is not None and (c.shape != x.shape[:1] or not np.issubdtype(c.dtype, np.integer) or (c < 0).any()):
         raise ValueError(f"{path}: arr_1 is {c.dtype} {c.shape}; allowed: {len(x)} whole numbers, 0 or more")
+    try:
+        facts = json.loads(str(arrays.get("facts", "{}")))
+    except ValueError:
+        facts = None
+    require(isinstance(facts, dict), f"facts of {path}", str(arrays.get("facts"))[:60], "JSON of a table, or none")
     labels = None if c is None else torch.from_numpy(c.astype(np.int64))
     return SampleFile(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), labels, facts)
 
@@ -551,29 +548,48 @@ def load_folder(
     size: int | None = None,  # Side to crop and resize images made elsewhere to
     channels: int | None = None,  # 1 or 3; default: 1 if every image is grey
 ) -> SampleFile:  # Its content
-    "Samples from a folder, ours or made elsewhere; labels are our numbers, or follow the sorted names of sub-folders."
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    depths = {len(p.relative_to(path).parts) for p in files}
-    if depths not in ({1}, {2}):
-        found = "images at several depths" if depths else "no images"
-        raise ValueError(f"{path} holds {found}; allowed: all images in it, or all in its sub-folders")
-    known = _folder_facts(path)
-    if known is not None:
-        if len(files) != known["shape"][0]:
-            raise ValueError(f"{path} holds {len(files)} of {known['shape'][0]} images; allowed: all, so write it anew")
-        files.sort(key=lambda p: int(p.stem))
-        size, channels = None, known["shape"][3]
-    elif channels is None:
-        with ThreadPoolExecutor() as pool:
-            channels = 1 if {mode for _, mode in pool.map(_header, files)} <= {"1", "L"} else 3
+    "Samples from a folder that `save_samples` wrote or that was made elsewhere."
+    files = image_files(path)
+    depths = {len(file.relative_to(path).parts) for file in files}
+    found = "images at several depths" if depths else "no images"
+    require(depths in ({1}, {2}), f"content of {path}", found, "all images in it, or all in its sub-folders")
+    record = _record(path)
+    if record is None:
+        return _folder_made_elsewhere(path, files, depths == {2}, size, channels)
+    return _folder_of_ours(path, files, depths == {2}, record)
+
+
+def _decode(files: list[Path], size: int | None, channels: int) -> Tensor:
     shape = (channels, *(common_size(files) if size is None else (size, size)))
-    x = ImageFiles([str(p) for p in files], shape, size).decode(torch.arange(len(files)))
-    names = [] if depths == {1} else sorted({p.parent.name for p in files})
-    numbers = {name: int(name) if known else i for i, name in enumerate(names)}
-    c = torch.tensor([numbers[p.parent.name] for p in files]) if names else None
-    if known and known["sha256"] != _digest(x.permute(0, 2, 3, 1).numpy(), None if c is None else c.numpy()):
-        raise ValueError(f"{path} holds other images or labels than were written; allowed: unchanged, so write anew")
-    return SampleFile(x, c, known["facts"] if known else {"classes": names} if names else {})
+    return ImageFiles(files, shape, size).decode(torch.arange(len(files)))
+
+
+def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: dict[str, Any]) -> SampleFile:
+    "File names are the numbers of samples, folder names the labels; all must be there, and unchanged."
+    try:
+        (count, _, _, channels), promised, facts = record["shape"], record["sha256"], dict(record["facts"])
+        files = sorted(files, key=lambda file: int(file.stem))
+        c = torch.tensor([int(file.parent.name) for file in files]) if by_class else None
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path / FACTS} is damaged, or a name is no number; allowed: as written") from None
+    require(len(files) == count, f"images in {path}", len(files), f"all {count}, so write it anew")
+    x = _decode(files, None, channels)
+    same = _pixels_digest(x.permute(0, 2, 3, 1).numpy(), None if c is None else c.numpy()) == promised
+    require(same, f"images and labels in {path}", "others than were written", "unchanged, so write it anew")
+    return SampleFile(x, c, facts)
+
+
+def _folder_made_elsewhere(path: Path, files: list[Path], by_class: bool, size: Any, channels: Any) -> SampleFile:
+    "Labels follow the sorted names of the sub-folders, which the facts remember; grey stays grey if all are."
+    if channels is None:
+        with ThreadPoolExecutor() as pool:
+            channels = 1 if {mode for _, mode in pool.map(read_header, files)} <= {"1", "L"} else 3
+    x = _decode(files, size, channels)
+    if not by_class:
+        return SampleFile(x, None, {})
+    names = [file.parent.name for file in files]
+    classes = sorted({*names})
+    return SampleFile(x, torch.tensor([classes.index(name) for name in names]), {"classes": classes})
 
 
 def load_samples(
@@ -583,15 +599,12 @@ def load_samples(
 ) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
     "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
     path = Path(path)
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(f"size = {size!r}; allowed: a whole number, 1 or more")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels = {channels!r}; allowed: 1, 3")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; allowed: an .npz file or a folder of images")
+    if size is not None:
+        check_whole("size", size, 1)
+    require(channels in (None, 1, 3), "channels", channels, "1, 3")
+    require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")
     found = load_folder(path, size, channels) if path.is_dir() else load_npz(path)
-    if size is not None and tuple(found.x.shape[2:]) != (size, size):
-        raise ValueError(f"{path} has images of {tuple(found.x.shape[2:])}; allowed: {size}x{size}, as asked for")
-    if channels is not None and found.x.shape[1] != channels:
-        raise ValueError(f"{path} has {found.x.shape[1]} channels; allowed: {channels}, as asked for")
+    _, stored, *sides = found.x.shape
+    require(size is None or sides == [size, size], f"size of the images of {path}", tuple(sides), f"{size}x{size}")
+    require(channels in (None, stored), f"channels of {path}", stored, f"{channels}, as asked for")
     return found

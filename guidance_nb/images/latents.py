@@ -1,97 +1,62 @@
 """ImageNet-sized training: images encoded once into sharded latents, read back keyed, and decoded after sampling."""
 
-import hashlib
 import json
-import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidance_nb._files import force_to_disk
-from guidance_nb._processes import find_processes
-from guidance_nb.images.data import (
-    ImageData,
-    ImageFiles,
-    crop_image,
-    from_uint8,
-    load_images,
-    read_image,
-    to_uint8,
-    write_aside,
-)
+from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._extras import extra
+from guidance_nb._files import clean_remnants, digest, read_text, weights_digest, write_aside, write_file
+from guidance_nb._processes import find_processes, in_all_processes, on_main
+from guidance_nb.images.data import Crop, ImageData, ImageFiles, from_uint8, load_images, to_uint8
 from guidance_nb.training import first_difference, prefetch
 
+__all__ = ["decode", "encode_folder", "load_latents"]
 
-def resize_crop(
-    image: Any,  # A PIL image
-    size: int,  # Height and width of the result
-) -> Any:  # A PIL image of `size` by `size`
-    "torchvision's Resize and CenterCrop: bilinear with antialiasing, then the centre square."
-    from torchvision.transforms.functional import center_crop, resize
-
-    return center_crop(resize(image, size), [size, size])
+Constant = float | list[float]  # one number, or one for each channel
 
 
-CROPS: dict[str, Callable[[Any, int], Any]] = {"adm": crop_image, "torchvision": resize_crop}
+def latent_constants(
+    config: Any,  # Of an autoencoder
+) -> tuple[Constant, Constant]:  # f and b
+    "The constants of z = f (m - b) between the encoder's output m and the latents z that networks see."
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:  # per channel, and then nothing else shifts
+        return [float(config.scaling_factor) / s for s in std], [float(m) for m in mean]
+    return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
 
 
-class CroppedFiles(ImageFiles):
-    "Image files decoded when asked for, squared by a crop of `CROPS`."
-
-    def __init__(
-        self,
-        paths: list[str],  # Image files
-        shape: tuple[int, int, int],  # Channels, height, width of the result
-        crop: Callable[[Any, int], Any],  # From a PIL image and a size to a square PIL image
-    ):
-        super().__init__(paths, shape, shape[1])
-        self.crop = crop
-
-    def decode(self, indices: Tensor) -> Tensor:
-        "Read, decode and crop."
-        from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-
-        def one(i: int) -> Tensor:
-            return pil_to_tensor(self.crop(to_pil_image(read_image(self.paths[i], self.shape[0])), self.shape[1]))
-
-        with ThreadPoolExecutor(8) as pool:
-            return torch.stack(list(pool.map(one, indices.tolist())))
-
-
-def load_pictures(
-    source: str | Path | ImageData,  # A folder with one sub-folder per class, "mnist", "cifar10", or pictures
-    size: int | None = None,  # Side of the square to crop and resize to; None wants images of one size
-    channels: int = 3,  # Channels that the encoder takes
-    crop: str = "adm",  # A key of `CROPS`
-    split: str = "train",  # "train" or "test"
-) -> ImageData:  # Pictures, decoded when asked for
-    "Pictures to encode; those that are `ImageData` already are taken as they are."
-    if isinstance(source, ImageData):
-        return source
-    if crop not in CROPS:
-        raise ValueError(f"crop = {crop!r}; allowed: {', '.join(map(repr, CROPS))}")
-    data = load_images(source, split, size=size, channels=channels)
-    if crop == "adm" or size is None or not isinstance(data.pixels, ImageFiles):
-        return data
-    return replace(data, pixels=CroppedFiles(data.pixels.paths, data.shape, CROPS[crop]))
+def _by_channel(constant: Constant, like: Tensor) -> Tensor:
+    value = torch.as_tensor(constant, dtype=torch.float64)
+    return (value[:, None, None] if value.ndim else value).to(like)
 
 
 def draw_latents(
     moments: Tensor,  # Means and standard deviations, `[n, 2, channels, height, width]`
     noise: Tensor | None,  # Standard normal, `[n, channels, height, width]`; None takes the means
-    factor: float,  # f of eq. (1)
-    shift: float = 0.0,  # b of eq. (1)
+    factor: Constant,  # f of latent_constants
+    shift: Constant = 0.0,  # b of latent_constants
 ) -> Tensor:  # Latents `[n, channels, height, width]`
-    "Latents as networks see them, eq. (1) (arXiv 2112.10752)."
+    "Latents as networks see them, f (mean + std noise - b) (arXiv 2112.10752)."
     mean, std = moments.float().unbind(1)
-    return factor * ((mean if noise is None else mean + std * noise) - shift)
+    drawn = mean if noise is None else mean + std * noise
+    return _by_channel(factor, drawn) * (drawn - _by_channel(shift, drawn))
+
+
+def undo_scaling(
+    config: Any,  # Of an autoencoder
+    latents: Tensor,  # Latents as networks see them `[n, channels, height, width]`
+) -> Tensor:  # What its decoder takes
+    "The way back from latents to the decoder, z / f + b: the one convention for every autoencoder."
+    factor, shift = (_by_channel(constant, latents) for constant in latent_constants(config))
+    return latents / factor + shift
 
 
 def load_vae(
@@ -100,21 +65,21 @@ def load_vae(
 ) -> Any:  # The autoencoder, without gradients
     "An autoencoder of `diffusers`; one that cannot be loaded is a `ValueError`."
     if not isinstance(source, str | Path):
-        from diffusers import AutoencoderKL
+        with extra("diffusers"):
+            from diffusers import AutoencoderKL
 
-        vae: Any = source if isinstance(source, AutoencoderKL) else None
-        if vae is None:
-            kind = type(source).__name__
-            raise ValueError(f"vae is a {kind}; allowed: a diffusers AutoencoderKL, or its folder or name")
-        return vae.eval().requires_grad_(False)
-    where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    find_processes(torch.device(where))  # where there are several, this points each at its own card
+        fine = isinstance(source, AutoencoderKL)
+        require(fine, "vae", f"a {type(source).__name__}", "a diffusers AutoencoderKL, or its folder or name")
+        return source.eval().requires_grad_(False)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    find_processes(where)  # where there are several, this points each at its own card
     return _read_vae(str(source)).to(where)
 
 
 @lru_cache(1)
 def _read_vae(source: str) -> Any:
-    from diffusers import AutoencoderKL
+    with extra("diffusers"):
+        from diffusers import AutoencoderKL
 
     inside = {"subfolder": "vae"} if (Path(source) / "vae" / "config.json").is_file() else {}
     try:
@@ -129,30 +94,25 @@ def describe_vae(
     name: str = "",  # Its folder or name, if it has one
 ) -> dict[str, Any]:  # JSON-able
     "What latents must remember of their autoencoder: factor, shift, sizes, and a digest of its weights."
-    digest = hashlib.sha256()
-    for key, value in sorted(vae.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    config = vae.config
+    factor, shift = latent_constants(vae.config)
     return {
         "name": name,
-        "factor": float(config.scaling_factor),
-        "shift": float(config.shift_factor or 0.0),
-        "in_channels": int(config.in_channels),
-        "latent_channels": int(config.latent_channels),
-        "reduction": 2 ** (len(config.block_out_channels) - 1),
-        "sha256": digest.hexdigest(),
+        "factor": factor,
+        "shift": shift,
+        "in_channels": int(vae.config.in_channels),
+        "latent_channels": int(vae.config.latent_channels),
+        "reduction": 2 ** (len(vae.config.block_out_channels) - 1),
+        "sha256": weights_digest(vae.state_dict()),
     }
 
 
 @torch.no_grad()
 def encode(
     vae: Any,  # An autoencoder
-    images: Tensor,  # Pictures `[n, channels, height, width]`, uint8
+    images: Tensor,  # Images `[n, channels, height, width]`, uint8
 ) -> Tensor:  # Means and standard deviations `[n, 2, latent channels, ...]`, float32, on the CPU
-    "The encoder's posterior of pictures."
-    weight = next(vae.parameters())
-    found = vae.encode(from_uint8(images).to(weight)).latent_dist
+    "The encoder's posterior of images."
+    found = vae.encode(from_uint8(images).to(next(vae.parameters()))).latent_dist
     return torch.stack([found.mean, found.std], 1).float().cpu()
 
 
@@ -161,17 +121,35 @@ def decode(
     vae: Any,  # An autoencoder
     latents: Tensor,  # Latents as networks see them `[n, channels, height, width]`
     batch_size: int = 32,  # Latents at a time
-) -> Tensor:  # Pictures `[n, channels, ...]`, uint8, on the CPU
-    "Pictures of latents, eq. (2)."
-    weight, config = next(vae.parameters()), vae.config
-    if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
-        found = f"latents have shape {tuple(latents.shape)}"
-        raise ValueError(f"{found}; allowed: [n, {config.latent_channels}, height, width], as this autoencoder makes")
-    parts = [
-        to_uint8(vae.decode((part / config.scaling_factor + (config.shift_factor or 0.0)).to(weight)).sample.cpu())
-        for part in latents.split(batch_size)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, config.out_channels, 0, 0, dtype=torch.uint8)
+) -> Tensor:  # Images `[n, channels, ...]`, uint8, on the CPU
+    "Images of latents."
+    config, weight = vae.config, next(vae.parameters())
+    fine = latents.ndim == 4 and latents.shape[1] == config.latent_channels
+    allowed = f"[n, {config.latent_channels}, height, width], as this autoencoder makes"
+    require(fine, "shape of latents", tuple(latents.shape), allowed)
+    parts = latents.split(batch_size) if len(latents) else []
+    images = [to_uint8(vae.decode(undo_scaling(config, part).to(weight)).sample.cpu()) for part in parts]
+    return torch.cat(images) if images else torch.empty(0, config.out_channels, 0, 0, dtype=torch.uint8)
+
+
+def decode_all(
+    vae: Any,  # An autoencoder
+    latents: Tensor,  # All samples `[n, channels, height, width]`, the same in every process
+    batch_size: int = 32,  # Latents at a time
+    progress: bool = True,  # Whether to show a progress bar
+) -> Tensor:  # Images `[n, channels, ...]`, uint8; none but in the main process
+    "`decode`, divided among the processes of `accelerate launch`."
+    rank, world = find_processes(latents.device)
+    mine, longest = latents.tensor_split(world)[rank], -(-len(latents) // world)
+    kept: list[list[Tensor]] = [[] for _ in range(world)]
+    with tqdm(total=longest, disable=not progress or rank > 0, unit=" images") as bar:
+        for first in range(0, longest, batch_size):
+            part = mine[first : first + batch_size]
+            for pile, images in zip(kept, in_all_processes(partial(decode, vae, part), world)):
+                if rank == 0 and len(images):
+                    pile.append(images)
+            bar.update(len(part))
+    return torch.cat([part for pile in kept for part in pile]) if rank == 0 else torch.empty(0, dtype=torch.uint8)
 
 
 INDEX = "latents.json"
@@ -183,14 +161,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    "SHA-256 of the numbers of a shard."
-    digest = hashlib.sha256()
-    for key in ("moments", "labels"):
-        digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def write_shard(
     path: Path,  # File to write
     moments: Tensor,  # `[n, views, 2, channels, height, width]`
@@ -200,13 +170,12 @@ def write_shard(
     "Write a shard completely or not at all."
     from safetensors.torch import save_file
 
+    promised = digest(moments, labels)
+    facts = {"format": FORMAT, "settings": settings, "sha256": promised}
     tensors = {"moments": moments.contiguous(), "labels": labels.contiguous()}
-    entry = {"file": path.name, "rows": len(labels), "sha256": _digest(tensors)}
     with write_aside(path) as aside:
-        facts = {"format": FORMAT, "settings": settings, "sha256": entry["sha256"]}
         save_file(tensors, aside, {"guidance_nb": json.dumps(facts)})  # one key, for several have no order
-        force_to_disk(aside)
-    return entry | {"bytes": path.stat().st_size}
+    return {"file": path.name, "rows": len(labels), "sha256": promised, "bytes": path.stat().st_size}
 
 
 class DamagedShard(ValueError):
@@ -225,7 +194,7 @@ def open_shard(
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("guidance_nb", "{}"))
-            if facts.get("format") != FORMAT:
+            if not isinstance(facts, dict) or facts.get("format") != FORMAT:
                 raise ValueError(f"{path} holds no latents of this package; allowed: shards of `guidance-nb encode`")
             tensors = {key: file.get_tensor(key) for key in ("moments", "labels")}
             return tensors, facts["settings"], facts["sha256"]
@@ -239,164 +208,114 @@ def check_shard(
 ) -> dict[str, Any]:  # The shard's entry in the index
     "Read all of a shard and compare it with its own SHA-256; damage is a `ValueError` that names the file."
     tensors, _, promised = open_shard(path)
-    if (found := _digest(tensors)) != promised:
+    if (found := digest(tensors["moments"], tensors["labels"])) != promised:
         allowed = "delete it and start the encoding again, which makes it anew and keeps the others"
         wrong = f"SHA-256 {found[:9]}... instead of {promised[:9]}..."
         raise DamagedShard(f"{path} is damaged: {wrong}; allowed: {allowed}")
     return {"file": path.name, "rows": len(tensors["labels"]), "sha256": found, "bytes": path.stat().st_size}
 
 
-@dataclass
-class Encoding:
-    "Pictures on their way to latents."
-
-    data: ImageData  # Pictures
-    vae: Any  # The autoencoder
-    settings: dict[str, Any]  # What decides the numbers
-    out: Path  # Folder of the shards
-    batch_size: int = 32  # Pictures at a time
-    progress: Callable[[int], Any] = field(default=lambda n: None)  # Told how many pictures were done
-
-    def rows(self, number: int) -> Tensor:
-        "Indices of the pictures of a shard."
-        first, size = number * self.settings["shard_rows"], self.settings["shard_rows"]
-        return torch.arange(first, min(first + size, len(self.data)))
-
-    def file_of(self, index: int) -> str:
-        "What to call a picture in a message."
-        files = self.data.pixels
-        return files.paths[index] if isinstance(files, ImageFiles) else f"picture {index} of {self.data.name}"
-
-    def encoded(self, indices: Tensor, images: Tensor) -> Tensor:
-        "Moments of some pictures `[n, views, 2, channels, height, width]` as they are stored."
-        views = [images, images.flip(3)] if self.settings["flip"] else [images]
-        moments = torch.stack([encode(self.vae, view) for view in views], 1).to(getattr(torch, self.settings["dtype"]))
-        bad = ~moments.isfinite().flatten(1).all(1)
-        if bad.any():
-            file = self.file_of(int(indices[bad.nonzero()[0, 0]]))
-            kind = self.settings["dtype"]
-            raise ValueError(f"the latents of {file} are not finite in {kind}; allowed: a sound picture, or 'float32'")
-        return moments
-
-
 def find_shard(
-    path: Path,  # A file that is there
+    path: Path,  # A file that may be there
     settings: dict[str, Any],  # What it should have been made with
-) -> dict[str, Any] | None:  # Its entry in the index, or None if it is damaged
+) -> dict[str, Any] | None:  # Its entry in the index, or None if it is missing or damaged
     "A shard to keep; one that was made with other settings is a `ValueError` that names the first."
     try:
-        was = open_shard(path)[1]
-        if found := first_difference(was, settings):
+        if found := first_difference(open_shard(path)[1], settings):
             key, old, new = found
-            allowed = f"{old!r}, or another folder"
-            raise ValueError(f"{path} was made with {key} = {old!r}, not {new!r}; allowed: {allowed}")
+            raise ValueError(f"{path} was made with {key} = {old!r}, not {new!r}; allowed: {old!r}, or another folder")
         return check_shard(path)
     except DamagedShard:
         return None
 
 
-def encode_shard(
-    job: Encoding,  # What to encode, and how
-    number: int,  # Which shard
-) -> dict[str, Any]:  # Its entry in the index
-    "Make a shard, or keep the one that is there if it is whole and was made with the same settings."
-    path, rows = job.out / shard_name(number), job.rows(number)
-    if path.exists() and (kept := find_shard(path, job.settings)) is not None:
-        job.progress(len(rows))
-        return kept
-    parts = []
-    for indices, images in prefetch(lambda i: (i, job.data.images(i)), rows.split(job.batch_size)):
-        parts.append(job.encoded(indices, images))
-        job.progress(len(indices))
-    return write_shard(path, torch.cat(parts), job.data.labels[rows], job.settings)
+@dataclass
+class Encoding:
+    "Images on their way to latents; a shard is a function of the settings and of its images, and of nothing else."
 
+    data: ImageData
+    vae: Any  # The autoencoder
+    settings: dict[str, Any]  # What decides the numbers
+    out: Path  # Folder of the shards
+    batch_size: int  # Images at a time
+    progress: Callable[[int], Any] = lambda n: None  # Told how many images were done
 
-def encoding_settings(
-    data: ImageData,  # Pictures
-    vae: dict[str, Any],  # See describe_vae
-    **choices: Any,  # `flip`, `dtype`, `crop`, `shard_rows`
-) -> dict[str, Any]:  # JSON-able
-    "What decides the numbers of all shards; refuses what cannot be encoded with a `ValueError`."
-    if choices["dtype"] not in ("float32", "float16"):
-        raise ValueError(f"dtype = {choices['dtype']!r}; allowed: 'float32', 'float16'")
-    if not isinstance(choices["shard_rows"], int) or choices["shard_rows"] < 1:
-        raise ValueError(f"shard_rows = {choices['shard_rows']!r}; allowed: a whole number, 1 or more")
-    if data.shape[0] != vae["in_channels"]:
-        found, wanted = data.shape[0], vae["in_channels"]
-        raise ValueError(f"pictures have {found} channels; allowed: {wanted}, as the autoencoder takes")
-    if any(side % vae["reduction"] for side in data.shape[1:]):
-        side, n = "x".join(map(str, data.shape[1:])), vae["reduction"]
-        raise ValueError(f"pictures are {side}; allowed: sides divisible by {n}, by which the autoencoder divides them")
-    files = data.pixels.paths if isinstance(data.pixels, ImageFiles) else [data.name]
-    names = "\n".join("/".join(Path(file).parts[-2:]) for file in files)  # class folder and file name
-    names += f"\n{data.labels.tolist()}"
-    facts: dict[str, Any] = {"pictures": len(data), "image": list(data.shape)}
-    facts |= {"names": hashlib.sha256(names.encode()).hexdigest()}
-    return {**facts, **choices, "vae": {key: value for key, value in vae.items() if key != "name"}}
+    def moments(self, indices: Tensor, images: Tensor) -> Tensor:
+        "Moments of some images `[n, views, 2, channels, height, width]` as they are stored."
+        views = [images, images.flip(3)] if self.settings["flip"] else [images]
+        kind = self.settings["dtype"]
+        moments = torch.stack([encode(self.vae, view) for view in views], 1).to(getattr(torch, kind))
+        bad = (~moments.isfinite().flatten(1).all(1)).nonzero()[:, 0]
+        if len(bad):
+            files, first = self.data.pixels, int(indices[bad[0]])
+            file = files.paths[first] if isinstance(files, ImageFiles) else f"image {first} of {self.data.name}"
+            raise ValueError(f"the latents of {file} are not finite in {kind}; allowed: a sound image, or 'float32'")
+        return moments
 
+    def make(self, number: int) -> dict[str, Any]:
+        "Make a shard, or keep the one that is there if it is whole and has the same settings; its entry in the index."
+        size = self.settings["shard_rows"]
+        path, rows = self.out / shard_name(number), torch.arange(len(self.data))[number * size :][:size]
+        if path.exists() and (kept := find_shard(path, self.settings)) is not None:
+            self.progress(len(rows))
+            return kept
+        parts = []
+        for indices, images in prefetch(lambda i: (i, self.data.images(i)), rows.split(self.batch_size)):
+            parts.append(self.moments(indices, images))
+            self.progress(len(indices))
+        return write_shard(path, torch.cat(parts), self.data.labels[rows], self.settings)
 
-def in_all_processes(
-    action: Callable[[], Any],  # This process's part
-    world: int,  # Number of processes
-) -> list[Any]:  # The results of all
-    "Let every process do its part and give all results to all; the first error is raised everywhere."
-    if world == 1:
-        return [action()]
-    outcome: list[Any] = [None, None]
-    try:
-        outcome[0] = action()
-    except Exception as error:
-        outcome[1] = error
-    outcomes: list[Any] = [None] * world
-    torch.distributed.all_gather_object(outcomes, outcome)
-    for _, problem in outcomes:
-        if problem is not None:
-            raise problem
-    return [result for result, _ in outcomes]
+    def run(self, index: dict[str, Any], progress: bool) -> dict[str, Any]:
+        "Make all shards, each process its own, and write the index, which is returned."
+        rank, world = find_processes(next(self.vae.parameters()).device)
+        numbers = range(rank, -(-len(self.data) // self.settings["shard_rows"]), world)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=-(-len(self.data) // world), disable=not progress or rank > 0, unit=" images") as bar:
+            self.progress = bar.update
+            found = in_all_processes(lambda: {k: self.make(k) for k in numbers}, world)
+        entries = {k: entry for part in found for k, entry in part.items()}
+        index = index | {"shards": [entries[k] for k in sorted(entries)]}
+        on_main(lambda: write_index(self.out, index), rank, world)
+        return index
 
 
 def encode_folder(
-    source: str | Path | ImageData,  # See load_pictures
+    source: str | Path | ImageData,  # A folder with one sub-folder per class, "mnist", "cifar10", or images
     out: str | Path,  # Folder for the shards and their index; finished shards in it are kept
     vae: Any,  # An `AutoencoderKL`, or its folder or name
     size: int | None = None,  # Side of the square to crop and resize to; None wants images of one size
-    flip: bool = True,  # Whether to encode the mirror image of each picture, too
-    shard_rows: int = 4096,  # Pictures of a shard
-    batch_size: int = 32,  # Pictures at a time
-    dtype: str = "float32",  # How numbers are stored: "float32" or "float16"
-    crop: str = "adm",  # A key of `CROPS`
+    flip: bool = True,  # Whether to encode the mirror image of each image, too
+    shard_rows: int = 4096,  # Images of a shard
+    batch_size: int = 32,  # Images at a time
+    dtype: Literal["float32", "float16"] = "float32",  # How numbers are stored
+    crop: Crop = "adm",  # How to crop and resize, as ADM or as torchvision does
     split: str = "train",  # "train" or "test"
     progress: bool = True,  # Whether to show a progress bar
 ) -> dict[str, Any]:  # The index
-    "Encode pictures into shards of latents, on all processes if there are several; goes on where it was interrupted."
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size!r}; allowed: a whole number, 1 or more")
-    named, vae, out = str(vae) if isinstance(vae, str | Path) else "", load_vae(vae), Path(out)
-    facts = describe_vae(vae, named)
-    data = load_pictures(source, size, facts["in_channels"], crop, split)
-    settings = encoding_settings(data, facts, flip=flip, dtype=dtype, crop=crop, shard_rows=shard_rows)
+    "Encode images into shards of latents, on all processes if there are several; goes on where it was interrupted."
+    check_whole("batch_size", batch_size, 1)
+    check_whole("shard_rows", shard_rows, 1)
+    check_choice("dtype", dtype, ("float32", "float16"))
+    named, vae = str(vae) if isinstance(vae, str | Path) else "", load_vae(vae)
+    facts, data = describe_vae(vae, named), source
+    if not isinstance(data, ImageData):
+        channels: Any = facts["in_channels"]
+        data = load_images(data, split, size=size, channels=channels, crop=crop)
+    require(data.shape[0] == facts["in_channels"], "channels", data.shape[0], f"{facts['in_channels']}, as vae takes")
+    n, sides = facts["reduction"], "x".join(map(str, data.shape[1:]))
+    require(not any(side % n for side in data.shape[1:]), "sides", sides, f"multiples of {n}, by which vae divides them")
+    files = data.pixels.paths if isinstance(data.pixels, ImageFiles) else [data.name]
+    names = "\n".join("/".join(Path(file).parts[-2:]) for file in files)  # class folder and file name
+    settings = {
+        "pictures": len(data),
+        "image": list(data.shape),
+        "names": digest(f"{names}\n{data.labels.tolist()}"),
+        **{"flip": flip, "dtype": dtype, "crop": crop, "shard_rows": shard_rows},
+        "vae": {key: value for key, value in facts.items() if key != "name"},
+    }
     name = data.name if isinstance(source, ImageData) else str(source)
     index = {"format": FORMAT, "name": name, "classes": list(data.classes), "settings": settings, "vae": facts}
-    return encode_shards(Encoding(data, vae, settings, out, batch_size), index, progress)
-
-
-def encode_shards(
-    job: Encoding,  # What to encode, and how
-    index: dict[str, Any],  # The index without its shards
-    progress: bool,  # Whether to show a progress bar
-) -> dict[str, Any]:  # The index
-    "Make all shards, each process its own, and write the index."
-    rank, world = find_processes(next(job.vae.parameters()).device)
-    pictures, rows = len(job.data), job.settings["shard_rows"]
-    numbers = range(rank, -(-pictures // rows), world)
-    job.out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=-(-pictures // world), disable=not progress or rank > 0, unit=" pictures") as bar:
-        job.progress = bar.update
-        found = in_all_processes(lambda: {k: encode_shard(job, k) for k in numbers}, world)
-    entries = {k: entry for part in found for k, entry in part.items()}
-    index = index | {"shards": [entries[k] for k in sorted(entries)]}
-    in_all_processes(partial(write_index, job.out, index) if rank == 0 else lambda: None, world)
-    return index
+    return Encoding(data, vae, settings, Path(out), batch_size).run(index, progress)
 
 
 def write_index(
@@ -404,17 +323,14 @@ def write_index(
     index: dict[str, Any],  # What it holds
 ) -> None:
     "Write the index completely or not at all, and remove what killed runs left behind."
-    with write_aside(out / INDEX) as aside:
-        aside.write_text(json.dumps(index, indent=1), encoding="utf-8")
-        force_to_disk(aside)
-    for path in out.glob(".*.tmp"):
-        if re.fullmatch(r"\.(shard-\d{5}\.safetensors|latents\.json)\.\d+\.tmp", path.name):
-            path.unlink(missing_ok=True)
+    write_file(out / INDEX, json.dumps(index, indent=1))
+    for pattern in ("shard-*", INDEX):
+        clean_remnants(out, pattern)
 
 
 @dataclass
-class LatentStore:
-    "Moments of pictures on disk, by index."
+class LatentData:
+    "Labelled latents as `fit` reads them: whole batches by index, views and posterior draws keyed."
 
     folder: Path  # Where the shards are
     index: dict[str, Any]  # What they hold
@@ -451,12 +367,8 @@ class LatentStore:
             out[here] = self.shards[number][where[here] % rows, views[here]].float()
         return out
 
-
-class LatentData(LatentStore):
-    "Labelled latents as `fit` reads them: whole batches by index, views and posterior draws keyed, eq. (3)."
-
     def fetch(self, indices: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        "Rows `rows` of the batch `indices`, as latents with labels; all draws are for the whole batch, eq. (3)."
+        "Rows `rows` of the batch `indices`, as latents with labels; all draws are for the whole batch."
         n, vae, mine = len(indices), self.index["vae"], indices[rows]
         views = (torch.rand(n, generator=generator) < 0.5 if self.flip else torch.zeros(n)).long()[rows]
         noise = torch.randn(n, *self.shape, generator=generator)[rows] if self.posterior else None
@@ -472,7 +384,7 @@ def read_index(
         found = "an unfinished encoding: start it again" if any(Path(folder).glob("shard-*")) else "no latents"
         raise ValueError(f"{folder} holds {found}; allowed: a folder that `guidance-nb encode` has finished")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(read_text(path))
         if index["format"] != FORMAT:
             raise ValueError(f"format {index['format']!r}")
         if not index["classes"] or sum(entry["rows"] for entry in index["shards"]) != index["settings"]["pictures"]:
@@ -493,8 +405,8 @@ def load_latents(
 ) -> LatentData:
     "Latents of a folder; missing, truncated, foreign and, with `verify`, altered shards are named."
     folder, index = Path(folder), read_index(folder)
-    if flip and not index["settings"]["flip"]:
-        raise ValueError(f"flip = True, but {folder} has no mirrored views; allowed: False, or encode again with flips")
+    stored = index["settings"]["flip"] or not flip
+    require(stored, "flip", flip, f"False, since {folder} has no mirrored views, or encode again with flips")
     shards, labels = [], []
     for entry in index["shards"]:
         path = folder / entry["file"]
@@ -511,23 +423,3 @@ def load_latents(
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:limit]
     chosen = order.sort().values
     return replace(data, labels=data.labels[chosen], chosen=chosen)
-
-
-def decode_all(
-    vae: Any,  # An autoencoder
-    latents: Tensor,  # All samples `[n, channels, height, width]`, the same in every process
-    batch_size: int = 32,  # Latents at a time
-    progress: bool = True,  # Whether to show a progress bar
-) -> Tensor:  # Pictures `[n, channels, ...]`, uint8; none but in the main process
-    "`decode`, divided among the processes of `accelerate launch`."
-    rank, world = find_processes(latents.device)
-    mine, longest = latents.tensor_split(world)[rank], -(-len(latents) // world)
-    kept: list[list[Tensor]] = [[] for _ in range(world)]
-    with tqdm(total=longest, disable=not progress or rank > 0, unit=" pictures") as bar:
-        for first in range(0, longest, batch_size):
-            part = mine[first : first + batch_size]
-            for pile, pictures in zip(kept, in_all_processes(partial(decode, vae, part), world)):
-                if rank == 0 and len(pictures):
-                    pile.append(pictures)
-            bar.update(len(part))
-    return torch.cat([part for pile in kept for part in pile]) if rank == 0 else torch.empty(0, dtype=torch.uint8)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_whole, require
-from guidance_nb._files import digest, weights_digest, write_file
+from guidance_nb._files import digest, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
-from guidance_nb.images.data import IMAGE_SUFFIXES, ImageData, ImageFiles, common_size
+from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
 from guidance_nb.images.latents import (
-    CROPS,
-    CroppedFiles,
     LatentData,
     check_shard,
     encode_folder,
@@ -33,16 +31,6 @@ from guidance_nb.training import first_difference
 __all__: list[str] = []
 
 TABLES = ("metadata.jsonl", "metadata.csv")
-
-
-def read_text(
-    path: Path,  # A text file
-) -> str:
-    "Text in UTF-8, with or without a byte order mark; any other file is named."
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; allowed: text saved as UTF-8") from None
 
 
 def read_table(
@@ -68,7 +56,7 @@ def find_captions(
     column: str = "text",  # Column of the captions, where there is a table
 ) -> dict[Path, str]:  # Caption of each picture, in the order of their names
     "The captions of a folder; a picture without one, and a row without a picture, is named."
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    pictures = image_files(folder)
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if table is None:
         beside = {path: path.with_suffix(".txt") for path in pictures}
@@ -92,7 +80,7 @@ class DatasetPictures:
     dataset: Any  # What is indexed by number and gives rows
     column: str  # Column of the pictures
     size: int | None  # Side to crop and resize to; None wants pictures of one size
-    crop: str  # A key of `CROPS`
+    crop: Crop  # A key of `CROPS`
     name: str  # What to call the data in messages
 
     def one(self, i: int) -> Tensor:
@@ -100,7 +88,7 @@ class DatasetPictures:
         from torchvision.transforms.functional import pil_to_tensor
 
         try:
-            picture = self.dataset[i][self.column].convert("RGB")
+            picture = as_shown(self.dataset[i][self.column], 3)
         except Exception as error:  # decoders of damaged files raise errors of many kinds
             reason = " ".join(str(error).split())[:120]
             raise ValueError(f"picture {i} of {self.name} cannot be read ({reason}); allowed: pictures") from None
@@ -120,7 +108,7 @@ class DatasetPictures:
 def load_captioned(
     source: Any,  # A folder of captioned pictures, or a `datasets.Dataset`
     size: int | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
-    crop: str = "adm",  # A key of `CROPS`
+    crop: Crop = "adm",  # A key of `CROPS`
     column: str = "text",  # Column of the captions
     pictures: str = "image",  # Column of the pictures, of a `datasets.Dataset`
 ) -> ImageData:  # Pictures with one class for each distinct caption
@@ -144,7 +132,7 @@ def load_captioned(
         found, name = find_captions(Path(source), column), str(source)
         paths, captions = [str(path) for path in found], list(found.values())
         shape = (3, *(common_size(paths) if size is None else (size, size)))
-        pixels = ImageFiles(paths, shape, size) if size is None else CroppedFiles(paths, shape, CROPS[crop])
+        pixels = ImageFiles(paths, shape, size, crop)
     captions = [caption.strip() for caption in captions]
     number = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
     labels = torch.tensor([number[caption] for caption in captions], dtype=torch.long)
@@ -231,7 +219,7 @@ def cache_captioned(
     pipeline: Any,  # A Stable Diffusion pipeline
     size: int | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
     flip: bool = False,  # Whether to encode mirror images, too; they belie captions with "left" and "right"
-    crop: str = "adm",  # A key of `CROPS`
+    crop: Crop = "adm",  # A key of `CROPS`
     column: str = "text",  # Column of the captions
     batch_size: int = 8,  # Pictures at a time
     progress: bool = True,  # Whether to show a progress bar
@@ -253,7 +241,7 @@ def load_cached(
     latents, text = load_latents(Path(folder) / "latents", flip), Path(folder) / "text"
     finished = (text / "text.json").is_file()
     require(finished, "embeddings", f"none in {text}", "a folder that `cache_captioned` has finished")
-    index = json.loads((text / "text.json").read_text(encoding="utf-8"))
+    index = json.loads(read_text(text / "text.json"))
     if index["settings"]["captions"] != _texts_digest(latents.classes):
         raise ValueError(f"{text} has embeddings of other captions than the latents; allowed: both of one run")
     shards = [open_shard(text / entry["file"])[0]["moments"] for entry in index["shards"]]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from guidance_nb._checks import require
 from guidance_nb._conditions import Condition, drop_rows, null_rows
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
+from guidance_nb.images.latents import undo_scaling
 from guidance_nb.interop._networks import (
     call_network,
     condition_names,
@@ -76,14 +77,7 @@ def decode_latents(
     "Images of latents: undo the pipeline's scaling, then decode."
     if vae is None:
         return latents
-    config, like = vae.config, next(vae.parameters())
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    x = latents.to(like) / config.scaling_factor
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(values).to(like).view(1, -1, 1, 1) for values in (mean, std))
-        x = x * std + mean
-    elif config.get("shift_factor"):
-        x = x + config.shift_factor
+    x = undo_scaling(vae.config, latents).to(next(vae.parameters()))
     return vae.decode(x, return_dict=False)[0]
 
 
