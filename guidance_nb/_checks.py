@@ -64,3 +64,20 @@ def check_interval(interval: Any) -> tuple[float, float]:
         low = high = math.nan
     require(0 <= low <= high <= 1, "interval", interval, "two times, 0 <= first <= last <= 1")
     return low, high
+
+
+def check_scale_range(scale_range: Any, positive: bool = False) -> None:
+    """None, or two finite scales in order."""
+    try:
+        low, high = (1.0, 1.0) if scale_range is None else (float(scale) for scale in scale_range)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    fine = (0 < low if positive else 0 <= low) and low <= high < math.inf
+    require(fine, "scale_range", scale_range, f"None, or (low, high) with 0 {'<' if positive else '<='} low <= high")
+
+
+def check_conditional(model: Any, c: Any, scale_range: Any = None) -> None:
+    """A condition for every sample, and a range of scales for networks that take a scale, and for no others."""
+    require(c is not None, "c", c, "one condition a sample, for guidance needs one")
+    allowed = f"{'a range' if model.scale_aware else 'None'}, for model.scale_aware = {model.scale_aware}"
+    require(model.scale_aware == (scale_range is not None), "scale_range", scale_range, allowed)

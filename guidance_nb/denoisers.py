@@ -119,13 +119,18 @@ class Denoiser(nn.Module):
         "The conditional and the unconditional prediction."
         return self(x, t, c), self(x, t, None)
 
+    @property
+    def consistent(self) -> bool:
+        "Whether its pairs satisfy x = alpha x0 + sigma eps; if not, they are steps of DDIM and nothing else."
+        return all(part.consistent for part in self.children() if isinstance(part, Denoiser))
+
     def mean_shift(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Tensor | None:
         "A gradient by which ancestral sampling moves its mean, per unit of variance; None for no shift."
         return None
 
     def for_rows(self, rows: Tensor | slice) -> "Denoiser":
         "The same model for some samples of a batch: what it holds for each sample is narrowed to them."
-        parts = {name: part for name, part in self.named_children() if isinstance(part, Denoiser)}
+        parts = {name: part for name, part in self._modules.items() if isinstance(part, Denoiser)}
         narrow = {name: part.for_rows(rows) for name, part in parts.items()}
         if all(narrow[name] is parts[name] for name in parts):
             return self

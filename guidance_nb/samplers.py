@@ -155,6 +155,8 @@ def _check_request(
     "Refuse a request that `sample` cannot serve, before any work is done; the number of samples."
     if not callable(sampler):
         check_choice("sampler", sampler, get_args(Sampler))
+    steps = model.consistent or callable(sampler) or sampler in ("ddim", "ddpm")
+    require(steps, "sampler", sampler, "'ddim' or 'ddpm', for this model predicts a step of theirs")
     fine = not (c is None or isinstance(c, bool) or (isinstance(c, int) and c < 1))
     require(fine, "c", c, "labels [n], or the number of unconditional samples, 1 or more")
     sized = len(shape) > 0 and all(isinstance(size, int) and size > 0 for size in shape)

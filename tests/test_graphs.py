@@ -98,7 +98,7 @@ def test_asking_all_rows_gives_the_same_loss(options, monkeypatch):
     x0, c = torch.randn(50, 2, generator=keyed_generator(1)), torch.arange(50) % 3
     loss = ModelGuidanceLoss(**options)
     some = loss(model, x0, c, Context(keyed_generator(2), 1, 9, average))
-    monkeypatch.setattr(model_guidance, "guided_mask", lambda w: slice(None))
+    monkeypatch.setattr(model_guidance, "_guided_mask", lambda w: slice(None))
     assert_close(loss(model, x0, c, Context(keyed_generator(2), 1, 9, average)), some)
 
 

@@ -1,5 +1,6 @@
 "The variants restated without the notebook's code, and against the guiders of diffusers."
 
+import copy
 import math
 
 import diffusers
@@ -14,7 +15,8 @@ from scipy.integrate import solve_ivp
 from scipy.stats import beta
 from torch.testing import assert_close
 
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Prediction, count_nfe, record_nfe
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe, record_nfe
 from guidance_nb.guidance import (
     beta_schedule,
     cosine_schedule,
@@ -22,6 +24,7 @@ from guidance_nb.guidance import (
     interval_from_noise,
     interval_from_steps,
     linear_schedule,
+    shift_prediction,
     tent_schedule,
 )
 from guidance_nb.guidance_variants import (
@@ -39,10 +42,12 @@ from guidance_nb.guidance_variants import (
     cfgpp_scales,
     estimate_ratios,
     frequency_bands,
-    zero_velocity,
 )
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
+from guidance_nb.power_tilt import PredictorCorrector
 from guidance_nb.samplers import sample, sample_trajectory
+from guidance_nb.trained_guidance import GuidedDistillationLoss
+from guidance_nb.weak_models import Autoguidance
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
@@ -78,6 +83,11 @@ class Told(Denoiser):
     def forward(self, x, t, c=None):
         record_nfe(len(x))
         return self.decode(self.outputs[c is None][: len(x)], x, torch.as_tensor(t))
+
+    def for_rows(self, rows):
+        twin = copy.copy(self)
+        twin.outputs = tuple(y[rows] for y in self.outputs)
+        return twin
 
 
 def told(prediction, path=PATHS[0], shape=(5, 3, 8, 8)):
@@ -146,9 +156,9 @@ def test_diffusers_zero_star():
     # their factor is computed in float32
     assert_close(ours.velocity(x, HALF, c), theirs(guider, y_c, y_u), rtol=1e-5, atol=1e-5)
     one = torch.tensor(1.0, dtype=torch.float64)
-    with count_nfe() as rows:
+    with count_nfe() as nfe:
         assert_close(ours.velocity(x, one, c), theirs(guider, y_c, y_u, step=0), rtol=0, atol=1e-12)
-    assert rows.total == 0
+    assert nfe.total == 0
 
 
 def test_diffusers_tangential():
@@ -265,7 +275,7 @@ def test_a_shift_moves_one_coordinate(path, space):
     assert_close(a * moved.x0 + s * moved.eps, a * x0 + s * eps, rtol=1e-9, atol=1e-9)
     weight = {"x0": (1, 0), "eps": (0, 1), "velocity": (da, ds)}[space]
     assert_close(weight[0] * (moved.x0 - x0) + weight[1] * (moved.eps - eps), h, rtol=1e-9, atol=1e-8)
-    still = zero_velocity(x0, t, path)
+    still = CFGZeroStar(Told(x0, x0, path, "v")).still(x0, t)
     assert_close(a * still.x0 + s * still.eps, x0, rtol=1e-9, atol=1e-9)
     assert_close(da * still.x0 + ds * still.eps, 0 * x0, rtol=0, atol=1e-8)
 
@@ -293,13 +303,13 @@ def test_rows_of_an_interval_in_a_real_run(sampler, window):
     "Published Heun guides both stages of a step; here each stage goes by its time. Inner windows cost the same."
     model, *_, c = told("velocity", shape=(1, 2))
     interval = interval_from_steps(FlowPath(), 10, *window, sampler)
-    rows = sample_trajectory(ClassifierFreeGuidance(model, 2.0, interval), c, (2,), sampler, 10, progress=False).rows
+    nfe = sample_trajectory(ClassifierFreeGuidance(model, 2.0, interval=interval), c, (2,), sampler, 10, progress=False).nfe
     ours = published = 0
     for step in range(10):
         stages = [step] if sampler == "euler" or step == 9 else [step, step + 1]
         ours += sum(1 + (window[0] <= stage <= window[1]) for stage in stages)
         published += len(stages) * (1 + (window[0] <= step <= window[1]))
-    assert rows == ours
+    assert nfe == ours
     assert (ours == published) == (sampler == "euler" or 0 < window[0] <= window[1] < 9)
 
 
@@ -326,7 +336,7 @@ def test_a_schedule_and_a_scale_per_channel(method):
         model_i = Told(*(y[i : i + 1] for y in model.outputs), model.path, "v")
         alone = method(model_i, tent(t[i]).item()).predict(x[i : i + 1], t[i], c[:1])
         assert_close((together.x0[i], together.eps[i]), (alone.x0[0], alone.eps[0]))
-    channels = torch.tensor([1.0, 4.0, 4.0])[:, None, None]
+    channels = torch.tensor([1.0, 4.0, 4.0])[None, :, None, None]
     mixed, whole = (method(model, scale).predict(x, HALF, c) for scale in (channels, 4.0))
     plain = model.predict(x, HALF, c).x0
     if method not in (RescaledGuidance, DynamicThresholding):  # which look at all channels after guiding
@@ -445,14 +455,22 @@ def test_cfgpp_by_hand(path):
     assert_close(sample(plain, c, (2,), "ddim", **options), run.x, rtol=1e-6, atol=1e-6)
 
 
-def test_cfgpp_is_plain_guidance_where_it_cannot_be_refused():
-    "DPM-Solver++ asks for clean data alone and gets that of plain guidance at lambda."
-    model, c = Counted(None, None, VPPath("cosine"), "eps"), torch.zeros(3, dtype=torch.long)
-    ours, plain = (sample(m(model, 0.7), c, (2,), "dpmpp_2m", 9, progress=False) for m in (CFGPlusPlus, ClassifierFreeGuidance))
-    assert_close(ours, plain)
-    for sampler in ("euler", "heun", "euler_maruyama", "dopri5"):
-        with pytest.raises(ValueError, match="allowed: sampler 'ddim' or 'ddpm'"):
-            sample(CFGPlusPlus(model, 0.7), c, (2,), sampler, 5, progress=False)
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler", "heun", "euler_maruyama", "dopri5"])
+def test_cfgpp_is_refused_by_what_needs_more_than_a_step(sampler):
+    "DPM-Solver++ asked for clean data alone and sampled plain guidance, bit for bit."
+    model, c = Counted(None, None, VPPath("cosine"), "v"), torch.zeros(3, dtype=torch.long)
+    steps = CFGPlusPlus(model, 0.7)
+    for guided in (steps, OnPath(steps, FlowPath())):
+        with pytest.raises(ValueError, match="allowed: 'ddim' or 'ddpm'"):
+            sample(guided, c, (2,), sampler, 5, progress=False)
+        assert sample(guided, c, (2,), "ddpm", 5, progress=False).isfinite().all()
+    for wrap in (ClassifierFreeGuidance, RescaledGuidance, lambda m: Autoguidance(model, m), lambda m: CFGPlusPlus(m)):
+        with pytest.raises(ValueError, match="allowed: a model with a velocity"):
+            wrap(steps)
+    with pytest.raises(ValueError, match="allowed: a model with a velocity"):
+        PredictorCorrector(steps)
+    with pytest.raises(ValueError, match="allowed: a model with a velocity"):
+        GuidedDistillationLoss(steps)
 
 
 class Gaussians(Denoiser):
@@ -519,27 +537,27 @@ def test_zero_init_by_steps():
     for official in (0, 1, 3):
         start = interval_from_steps(FlowPath(), 25, 0, official, "euler")[0]
         run = sample_trajectory(CFGZeroStar(model, 2.0, start), c, (2,), "euler", 25, progress=False)
-        assert run.rows == 2 * (25 - official - 1)
+        assert run.nfe == 2 * (25 - official - 1)
         still = (run.points.diff(dim=0).abs().flatten(1).amax(1) == 0).sum().item()
         assert still == official + 1
     never = sample_trajectory(CFGZeroStar(model, 2.0, math.inf), c, (2,), "euler", 25, progress=False)
-    assert never.rows == 50
+    assert never.nfe == 50
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda m: RescaledGuidance(m, 2.0, phi=float("nan")), "phi = nan; allowed: 0 to 1"),
-        (lambda m: MagnitudeAwareGuidance(m, 2.0, damping=-1.0), "damping = -1.0; allowed: a finite number, 0 or more"),
+        (lambda m: MagnitudeAwareGuidance(m, 2.0, damping=-1.0), "damping = -1.0; allowed: a number, 0 or more"),
         (lambda m: CFGZeroStar(m, 2.0, zero_from=float("nan")), "zero_from = nan; allowed: a time above 0"),
-        (lambda m: AdaptiveProjectedGuidance(m, 2.0, momentum=1.0), "momentum = 1.0; allowed: norm above 0"),
+        (lambda m: AdaptiveProjectedGuidance(m, 2.0, momentum=1.0), "norm, momentum = (inf, 1.0); allowed: norm above 0"),
         (lambda m: AdaptiveProjectedGuidance(m, 2.0, eta=float("inf")), "eta = inf; allowed: a finite number"),
         (lambda m: FrequencyDecoupledGuidance(m, 2.0, shares=(1.0, float("nan"))), "shares = (1.0, nan); allowed"),
-        (lambda m: DynamicThresholding(m, 2.0, limit=0.0), "limit = 0.0; allowed: quantile 0 to 1, limit finite"),
+        (lambda m: DynamicThresholding(m, 2.0, limit=0.0), "limit = 0.0; allowed: a finite number above 0"),
         (lambda m: RectifiedGuidance(m, 2.0, ratios=float("nan")), "nan; allowed: a finite number"),
         (lambda m: frequency_bands(torch.zeros(1, 1, 5, 5), 4), "height and width of 12 or more"),
-        (lambda m: interval_from_steps(FlowPath(), 10, 5, 4), "first = 5, last = 4; allowed"),
-        (lambda m: interval_from_noise(FlowPath(), -1.0), "low = -1.0, high = inf; allowed"),
+        (lambda m: interval_from_steps(FlowPath(), 10, 5, 4), "first, last = (5, 4); allowed"),
+        (lambda m: interval_from_noise(FlowPath(), -1.0), "low, high = (-1.0, inf); allowed"),
         (lambda m: linear_schedule(float("nan")), "scale = nan; allowed"),
         (lambda m: ClassifierFreeGuidance(Denoiser(FlowPath(), 0)), "model.num_classes = 0; allowed"),
     ],

@@ -14,13 +14,13 @@ from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
-from guidance_nb.paths import EDMPath, FlowPath, VPPath
+from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
 from guidance_nb.trained_guidance import (
     GuidanceFreeTrainingLoss,
     GuidedDistillationLoss,
     MeanFlowGuidanceLoss,
-    branch_outputs,
-    draw_scales,
+    _branch_outputs,
+    _draw_scales,
 )
 from guidance_nb.training import Checkpoints, Context, DenoisingLoss, Engine, fit, train
 
@@ -146,9 +146,9 @@ def test_scale_aware_gft_by_hand():
 
 
 def test_scales_are_uniform_for_students():
-    s = draw_scales((1.0, 5.0), torch.zeros(4000, 2), context())
+    s = _draw_scales((1.0, 5.0), torch.zeros(4000, 2), context())
     assert ((s - 1) / 4).sort().values.sub(torch.linspace(0, 1, 4000)).abs().max() < 0.04
-    assert (draw_scales((2.0, 2.0), torch.zeros(5, 2), context(), reciprocal=True) == 2).all()
+    assert (_draw_scales((2.0, 2.0), torch.zeros(5, 2), context(), reciprocal=True) == 2).all()
 
 
 class Twice(Denoiser):
@@ -160,8 +160,11 @@ class Twice(Denoiser):
 
     def forward(self, x, t, c=None):
         pair = self.model.predict(x, t, c)
-        alpha, sigma = (f(t).reshape(-1, 1) for f in (self.path.alpha, self.path.sigma))
-        return Prediction(pair.x0 + self.scale * sigma, pair.eps - self.scale * alpha)
+        alpha, sigma = (expand_time(f(t) * self.scale, x) for f in (self.path.alpha, self.path.sigma))
+        return Prediction(pair.x0 + sigma, pair.eps - alpha)
+
+    def for_rows(self, rows):
+        return Twice(self.model, self.scale[rows])
 
 
 @each_kind
@@ -224,9 +227,9 @@ def test_rows():
         (GuidedDistillationLoss(teacher), 400),
     ):
         model = watch().train()
-        with count_nfe() as rows:
+        with count_nfe() as nfe:
             loss(model, x0, c, context())
-        assert rows.total == 400 + extra, loss
+        assert nfe.total == 400 + extra, loss
         assert model.training and model.net.calls[0][2:4] == (True, True)
         assert all(call[2:4] == (False, False) for call in model.net.calls[1:]) and len(model.net.calls) <= 2
 
@@ -235,11 +238,11 @@ def test_branch_outputs():
     model, (x, c) = watch(), batch(7)
     t = torch.rand(7)
     null = torch.full_like(c, NULL)
-    assert_close(branch_outputs(model, x, t, c), torch.stack([model.net(x, t, c), model.net(x, t, null)]).detach())
-    assert_close(branch_outputs(model, x, t, c, ["conditional"])[0], model.net(x, t, c).detach())
+    assert_close(_branch_outputs(model, x, t, c), torch.stack([model.net(x, t, c), model.net(x, t, null)]).detach())
+    assert_close(_branch_outputs(model, x, t, c, ["conditional"])[0], model.net(x, t, c).detach())
     for bad in ([], ["null", "conditional"], ["null", "null"], "null"):
         with pytest.raises(ValueError, match="branches = "):
-            branch_outputs(model, x, t, c, bad)
+            _branch_outputs(model, x, t, c, bad)
 
 
 MEANS = np.random.default_rng(3).normal(size=(2, 3))
@@ -498,7 +501,7 @@ def test_refusals(make, message):
 def test_networks_that_do_not_fit():
     plain, aware, (x0, c) = watch(), watch(scale_aware=True), batch()
     for model, loss, message in (
-        (aware, MeanFlowGuidanceLoss(), "model.scale_aware = True"),
+        (aware, MeanFlowGuidanceLoss(), "scale_range = None; allowed: a range"),
         (aware, GuidanceFreeTrainingLoss(), "scale_range = None; allowed: a range, for model.scale_aware = True"),
         (plain, GuidanceFreeTrainingLoss(scale_range=(1.0, 2.0)), "allowed: None, for model.scale_aware = False"),
         (aware, GuidedDistillationLoss(plain), "scale_range = None; allowed: a range"),
@@ -508,5 +511,5 @@ def test_networks_that_do_not_fit():
         with pytest.raises(ValueError, match=message):
             loss(model, x0, c, context())
     for loss in (MeanFlowGuidanceLoss(), GuidanceFreeTrainingLoss(), GuidedDistillationLoss(plain)):
-        with pytest.raises(ValueError, match="c is None; allowed: labels"):
+        with pytest.raises(ValueError, match="c = None; allowed: one condition"):
             loss(plain, x0, None, context())
