@@ -26,10 +26,10 @@ from guidance_nb._checks import (
     check_whole,
     require,
 )
+from ._modes import eval_mode
 from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction
 from .guidance import Scale
 from .paths import expand_time
-from .samplers import eval_mode
 from .training import Context
 
 # %% ../nbs/13_model_guidance.ipynb #c13d1108

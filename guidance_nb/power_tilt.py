@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 
 from ._checks import check_choice, check_number, check_scale, check_whole, require
 from ._conditions import take_rows
+from ._modes import eval_mode
 from ._random import NoiseSource
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import Batching, Denoiser, Prediction, check_inputs, count_nfe, guide, record_nfe
 from .guidance import Claims, Guidance, Scale
 from .mixtures import ExactDenoiser, Mixture, log_prob
 from .paths import Path, expand_time
-from .samplers import StepContext, _check_request, ddim_step, eval_mode, time_grid
+from .samplers import StepContext, _check_request, ddim_step, time_grid
 
 # %% ../nbs/18_power_tilt.ipynb #ce07a083
 def _class_mixture(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ._checks import check_conditional, check_interval, check_number, check_scale_range, require
+from ._modes import eval_mode
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import Denoiser, NetworkDenoiser, Prediction
 from .guidance import predict_where
 from .paths import expand_time
-from .samplers import eval_mode
 from .training import Context
 
 # %% ../nbs/19_trained_guidance.ipynb #9462f623

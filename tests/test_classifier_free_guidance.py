@@ -19,7 +19,7 @@ from guidance_nb.classifier_free_guidance import (
     two_class_map,
 )
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
-from guidance_nb.guidance_variants import RescaledGuidance, _rescale_velocity
+from guidance_nb.guidance_variants import RescaledGuidance
 from guidance_nb.mixtures import ExactDenoiser, gaussian_pair
 from guidance_nb.networks import MLP, mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
@@ -183,6 +183,11 @@ def test_mean_shift_passes_through():
     assert_close(guided.mean_shift(x, t, c), x + c[:, None])
 
 
+def rescale(guided, conditional, path, t, phi):
+    "A guided pair rescaled; at scale 0 it is the second."
+    return RescaledGuidance(Denoiser(path, 1), phi=phi).combine(conditional, guided, guided.x0, t, 0.0)
+
+
 @pytest.mark.parametrize("phi", [0.3, 1.0])
 def test_rescale_is_the_published_formula_on_flow_output(phi):
     "On the flow path the raw output is eps - x0; numpy, ddof 1, one sample at a time."
@@ -190,7 +195,7 @@ def test_rescale_is_the_published_formula_on_flow_output(phi):
     x, y_c, y = torch.randn(3, 4, 3, 2, generator=generator, dtype=torch.float64)
     t = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
     decode = NetworkDenoiser(torch.nn.Identity(), FlowPath()).decode
-    out = _rescale_velocity(decode(y, x, t), decode(y_c, x, t), FlowPath(), t, phi)
+    out = rescale(decode(y, x, t), decode(y_c, x, t), FlowPath(), t, phi)
     for i in range(4):
         u, u_c = y[i].numpy(), y_c[i].numpy()
         u = phi * u * u_c.std(ddof=1) / u.std(ddof=1) + (1 - phi) * u
@@ -205,7 +210,7 @@ def test_rescale_is_finite_and_consistent_up_to_the_ends(path, time):
     x0, eps = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
     t = torch.tensor(time, dtype=torch.float64)
     x, other = path.interpolate(x0, eps, t), Prediction(2 * x0, 0.5 * eps)
-    out = _rescale_velocity(Prediction(x0, eps), other, path, t, 0.7)
+    out = rescale(Prediction(x0, eps), other, path, t, 0.7)
     assert torch.isfinite(out.x0).all() and torch.isfinite(out.eps).all()
     assert_close(path.interpolate(*out, t), x)
 
@@ -213,13 +218,13 @@ def test_rescale_is_finite_and_consistent_up_to_the_ends(path, time):
 def test_rescale_leaves_zeros_and_unguided_outputs_alone():
     x, t, c = batch()
     zeros = Prediction(x * 0, x * 0)
-    assert_close(_rescale_velocity(zeros, Prediction(x, x), FlowPath(), t, 1.0), zeros)
+    assert_close(rescale(zeros, Prediction(x, x), FlowPath(), t, 1.0), zeros)
     model = network()
     assert_close(RescaledGuidance(model, 1.0, 0.7)(x, t, c), model(x, t, c))
     same = Prediction(x, 2 * x)
-    assert_close(_rescale_velocity(same, same, FlowPath(), t, 0.7), same)
+    assert_close(rescale(same, same, FlowPath(), t, 0.7), same)
     with pytest.raises(ValueError, match="values per sample = 1"):
-        _rescale_velocity(Prediction(x[:, :1], x[:, :1]), Prediction(x[:, :1], x[:, :1]), FlowPath(), t, 0.5)
+        rescale(Prediction(x[:, :1], x[:, :1]), Prediction(x[:, :1], x[:, :1]), FlowPath(), t, 0.5)
 
 
 def test_two_gaussians_by_integration():

@@ -386,6 +386,9 @@ def test_step_memory():
 class Counted(Told):
     "A model whose answer depends on the point."
 
+    def for_rows(self, rows):
+        return self
+
     def forward(self, x, t, c=None):
         y = torch.tanh(x * (2.0 if c is None else 1.0) + (0.3 if c is None else -0.5))
         return self.decode(y, x, torch.as_tensor(t))
