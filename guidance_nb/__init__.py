@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .guidance_variants import MagnitudeAwareGuidance as MagnitudeAwareGuidance
     from .guidance_variants import RectifiedGuidance as RectifiedGuidance
     from .guidance_variants import TangentialGuidance as TangentialGuidance
+    from .images.networks import image_denoiser as image_denoiser
     from .mixtures import ExactClassifier as ExactClassifier
     from .mixtures import ExactDenoiser as ExactDenoiser
     from .mixtures import Mixture as Mixture
@@ -34,7 +35,6 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .mixtures import gaussian_pair as gaussian_pair
     from .model_guidance import FixedScale as FixedScale
     from .model_guidance import ModelGuidanceLoss as ModelGuidanceLoss
-    from .networks import image_denoiser as image_denoiser
     from .networks import mlp_denoiser as mlp_denoiser
     from .paths import EDMPath as EDMPath
     from .paths import FlowPath as FlowPath
@@ -69,7 +69,8 @@ _NAMES = {
     "denoisers": "Prediction Denoiser NetworkDenoiser count_nfe",
     "mixtures": "Mixture ExactDenoiser ExactClassifier gaussian_pair fractal checkerboard digits",
     "samplers": "sample sample_trajectory Trajectory",
-    "networks": "mlp_denoiser image_denoiser",
+    "images.networks": "image_denoiser",
+    "networks": "mlp_denoiser",
     "training": "DenoisingLoss ClassifierLoss fit train",
     "classifier_guidance": "ClassifierGuidance",
     "classifier_free_guidance": "ClassifierFreeGuidance",

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from .denoisers import check_labels, record_nfe
 from .metrics import nearest_neighbours as search_neighbours
-from .networks import MLP, build_network
+from .images.networks import build_network
+from .networks import MLP
 from .paths import expand_time
 from .training import Context, train
 

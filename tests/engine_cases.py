@@ -15,9 +15,10 @@ from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.cli.app import destroy_process_group
 from guidance_nb.flow_postprocessing import CorrectionFlow, PairDraws, PairLoss
+from guidance_nb.images.networks import image_denoiser
 from guidance_nb.mixtures import checkerboard, sample_mixture
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import image_denoiser, mlp_denoiser
+from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.training import (
     Checkpoints,

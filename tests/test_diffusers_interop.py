@@ -22,6 +22,7 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe, to_prediction
 from guidance_nb.guidance_variants import AdaptiveProjectedGuidance
+from guidance_nb.images.networks import image_denoiser
 from guidance_nb.interop._networks import to_patches
 from guidance_nb.interop.diffusers import DiffusersDenoiser, from_diffusers
 from guidance_nb.interop.functions import from_callable, from_torchcfm
@@ -29,7 +30,6 @@ from guidance_nb.interop.guider import CachedPairDenoiser, DiffusersGuider
 from guidance_nb.interop.hub import HubDenoiser, TrainingFacts, path_from_json, path_to_json
 from guidance_nb.interop.schedulers import Clock, SchedulerFacts, TablePath, path_from_scheduler, scheduler_times
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path
 from guidance_nb.samplers import sample
 from guidance_nb.training import Checkpoints, Context, DenoisingLoss, fit, train

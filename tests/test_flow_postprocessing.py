@@ -21,7 +21,8 @@ from guidance_nb.flow_postprocessing import (
     neighbour_weights,
     pair_data,
 )
-from guidance_nb.networks import MLP, build_network
+from guidance_nb.images.networks import build_network
+from guidance_nb.networks import MLP
 from guidance_nb.training import Context, train
 
 

@@ -52,7 +52,7 @@ from guidance_nb.images.latents import (
     open_shard,
     shard_name,
 )
-from guidance_nb.networks import image_denoiser
+from guidance_nb.images.networks import image_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.training import DenoisingLoss, checkpoints_in, fit, latest_checkpoint, read_checkpoint
 

@@ -139,7 +139,7 @@ def test_memory_by_hand():
 def test_the_estimate_of_memory_is_what_a_real_pass_keeps():
     "Bytes kept by real tensors on the CPU, for two numbers of rows, beside those counted on fakes."
     from guidance_nb.engine.cost import kept_bytes
-    from guidance_nb.networks import build_network
+    from guidance_nb.images.networks import build_network
 
     settings = {"width": 32, "depth": 2, "heads": 2}
     cost = network_cost("dit-s/2", (4, 8, 8), 10, precision="fp32", **settings)

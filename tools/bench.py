@@ -30,9 +30,9 @@ from guidance_nb.denoisers import Denoiser, NetworkDenoiser, choose_batching, co
 from guidance_nb.engine.cost import count_step_rows, find_chip, mfu, network_cost, sampling_flops, training_flops
 from guidance_nb.images.features import CifarResNet, extract, resnet_extractor
 from guidance_nb.images.metrics import image_scores
+from guidance_nb.images.networks import image_denoiser
 from guidance_nb.metrics import nearest_neighbours
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import image_denoiser
 from guidance_nb.paths import FlowPath, VPPath
 from guidance_nb.samplers import sample
 from guidance_nb.training import DenoisingLoss, Engine, fit

@@ -44,8 +44,8 @@ from guidance_nb.cli.recipes import (
 from guidance_nb.comparison import run_tour, summary
 from guidance_nb.engine.cost import extract_sharded
 from guidance_nb.images.data import SampleFile, load_samples, may_replace, save_samples
-from guidance_nb.images.latents import INDEX, encode_folder, read_index
 from guidance_nb.images.features import INCEPTION
+from guidance_nb.images.latents import INDEX, encode_folder, read_index
 from guidance_nb.images.metrics import append_rows, column
 from guidance_nb.interop.stable_diffusion import finetune, finetuning_key, finetuning_names, read_finetuning
 

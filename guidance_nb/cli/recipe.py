@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from guidance_nb._checks import check_choice, require
-from guidance_nb.networks import IMAGE_NETWORKS
+from guidance_nb.images.networks import IMAGE_NETWORKS
 from guidance_nb.samplers import SAMPLERS
 
 __all__ = ["FineTuning", "Recipe", "read_recipe"]

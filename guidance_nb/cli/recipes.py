@@ -41,16 +41,6 @@ from guidance_nb.images.data import (
     load_samples,
     to_uint8,
 )
-from guidance_nb.images.latents import (
-    INDEX,
-    LatentData,
-    decode,
-    decode_all,
-    latent_constants,
-    load_latents,
-    load_vae,
-    read_index,
-)
 from guidance_nb.images.features import (
     INCEPTION,
     Extractor,
@@ -62,7 +52,18 @@ from guidance_nb.images.features import (
     find_extractor,
     read_reference,
 )
+from guidance_nb.images.latents import (
+    INDEX,
+    LatentData,
+    decode,
+    decode_all,
+    latent_constants,
+    load_latents,
+    load_vae,
+    read_index,
+)
 from guidance_nb.images.metrics import append_rows, column, feature_scores, provenance, read_rows
+from guidance_nb.images.networks import IMAGE_NETWORKS, ImageClassifier, build_network, image_denoiser
 from guidance_nb.interop.stable_diffusion import to_value
 from guidance_nb.model_guidance import (
     AutoWeight,
@@ -71,7 +72,6 @@ from guidance_nb.model_guidance import (
     mg_weight_from_scale,
     scale_from_mg_weight,
 )
-from guidance_nb.networks import IMAGE_NETWORKS, ImageClassifier, build_network, image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.plots import METHOD_LABELS, show_curves
 from guidance_nb.samplers import SAMPLERS, sample, time_grid

@@ -16,7 +16,8 @@ from guidance_nb._processes import find_processes, gather_rows
 from guidance_nb._random import keyed_generator
 from guidance_nb.denoisers import Denoiser, count_nfe
 from guidance_nb.images.features import Extractor, Features, check_images, checksum, extract
-from guidance_nb.networks import build_network, mlp_denoiser
+from guidance_nb.images.networks import build_network
+from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.samplers import sample
 from guidance_nb.training import Context, checkpoint_gradients

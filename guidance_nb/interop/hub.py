@@ -7,8 +7,8 @@ from typing import Any
 from guidance_nb._checks import check_choice
 from guidance_nb._extras import extra
 from guidance_nb.denoisers import NetworkDenoiser
+from guidance_nb.images.networks import build_network
 from guidance_nb.interop.schedulers import TablePath
-from guidance_nb.networks import build_network
 from guidance_nb.paths import EDMPath, FlowPath, Path, VPPath
 
 with extra("diffusers"):
