@@ -244,7 +244,11 @@ def rhythm() -> Iterator[str]:
         if path in METHODS:
             found += exercise_problems(path)
         following = re.search(r"\bNext: [^[]*\[[^]]+\]\((\w+)\.ipynb\)", prose(path))
-        if following and following[1] in order and order.index(following[1]) <= order.index(path.stem):
+        if (
+            following
+            and {following[1], path.stem} <= set(order)
+            and order.index(following[1]) <= order.index(path.stem)
+        ):
             found.append(f"the next page, {following[1]}, comes before it in the sidebar")
         yield from (f"{path.name}: {line}" for line in found)
 
@@ -408,7 +412,8 @@ def layers() -> Iterator[str]:
             for other in [inner] if inner else [each for each in names if each in known]:
                 base = other.partition(".")[0]
                 seam = place == "types" or (place == "function" and base in SEAMS.get(root, ()))
-                if base != root and not seam and level(other) >= max(level(module), 0.5):
+                above = 8.0 if is_private(module) else level(module)  # private ones know the foundations, no method
+                if base != root and not seam and level(other) >= above and not is_private(other):
                     yield f"{line}: {module} stands below {other}, which it imports"
             hidden = [each for each in names if each.startswith("_") and inner and not is_private(inner)]
             if hidden and inner.partition(".")[0] != root:
@@ -456,6 +461,14 @@ def fix() -> None:
         print(*lines_of(*command), sep="\n", end="")
 
 
+def found_by(name: str) -> list[str]:
+    "What a check finds; that the package cannot be imported is one line, too."
+    try:
+        return list(CHECKS[name]())
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"one of {', '.join(CHECKS)}; default: all")
@@ -468,7 +481,7 @@ def main() -> int:
     failed = 0
     for name in args.checks or CHECKS:
         start = time.perf_counter()
-        found = list(CHECKS[name]())
+        found = found_by(name)
         failed += len(found)
         print(f"{name:<11} {len(found) or 'ok':>3}  {time.perf_counter() - start:5.1f} s  {CHECKS[name].__doc__}")
         print(*(f"  {line}" for line in found), sep="\n", end="\n" if found else "")
