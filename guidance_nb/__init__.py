@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .denoisers import Prediction as Prediction
     from .denoisers import count_nfe as count_nfe
     from .flow_postprocessing import FlowPostprocessor as FlowPostprocessor
+    from .guidance import Guidance as Guidance
     from .guidance_variants import AdaptiveProjectedGuidance as AdaptiveProjectedGuidance
     from .guidance_variants import CFGPlusPlus as CFGPlusPlus
     from .guidance_variants import CFGZeroStar as CFGZeroStar
@@ -24,8 +25,10 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .guidance_variants import FrequencyDecoupledGuidance as FrequencyDecoupledGuidance
     from .guidance_variants import MagnitudeAwareGuidance as MagnitudeAwareGuidance
     from .guidance_variants import RectifiedGuidance as RectifiedGuidance
+    from .guidance_variants import RescaledGuidance as RescaledGuidance
     from .guidance_variants import TangentialGuidance as TangentialGuidance
     from .images.networks import image_denoiser as image_denoiser
+    from .interop.diffusers import from_diffusers as from_diffusers
     from .mixtures import ExactClassifier as ExactClassifier
     from .mixtures import ExactDenoiser as ExactDenoiser
     from .mixtures import Mixture as Mixture
@@ -72,13 +75,14 @@ _NAMES = {
     "images.networks": "image_denoiser",
     "networks": "mlp_denoiser",
     "training": "DenoisingLoss ClassifierLoss fit train",
+    "guidance": "Guidance",
     "classifier_guidance": "ClassifierGuidance",
     "classifier_free_guidance": "ClassifierFreeGuidance",
     "aligned_loss": "AlignedLoss",
     "model_guidance": "ModelGuidanceLoss FixedScale",
     "flow_postprocessing": "FlowPostprocessor",
     "guidance_variants": (
-        "MagnitudeAwareGuidance CFGZeroStar TangentialGuidance AdaptiveProjectedGuidance FrequencyDecoupledGuidance "
+        "RescaledGuidance MagnitudeAwareGuidance CFGZeroStar TangentialGuidance AdaptiveProjectedGuidance FrequencyDecoupledGuidance "
         "DynamicThresholding RectifiedGuidance CFGPlusPlus"
     ),
     "weak_models": (
@@ -87,6 +91,7 @@ _NAMES = {
     ),
     "power_tilt": "CharacteristicGuidance PredictorCorrector",
     "trained_guidance": "MeanFlowGuidanceLoss GuidanceFreeTrainingLoss GuidedDistillationLoss",
+    "interop.diffusers": "from_diffusers",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -366,6 +366,7 @@ def search(sizes: Sizes) -> Iterator[Pair]:
     generator = torch.Generator().manual_seed(0)
     queries, real = torch.randn((n, width), generator=generator), torch.randn((m, width), generator=generator)
     k = min(20, m)
+
     def by_faiss() -> Tensor:
         import faiss
 
