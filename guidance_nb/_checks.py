@@ -1,8 +1,9 @@
 """One line for a rule about an argument: what is refused is a `ValueError` of one line, `name = value; allowed: ...`."""
 
 import difflib
+import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -81,3 +82,13 @@ def check_conditional(model: Any, c: Any, scale_range: Any = None) -> None:
     require(c is not None, "c", c, "one condition a sample, for guidance needs one")
     allowed = f"{'a range' if model.scale_aware else 'None'}, for model.scale_aware = {model.scale_aware}"
     require(model.scale_aware == (scale_range is not None), "scale_range", scale_range, allowed)
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON-able values differ: `a.b` for b inside a, and both values."""
+    if isinstance(old, dict | None) and isinstance(new, dict | None):
+        old, new = old or {}, new or {}
+        for name in sorted({*old, *new}):
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif json.dumps(old) != json.dumps(new):
+        yield key, old, new

@@ -143,16 +143,16 @@ def _lives(process: int) -> bool:
 
 @contextmanager
 def locked(
-    folder: Path,  # An existing folder
+    path: Path,  # An existing folder, or a file of its own, which is made and stays
     wait: bool = True,  # Whether to wait for another owner; if not, BlockingIOError
 ) -> Iterator[None]:
-    "Let one owner at a time work in a folder, where the system has such locks; a killed owner leaves none behind."
+    "Let one owner at a time work, where the system has such locks; a killed owner leaves none behind."
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

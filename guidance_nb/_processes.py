@@ -1,13 +1,16 @@
-"""Several processes at one task: who there is, what all of them know, and an error of one as an error of all."""
+"""Several processes at one task: who there is, what all of them know, an error of one as an error of all; a thread."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+J = TypeVar("J")
 
 
 def find_processes(
@@ -53,15 +56,41 @@ def on_main(
     return in_all_processes(action if rank == 0 else lambda: None, world)[0]  # type: ignore[return-value]
 
 
-def gather_rows(
-    x: Tensor,  # This process's rows, `[n, ...]`
-    sizes: Sequence[int],  # Rows of each process
-) -> Tensor:  # All rows in order, in every process
-    "Put the rows of all processes together."
+def _gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    "The rows of all processes in order, in every process."
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])]).contiguous()
     parts = [torch.empty_like(padded) for _ in sizes]
     torch.distributed.all_gather(parts, padded)
     return torch.cat([part[:n] for part, n in zip(parts, sizes)])
+
+
+def row_shares(n: int, batch_size: int, world: int) -> list[int]:
+    "Rows of each process: whole batches, the last one aside."
+    ends = [min(n, batch_size * (-(-n // batch_size) * number // world)) for number in range(world + 1)]
+    return [end - start for start, end in zip(ends, ends[1:])]
+
+
+def share_rows(
+    action: Callable[[slice], dict[str, Tensor]],  # Makes some of the rows, `[their number, ...]` each
+    n: int,  # Number of rows
+    device: torch.device,  # Where the work is done
+    batch_size: int = 1,  # Rows are divided in whole batches, the last one aside
+) -> dict[str, Tensor]:  # All rows, in every process
+    "Make rows, each process a contiguous share of them; an error of one is raised in all."
+    rank, world = find_processes(device)
+    if world == 1:
+        return action(slice(0, n))
+    sizes = row_shares(n, batch_size, world)
+    first = sum(sizes[:rank])
+    made: dict[str, Tensor] = {}
+
+    def act() -> dict[str, Tensor]:
+        made.update(action(slice(first, first + sizes[rank])) if sizes[rank] else {})
+        return {key: rows[:0].cpu() for key, rows in made.items()}
+
+    forms = next(filter(None, in_all_processes(act, world)))
+    where = device if torch.distributed.get_backend() != "gloo" else torch.device("cpu")
+    return {key: _gather(made.get(key, form).to(where), sizes) for key, form in forms.items()}
 
 
 def destroy_process_group(
@@ -71,3 +100,22 @@ def destroy_process_group(
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several and (not failed or torch.distributed.get_backend() == "gloo"):
         torch.distributed.destroy_process_group()
+
+
+def prefetch(
+    make: Callable[[J], T],  # Turns a job into a batch
+    jobs: Iterable[J],  # Jobs, in order
+    depth: int = 2,  # Batches made ahead
+) -> Generator[T, None, None]:  # Batches, in the order of the jobs
+    "Make batches in a thread, ahead of their use; ends the thread when it is closed or a batch fails."
+    waiting: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(1)
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(make, job))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guidance_nb._checks import check_whole
 
@@ -88,3 +88,10 @@ def keyed_global_rng(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(keyed_generator(*key).initial_seed())
         yield
+
+
+def has_dropout(
+    model: nn.Module,  # Any model
+) -> bool:
+    "Whether layers of a model draw from PyTorch's global generators when it trains."
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())

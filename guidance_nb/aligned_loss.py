@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._checks import check_conditional, check_number, require
 from .denoisers import NetworkDenoiser
-from .training import Context
+from .training import LossContext
 
 # %% ../nbs/12_aligned_loss.ipynb #7cad31e8
 class AlignedLoss:
@@ -28,7 +28,7 @@ class AlignedLoss:
         require(check_number("scale", scale, allowed=allowed), "scale", scale, allowed)
         self.scale, self.anchor = scale, check_number("anchor", anchor, 0)
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: Context) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`, from one pass of twice the rows."
         check_conditional(model, c)
         t, eps = context.times(x0), context.noise(x0)

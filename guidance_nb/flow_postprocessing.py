@@ -21,7 +21,7 @@ from .metrics import nearest_neighbours as search_neighbours
 from .images.networks import build_network
 from .networks import MLP
 from .paths import expand_time
-from .training import Context, train
+from .training import LossContext, train
 
 # %% ../nbs/14_flow_postprocessing.ipynb #90d3eb7c
 Space = str | Callable[[Tensor], Tensor]
@@ -136,7 +136,7 @@ class CorrectionFlow(nn.Module):
 class PairLoss:
     "Squared error to y - x_hat on the line between the ends of a pair, eq. (2) (arXiv 2503.10638 eq. 11, sign mended)."
 
-    def __call__(self, model: Any, pairs: Tensor, c: Tensor | None, context: Context) -> Tensor:
+    def __call__(self, model: Any, pairs: Tensor, c: Tensor | None, context: LossContext) -> Tensor:
         "Per-pair losses `[batch]` for `pairs` `[batch, 2, ...]` of generated and real samples."
         generated, real = pairs.unbind(1)
         tau = context.times(generated)

@@ -30,7 +30,7 @@ from ._modes import eval_mode
 from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction
 from .guidance import Scale
 from .paths import expand_time
-from .training import Context
+from .training import LossContext
 
 # %% ../nbs/13_model_guidance.ipynb #c13d1108
 _Negative = Literal["null", "uniform", "posterior", "contrastive"]
@@ -108,7 +108,7 @@ class ModelGuidanceLoss:
         require(math.isfinite(w) and (frozen or w < limit), "weight", w, allowed)
         return float(w)
 
-    def draw(self, x0: Tensor, context: Context, classes: int) -> tuple[Tensor | None, Tensor]:
+    def draw(self, x0: Tensor, context: LossContext, classes: int) -> tuple[Tensor | None, Tensor]:
         "Scales s to feed `[batch]`, or None, and weights w `[batch]`: one for all, or w = s - 1, eq. (5)."
         if self.scale_range is None:
             return None, x0.new_full((len(x0),), self.drawn_weight(classes))
@@ -122,7 +122,7 @@ class ModelGuidanceLoss:
         "Whether what is computed changes from step to step, so that no step stands for all (`Engine.graphs`)."
         return self.start_step > 0 or callable(self.weight)
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: Context) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         check_conditional(model, c, self.scale_range)
         fine = model.num_classes != EMBEDDINGS or self.unconditional == "null"

@@ -19,7 +19,7 @@ from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import Denoiser, NetworkDenoiser, Prediction
 from .guidance import predict_where
 from .paths import expand_time
-from .training import Context
+from .training import LossContext
 
 # %% ../nbs/19_trained_guidance.ipynb #9462f623
 @torch.no_grad()
@@ -55,7 +55,7 @@ class MeanFlowGuidanceLoss:
         check_number("kappa", self.kappa, high=math.nextafter(1, 0), allowed=allowed)
         self.interval = check_interval(self.interval)
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: Context) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         check_conditional(model, c)
         t, eps, drop = context.times(x0), context.noise(x0), context.drop(x0, self.dropout)
@@ -75,7 +75,7 @@ class MeanFlowGuidanceLoss:
 def _draw_scales(
     scale_range: tuple[float, float],  # Lowest and highest scale
     x0: Tensor,  # Clean data, `[batch, ...]`
-    context: Context,  # Source of randomness
+    context: LossContext,  # Source of randomness
     reciprocal: bool = False,  # Whether 1 / scale is uniform, as GFT's beta is, rather than the scale
 ) -> Tensor:  # Scales, `[batch]`
     "A guidance scale for each sample."
@@ -99,7 +99,7 @@ class GuidanceFreeTrainingLoss:
         check_number("dropout", self.dropout, 0, 1)
         check_scale_range(self.scale_range, positive=True)
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: Context) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         check_conditional(model, c, self.scale_range)
         t, eps, drop = context.times(x0), context.noise(x0), context.drop(x0, self.dropout)
@@ -138,7 +138,7 @@ class GuidedDistillationLoss:
         with eval_mode(self.teacher):
             return predict_where(~drop, asked, lambda m, *point: m(*point), lambda _, x, t, c: plain(x, t), x, t, c)
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: Context) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         check_conditional(model, c, self.scale_range)
         if self.teacher.path != model.path:

@@ -12,13 +12,13 @@ from guidance_nb.aligned_loss import AlignedLoss, scale_from_aligned
 from guidance_nb.denoisers import PREDICTIONS, NetworkDenoiser, count_nfe
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.training import Context, DenoisingLoss, train
+from guidance_nb.training import DenoisingLoss, LossContext, train
 
 PATHS = [FlowPath(), VPPath("cosine"), EDMPath()]
 
 
 def context(seed=0):
-    return Context(torch.Generator().manual_seed(seed), 0, 1, None)
+    return LossContext(torch.Generator().manual_seed(seed), 0, 1, None)
 
 
 def network(path, prediction="velocity", classes=3):

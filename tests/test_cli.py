@@ -22,7 +22,7 @@ from guidance_nb.cli.recipes import find_key, override, read_recipe, recipe_name
 from guidance_nb.comparison import DATA, METHODS
 from guidance_nb.images.data import load_images, load_samples, save_samples
 from guidance_nb.interop.stable_diffusion import finetuning_key, finetuning_names
-from guidance_nb.training import checkpoints_in, latest_checkpoint, read_checkpoint
+from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from notebooks import ROOT, cells, text
 
 SCALES = ["--scales", "1,2"]
@@ -345,7 +345,7 @@ def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path)
     assert done(*arguments).startswith("40 steps done")
     recipe = override(read_recipe("mnist-base"), TINY | changes)
     assert [state.step for state in train_recipe(recipe, tmp_path / "whole", progress=False)][-1] == 40
-    ends = [read_checkpoint(latest_checkpoint(tmp_path / name)) for name in ("run", "whole")]
+    ends = [read_checkpoint(tmp_path / name) for name in ("run", "whole")]
     for part in ("model", "ema", "optimizer"):
         a, b = (getattr(end, part) for end in ends)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

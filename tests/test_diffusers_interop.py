@@ -32,7 +32,8 @@ from guidance_nb.interop.schedulers import Clock, SchedulerFacts, TablePath, pat
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path
 from guidance_nb.samplers import sample
-from guidance_nb.training import Checkpoints, Context, DenoisingLoss, fit, train
+from guidance_nb.engine.run import Engine
+from guidance_nb.training import DenoisingLoss, LossContext, fit, train
 
 DISCRETE = [
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -330,7 +331,7 @@ def test_every_loss_trains_every_kind(loss, kind):
     state = train(model, loss, data, 12, 16, lr=3e-3, ema=0.8, progress=False)
     plain, (x, labels) = DenoisingLoss(0.0), data
     value = [
-        plain(each.eval(), x, labels, Context(torch.Generator().manual_seed(0), 0, 1, None)).mean().item()
+        plain(each.eval(), x, labels, LossContext(torch.Generator().manual_seed(0), 0, 1, None)).mean().item()
         for each in (before, model)
     ]
     assert math.isfinite(state.loss) and type(state.ema) is DiffusersDenoiser
@@ -355,12 +356,12 @@ def test_fine_tune_resume_save_load_with_plain_diffusers(tmp_path):
     whole, half = copy.deepcopy(model), copy.deepcopy(model)
     options = {"batch_size": 4, "ema": 0.5, "progress": False, "lr": 1e-3}
     train(whole, DenoisingLoss(0.2), data, 6, **options)
-    kept = Checkpoints(str(tmp_path / "run"), every=3)
-    first = fit(half, DenoisingLoss(0.2), data, 6, checkpoints=kept, **options)
+    kept = Engine(folder=str(tmp_path / "run"), save_every=3, precision="fp32", cpu=True)
+    first = fit(half, DenoisingLoss(0.2), data, 6, engine=kept, **options)
     for _ in range(3):
         next(first)
     first.close()
-    train(model, DenoisingLoss(0.2), data, 6, checkpoints=kept, **options)
+    train(model, DenoisingLoss(0.2), data, 6, engine=kept, **options)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters()))
     pipeline.save_pretrained(tmp_path / "pipeline")  # the pipeline holds the very network that was trained
     again = cases.quiet(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None))

@@ -1,6 +1,5 @@
 "Post-processing restated with sorting, sums and plain NumPy."
 
-import os
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from guidance_nb.flow_postprocessing import (
 )
 from guidance_nb.images.networks import build_network
 from guidance_nb.networks import MLP
-from guidance_nb.training import Context, train
+from guidance_nb.training import LossContext, train
 
 
 def brute_force(queries, real, k, labels, real_labels):
@@ -110,7 +109,7 @@ def test_loss_vanishes_at_the_right_sign_only():
     g = torch.Generator().manual_seed(0)
     start, end = torch.randn(2, 64, 3, generator=g)
     pairs = torch.stack([start, end], 1)
-    context = lambda: Context(torch.Generator().manual_seed(2), 0, 1, None)  # noqa: E731
+    context = lambda: LossContext(torch.Generator().manual_seed(2), 0, 1, None)  # noqa: E731
     right = PairLoss()(Answer(lambda z, tau: end - start), pairs, None, context())
     printed = PairLoss()(Answer(lambda z, tau: start - end), pairs, None, context())
     assert right.abs().max() < 1e-12
@@ -129,7 +128,7 @@ def test_loss_is_least_at_the_neighbour_mean():
     everyone = torch.stack([x.expand(3, 2), y[found[0]]], 1)
     optimiser = torch.optim.SGD([v], lr=0.4)
     for _ in range(100):
-        context = Context(torch.Generator(), 0, 1, None)
+        context = LossContext(torch.Generator(), 0, 1, None)
         optimiser.zero_grad()
         PairLoss()(Answer(lambda z, tau: v.expand(3, 2)), everyone, None, context).mean().backward()
         optimiser.step()

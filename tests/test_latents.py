@@ -54,7 +54,8 @@ from guidance_nb.images.latents import (
 )
 from guidance_nb.images.networks import image_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.training import DenoisingLoss, checkpoints_in, fit, latest_checkpoint, read_checkpoint
+from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.training import DenoisingLoss, fit
 
 
 def make_vae(channels: int = 3, **changes) -> AutoencoderKL:
@@ -304,7 +305,7 @@ def test_training_reads_them_and_is_the_same_in_two_passes(place):
     losses = []
     for accumulate in (1, 2):
         model = image_denoiser("dit-s/2", (4, 8, 8), FlowPath(), 2, width=16, depth=1, heads=2)
-        engine = Engine(precision="fp32", accumulate=accumulate, cpu=True)
+        engine = Engine(precision="fp32", gradient_accumulation_steps=accumulate, cpu=True)
         data = load_latents(place / "whole", flip=True)
         losses.append([s.loss for s in fit(model, DenoisingLoss(), data, 4, 8, lr=1e-3, engine=engine, progress=False)])
     assert_close(*losses, rtol=1e-4, atol=1e-5)
@@ -510,7 +511,7 @@ def test_mnist_encoded_trained_killed_resumed_sampled_decoded_scored(data, tmp_p
     assert process.returncode in (0, -signal.SIGKILL)  # it may have been quicker than we
     assert "30 steps done" in done(*words, tmp_path / "run")
     done(*words, tmp_path / "whole")
-    one, two = (read_checkpoint(latest_checkpoint(tmp_path / name)) for name in ("run", "whole"))
+    one, two = (read_checkpoint(tmp_path / name) for name in ("run", "whole"))
     assert all(torch.equal(one.ema[key], two.ema[key]) for key in two.ema)
     judge = ("--steps", 2, "--warmup", 0, "--batch-size", 32, "--network", "unet-tiny", "--limit", 64)
     done("train", "mnist-judge", *judge, "--out", tmp_path / "judge", "--no-progress")

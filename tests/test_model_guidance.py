@@ -22,7 +22,7 @@ from guidance_nb.model_guidance import (
 )
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.training import Context, DenoisingLoss, train
+from guidance_nb.training import DenoisingLoss, LossContext, train
 
 
 class Rows(nn.Module):
@@ -49,7 +49,7 @@ class Watch(nn.Module):
         return h if scale is None else h * (1 + scale[:, None])
 
 
-class Fixed(Context):
+class Fixed(LossContext):
     "Chosen times and drop mask; noise in opposite pairs, so that every mean is exact."
 
     t, mask = 0.5, None
@@ -65,7 +65,7 @@ class Fixed(Context):
         return torch.zeros(len(x), dtype=torch.bool) if self.mask is None else self.mask
 
 
-def context(ema, step=0, kind=Context):
+def context(ema, step=0, kind=LossContext):
     return kind(keyed_generator(11, step), step, 100, ema)
 
 

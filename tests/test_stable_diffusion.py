@@ -51,7 +51,8 @@ from guidance_nb.interop.text_denoiser import (
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.paths import FlowPath
 from guidance_nb.samplers import sample
-from guidance_nb.training import Context, DenoisingLoss, Engine, train
+from guidance_nb.engine.run import Engine
+from guidance_nb.training import DenoisingLoss, LossContext, train
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -119,7 +120,7 @@ def saved(pipeline, tmp_path_factory):
 
 
 def context(seed=0):
-    return Context(keyed_generator(seed), 0, 1, None)
+    return LossContext(keyed_generator(seed), 0, 1, None)
 
 
 def test_a_real_dataset_gives_what_its_folder_gives(folder):
@@ -231,7 +232,7 @@ class Lookup(nn.Module):
         return out
 
 
-class Enumerate(Context):
+class Enumerate(LossContext):
     "Times and noise of an enumeration instead of random ones."
 
     def times(self, x):
@@ -289,7 +290,7 @@ def test_two_stages_are_two_backward_passes(pipeline, cached, anchor):
 
 def test_two_stages_train_the_same_network(pipeline, cached):
     "Through fit, with micro-batches, lower precision and LoRA."
-    for options in ({"precision": "fp32", "accumulate": 2}, {"precision": "bf16"}):
+    for options in ({"precision": "fp32", "gradient_accumulation_steps": 2}, {"precision": "bf16"}):
         runs = []
         for loss in (AlignedLoss(3.0), TwoStageAlignedLoss(3.0)):
             model = load_text_denoiser(pipeline, cached.null, lora_rank=2)

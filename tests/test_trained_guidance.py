@@ -22,7 +22,8 @@ from guidance_nb.trained_guidance import (
     _branch_outputs,
     _draw_scales,
 )
-from guidance_nb.training import Checkpoints, Context, DenoisingLoss, Engine, fit, train
+from guidance_nb.engine.run import Engine
+from guidance_nb.training import DenoisingLoss, LossContext, fit, train
 
 NULL = 3
 
@@ -51,7 +52,7 @@ class Rows(nn.Module):
         return self.y[labels]
 
 
-class Pairs(Context):
+class Pairs(LossContext):
     "Noise in opposite pairs, and the last third of the batch dropped."
 
     def noise(self, x):
@@ -62,7 +63,7 @@ class Pairs(Context):
         return torch.arange(len(x)) >= 2 * len(x) // 3
 
 
-def context(step=0, ema=None, kind=Context):
+def context(step=0, ema=None, kind=LossContext):
     return kind(keyed_generator(11, step), step, 100, ema)
 
 
@@ -393,21 +394,22 @@ def test_runs_shared_and_resumed(name, tmp_path):
     options = {"steps": 6, "batch_size": 16, "lr": 0.01, "ema": 0.9, "progress": False}
     once = train(make_model(), pickle.loads(pickle.dumps(make_loss())), (x, c), **options).model
     shared = train(
-        make_model(), make_loss(), (x, c), engine=Engine(precision="fp32", accumulate=2, cpu=True), **options
+        make_model(), make_loss(), (x, c), engine=Engine(precision="fp32", gradient_accumulation_steps=2, cpu=True), **options
     )
     for p, q in zip(once.parameters(), shared.model.parameters()):
         assert_close(p, q, rtol=1e-3, atol=1e-4)
-    run = fit(make_model(), make_loss(), (x, c), checkpoints=Checkpoints(tmp_path, 2), **options)
+    kept = Engine(folder=tmp_path, save_every=2, precision="fp32", cpu=True)
+    run = fit(make_model(), make_loss(), (x, c), engine=kept, **options)
     for _ in range(4):
         next(run)
     run.close()
-    resumed = train(make_model(), make_loss(), (x, c), checkpoints=Checkpoints(tmp_path, 2), **options).model
+    resumed = train(make_model(), make_loss(), (x, c), engine=kept, **options).model
     assert all(torch.equal(p, q) for p, q in zip(once.parameters(), resumed.parameters()))
 
 
 def test_another_loss_does_not_resume(tmp_path):
     x, c = batch(64)
-    options = {"steps": 2, "batch_size": 16, "progress": False, "checkpoints": Checkpoints(tmp_path, 1)}
+    options = {"steps": 2, "batch_size": 16, "progress": False, "engine": Engine(folder=tmp_path, cpu=True)}
     next(fit(mlp(), MeanFlowGuidanceLoss(1.2, 0.3), (x, c), **options))
     run = fit(mlp(), MeanFlowGuidanceLoss(1.2, 0.4), (x, c), **options)
     with pytest.raises(ValueError, match="kappa"):

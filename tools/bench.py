@@ -27,7 +27,8 @@ from guidance_nb import __version__
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, choose_batching, count_nfe
-from guidance_nb.engine.cost import count_step_rows, find_chip, mfu, network_cost, sampling_flops, training_flops
+from guidance_nb.engine.cost import count_loss_nfe, find_chip, mfu, network_cost, training_flops
+from guidance_nb.engine.run import Engine
 from guidance_nb.images.features import CifarResNet, extract, resnet_extractor
 from guidance_nb.images.metrics import image_scores
 from guidance_nb.images.networks import image_denoiser
@@ -35,7 +36,7 @@ from guidance_nb.metrics import nearest_neighbours
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.paths import FlowPath, VPPath
 from guidance_nb.samplers import sample
-from guidance_nb.training import DenoisingLoss, Engine, fit
+from guidance_nb.training import DenoisingLoss, fit
 from notebooks import ROOT
 
 RESULTS = ROOT / "nbs" / "results" / "bench.csv"
@@ -438,7 +439,7 @@ def latents(sizes: Sizes) -> Iterator[Pair]:
         same = {"network": name, "shape": sizes.latent_shape, "settings": changes}
         here = replace(sizes, batch=sizes.latent_batch, samples=sizes.latent_samples, **same)
         cost = network_cost(name, here.shape, CLASSES, **changes)
-        needed, images = training_flops(cost, count_step_rows(loss)), here.batch * here.train_steps
+        needed, images = training_flops(cost, count_loss_nfe(loss)), here.batch * here.train_steps
         runs: dict[str, Callable[[], None]] = {}
         for kind in ("eager", "compiled"):
             if cuda:
@@ -468,7 +469,7 @@ def latents(sizes: Sizes) -> Iterator[Pair]:
 
         def rates(timing: Timing, here: Sizes = here, cost: Any = cost, rows: int = rows, twice: int = twice) -> str:
             one, two = (here.samples / median(each) for each in (timing.ours, timing.other))
-            shares = (mfu(s, sampling_flops(cost, n / here.samples), peak) for s, n in ((one, rows), (two, twice)))
+            shares = (mfu(s, n / here.samples * cost.forward, peak) for s, n in ((one, rows), (two, twice)))
             told = " and ".join(f"{share:.4f}" for share in shares)
             return f"{one:.2f} and {two:.2f} images/s, {rows} rows of {twice}; MFU {told}"
 

@@ -48,10 +48,11 @@ from guidance_nb.cli.recipes import (
     score,
     train_recipe,
 )
+from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images.data import SampleFile, save_samples
 from guidance_nb.images.features import Extractor, Features, cifar_resnet, extract, resnet_extractor
 from guidance_nb.images.metrics import append_rows, read_rows
-from guidance_nb.training import checkpoints_in, fit, latest_checkpoint
+from guidance_nb.training import fit
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 STEPS = (5, 10, 20, 50)
@@ -416,7 +417,7 @@ def train_run(study: Study, plan: Plan, name: str, samples: tuple[str, ...] = ()
     if study.classifiers and recipe.method.space.startswith("resnet"):
         recipe = override(recipe, {"weights": str(study.classifiers)})
     steps, clock, start = recipe.training.steps, folder / "seconds.json", time.monotonic()
-    if checkpoints_in(folder) and latest_checkpoint(folder).name == f"step-{steps:08d}":
+    if checkpoints_in(folder) and read_checkpoint(folder).path.name == f"step-{steps:08d}":
         return
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
     planned = plan.seconds[name]
@@ -460,7 +461,7 @@ def find_run(study: Study, name: str, portion: float = 1.0) -> Trained:
 @cache
 def read_run(folder: Path, portion: float) -> Trained:
     "The same, read once."
-    last = latest_checkpoint(folder)
+    last = read_checkpoint(folder).path
     steps = int(last.name.removeprefix("step-"))
     return load_trained(last if portion == 1 else folder / f"step-{round(steps * portion):08d}")
 

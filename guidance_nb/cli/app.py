@@ -42,7 +42,7 @@ from guidance_nb.cli.recipes import (
     train_recipe,
 )
 from guidance_nb.comparison import run_tour, summary
-from guidance_nb.engine.cost import extract_sharded
+from guidance_nb.engine.sampling import extract_sharded
 from guidance_nb.images.data import SampleFile, load_samples, may_replace, save_samples
 from guidance_nb.images.features import INCEPTION
 from guidance_nb.images.latents import INDEX, encode_folder, read_index

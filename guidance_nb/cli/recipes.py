@@ -22,7 +22,7 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
-from guidance_nb.engine.cost import cost_sheet, count_step_rows, extract_sharded, network_cost
+from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.flow_postprocessing import (
     FlowPostprocessor,
     PairDraws,
@@ -75,22 +75,12 @@ from guidance_nb.model_guidance import (
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.plots import METHOD_LABELS, show_curves
 from guidance_nb.samplers import SAMPLERS, sample, time_grid
-from guidance_nb.training import (
-    Checkpoints,
-    ClassifierLoss,
-    DenoisingLoss,
-    Engine,
-    State,
-    check_compiler,
-    check_tracker,
-    choose_precision,
-    fit,
-    latest_checkpoint,
-    load_weights,
-    on_main,
-    read_checkpoint,
-    sample_sharded,
-)
+from guidance_nb._processes import on_main
+from guidance_nb.engine.checkpoints import load_weights, read_checkpoint
+from guidance_nb.engine.hardware import check_compiler, check_tracker, choose_precision
+from guidance_nb.engine.run import Engine
+from guidance_nb.engine.sampling import extract_sharded, sample_sharded
+from guidance_nb.training import ClassifierLoss, DenoisingLoss, State, fit
 
 
 @dataclass(frozen=True)
@@ -360,12 +350,7 @@ def main_only(
     action: Callable[[], Any],  # What one process should do, such as writing a file; calls no main_only itself
 ) -> Any:  # Its result, in every process
     "Let the main process act, and give every process the result or the error."
-    device = own_device()
-    if find_processes(device)[1] == 1:
-        return action()
-    from accelerate.state import PartialState
-
-    return on_main(PartialState(cpu=device.type == "cpu"), action)
+    return on_main(action, *find_processes(own_device()))
 
 
 def latent_folder(
@@ -495,7 +480,7 @@ def recipe_cost(
     precision = "fp32" if training.precision == "fp32" else "bf16"
     how = aware, precision, training.recompute
     cost = network_cost(recipe.network.name, shape, classes, *how, **recipe.network.settings)
-    rows = count_step_rows(loss, steps=training.steps)
+    rows = count_loss_nfe(loss, steps=training.steps)
     counts = gpus or (1, 8)[: 1 if training.batch_size % (8 * training.accumulate) else 2]
     return cost_sheet(cost, rows, training.steps, training.batch_size, training.accumulate, counts, chip, share)
 
@@ -516,7 +501,6 @@ def check_recipe(
             raise ValueError(f"{key} = {value}; allowed: {least} or more")
     make_loss(recipe)
     make_engine(training)
-    Checkpoints(".", training.save_every, training.keep)
     linear = ["linear"] if method.name in ("classifier", "judge") else []
     check_choice("network.name", recipe.network.name, [*linear, *IMAGE_NETWORKS])
     check_choice("sampling.sampler", sampling.sampler, [*SAMPLERS, "dopri5"])
@@ -549,10 +533,14 @@ def check_folder(
 
 def make_engine(
     table: TrainingTable,  # Settings of a run
+    folder: Path | None = None,  # Where checkpoints go
+    metadata: dict[str, Any] | None = None,  # What they say of the run
 ) -> Engine:  # For fit
     "The engine of a run."
-    same = ("precision", "accumulate", "recompute", "compile", "graphs", "channels_last", "warmup", "weight_decay")
+    same = ("precision", "compile", "channels_last", "warmup", "weight_decay", "save_every", "keep")
     options: dict[str, Any] = {name: getattr(table, name) for name in same}
+    options |= {"gradient_accumulation_steps": table.accumulate, "gradient_checkpointing": table.recompute}
+    options |= {"folder": folder, "cuda_graphs": table.graphs, "metadata": metadata or {}, "may_change": MAY_CHANGE}
     return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
 
 
@@ -684,8 +672,7 @@ def train_recipe(
         find_vae(recipe, data.index)  # rather now than at the first grid
     same = ("steps", "batch_size", "lr", "schedule", "ema", "seed")
     options: dict[str, Any] = {name: getattr(table, name) for name in same}
-    options |= {"checkpoints": Checkpoints(folder, table.save_every, table.keep, facts=facts, may_change=MAY_CHANGE)}
-    options |= {"engine": make_engine(table), "progress": progress, "description": recipe.method.name}
+    options |= {"engine": make_engine(table, folder, facts), "progress": progress, "description": recipe.method.name}
     loss = measured_loss(recipe, data) if recipe.method.auto_every else make_loss(recipe)
     for state in fit(model, loss, source, **options):
         if table.grid_every and state.step % table.grid_every == 0 and is_main():
@@ -718,23 +705,23 @@ def load_trained(
 ) -> Trained:  # On the accelerator if there is one
     "Rebuild a trained network from its checkpoint."
     folder = Path(source)
-    path = folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder)
+    path = folder if (folder / "checkpoint.json").is_file() else read_checkpoint(folder).path
     saved = read_checkpoint(path)
-    if not {"recipe", "shape", "classes"} <= set(saved.facts):
+    if not {"recipe", "shape", "classes"} <= set(saved.metadata):
         raise ValueError(f"{path} holds no recipe; allowed: checkpoints of `guidance-nb train`")
     try:
-        recipe = recipe_from(saved.facts["recipe"])
+        recipe = recipe_from(saved.metadata["recipe"])
     except ValueError as error:
         by = saved.record["versions"]["guidance_nb"]
         raise ValueError(f"{path} holds a recipe of another version ({by}): {error}") from None
     if recipe.method.auto_every:  # the scale that its weight has reached
         reached = scale_from_mg_weight(saved.record["loss_state"]["weight"]["value"])
         recipe = override(recipe, {"method.scale": reached})
-    shape, classes = tuple(saved.facts["shape"]), tuple(saved.facts["classes"])
+    shape, classes = tuple(saved.metadata["shape"]), tuple(saved.metadata["classes"])
     model = make_model(recipe, shape, len(classes))
     load_weights(model, saved.ema if ema else saved.model, str(path))
     model.to(own_device()).eval().requires_grad_(False)
-    return Trained(model, recipe, shape, classes, saved.step, path, ema, saved.facts.get("latents"))
+    return Trained(model, recipe, shape, classes, saved.step, path, ema, saved.metadata.get("latents"))
 
 
 def check_kind(

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._checks import check_choice, check_whole, differences, require
 from guidance_nb._extras import extra
 from guidance_nb._files import clean_remnants, digest, read_text, weights_digest, write_aside, write_file
-from guidance_nb._processes import find_processes, in_all_processes, on_main
+from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
 from guidance_nb.images.data import Crop, ImageData, ImageFiles, from_uint8, load_images, to_uint8
-from guidance_nb.training import first_difference, prefetch
 
 __all__ = ["decode", "encode_folder", "load_latents"]
 
@@ -221,7 +220,7 @@ def find_shard(
 ) -> dict[str, Any] | None:  # Its entry in the index, or None if it is missing or damaged
     "A shard to keep; one that was made with other settings is a `ValueError` that names the first."
     try:
-        if found := first_difference(open_shard(path)[1], settings):
+        if found := next(differences(open_shard(path)[1], settings), None):
             key, old, new = found
             raise ValueError(f"{path} was made with {key} = {old!r}, not {new!r}; allowed: {old!r}, or another folder")
         return check_shard(path)
@@ -413,7 +412,7 @@ def load_latents(
         if verify:
             check_shard(path)
         tensors, settings, promised = open_shard(path)
-        if promised != entry["sha256"] or first_difference(settings, index["settings"]):
+        if promised != entry["sha256"] or next(differences(settings, index["settings"]), None):
             raise ValueError(f"{path} belongs to another encoding than {folder / INDEX}; allowed: shards of one run")
         shards.append(tensors["moments"])
         labels.append(tensors["labels"].clone())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._checks import check_choice, check_whole, differences, require
 from guidance_nb._files import digest, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
 from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
@@ -26,7 +26,6 @@ from guidance_nb.images.latents import (
 )
 from guidance_nb.interop.diffusers import PipelineParts
 from guidance_nb.interop.text_denoiser import check_pipeline
-from guidance_nb.training import first_difference
 
 __all__: list[str] = []
 
@@ -160,7 +159,7 @@ def cache_text(
     def make(number: int) -> dict[str, Any]:
         path, first = out / f"text-{number:05d}.safetensors", number * shard_rows
         if path.exists():
-            if found := first_difference(open_shard(path)[1], settings):
+            if found := next(differences(open_shard(path)[1], settings), None):
                 key, was, now = found
                 raise FileExistsError(f"{path} was made with {key} = {was!r}, not {now!r}; allowed: another folder")
             return check_shard(path)

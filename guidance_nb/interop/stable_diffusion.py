@@ -12,6 +12,7 @@ from torch import Tensor
 from guidance_nb._files import weights_digest
 from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.engine.run import Engine
 from guidance_nb.interop.captions import CaptionedLatents, cache_captioned, load_captioned
 from guidance_nb.interop.diffusers import open_pipeline
 from guidance_nb.interop.grids import compare_scales, save_grid
@@ -25,7 +26,7 @@ from guidance_nb.interop.text_denoiser import (
     save_pipeline,
 )
 from guidance_nb.model_guidance import ModelGuidanceLoss, mg_weight_from_scale
-from guidance_nb.training import Checkpoints, DenoisingLoss, Engine, State, fit
+from guidance_nb.training import DenoisingLoss, State, fit
 
 __all__ = ["finetune"]
 
@@ -196,12 +197,14 @@ def finetune(
             recipe.pipeline, data.null, lora_rank=recipe.lora_rank, lora_layers=recipe.lora_layers,
             scale_aware=aware, seed=recipe.seed,
         )  # fmt: skip
-        engine = Engine(recipe.precision, recipe.accumulate, recompute=recipe.recompute, clip=recipe.clip or None,
-                        warmup=recipe.warmup, weight_decay=recipe.weight_decay, cpu=cpu)  # fmt: skip
-        facts = {"recipe": asdict(recipe), "weights": weights_digest(model.net.state_dict()), "data": data.latents.index["settings"]}
-        kept = Checkpoints(out, recipe.save_every, recipe.keep, facts=facts, may_change=MAY_CHANGE)
+        facts = {"recipe": asdict(recipe), "weights": weights_digest(model.net.state_dict())}
+        facts |= {"data": data.latents.index["settings"]}
+        engine = Engine(folder=out, save_every=recipe.save_every, keep=recipe.keep, metadata=facts, may_change=MAY_CHANGE,
+                        precision=recipe.precision, gradient_accumulation_steps=recipe.accumulate,
+                        gradient_checkpointing=recipe.recompute, clip=recipe.clip or None, warmup=recipe.warmup,
+                        weight_decay=recipe.weight_decay, cpu=cpu)  # fmt: skip
         how: dict[str, Any] = {key: getattr(recipe, key) for key in ("batch_size", "lr", "schedule", "ema", "seed")}
-        for state in fit(model, loss, data, recipe.steps, **how, progress=progress, engine=engine, checkpoints=kept):
+        for state in fit(model, loss, data, recipe.steps, **how, progress=progress, engine=engine):
             yield state
         finish(recipe, out, state.ema, data.null, progress)
 

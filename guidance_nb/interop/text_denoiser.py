@@ -17,7 +17,7 @@ from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.interop._networks import condition_names, latent_channels
 from guidance_nb.interop.diffusers import DiffusersDenoiser, PipelineParts, has_encoder, open_pipeline, opening
 from guidance_nb.interop.schedulers import path_from_scheduler
-from guidance_nb.training import Context
+from guidance_nb.training import LossContext
 
 __all__: list[str] = []
 
@@ -156,7 +156,7 @@ def _read_parts(source: str) -> tuple[Any, Any]:
 class TwoStageAlignedLoss(AlignedLoss):
     "`AlignedLoss` in two backward stages, eq. (3): same value and gradient, the activations of one branch at a time."
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: Context) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`, from two passes, one of them repeated on the way back."
         require(c is not None, "c", None, "one condition per sample")
         t, eps = context.times(x0), context.noise(x0)
