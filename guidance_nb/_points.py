@@ -1,6 +1,7 @@
 """Sets of points: what is refused, and the one exact search for nearest neighbours, toy and image."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,8 @@ SPARE = 8  # candidates beyond k; more are taken where these do not decide
 MEMORY = 2**28  # bytes that one table of distances may take
 
 
-def check_points(
-    name: str,  # Name of the argument, for the message
-    x: Tensor,  # Samples, `[n, ...]`
-    dim: int | None = None,  # Required number of values per sample
-    at_least: int = 1,  # Required number of samples
-) -> Tensor:  # `[n, d]`, float64, on the CPU
-    "Flatten samples to points, or refuse them with a `ValueError`."
+def check_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1) -> Tensor:
+    "Samples `[n, ...]` as points `[n, d]`, float64, on the CPU, or a `ValueError` that names the argument."
     if not isinstance(x, Tensor) or x.ndim < 2 or len(x) < at_least or not x[0].numel():
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} has shape {found}; allowed: a tensor [n, ...] with n >= {at_least}")
@@ -29,24 +25,17 @@ def check_points(
     return points
 
 
-def check_classes(
-    name: str,  # Name of the argument, for the message
-    c: Tensor,  # Labels
-    n: int,  # Number of samples they belong to
-    num_classes: int | None = None,  # Number of classes, when known
-) -> Tensor:  # The labels on the CPU, int64
-    "Refuse labels of a wrong type, length or range with a `ValueError` that names the argument."
+def check_classes(name: str, c: Tensor, n: int, num_classes: int | None = None) -> Tensor:
+    "n labels as int64 on the CPU; a wrong type, length or range is a `ValueError` that names the argument."
     try:
-        return check_labels(c, 2**31 if num_classes is None else num_classes, n).cpu().long()
+        labels: Any = check_labels(c, 2**31 if num_classes is None else num_classes, n)
+        return labels.cpu().long()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def moments(
-    name: str,  # Name of the argument, for the message
-    x: Tensor | tuple[Tensor, Tensor],  # Points `[n, ...]`, or their mean and covariance
-) -> tuple[Tensor, Tensor]:  # Mean `[d]` and unbiased covariance `[d, d]`, float64
-    "The first two moments of points; moments pass as they are."
+def moments(name: str, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    "Mean `[d]` and unbiased covariance `[d, d]` of points, float64; moments pass as they are."
     if isinstance(x, tuple):
         return x[0].double(), x[1].double()
     points = check_points(name, x, at_least=2)
@@ -55,11 +44,7 @@ def moments(
     return mean, points.T @ points / (len(points) - 1)
 
 
-def _squares(
-    x: Tensor,  # `[n, d]`
-    y: Tensor,  # `[m, d]`, float64, where the work is done
-    rows: int,  # Points of x at a time
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _squares(x: Tensor, y: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     "Points of x, squared distances to all of y by a matrix product, and a bound of the rounding error `[b, 1]`."
     centre = y.mean(0)  # a common offset would drown small distances
     b = y - centre

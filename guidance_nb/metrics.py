@@ -185,8 +185,10 @@ def class_accuracy(
     "Share of samples that an evaluation classifier assigns to their label."
     check_points("x", x)
     with torch.no_grad():
-        exact = isinstance(classifier, Mixture)
-        scores = log_posterior(classifier, x.cpu()) if exact else classifier(x)
+        if isinstance(classifier, Mixture):
+            scores = log_posterior(classifier, x.cpu())
+        else:
+            scores = classifier(x)
     fine = scores.ndim == 2 and len(scores) == len(x) and not scores.isnan().any()
     require(fine, "logits", tuple(scores.shape), f"({len(x)}, num_classes), without NaN")
     c = check_classes("c", c, len(x), scores.shape[1])

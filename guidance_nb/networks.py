@@ -11,7 +11,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .denoisers import NetworkDenoiser, check_inputs, record_nfe
+from guidance_nb.denoisers import (
+    NetworkDenoiser,
+    Parametrisation,
+    check_inputs,
+    record_nfe,
+)
 from .paths import Path
 
 # %% ../nbs/04_networks.ipynb #9efdb62a
@@ -63,7 +68,7 @@ def mlp_denoiser(
     dim: int,  # Dimension of the data
     path: Path,  # Path to train on
     num_classes: int = 0,  # Number of classes
-    prediction: str = "velocity",  # What the network predicts
+    prediction: Parametrisation = "velocity",  # What the network predicts
     width: int = 128,  # Width of the hidden layers
     depth: int = 4,  # Number of residual blocks
     scale_aware: bool = False,  # Whether the network takes a guidance scale

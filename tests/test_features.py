@@ -65,7 +65,9 @@ def test_dinov2_features(weights):
     near = {"atol": 1e-4, "rtol": 0}
     found = extract(images, dinov2_extractor(weights, 28, "cpu"), batch_size=2).rows
     torch.testing.assert_close(found["features"], tokens[:, 0], **near)
-    torch.testing.assert_close(found["patches"], (tokens[:, 4] + tokens[:, 5] + tokens[:, 6] + tokens[:, 7]) / 4, **near)
+    torch.testing.assert_close(
+        found["patches"], (tokens[:, 4] + tokens[:, 5] + tokens[:, 6] + tokens[:, 7]) / 4, **near
+    )
     assert (found["patches"] - tokens[:, 1:].mean(1)).abs().max() > 1e-2
     for name, layer in (("dinov2", "features"), ("dinov2-patches", "patches")):
         torch.testing.assert_close(feature_space(name, weights, size=28)(x), found[layer], **near)

@@ -486,7 +486,7 @@ def test_facts_that_are_no_table(tmp_path, facts):
     record = json.loads((tmp_path / "a" / "facts.json").read_text())
     for change in ({"facts": [1]}, {"shape": 3}, {"sha256": None}):
         (tmp_path / "a" / "facts.json").write_text(json.dumps(record | change))
-        with pytest.raises(ValueError, match="damaged|others than were written"):
+        with pytest.raises(ValueError, match=r"damaged|others than were written"):
             load_samples(tmp_path / "a")
 
 
@@ -549,7 +549,7 @@ def test_samples_made_elsewhere(tmp_path):
     found = load_samples(tmp_path / "classes", size=4, channels=1)
     assert found.c.tolist() == [0] * 3 + [1] * 3 and found.facts == {"classes": ["cat", "dog"]}
     shutil.copy(tmp_path / "flat" / "0.png", tmp_path / "classes" / "0.png")
-    with pytest.raises(ValueError, match="classes = .images at several depths.; allowed"):
+    with pytest.raises(ValueError, match=r"classes = .images at several depths.; allowed"):
         load_samples(tmp_path / "classes", size=4)
 
 
@@ -622,13 +622,13 @@ def test_damaged_folders_are_refused(tmp_path):
     one = path / "0001" / "000001.png"
     before = one.read_bytes()
     Image.fromarray(picture(4, 4, 3, seed=9).numpy()).save(one)
-    with pytest.raises(ValueError, match="images and labels in .*a = .others than were written"):
+    with pytest.raises(ValueError, match=r"images and labels in .*a = .others than were written"):
         load_samples(path)
     one.unlink()
-    with pytest.raises(ValueError, match="images in .*a = 3; allowed: all 4"):
+    with pytest.raises(ValueError, match=r"images in .*a = 3; allowed: all 4"):
         load_samples(path)
     (path / "0000" / "000001.png").write_bytes(before)  # in another class
-    with pytest.raises(ValueError, match="images and labels in .*a = .others than were written"):
+    with pytest.raises(ValueError, match=r"images and labels in .*a = .others than were written"):
         load_samples(path)
 
 

@@ -189,9 +189,7 @@ def test_numbers_that_do_not_fit_name_the_picture(place, tmp_path):
     vae = make_vae()
     with torch.no_grad():
         vae.quant_conv.bias += 1e5
-    with pytest.raises(
-        ValueError, match=r"a/00\.png are not finite in float16; allowed: a sound image, or 'float32'"
-    ):
+    with pytest.raises(ValueError, match=r"a/00\.png are not finite in float16; allowed: a sound image, or 'float32'"):
         encode_folder(place / "pictures", tmp_path, vae, 16, dtype="float16", progress=False)
     assert not list(tmp_path.glob("shard-*"))
 

@@ -225,7 +225,9 @@ def test_evaluation_classifiers():
     classifier = m.digits_classifier()
     assert classifier(test_x).shape == (360, 10)
     assert m.class_accuracy(test_x, test_c, classifier) > 0.97
-    assert m.class_accuracy(test_x.reshape(-1, 1, 8, 8), test_c, classifier) == m.class_accuracy(test_x, test_c, classifier)
+    assert m.class_accuracy(test_x.reshape(-1, 1, 8, 8), test_c, classifier) == m.class_accuracy(
+        test_x, test_c, classifier
+    )
 
 
 def test_calibration_error_by_numpy():

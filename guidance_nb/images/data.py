@@ -118,30 +118,23 @@ FILES = {  # bytes and md5 of the files as published; for CIFAR-10 torchvision h
 }
 
 
-def check_files(
-    source: str,  # "mnist" or "cifar10"
-    root: Path,  # Folder that holds them
-    advice: str,  # What to do about a damaged file
-) -> list[str]:  # Names of the files that are missing
-    "Refuse truncated and altered files by name; report missing ones."
+def check_files(source: str, root: Path, advice: str) -> list[str]:
+    "Names of the missing files of a published data set; truncated and altered ones are refused by name."
     missing = []
     for name, (size, md5) in FILES[source].items():
         path = root / name
         if not path.is_file():
             missing.append(name)
             continue
-        found = path.stat().st_size
-        if found != size:
-            raise ValueError(f"{path} is damaged: {found:,} bytes instead of {size:,}; allowed: {advice}")
-        if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+        blob = path.read_bytes()
+        if len(blob) != size:
+            raise ValueError(f"{path} is damaged: {len(blob):,} bytes instead of {size:,}; allowed: {advice}")
+        if hashlib.md5(blob, usedforsecurity=False).hexdigest() != md5:
             raise ValueError(f"{path} is damaged: its md5 is not {md5}; allowed: {advice}")
     return missing
 
 
-def download_files(
-    source: str,  # "mnist" or "cifar10"
-    root: Path,  # Folder to put the files into
-) -> None:
+def download_files(source: str, root: Path) -> None:
     "Let torchvision download into a folder aside, check the files, and move each into place whole."
     from http.client import HTTPException
 
@@ -165,12 +158,8 @@ def download_files(
         ) from None
 
 
-def find_files(
-    source: str,  # "mnist" or "cifar10"
-    root: str | Path | None = None,  # Folder; default: GUIDANCE_NB_DATA, else the user's cache
-    download: bool = True,  # Whether to download missing files; never into GUIDANCE_NB_DATA
-) -> Path:  # The folder, with all files present and intact
-    "The folder of a published data set, checked, downloaded first if need be."
+def find_files(source: str, root: str | Path | None = None, download: bool = True) -> Path:
+    "The folder of a data set, checked: `root`, else GUIDANCE_NB_DATA, never written to, else a cache to download to."
     given = os.environ.get("GUIDANCE_NB_DATA") if root is None else None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guidance_nb"
     folder = Path(root or given or cache).expanduser()
@@ -185,12 +174,8 @@ def find_files(
     return folder
 
 
-def read_published(
-    source: str,  # "mnist" or "cifar10"
-    root: Path,  # Folder whose files have been checked
-    split: str,  # "train" or "test"
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:  # uint8 images `[n, channels, height, width]`, labels `[n]`, class names
-    "Images, labels and class names of a published data set, through torchvision."
+def read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    "Images `[n, channels, height, width]`, labels `[n]` and class names of checked files, through torchvision."
     from torchvision import datasets
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -206,9 +191,7 @@ def read_published(
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-def image_files(
-    folder: Path,  # Folder to look in, and in all folders below it
-) -> list[Path]:  # Sorted
+def image_files(folder: Path) -> list[Path]:
     "The images below a folder, without hidden names (.DS_Store, ._a.png, .ipynb_checkpoints); only regular files."
     found: list[Path] = []
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -220,11 +203,8 @@ def image_files(
     return sorted(found)
 
 
-def crop_image(
-    image: Any,  # A PIL image
-    size: int,  # Height and width of the result
-) -> Any:  # A PIL image of `size` by `size`
-    "ADM's crop: halve by boxes while at least twice too large, then bicubic with antialiasing, then the centre square."
+def crop_image(image: Any, size: int) -> Any:
+    "ADM's crop to a square: halve by boxes while at least twice too large, then bicubic, antialiased, then the centre."
     from PIL.Image import Resampling
 
     while min(image.size) >= 2 * size:
@@ -235,11 +215,8 @@ def crop_image(
     return image.crop((left, top, left + size, top + size))
 
 
-def resize_crop(
-    image: Any,  # A PIL image
-    size: int,  # Height and width of the result
-) -> Any:  # A PIL image of `size` by `size`
-    "torchvision's Resize and CenterCrop: bilinear with antialiasing, then the centre square."
+def resize_crop(image: Any, size: int) -> Any:
+    "torchvision's Resize and CenterCrop to a square: bilinear with antialiasing, then the centre."
     from torchvision.transforms.functional import center_crop, resize
 
     return center_crop(resize(image, size), [size, size])
@@ -249,11 +226,8 @@ CROPS: dict[Crop, Callable[[Any, int], Any]] = {"adm": crop_image, "torchvision"
 ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
 
 
-def as_shown(
-    file: Any,  # A PIL image
-    channels: int,  # 3 for RGB, 1 for grey
-) -> Any:  # A PIL image of mode RGB or L
-    "An image as viewers show it: upright, and what is transparent on white."
+def as_shown(file: Any, channels: int) -> Any:
+    "A PIL image as viewers show it, in RGB or grey: upright, and what is transparent on white."
     from PIL import Image, ImageOps
 
     require(not file.mode.startswith(("I", "F")), "mode", file.mode, "8 bits per channel")
@@ -263,13 +237,8 @@ def as_shown(
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def read_image(
-    path: str | Path,  # Image file
-    channels: int,  # 3 for RGB, 1 for grey
-    size: int | None = None,  # Side of the square to crop and resize to; None keeps the image as it is
-    crop: Crop = "adm",  # How to do so
-) -> Tensor:  # uint8 `[channels, height, width]`
-    "One image file; a damaged one is a `ValueError` that names it."
+def read_image(path: str | Path, channels: int, size: int | None = None, crop: Crop = "adm") -> Tensor:
+    "An image file as uint8 `[channels, height, width]`, cropped to `size`; a damaged one is named."
     from PIL import Image
 
     require(Path(path).is_file(), "image", str(path), "a regular file that is there")
@@ -283,10 +252,8 @@ def read_image(
     return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1).contiguous()
 
 
-def read_header(
-    path: str | Path,  # Image file
-) -> tuple[tuple[int, int], str]:  # Height and width as shown, and mode
-    "What an image file says of itself, without decoding it."
+def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
+    "Height and width as shown, and the mode, of an image file, without decoding it."
     from PIL import Image
 
     require(Path(path).is_file(), "image", str(path), "a regular file that is there")
@@ -298,10 +265,8 @@ def read_header(
         raise ValueError(f"{path} is no image file; allowed: replace or delete it") from None
 
 
-def common_size(
-    paths: Sequence[str | Path],  # Image files
-) -> tuple[int, int]:  # Height and width
-    "The one size of all images, from their headers; names two files that differ."
+def common_size(paths: Sequence[str | Path]) -> tuple[int, int]:
+    "The one height and width of all images, from their headers; names two files that differ."
     with ThreadPoolExecutor() as pool:
         sizes = [size for size, _ in pool.map(read_header, paths)]
     for path, size in zip(paths, sizes):
@@ -352,21 +317,12 @@ class ImageFiles:
         return torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
 
 
-def class_folders(
-    folder: Path,  # Folder of class folders
-) -> list[str]:  # Sorted
-    "Names of the sub-folders that are not hidden."
+def class_folders(folder: Path) -> list[str]:
+    "Sorted names of the sub-folders that are not hidden."
     return sorted(entry.name for entry in folder.glob("*") if entry.is_dir() and not entry.name.startswith("."))
 
 
-def folder_images(
-    folder: Path,  # Folder with one sub-folder per class
-    split: str,  # Sub-folder to use if the folder has one of this name that holds the classes
-    size: int | None,  # Side of the square to crop and resize to; needed if sizes differ
-    channels: int,  # 3 for RGB, 1 for grey
-    flip: bool,  # Whether `fetch` mirrors a random half of the images
-    crop: Crop,  # How to crop and resize
-) -> ImageData:  # Images are decoded when fetched
+def folder_images(folder: Path, split: str, size: int | None, channels: int, flip: bool, crop: Crop) -> ImageData:
     "A folder of class sub-folders; labels follow the sorted names, as torchvision's `ImageFolder` has it."
     if class_folders(folder / split):
         folder = folder / split
@@ -419,11 +375,8 @@ FORMAT = "guidance_nb samples 1"
 FACTS = "facts.json"
 
 
-def may_replace(
-    path: Path,  # An existing file or folder
-    overwrite: bool,  # Whether samples made elsewhere may be replaced too
-) -> bool:  # True if `path` holds samples and nothing else
-    "Whether replacing `path` loses nothing but samples."
+def may_replace(path: Path, overwrite: bool) -> bool:
+    "Whether replacing what is there loses nothing but samples of ours, with `overwrite` of anybody."
     if path.is_file():
         try:
             with zipfile.ZipFile(path) as archive:
@@ -475,7 +428,7 @@ def save_samples(
         raise ValueError(f"{path} exists and save_samples did not write all of it; allowed: {advice}")
     with write_aside(path) as aside:
         if path.suffix == ".npz":
-            arrays = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
+            arrays: Any = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
             with open(aside, "wb") as file:
                 np.savez(file, **arrays)
         else:
@@ -505,9 +458,7 @@ def _pixels_digest(images: np.ndarray, labels: np.ndarray | None) -> str:
     return digest(images, b"" if labels is None else labels)
 
 
-def read_arrays(
-    path: Path,  # An .npz file
-) -> dict[str, np.ndarray]:  # All of its arrays
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
     try:
         require(path.is_file(), "kind of file", "none", "a regular file that is there")
@@ -519,9 +470,7 @@ def read_arrays(
         raise ValueError(f"{path} cannot be read ({reason}); allowed: an .npz file of numbers") from None
 
 
-def load_npz(
-    path: Path,  # An .npz file with NHWC uint8 images as arr_0, perhaps labels as arr_1
-) -> SampleFile:  # Its content
+def load_npz(path: Path) -> SampleFile:
     "Samples in ADM's layout; whatever is wrong with the file is said in one line."
     arrays = read_arrays(path)
     require("arr_0" in arrays, f"arrays of {path}", ", ".join(arrays) or "none", "arr_0, the images")
@@ -543,11 +492,7 @@ def load_npz(
     return SampleFile(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), labels, facts)
 
 
-def load_folder(
-    path: Path,  # Folder of images, flat or in class sub-folders
-    size: int | None = None,  # Side to crop and resize images made elsewhere to
-    channels: int | None = None,  # 1 or 3; default: 1 if every image is grey
-) -> SampleFile:  # Its content
+def load_folder(path: Path, size: int | None = None, channels: int | None = None) -> SampleFile:
     "Samples from a folder that `save_samples` wrote or that was made elsewhere."
     files = image_files(path)
     depths = {len(file.relative_to(path).parts) for file in files}

@@ -30,11 +30,7 @@ QUOTED = {"fid": "fd", "sfid": "sfd", "is": "score", "kid": "kd"}  # these names
 FeatureFunction = Callable[[Tensor], Tensor | dict[str, Tensor]]
 
 
-def check_images(
-    name: str,  # Name of the argument, for the message
-    images: Tensor,  # Images
-    at_least: int = 1,  # Required number of images
-) -> Tensor:  # The images, as they came
+def check_images(name: str, images: Tensor, at_least: int = 1) -> Tensor:
     "Refuse what is not a set of uint8 images with a `ValueError` that names the argument."
     kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
     require(kind == torch.uint8, f"type of {name}", kind, "a torch.uint8 tensor (to_uint8 converts from [-1, 1])")
@@ -88,10 +84,8 @@ class Reference(Features):
     images: Tensor | None = None
 
 
-def checksum(
-    data: Tensor | Path,  # Images, or a file
-) -> str:  # The first 16 hexadecimal digits of its SHA-256
-    "What identifies a set of images, or a file, in a table."
+def checksum(data: Tensor | Path) -> str:
+    "The first 16 digits of the SHA-256 of images or of a file, which identify them in a table."
     return digest(*((str(tuple(data.shape)), data) if isinstance(data, Tensor) else (data,)))[:16]
 
 
@@ -119,11 +113,8 @@ def read_reference(
     return Reference(INCEPTION, {}, known, path.name, n, checksum(path), size, pictures)
 
 
-def check_metrics(
-    metrics: Sequence[str] | None,  # Names; without them, all that are usual for the extractor
-    extractor: str,  # Name of the extractor
-) -> list[str]:  # Names without reference to Inception
-    "Refuse unknown metrics, and FID of anything but Inception, with a `ValueError`."
+def check_metrics(metrics: Sequence[str] | None, extractor: str) -> list[str]:
+    "Names without reference to Inception; without names, the usual ones. FID of anything but Inception is refused."
     if metrics is None:
         return [*LAYERS] if extractor == INCEPTION else ["fd", "kd", "precision", "recall"]
     names, known = [metrics] if isinstance(metrics, str) else list(metrics), [*QUOTED, *LAYERS]
@@ -180,16 +171,17 @@ def _pass(images: Tensor, extractor: Extractor, name: str, batch_size: int, prog
     with torch.no_grad(), tqdm(total=len(images), disable=not progress, unit="image", desc=name) as bar:
         for batch in images.split(batch_size):
             out = extractor.network(batch.to(extractor.device).expand(-1, 3, -1, -1))
-            for layer, rows in (out if isinstance(out, dict) else {"features": out}).items():
+            layers = out if isinstance(out, dict) else {"features": out}
+            for layer, rows in layers.items():
                 fine = rows.ndim == 2 and len(rows) == len(batch)
                 require(fine, f"features of {extractor.name}", tuple(rows.shape), f"[{len(batch)}, f]")
                 parts.setdefault(layer, []).append(rows.float().cpu())
             bar.update(len(batch))
-    rows = {layer: torch.cat(values) for layer, values in parts.items()}
-    for layer, values in rows.items():
+    found = {layer: torch.cat(values) for layer, values in parts.items()}
+    for layer, values in found.items():
         bad = int((~torch.isfinite(values)).any(1).sum())
         require(not bad, f"images of {name} whose {layer} are not finite", bad, f"none, of {extractor.name}")
-    return Features(extractor.name, rows, {}, name, len(images), checksum(images), tuple(images.shape[2:]))
+    return Features(extractor.name, found, {}, name, len(images), checksum(images), tuple(images.shape[2:]))
 
 
 def find_extractor(
@@ -218,9 +210,7 @@ def best_device() -> str:
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the name ends with the SHA-256 it must have
 
 
-def inception_weights(
-    weights: str | Path | None = None,  # File or its folder; else GUIDANCE_NB_INCEPTION, else a download
-) -> Path:  # The file
+def inception_weights(weights: str | Path | None = None) -> Path:
     "Find the weights of Inception: as given, in GUIDANCE_NB_INCEPTION, or in torch's cache, downloaded once."
     if given := weights or os.environ.get("GUIDANCE_NB_INCEPTION"):
         path = Path(given).expanduser()
@@ -313,10 +303,8 @@ def inception(
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # means and deviations of the channels, in [0, 1]
 
 
-def normalise(
-    images: Tensor,  # uint8, `[n, 3, h, w]`
-) -> Tensor:  # float32
-    "Images as networks trained on ImageNet's statistics want them."
+def normalise(images: Tensor) -> Tensor:
+    "uint8 images `[n, 3, h, w]` as networks trained on ImageNet's statistics want them."
     mean, deviation = torch.tensor(IMAGENET, device=images.device)[..., None, None]
     return (images.float() / 255 - mean) / deviation
 
@@ -386,16 +374,12 @@ def cifar_resnet(
     return network.eval().requires_grad_(False).to(device or best_device())
 
 
-def resnet_extractor(
-    network: CifarResNet,  # From cifar_resnet
-) -> Extractor:  # Columns such as fd_resnet56
+def resnet_extractor(network: CifarResNet) -> Extractor:
     "Features of a CIFAR ResNet; a Frechet distance on them is not FID."
     return Extractor(f"resnet{network.depth}", network.layers, next(network.parameters()).device)
 
 
-def load_dinov2(
-    path: str | Path,  # Folder with config.json and model.safetensors, as transformers writes them
-) -> Any:  # A `transformers.Dinov2WithRegistersModel`, frozen
+def load_dinov2(path: str | Path) -> Any:
     "DINOv2 with registers (arXiv 2304.07193, 2309.16588) from a local folder; nothing is downloaded."
     from guidance_nb._extras import extra
 
@@ -408,9 +392,8 @@ def load_dinov2(
         from transformers import Dinov2WithRegistersModel
 
     try:
-        model, report = Dinov2WithRegistersModel.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        read: Any = Dinov2WithRegistersModel.from_pretrained
+        model, report = read(path, local_files_only=True, use_safetensors=True, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"{path} holds damaged weights ({error}); allowed: {allowed}") from error
     missing = sorted(set(report["missing_keys"]) - {"embeddings.mask_token"})

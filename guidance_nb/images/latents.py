@@ -22,10 +22,8 @@ __all__ = ["decode", "encode_folder", "load_latents"]
 Constant = float | list[float]  # one number, or one for each channel
 
 
-def latent_constants(
-    config: Any,  # Of an autoencoder
-) -> tuple[Constant, Constant]:  # f and b
-    "The constants of z = f (m - b) between the encoder's output m and the latents z that networks see."
+def latent_constants(config: Any) -> tuple[Constant, Constant]:
+    "f and b of z = f (m - b), between an autoencoder's output m and the latents z that networks see."
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:  # per channel, and then nothing else shifts
         return [float(config.scaling_factor) / s for s in std], [float(m) for m in mean]
@@ -49,20 +47,14 @@ def draw_latents(
     return _by_channel(factor, drawn) * (drawn - _by_channel(shift, drawn))
 
 
-def undo_scaling(
-    config: Any,  # Of an autoencoder
-    latents: Tensor,  # Latents as networks see them `[n, channels, height, width]`
-) -> Tensor:  # What its decoder takes
-    "The way back from latents to the decoder, z / f + b: the one convention for every autoencoder."
+def undo_scaling(config: Any, latents: Tensor) -> Tensor:
+    "What the decoder takes, z / f + b: the one convention for every autoencoder."
     factor, shift = (_by_channel(constant, latents) for constant in latent_constants(config))
     return latents / factor + shift
 
 
-def load_vae(
-    source: Any,  # An `AutoencoderKL`, or the folder or name of one or of a pipeline that has one
-    device: str | torch.device | None = None,  # Where to put one that is loaded; the accelerator if there is one
-) -> Any:  # The autoencoder, without gradients
-    "An autoencoder of `diffusers`; one that cannot be loaded is a `ValueError`."
+def load_vae(source: Any, device: str | torch.device | None = None) -> Any:
+    "An `AutoencoderKL`, given, or by the folder or name of one or of a pipeline, without gradients."
     if not isinstance(source, str | Path):
         with extra("diffusers"):
             from diffusers import AutoencoderKL
@@ -88,10 +80,7 @@ def _read_vae(source: str) -> Any:
         raise ValueError(f"vae = {source!r} cannot be loaded ({reason}); allowed: a folder or name of one") from None
 
 
-def describe_vae(
-    vae: Any,  # An autoencoder
-    name: str = "",  # Its folder or name, if it has one
-) -> dict[str, Any]:  # JSON-able
+def describe_vae(vae: Any, name: str = "") -> dict[str, Any]:
     "What latents must remember of their autoencoder: factor, shift, sizes, and a digest of its weights."
     factor, shift = latent_constants(vae.config)
     return {
@@ -106,11 +95,8 @@ def describe_vae(
 
 
 @torch.no_grad()
-def encode(
-    vae: Any,  # An autoencoder
-    images: Tensor,  # Images `[n, channels, height, width]`, uint8
-) -> Tensor:  # Means and standard deviations `[n, 2, latent channels, ...]`, float32, on the CPU
-    "The encoder's posterior of images."
+def encode(vae: Any, images: Tensor) -> Tensor:
+    "The posterior of uint8 images: means and deviations `[n, 2, latent channels, ...]`, float32, on the CPU."
     found = vae.encode(from_uint8(images).to(next(vae.parameters()))).latent_dist
     return torch.stack([found.mean, found.std], 1).float().cpu()
 
@@ -160,13 +146,8 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_shard(
-    path: Path,  # File to write
-    moments: Tensor,  # `[n, views, 2, channels, height, width]`
-    labels: Tensor,  # `[n]`
-    settings: dict[str, Any],  # What decided the numbers
-) -> dict[str, Any]:  # The shard's entry in the index
-    "Write a shard completely or not at all."
+def write_shard(path: Path, moments: Tensor, labels: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+    "Write moments `[n, views, 2, channels, height, width]` and labels `[n]` whole or not at all; its index entry."
     from safetensors.torch import save_file
 
     promised = digest(moments, labels)
@@ -181,10 +162,8 @@ class DamagedShard(ValueError):
     "A shard that is missing or not whole; an encoding makes it anew."
 
 
-def open_shard(
-    path: Path,  # File to read
-) -> tuple[dict[str, Tensor], dict[str, Any], str]:  # Tensors mapped from the file, settings, promised SHA-256
-    "Map a shard into memory without reading it; a missing, truncated or foreign file is a `ValueError` that names it."
+def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    "Map a shard without reading it: tensors, settings, promised SHA-256; no whole shard of ours is a `ValueError`."
     from safetensors import SafetensorError, safe_open
 
     advice = "start the encoding again, which makes the shards that are missing or damaged and keeps the others"
@@ -202,10 +181,8 @@ def open_shard(
         raise DamagedShard(f"{path} is damaged ({reason}); allowed: {advice}") from None
 
 
-def check_shard(
-    path: Path,  # File to read
-) -> dict[str, Any]:  # The shard's entry in the index
-    "Read all of a shard and compare it with its own SHA-256; damage is a `ValueError` that names the file."
+def check_shard(path: Path) -> dict[str, Any]:
+    "The index entry of a shard, read whole and compared with its own SHA-256; damage names the file."
     tensors, _, promised = open_shard(path)
     if (found := digest(tensors["moments"], tensors["labels"])) != promised:
         allowed = "delete it and start the encoding again, which makes it anew and keeps the others"
@@ -214,11 +191,8 @@ def check_shard(
     return {"file": path.name, "rows": len(tensors["labels"]), "sha256": found, "bytes": path.stat().st_size}
 
 
-def find_shard(
-    path: Path,  # A file that may be there
-    settings: dict[str, Any],  # What it should have been made with
-) -> dict[str, Any] | None:  # Its entry in the index, or None if it is missing or damaged
-    "A shard to keep; one that was made with other settings is a `ValueError` that names the first."
+def find_shard(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    "The index entry of a shard to keep, or None; other settings are a `ValueError` that names the first."
     try:
         if found := next(differences(open_shard(path)[1], settings), None):
             key, old, new = found
@@ -302,7 +276,9 @@ def encode_folder(
         data = load_images(data, split, size=size, channels=channels, crop=crop)
     require(data.shape[0] == facts["in_channels"], "channels", data.shape[0], f"{facts['in_channels']}, as vae takes")
     n, sides = facts["reduction"], "x".join(map(str, data.shape[1:]))
-    require(not any(side % n for side in data.shape[1:]), "sides", sides, f"multiples of {n}, by which vae divides them")
+    require(
+        not any(side % n for side in data.shape[1:]), "sides", sides, f"multiples of {n}, by which vae divides them"
+    )
     files = data.pixels.paths if isinstance(data.pixels, ImageFiles) else [data.name]
     names = "\n".join("/".join(Path(file).parts[-2:]) for file in files)  # class folder and file name
     settings = {
@@ -317,10 +293,7 @@ def encode_folder(
     return Encoding(data, vae, settings, Path(out), batch_size).run(index, progress)
 
 
-def write_index(
-    out: Path,  # Folder of the shards
-    index: dict[str, Any],  # What it holds
-) -> None:
+def write_index(out: Path, index: dict[str, Any]) -> None:
     "Write the index completely or not at all, and remove what killed runs left behind."
     write_file(out / INDEX, json.dumps(index, indent=1))
     for pattern in ("shard-*", INDEX):
@@ -374,9 +347,7 @@ class LatentData:
         return draw_latents(self.moments(mine, views), noise, vae["factor"], vae["shift"]), self.labels[mine]
 
 
-def read_index(
-    folder: str | Path,  # Folder that encode_folder wrote
-) -> dict[str, Any]:  # The index
+def read_index(folder: str | Path) -> dict[str, Any]:
     "The index of a folder of latents; a folder without one is a `ValueError`."
     path = Path(folder) / INDEX
     if not path.is_file():

@@ -49,19 +49,14 @@ def kernel_distance(
     return kid_features_to_metric(a, b, kid_subset_size=size, kid_subsets=subsets, verbose=False)[KEY_METRIC_KID_MEAN]
 
 
-def class_score(
-    logits: Tensor,  # `[n, classes]`, n >= 10
-) -> float:  # 1 to the number of classes
+def class_score(logits: Tensor) -> float:
     "How sure and how varied a classifier's labels are, by torch-fidelity in ten splits (arXiv 1606.03498)."
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
     return isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
 
 
-def column(
-    metric: str,  # "fd", "sfd", "score", "kd", "precision" or "recall"
-    extractor: str,  # Name of the extractor
-) -> str:  # Such as "fid" or "fd_resnet56"
+def column(metric: str, extractor: str) -> str:
     "The name of a number: the quoted one for Inception, for every other network one that carries it."
     if extractor != INCEPTION:
         return f"{metric}_{extractor}"
@@ -200,11 +195,8 @@ def copy_share(
     return (near <= ratio * second).double().mean().item(), near.mean().item()
 
 
-def balanced_labels(
-    n: int,  # Number of samples
-    num_classes: int,  # Number of classes
-) -> Tensor:  # `[n]`: 0, 1, ..., num_classes - 1, again and again
-    "The label policy of this package: every class equally often, up to one."
+def balanced_labels(n: int, num_classes: int) -> Tensor:
+    "The label policy of this package, 0, 1, ..., 0, 1, ...: every class equally often, up to one."
     return torch.arange(check_whole("n", n, 1)) % check_whole("num_classes", num_classes, 1)
 
 
@@ -237,9 +229,7 @@ def provenance(
     return dict(zip(PROVENANCE, values))
 
 
-def read_rows(
-    path: str | Path,  # A table written by append_rows
-) -> tuple[list[str], list[dict[str, str]]]:  # Columns, rows as text
+def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     "Read a table of rows with provenance, or refuse it with a `ValueError`."
     lines = list(csv.reader(io.StringIO(read_text(Path(path)), newline="")))
     columns = lines[0] if lines else []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from guidance_nb._checks import require
 from guidance_nb._extras import extra
-from guidance_nb.denoisers import NetworkDenoiser, check_inputs, record_nfe
+from guidance_nb.denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
 from guidance_nb.networks import fourier_features
 from guidance_nb.paths import Path, expand_time
 
@@ -51,12 +51,7 @@ def _check_counts(**counts: int | Sequence[int]) -> None:
         require(fine, name, value, "whole numbers above 0")
 
 
-def _check_shape(
-    shape: Sequence[int],  # (channels, height, width) of an image
-    factor: int,  # What height and width must be divisible by
-    why: str,  # Where the factor comes from, for the message
-    dropout: float,  # Share that the network drops
-) -> tuple[int, ...]:  # The shape as a tuple
+def _check_shape(shape: Sequence[int], factor: int, why: str, dropout: float) -> tuple[int, ...]:
     "Refuse what is not the shape of an image, or one that a network cannot take, with a `ValueError`."
     _check_counts(shape=shape)
     require(len(shape) == 3, "shape", tuple(shape), "(channels, height, width)")
@@ -246,7 +241,7 @@ def image_denoiser(
     shape: Sequence[int],  # (channels, height, width) of an image
     path: Path,  # Path to train on
     num_classes: int,  # Number of classes
-    prediction: str = "velocity",  # What the network predicts
+    prediction: Parametrisation = "velocity",  # What the network predicts
     scale_aware: bool = False,  # Whether the network takes a guidance scale
     seed: int = 0,  # Seed of the initial weights
     **changes: Any,  # Settings that differ from those of the name
@@ -275,7 +270,7 @@ class UNetEncoder(UNet):
 
 
 class ImageClassifier(nn.Module):
-    "A classifier of noisy images: `classifier(x, t)` gives logits `[batch, num_classes]`; the U-Nets see x alpha / (alpha^2 + sigma^2)."
+    "Logits `[batch, num_classes]` of noisy images, `classifier(x, t)`; U-Nets see x alpha / (alpha^2 + sigma^2)."
 
     def __init__(
         self,
