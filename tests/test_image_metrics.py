@@ -548,7 +548,7 @@ GOOD = pictures(10, 0)
         (lambda: im.image_scores(GOOD[:, :2], GOOD, QUARTERS), r"shape of samples = \(10, 2, 32, 32\); allowed"),
         (lambda: im.image_scores(GOOD[0], GOOD, QUARTERS), r"shape of samples = \(3, 32, 32\)"),
         (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), "images in samples = 0; allowed: 1 or more"),
-        (lambda: im.image_scores(pictures(10, 0, 28), GOOD, QUARTERS), "sizes of samples and reference = .*; allowed: one size"),
+        (lambda: im.image_scores(pictures(10, 0, 28), GOOD, QUARTERS), "sizes of samples and reference"),
         (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["fd"]), "images in samples = 1; allowed: 2 or more"),
         (lambda: im.image_scores(GOOD, GOOD[:3], QUARTERS), "images in reference = 3; allowed: 4 or more for pre"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["score"]), r"samples .* has layers features; score_q"),
