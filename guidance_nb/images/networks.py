@@ -106,7 +106,8 @@ class UNet(nn.Module):
         self.ask = Conditioning(4 * widths[0], num_classes, scale_aware)
         kinds = ["Attn" * (shape[1] // patch >> level in attention) for level in range(len(widths))]
         groups = math.gcd(32, math.gcd(*widths) // 4)  # of four channels at least
-        self.net: Any = UNet2DModel(
+        body: Any = UNet2DModel  # untyped: diffusers says Module of none of its models
+        self.net = body(
             in_channels=shape[0] * patch**2,
             out_channels=shape[0] * patch**2,
             block_out_channels=tuple(widths),
@@ -166,7 +167,8 @@ class DiT(nn.Module):
         require(width % (4 * heads) == 0, "width", width, f"multiples of 4 and of heads = {heads}")
         self.sines, self.clock = Timesteps(256, True, 0), TimestepEmbedding(256, width)
         self.ask = Conditioning(width, num_classes, scale_aware)
-        self.net: Any = DiTTransformer2DModel(
+        body: Any = DiTTransformer2DModel
+        self.net = body(
             in_channels=shape[0],
             sample_size=shape[1],
             patch_size=patch,
