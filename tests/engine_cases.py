@@ -157,6 +157,23 @@ def in_turn(folder: Path, steps: str, every: str, *names: str) -> None:
     signal.pause()
 
 
+def signalled(folder: Path, name: str, moment: str) -> None:
+    "A run that gets a signal in step 7, or after step 6."
+    model, loss, data, options = case("plain")
+
+    class Signalled(DenoisingLoss):
+        def __call__(self, *args):
+            if args[3].step == 6 and moment == "in a step":
+                os.kill(os.getpid(), getattr(signal, name))
+            return super().__call__(*args)
+
+    Signalled.__qualname__ = "DenoisingLoss"
+    engine = kept(None, folder / "plain", 100)
+    for state in fit(model, Signalled(0.2), data, STEPS, **options, progress=False, engine=engine):
+        if state.step == 6 and moment == "between steps":
+            os.kill(os.getpid(), getattr(signal, name))
+
+
 def killed_while_writing(folder: Path) -> None:
     "A process for each moment of the second checkpoint: it dies there. Prints the signal that ended each."
     import safetensors.torch
@@ -279,6 +296,6 @@ def killed_at_step(folder: Path, name: str, rank: str, step: str) -> None:
 
 if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
-    jobs = (in_turn, killed_while_writing, without_space, one_of_two, one_of_two_sharded, killed_at_step)
+    jobs = (in_turn, signalled, killed_while_writing, without_space, one_of_two, one_of_two_sharded, killed_at_step)
     {job.__name__: job for job in jobs}[job](Path(folder), *rest)
     destroy_process_group()

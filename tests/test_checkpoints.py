@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -279,6 +280,119 @@ def test_other_facts_networks_and_versions_are_refused(tmp_path, whole):
     (folder / "step-00000012" / "checkpoint.json").write_text(seal_record(record))
     with pytest.raises(ValueError, match=r"step-00000012 has format 99 \(guidance_nb .*\); allowed: format 2"):
         resume(metadata={"name": "plain"})
+
+SIGNALS = {"SIGINT": -2, "SIGTERM": 143, "SIGHUP": 129}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("moment", ["in a step", "between steps"])
+def test_signals_end_a_run_after_its_step_and_keep_it(tmp_path, whole, name, moment):
+    "What schedulers and closing terminals send: no checkpoint was due, the step is finished and kept, and said so."
+    process = child("signalled", tmp_path, name, moment, stderr=subprocess.PIPE)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode % 256 in (SIGNALS[name] % 256, 130)
+    step = 7 if moment == "in a step" else 6
+    path = tmp_path / "plain" / f"step-{step:08d}"
+    assert f"stopped by {name} after step {step}; checkpoint: {path}" in told
+    assert finish(start("plain", tmp_path))[0] == whole[0][step:]
+
+
+def test_ignored_signals_stay_ignored(tmp_path):
+    "`nohup` means it."
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for state in start("plain", tmp_path):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert state.step == STEPS and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_come_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    runs = [start("plain", tmp_path / str(number)) for number in range(2)]
+    for run in runs:
+        next(run)
+    assert signal.getsignal(signal.SIGTERM) != before[1]
+    for run in runs:  # the first to begin is the first to end
+        run.close()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_two_trainings_in_one_folder(tmp_path, whole):
+    "The second is refused in one line, from this process or another; a killed owner leaves no lock behind."
+    run = start("plain", tmp_path)
+    seen = [next(run).loss for _ in range(5)]
+    refused = r"plain; allowed: another folder, for a run is at work in it$"
+    with pytest.raises(ValueError, match=refused):
+        next(start("plain", tmp_path))
+    told = child("in_turn", tmp_path, STEPS, 4, "plain", stderr=subprocess.PIPE).communicate(timeout=120)[1]
+    assert "a run is at work in it" in told
+    run.close()
+    assert seen + finish(start("plain", tmp_path))[0] == whole[0]
+    process = child("in_turn", tmp_path / "killed", 100, 4, "plain")
+    while not (tmp_path / "killed" / "plain" / "step-00000004").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    next(start("plain", tmp_path / "killed", steps=100))
+
+
+class Pictures:
+    "Data on disk, as far as a resume is concerned."
+
+    def __init__(self, identity: str):
+        self.x, self.c = case("plain")[2]
+        self.identity = identity
+
+    def __len__(self):
+        return len(self.x)
+
+    def digest(self):
+        return self.identity
+
+    def fetch(self, indices, generator, rows):
+        return self.x[indices[rows]], self.c[indices[rows]]
+
+
+def test_other_data_is_refused_or_stated(tmp_path):
+    "The same size, other content: tensors by their numbers, fetched data by what it says of itself."
+    model, loss, (x, c), options = case("plain")
+    run = lambda data, folder, **k: fit(  # noqa: E731
+        case("plain")[0], loss, data, STEPS, **options, progress=False, engine=kept(None, tmp_path / folder, **k)
+    )
+    next(run((x, c), "tensors"))
+    for other in ((x + 1e-3, c), (x, c.flip(0))):
+        with pytest.raises(ValueError, match=r"has data.digest = .*; allowed: .*, or 'data.digest' in may_change"):
+            next(run(other, "tensors"))
+    next(run(Pictures("a"), "pictures"))
+    with pytest.raises(ValueError, match=r"has data.digest = 'a', this run 'b'"):
+        next(run(Pictures("b"), "pictures"))
+    next(run(Pictures("b"), "pictures", may_change=("data",)))
+    changes = read_checkpoint(tmp_path / "pictures").record["changes"]
+    assert changes == [{"step": 1, "key": "data.digest", "was": "a", "now": "b"}]
+
+
+def test_stated_changes_are_made_and_recorded(tmp_path):
+    "More steps, another learning rate, other metadata: when asked for, from here on, and written down for good."
+    model, loss, data, options = case("teacher")
+    engine = kept(None, tmp_path, metadata={"place": "here"})
+    run = fit(model, loss, data, 20, **options, progress=False, engine=engine)
+    for _ in range(8):
+        next(run)
+    run.close()
+    change = options | {"lr": 0.02, "schedule": "cosine"}
+    with pytest.raises(ValueError, match="has lr = 0.01, this run 0.02"):
+        train(case("teacher")[0], loss, data, 24, **change, progress=False, engine=engine)
+    engine = kept(engine, tmp_path, metadata={"place": "there"}, may_change=("lr", "steps", "schedule", "place"))
+    state = train(case("teacher")[0], loss, data, 24, **change, progress=False, engine=engine)
+    record = read_checkpoint(tmp_path).record
+    keys = {entry["key"]: (entry["was"], entry["now"]) for entry in record["changes"]}
+    assert keys == {"lr": (0.01, 0.02), "steps": (20, 24), "schedule": ("constant", "cosine"), "place": ("here", "there")}
+    assert state.step == 24 and record["settings"]["lr"] == 0.02
+    engine = kept(None, tmp_path, metadata={"place": "there"})
+    assert train(case("teacher")[0], loss, data, 24, **change, progress=False, engine=engine).step == 24
+    assert read_checkpoint(tmp_path).record["changes"] == record["changes"]
 
 
 def test_a_loss_with_a_memory_keeps_it(tmp_path):

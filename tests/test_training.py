@@ -43,6 +43,16 @@ def test_adam_ema_and_cosine_by_hand():
         assert_close(state.ema.w.item(), average, rtol=1e-5, atol=1e-6)
 
 
+def test_a_short_run_by_default_ends_near_its_weights():
+    "The default average of 300 steps: it follows the run, where a decay of 0.999 from the start keeps its beginning."
+    ends = {}
+    for name, options in {"default": {}, "slow": {"ema": 0.999}, "warm": {"ema": 0.9999, "ema_warmup": True}}.items():
+        state = train(Point(), to_one, ONES, 300, 8, 0.02, progress=False, **options)
+        assert state.model.w.item() == pytest.approx(1, abs=0.01)
+        ends[name] = state.ema.w.item()
+    assert ends["slow"] < 0.4 and ends["default"] > 0.97 and ends["warm"] > 0.97
+
+
 def test_the_loop_can_be_left_and_gives_the_same_prefix():
     draw = lambda n, generator: sample_mixture(gaussian_pair(), n, generator)  # noqa: E731
     make = lambda: mlp_denoiser(1, FlowPath(), 2, width=8, depth=1)  # noqa: E731

@@ -16,7 +16,7 @@ class _Stops:
     """The handlers of this process, in place while any run goes on: a second signal does not wait."""
 
     def __init__(self) -> None:
-        self.runs, self.busy, self.waiting = 0, False, 0
+        self.runs, self.busy, self.waiting, self.came = 0, False, 0, 0
         self.before: dict[int, Any] = {}
 
     def handle(self, number: int, frame: Any) -> None:
@@ -28,6 +28,7 @@ class _Stops:
 
     def stop(self, number: int) -> None:
         """End as the signal asks: exit code 130, 143, 129."""
+        self.came = number
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
@@ -41,6 +42,7 @@ def stop_signals() -> Iterator[None]:
         yield
         return
     if not _stops.runs:
+        _stops.came = 0
         _stops.before = {n: signal.getsignal(n) for n in STOPS if signal.getsignal(n) in IGNORABLE}
         for number in _stops.before:
             signal.signal(number, _stops.handle)
@@ -52,6 +54,11 @@ def stop_signals() -> Iterator[None]:
         if not _stops.runs:
             for number, handler in _stops.before.items():
                 signal.signal(number, handler)
+
+
+def stopped_by() -> str:
+    """The signal that ends the runs, or nothing."""
+    return signal.Signals(_stops.came).name if _stops.came else ""
 
 
 @contextmanager

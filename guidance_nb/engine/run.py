@@ -41,7 +41,7 @@ from guidance_nb.engine.hardware import (
     open_accelerator,
     shard_like,
 )
-from guidance_nb.engine.interrupts import stop_signals, uninterrupted
+from guidance_nb.engine.interrupts import stop_signals, stopped_by, uninterrupted
 from guidance_nb.training import Data, FetchData, LossContext, State, batches, ema_decay, learning_rate, update_ema
 
 __all__ = ["Engine"]
@@ -424,11 +424,11 @@ def save_on_interrupt(run: Run) -> Iterator[None]:
     """Keep what is done when the caller stops or a signal comes, unless weights and average were caught apart."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit) as stop:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         if run.whole:
             run.save(together=False)
-            if run.path and not isinstance(stop, GeneratorExit) and run.accelerator.is_main_process:
-                tqdm.write(f"stopped after step {run.step}; checkpoint: {run.path}", file=sys.stderr)
+            if run.path and (signal := stopped_by()) and run.accelerator.is_main_process:
+                tqdm.write(f"stopped by {signal} after step {run.step}; checkpoint: {run.path}", file=sys.stderr)
         raise
     finally:
         for tracker in getattr(run.accelerator, "trackers", []):
