@@ -18,7 +18,7 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.engine.hardware import open_accelerator
 from guidance_nb.engine.run import Engine
 from guidance_nb.engine.sampling import sample_sharded
-from guidance_nb.flow_postprocessing import CorrectionFlow, PairDraws, PairLoss
+from guidance_nb.flow_postprocessing import FlowPostprocessor, PairDraws, PairLoss
 from guidance_nb.images.networks import image_denoiser
 from guidance_nb.mixtures import checkerboard, sample_mixture
 from guidance_nb.model_guidance import ModelGuidanceLoss
@@ -78,7 +78,7 @@ def case(name: str) -> tuple:
         model.net.idle = nn.Parameter(torch.ones(3))
         return model, plain, points(), fast
     if name == "buffers":
-        model = CorrectionFlow(2, 3, width=16, depth=1, dropout=0.3)
+        model = FlowPostprocessor(2, 3, width=16, depth=1, dropout=0.3)
         model.spread.fill_(1.7)
         x, c = points()
         return model, PairLoss(), PairDraws(x, x + 1, torch.arange(100).reshape(50, 2) // 2, c), fast

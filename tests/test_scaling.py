@@ -34,7 +34,7 @@ from guidance_nb.engine.cost import (
     training_flops,
 )
 from guidance_nb.engine.sampling import extract_sharded
-from guidance_nb.flow_postprocessing import CorrectionFlow, PairLoss
+from guidance_nb.flow_postprocessing import FlowPostprocessor, PairLoss
 from guidance_nb.images.features import Extractor, extract
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
@@ -104,7 +104,7 @@ def test_rows_of_losses(loss, trained, asked):
 
 
 def test_rows_of_a_loss_on_its_own_model():
-    model = CorrectionFlow(2, 3, width=8, depth=1)
+    model = FlowPostprocessor(2, 3, width=8, depth=1)
     pairs = torch.stack([torch.zeros(32, 2), torch.ones(32, 2)], 1)
     assert count_loss_nfe(PairLoss(), model, (pairs, torch.arange(32) % 3)) == LossNFE(1, 0)
 

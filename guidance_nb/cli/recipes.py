@@ -27,8 +27,6 @@ from guidance_nb.flow_postprocessing import (
     FlowPostprocessor,
     PairDraws,
     PairLoss,
-    apply_correction,
-    correction_flow,
     pair_data,
 )
 from guidance_nb.images.data import (
@@ -586,7 +584,7 @@ def make_training(
     pairs = read_pairs(recipe, data)
     classes = () if pairs.labels is None else data.classes
     net = make_model(recipe, data.shape, len(classes)).net
-    return correction_flow(pairs, len(classes), net=net, dropout=recipe.method.dropout), pairs, classes
+    return FlowPostprocessor.from_pairs(pairs, len(classes), net=net, dropout=recipe.method.dropout), pairs, classes
 
 
 def require_compiler() -> None:
@@ -1167,7 +1165,7 @@ def postprocess(
         raise ValueError(f"samples have shape {tuple(file.x.shape[1:])}; allowed: {trained.shape}, as {trained.path}")
     start, labels = time.perf_counter(), file.c if trained.model.num_classes else None
     with count_nfe() as rows:
-        x = apply_correction(trained.model, from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress)
+        x = trained.model(from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress)
     facts = dict(file.facts or {})
     facts |= {"correction": str(trained.path), "correction_steps": steps, "correction_sampler": sampler}
     facts |= {"correction_scale": scale, "nfe": facts.get("nfe", 0.0) + rows.total / len(x)}
