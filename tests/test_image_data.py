@@ -691,3 +691,27 @@ def test_killed_while_writing(tmp_path, name):
         (path,) = tmp_path.glob(".*.old")
     found = load_samples(path)
     assert (found.x == found.facts["i"] % 256).all() and len(found.x) == 40
+
+
+def test_pictures_that_were_replaced_renamed_or_moved_are_other_data(tmp_path):
+    "What a resumed run compares: the same folder is the same data, also elsewhere; any other list of files is not."
+    folder = tmp_path / "images"
+    images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    save_samples(folder, images, torch.arange(6) % 2)
+
+    def identity(path):
+        return load_images(path).digest()
+
+    was = identity(folder)
+    assert identity(folder) == was
+    assert identity(folder.rename(tmp_path / "elsewhere")) == was
+    (tmp_path / "elsewhere").rename(folder)
+    one, two = sorted(folder.glob("*/*.png"))[0], sorted(folder.glob("*/*.png"))[-1]
+    for change in (
+        lambda: one.write_bytes(two.read_bytes()),
+        lambda: one.rename(one.with_name("renamed.png")),
+        lambda: two.rename(folder / "0000" / two.name),
+    ):
+        change()
+        assert identity(folder) != was
+        was = identity(folder)

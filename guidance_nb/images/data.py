@@ -69,6 +69,13 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        "What identifies the data at a resume: pixels in memory, or names, sizes and times of files; and labels."
+        files = [Path(file) for file in getattr(self.pixels, "paths", ())]
+        facts = [[*file.parts[-2:], file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        pixels = [self.pixels] if isinstance(self.pixels, Tensor) else []
+        return digest(json.dumps([facts, self.classes]), *pixels, self.labels)[:16]
+
     def images(self, indices: Tensor) -> Tensor:
         "The images as stored, uint8 `[b, channels, height, width]`, never flipped."
         return self.pixels[indices] if isinstance(self.pixels, Tensor) else self.pixels(indices)

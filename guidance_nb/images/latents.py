@@ -330,6 +330,11 @@ class LatentData:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        "What identifies the data at a resume: the numbers of its shards, and which of them it takes."
+        shards = [shard["sha256"] for shard in self.index["shards"]]
+        return digest(json.dumps(shards), self.labels, *([] if self.chosen is None else [self.chosen]))[:16]
+
     def moments(self, indices: Tensor, views: Tensor) -> Tensor:
         "Means and deviations `[b, 2, channels, height, width]` of some views, read shard by shard."
         where = indices if self.chosen is None else self.chosen[indices]

@@ -201,6 +201,10 @@ class CaptionedLatents:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def digest(self) -> str:
+        "What identifies the data at a resume."
+        return self.latents.digest()
+
     def rows(self, numbers: Tensor) -> Tensor:
         "Embeddings by number `[b, tokens, width]`, float32; caption k is number k + 1."
         places = zip((numbers // self.shard_rows).tolist(), (numbers % self.shard_rows).tolist())
