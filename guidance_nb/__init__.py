@@ -82,8 +82,8 @@ _NAMES = {
     "model_guidance": "ModelGuidanceLoss FixedScale",
     "flow_postprocessing": "FlowPostprocessor",
     "guidance_variants": (
-        "RescaledGuidance MagnitudeAwareGuidance CFGZeroStar TangentialGuidance AdaptiveProjectedGuidance FrequencyDecoupledGuidance "
-        "DynamicThresholding RectifiedGuidance CFGPlusPlus"
+        "RescaledGuidance MagnitudeAwareGuidance CFGZeroStar TangentialGuidance AdaptiveProjectedGuidance "
+        "FrequencyDecoupledGuidance DynamicThresholding RectifiedGuidance CFGPlusPlus"
     ),
     "weak_models": (
         "WeakGuidance Autoguidance PerturbedAttentionGuidance SmoothedEnergyGuidance SkipLayerGuidance "
