@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_whole, require
+from ._extras import extra
 from guidance_nb._points import (
     check_classes,
     check_points,
@@ -197,7 +198,8 @@ def class_accuracy(
 # %% ../nbs/06_metrics.ipynb #4cab5b44
 def digits_classifier() -> Callable[[Tensor], Tensor]:  # `[n, ...]` of 64 values each -> scores `[n, 10]`
     "A support-vector classifier of the 8x8 digits, trained on the training split."
-    from sklearn.svm import SVC
+    with extra("images"):
+        from sklearn.svm import SVC
 
     x, c = digits("train")
     svc = SVC(C=10.0).fit(x.double().numpy(), c.numpy())

@@ -298,7 +298,7 @@ def test_views_and_noise_by_hand(place):
 
 
 def test_training_reads_them_and_is_the_same_in_two_passes(place):
-    from guidance_nb.training import Engine
+    from guidance_nb.engine.run import Engine
 
     losses = []
     for accumulate in (1, 2):

@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._extras import extra
 from guidance_nb._files import digest, read_text, write_aside
 from guidance_nb._random import keyed_generator
+
+with extra("images"):
+    from PIL import Image, ImageOps
 
 __all__ = ["ImageData", "from_uint8", "load_images", "load_samples", "save_samples", "to_uint8"]
 
@@ -145,7 +149,8 @@ def download_files(source: str, root: Path) -> None:
     "Let torchvision download into a folder aside, check the files, and move each into place whole."
     from http.client import HTTPException
 
-    from torchvision import datasets
+    with extra("images"):
+        from torchvision import datasets
 
     kind: Any = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[source]
     try:
@@ -183,8 +188,9 @@ def find_files(source: str, root: str | Path | None = None, download: bool = Tru
 
 def read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     "Images `[n, channels, height, width]`, labels `[n]` and class names of checked files, through torchvision."
-    from torchvision import datasets
-    from torchvision.datasets.mnist import read_image_file, read_label_file
+    with extra("images"):
+        from torchvision import datasets
+        from torchvision.datasets.mnist import read_image_file, read_label_file
 
     if source == "mnist":  # the raw files themselves: the class prefers an unchecked processed copy if there is one
         stem = str(root / "MNIST" / "raw" / ("train" if split == "train" else "t10k"))
@@ -212,19 +218,18 @@ def image_files(folder: Path) -> list[Path]:
 
 def crop_image(image: Any, size: int) -> Any:
     "ADM's crop to a square: halve by boxes while at least twice too large, then bicubic, antialiased, then the centre."
-    from PIL.Image import Resampling
-
     while min(image.size) >= 2 * size:
-        image = image.resize(tuple(n // 2 for n in image.size), Resampling.BOX)
+        image = image.resize(tuple(n // 2 for n in image.size), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(n * scale) for n in image.size), Resampling.BICUBIC)
+    image = image.resize(tuple(round(n * scale) for n in image.size), Image.Resampling.BICUBIC)
     left, top = ((n - size) // 2 for n in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
 def resize_crop(image: Any, size: int) -> Any:
     "torchvision's Resize and CenterCrop to a square: bilinear with antialiasing, then the centre."
-    from torchvision.transforms.functional import center_crop, resize
+    with extra("images"):
+        from torchvision.transforms.functional import center_crop, resize
 
     return center_crop(resize(image, size), [size, size])
 
@@ -235,8 +240,6 @@ ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
 
 def as_shown(file: Any, channels: int) -> Any:
     "A PIL image as viewers show it, in RGB or grey: upright, and what is transparent on white."
-    from PIL import Image, ImageOps
-
     require(not file.mode.startswith(("I", "F")), "mode", file.mode, "8 bits per channel")
     image = ImageOps.exif_transpose(file)
     if "A" in file.getbands() or "transparency" in file.info:
@@ -246,8 +249,6 @@ def as_shown(file: Any, channels: int) -> Any:
 
 def read_image(path: str | Path, channels: int, size: int | None = None, crop: Crop = "adm") -> Tensor:
     "An image file as uint8 `[channels, height, width]`, cropped to `size`; a damaged one is named."
-    from PIL import Image
-
     require(Path(path).is_file(), "image", str(path), "a regular file that is there")
     try:
         with Image.open(path) as file:
@@ -261,8 +262,6 @@ def read_image(path: str | Path, channels: int, size: int | None = None, crop: C
 
 def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
     "Height and width as shown, and the mode, of an image file, without decoding it."
-    from PIL import Image
-
     require(Path(path).is_file(), "image", str(path), "a regular file that is there")
     try:
         with Image.open(path) as image:
@@ -445,8 +444,6 @@ def save_samples(
 
 def _write_folder(folder: Path, images: np.ndarray, labels: np.ndarray | None, text: str) -> None:
     "PNG files and what is known of them, with a checksum of the pixels, for decoders pass over some kinds of damage."
-    from PIL import Image
-
     folders = [folder] * len(images) if labels is None else [folder / f"{label:04d}" for label in labels]
     for name in {*folders}:
         name.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guidance_nb._checks import check_choice, require
+from guidance_nb._extras import extra
 from guidance_nb._files import digest, read_text
 from guidance_nb._points import moments
 from guidance_nb.images.data import read_arrays, to_uint8
@@ -217,7 +218,8 @@ def inception_weights(weights: str | Path | None = None) -> Path:
         path = path / INCEPTION_FILE if path.is_dir() else path
         require(path.is_file(), "weights", f"{path}, no such file", f"{INCEPTION_FILE}, torch-fidelity release v0.2.0")
         return path
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    with extra("images"):
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not path.is_file():
@@ -236,8 +238,9 @@ def inception_weights(weights: str | Path | None = None) -> Path:
 @cache
 def spatial_extractor() -> str:  # The name under which torch-fidelity knows it
     "Register with torch-fidelity Inception with sFID's layer: 7 channels of Mixed_6d, 7 x 17 x 17 = 2,023 numbers."
-    from torch_fidelity import register_feature_extractor
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    with extra("images"):
+        from torch_fidelity import register_feature_extractor
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class InceptionMixed6d(FeatureExtractorInceptionV3):
         features_list: list[str]
@@ -279,7 +282,8 @@ def inception(
     device: str | torch.device | None = None,  # CUDA where there is one
 ) -> Extractor:
     "The network of FID: Inception-v3 with TensorFlow's weights, by torch-fidelity, all layers in one pass."
-    from torch_fidelity.utils import create_feature_extractor
+    with extra("images"):
+        from torch_fidelity.utils import create_feature_extractor
 
     path = inception_weights(weights)
     theirs = name != INCEPTION or checksum(path).startswith(INCEPTION_FILE[-12:-4])
@@ -381,8 +385,6 @@ def resnet_extractor(network: CifarResNet) -> Extractor:
 
 def load_dinov2(path: str | Path) -> Any:
     "DINOv2 with registers (arXiv 2304.07193, 2309.16588) from a local folder; nothing is downloaded."
-    from guidance_nb._extras import extra
-
     file, allowed = Path(path) / "config.json", "a folder with config.json and model.safetensors"
     require(file.is_file(), "path", f"{path}, which has no config.json", allowed)
     kind = json.loads(read_text(file)).get("model_type")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from guidance_nb import __version__
 from guidance_nb._checks import check_number, check_whole, require
+from guidance_nb._extras import extra
 from guidance_nb._files import locked, read_text, write_file
 from guidance_nb._points import check_classes
 from guidance_nb.images.features import (
@@ -42,7 +43,8 @@ def kernel_distance(
     b: Tensor,  # Features `[m, f]`
 ) -> float:  # Squared; its expectation does not depend on n and m, and it may be negative
     "Unbiased squared MMD with the kernel (x y / f + 1)^3 by torch-fidelity (arXiv 1801.01401)."
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+    with extra("images"):
+        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
     size = min(1000, len(a), len(b))
     subsets = 1 if len(a) == len(b) == size else 100  # all subsets of the whole are the whole
@@ -51,7 +53,8 @@ def kernel_distance(
 
 def class_score(logits: Tensor) -> float:
     "How sure and how varied a classifier's labels are, by torch-fidelity in ten splits (arXiv 1606.03498)."
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+    with extra("images"):
+        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
     return isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
 
