@@ -109,7 +109,9 @@ def test_a_table_path_is_a_path_like_any_other():
         moved, s = change_path(path.interpolate(x, eps, t), t, path, other)
         assert_close(moved, other.interpolate(x, eps, s))
         assert_close(change_path(moved, s, other, path)[1], t)
-    with pytest.raises(ValueError, match=r"noise-to-signal ratio of 99\.\d+; allowed: up to 14\.6"):  # the table ends before that much noise
+    with pytest.raises(
+        ValueError, match=r"noise-to-signal ratio of 99\.\d+; allowed: up to 14\.6"
+    ):  # the table ends before that much noise
         change_path(x, torch.tensor(0.99), FlowPath(), path)
     for t in (torch.tensor(1.0), torch.ones(4), torch.ones(4, dtype=torch.float64)):
         assert (path.time_at(path.noise_to_signal(t)) == 1).all() and path.sigma(t).dtype == t.dtype
@@ -539,7 +541,14 @@ def test_a_hub_folder_is_the_model_and_its_card_runs(tmp_path):
     x, c = torch.randn(3, 1, 8, 8), torch.arange(3)
     assert torch.equal(again.predict(x, 0.3, c).x0, model.predict(x, 0.3, c).x0)
     assert again.path == model.path and again.facts == facts and again.shape == (1, 8, 8) and not again.training
-    for words in ("plain", "12,800 samples seen", "200 optimiser steps", "e = e_u + scale (e_c - e_u)", "at scale 2", "digits"):
+    for words in (
+        "plain",
+        "12,800 samples seen",
+        "200 optimiser steps",
+        "e = e_u + scale (e_c - e_u)",
+        "at scale 2",
+        "digits",
+    ):
         assert words in card
     code, scope = card.split("```")[1].removeprefix("python\n"), {}
     exec(code.replace("FOLDER OR HUB NAME", str(tmp_path)).replace('"ddim", 3)', '"ddim", 3, progress=False)'), scope)
@@ -551,7 +560,9 @@ def test_a_hub_folder_is_the_model_and_its_card_runs(tmp_path):
 def test_a_hub_folder_with_other_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    HubDenoiser.from_denoiser(hub_model(scale_aware=True), "unet-tiny", (1, 8, 8), {"widths": [8, 16]}).save_pretrained(tmp_path)
+    HubDenoiser.from_denoiser(hub_model(scale_aware=True), "unet-tiny", (1, 8, 8), {"widths": [8, 16]}).save_pretrained(
+        tmp_path
+    )
     again = HubDenoiser.from_pretrained(tmp_path)
     assert again.scale_aware and again.facts == TrainingFacts()
     weights = load_file(tmp_path / "model.safetensors")
@@ -582,7 +593,9 @@ def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
         pass
     trained = load_trained(tmp_path / "run")
     table = trained.recipe.network
-    HubDenoiser.from_denoiser(trained.model, table.name, trained.shape, table.settings).save_pretrained(tmp_path / "hub")
+    HubDenoiser.from_denoiser(trained.model, table.name, trained.shape, table.settings).save_pretrained(
+        tmp_path / "hub"
+    )
     again = HubDenoiser.from_pretrained(tmp_path / "hub")
     noise, c = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     own = trained.model.cpu().predict(noise, 0.4, c)

@@ -30,16 +30,14 @@ from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.cli.app import app
+from guidance_nb.cli.recipe import FineTuning, override, read_recipe, recipe_names
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_nfe
 from guidance_nb.interop.captions import cache_captioned, load_cached, load_captioned
 from guidance_nb.interop.grids import clip_score, compare_scales
 from guidance_nb.interop.schedulers import scheduler_times
 from guidance_nb.interop.stable_diffusion import (
-    FineTuning,
     add_memory_hint,
     finetune,
-    finetuning_names,
-    read_finetuning,
 )
 from guidance_nb.interop.text_denoiser import (
     TextDenoiser,
@@ -386,21 +384,27 @@ def test_clip_score_is_the_clipped_cosine(pipeline, cached, tmp_path):
     with pytest.raises(ValueError, match="cannot be opened"):
         clip_score(images, prompts, str(tmp_path / "none"))
     models = {"before": load_text_denoiser(pipeline, cached.null)}
-    grid, table = compare_scales(models, ("red cat",), pipeline, (1, 3), clip=(model, processor), steps=2, progress=False)
+    grid, table = compare_scales(
+        models, ("red cat",), pipeline, (1, 3), clip=(model, processor), steps=2, progress=False
+    )
     assert grid.shape == (1, 2, 1, 3, 16, 16)
     assert [(row["scale"], row["nfe"]) for row in table] == [(1.0, 2.0), (3.0, 4.0)]
     assert_close(table[1]["clip_score"], clip_score(grid[0, 1], ["red cat"], (model, processor)).item())
+
+
+def recipe(pipeline, folder, **changes):
+    return override(FineTuning(), {"pipeline": str(pipeline), "data": str(folder), **changes})
 
 
 def call(*words):
     return CliRunner().invoke(app, ["finetune", *map(str, words)], catch_exceptions=False)
 
 
-TINY = ("--size", 0, "--steps", 2, "--batch-size", 4, "--accumulate", 2, "--precision", "fp32")
+TINY = ("--size", 0, "--steps", 2, "--batch-size", 4, "--gradient-accumulation-steps", 2, "--precision", "fp32")
 TINY += ("--cpu", "--no-progress")
 
 
-@pytest.mark.parametrize("name", finetuning_names())
+@pytest.mark.parametrize("name", recipe_names(FineTuning))
 def test_every_recipe_runs_from_the_command_line(name, folder, saved, tmp_path):
     extra = ("--prompts", "red cat,blue dog", "--grid-scales", "1,2", "--grid-steps", 2)
     run = call(name, "--pipeline", saved, "--data", folder, "--out", tmp_path / "run", *TINY, *extra)
@@ -420,7 +424,9 @@ def test_every_recipe_runs_from_the_command_line(name, folder, saved, tmp_path):
 
 def test_command_line_goes_on_and_refuses(folder, saved, tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text(f'pipeline = "{saved}"\ndata = "{folder}"\nmethod = "aligned_loss"\nscale = 2.0\nsave_every = 1\n')
+    file.write_text(
+        f'pipeline = "{saved}"\ndata = "{folder}"\n[method]\nname = "aligned_loss"\nscale = 2.0\n[training]\nsave_every = 1\n'
+    )
     assert call(file, "--out", tmp_path / "run", *TINY).exit_code == 0
     run = call(file, "--out", tmp_path / "run", *TINY[:2], "--steps", 4, *TINY[4:])
     assert run.exit_code == 0 and "4 steps done" in run.stdout
@@ -431,9 +437,9 @@ def test_command_line_goes_on_and_refuses(folder, saved, tmp_path):
         assert torch.equal(a, b)
     for words, told in {
         ("--lr", "1"): "lr = ",
-        ("--rank", "1"): "unknown key 'rank'",
-        ("--method", "dpo"): "method = 'dpo'",
-        ("--scale-range", "1"): "two scales or none",
+        ("--rank", "1"): "unknown key 'rank'; did you mean pipeline.lora_rank?",
+        ("--method", "dpo"): "method.name = 'dpo'",
+        ("--scale-range", "1"): "two numbers, the lower first",
         ("--pipeline", ""): "pipeline = ''",
     }.items():
         with pytest.raises(ValueError, match=told):
@@ -446,7 +452,9 @@ def test_bad_pipelines_are_refused_in_one_line(pipeline, cached, folder, saved):
     cases = {
         "tokenizer of StableDiffusionPipeline = None; allowed: one, for the null prompt": mute,
         "channels of the unet = 9; allowed: 4, as the autoencoder makes": make_pipeline(channels=9),
-        "prediction_type of DDIMScheduler = 'flow'": make_pipeline(DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="flow")),
+        "prediction_type of DDIMScheduler = 'flow'": make_pipeline(
+            DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="flow")
+        ),
         "conditioned on more than text": make_pipeline(
             addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=40
         ),
@@ -459,7 +467,7 @@ def test_bad_pipelines_are_refused_in_one_line(pipeline, cached, folder, saved):
     with pytest.raises(ValueError, match=r"rank = 0\.5"):
         load_text_denoiser(pipeline, cached.null, lora_rank=0.5)
     with pytest.raises(ValueError, match="cannot be opened"):
-        list(finetune(FineTuning(pipeline=str(saved / "unet"), data=str(folder)), saved / "x", progress=False))
+        list(finetune(recipe(saved / "unet", folder), saved / "x", progress=False))
 
 
 def test_too_little_memory_names_the_knobs(folder, saved, tmp_path, monkeypatch):
@@ -467,27 +475,38 @@ def test_too_little_memory_names_the_knobs(folder, saved, tmp_path, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(AlignedLoss, "__call__", starve)
-    recipe = FineTuning(pipeline=str(saved), data=str(folder), method="aligned_loss", scale=2.0, batch_size=4, steps=1)
+    small = recipe(saved, folder, method="aligned_loss", scale=2.0, batch_size=4, steps=1)
     with pytest.raises(torch.OutOfMemoryError) as error:
-        list(finetune(recipe, tmp_path, progress=False, cpu=True))
+        list(finetune(small, tmp_path, progress=False, cpu=True))
     told = str(error.value)
-    for knob in ("batch_size", "accumulate = 2", "recompute", "two_stage = true", "lora_rank = 16", "a smaller size"):
+    for knob in (
+        "batch_size",
+        "accumulate = 2",
+        "gradient_checkpointing = true",
+        "two_stage = true",
+        "lora_rank = 16",
+        "a smaller size",
+    ):
         assert knob in told
     assert "\n" not in told
-    with pytest.raises(RuntimeError, match=r"^other$"), add_memory_hint(recipe):
+    with pytest.raises(RuntimeError, match=r"^other$"), add_memory_hint(small):
         raise RuntimeError("other")
 
 
 def test_recipes_are_read_strictly(tmp_path):
-    assert read_finetuning("sd15-mg", {"lora-rank": "4", "recompute": "false"}).lora_rank == 4
+    changed = read_recipe("sd15-mg", {"lora-rank": "4", "gradient-checkpointing": "false"}, FineTuning)
+    assert changed.pipeline.lora_rank == 4 and not changed.training.gradient_checkpointing
     for text, told in {
-        "steps = 1.5": "steps = 1.5; allowed: a whole number",
-        "flip = 1": "flip = 1; allowed: true or false",
-        "prompts = 3": "prompts = 3; allowed: a list",
+        "training.steps = 1.5": "steps = 1.5; allowed: a whole number",
+        "data.flip = 1.5": "flip = 1.5; allowed: true or false",
+        "grid.prompts = 3": "prompts = 3; allowed: a list",
         "steps =": "is not TOML",
-        "interval = [0.5]": "allowed: two times",
-        'method = "model_guidance"\nscale = 0.0': "scale = 0.0; allowed: above 0",
+        "method.interval = [0.5]": "allowed: two numbers, the lower first",
+        "method.scale_range = [1, 3]\npipeline.lora_rank = 4": "lora_rank = 4; allowed: 0 for a scale-aware network",
     }.items():
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(ValueError, match=told):
-            read_finetuning(tmp_path / "bad.toml")
+            read_recipe(tmp_path / "bad.toml", kind=FineTuning)
+    baked = recipe("x", "y", method="model_guidance", scale=0)
+    with pytest.raises(ValueError, match="scale = 0.0; allowed: above 0"):
+        next(finetune(baked, tmp_path / "run"))

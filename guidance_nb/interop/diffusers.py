@@ -128,7 +128,9 @@ class PipelineParts:
     def _encode_classes(self, classes: Sequence[str | int]) -> Tensor:
         known = getattr(self.pipeline, "labels", {})
         for name in classes:
-            require(not isinstance(name, str) or name in known, "class", name, f"an index, or one of {len(known)} names")
+            require(
+                not isinstance(name, str) or name in known, "class", name, f"an index, or one of {len(known)} names"
+            )
         return torch.tensor([known[name] if isinstance(name, str) else int(name) for name in classes])
 
     @torch.no_grad()
@@ -209,7 +211,9 @@ class DiffusersDenoiser(NetworkDenoiser):
         "Raw network output, shape of `x`; arguments as in `NetworkDenoiser.output`."
         t, clock, channels = check_inputs(x, t, c, self.num_classes), self.facts.clock, self.shape[0]
         t = clamp_time(self.path, t) if self.prediction == "eps" else t
-        require(x.ndim == 4 and x.shape[1] == channels, "shape of x", tuple(x.shape), f"[batch, {channels}, height, width]")
+        require(
+            x.ndim == 4 and x.shape[1] == channels, "shape of x", tuple(x.shape), f"[batch, {channels}, height, width]"
+        )
         named = name_conditions(self.net, self.network_condition(c, drop, x)) if self.num_classes else {}
         asked: Any = (1.0 if scale is None else scale) if self.scale_aware else self.guidance
         if asked is not None:

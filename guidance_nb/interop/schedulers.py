@@ -127,7 +127,9 @@ def path_from_scheduler(
     known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
     require(table is not None, "scheduler", name, known)
     check_choice(told, kind, SCHEDULER_PREDICTIONS)
-    way_out = "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing of the data"
+    way_out = (
+        "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing of the data"
+    )
     signal = table[-1] > 0 and not config.get("rescale_betas_zero_snr")  # some leave 2^-24 of it even so
     require(signal or kind != "epsilon", f"{told} with zero terminal SNR", kind, way_out)
     angles = torch.atan2((1 - table.double()).sqrt(), table.double().sqrt())
