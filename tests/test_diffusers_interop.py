@@ -21,6 +21,7 @@ from guidance_nb._conditions import take_rows
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe, to_prediction
+from guidance_nb.engine.run import Engine
 from guidance_nb.guidance_variants import AdaptiveProjectedGuidance
 from guidance_nb.images.networks import image_denoiser
 from guidance_nb.interop._networks import to_patches
@@ -32,7 +33,6 @@ from guidance_nb.interop.schedulers import Clock, SchedulerFacts, TablePath, pat
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path
 from guidance_nb.samplers import sample
-from guidance_nb.engine.run import Engine
 from guidance_nb.training import DenoisingLoss, LossContext, fit, train
 
 DISCRETE = [
@@ -41,7 +41,6 @@ DISCRETE = [
     "DEISMultistepScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
 ]  # fmt: skip
 V = {"prediction_type": "v_prediction"}
-MAPPINGS = pytest.mark.xfail(reason="samplers and training do not take mappings yet")
 PROMPTS = ["a cat", "two dogs"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy's, of diffusers' schedulers
 
@@ -211,7 +210,6 @@ def test_stable_diffusion_pipeline():
     (cases.sdxl, "ddim", {}, {"encoder_hidden_states", "text_embeds", "time_ids"}),
     (cases.stable_diffusion_3, "euler", {"max_sequence_length": 8}, {"encoder_hidden_states", "pooled_projections"}),
 ])  # fmt: skip
-@MAPPINGS
 def test_pipelines_with_several_conditions(make, sampler, told, names):
     pipeline = make()
     model = from_diffusers(pipeline, **told)
@@ -225,7 +223,6 @@ def test_pipelines_with_several_conditions(make, sampler, told, names):
 
 
 @pytest.mark.parametrize("embedded", [False, True])
-@MAPPINGS
 def test_flux_pipeline(embedded):
     pipeline = cases.flux_pipeline(guidance_embeds=embedded)
     options = {"max_sequence_length": 8, "size": 16}
@@ -315,7 +312,7 @@ def test_bad_input_is_refused_in_one_line():
 
 
 @pytest.mark.parametrize("loss", [DenoisingLoss(0.3), AlignedLoss(2.0), ModelGuidanceLoss(0.45, dropout=0.3)])
-@pytest.mark.parametrize("kind", ["text", pytest.param("several", marks=MAPPINGS), "classes", "dit"])
+@pytest.mark.parametrize("kind", ["text", "several", "classes", "dit"])
 def test_every_loss_trains_every_kind(loss, kind):
     "Embeddings as conditions through one loop: the loss falls, the null condition stays, EMA is of the same class."
     text, latents = torch.randn(4, 5, 8), torch.randn(4, 4, 8, 8)

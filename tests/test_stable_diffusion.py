@@ -32,6 +32,7 @@ from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.cli.app import app
 from guidance_nb.cli.recipe import FineTuning, override, read_recipe, recipe_names
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_nfe
+from guidance_nb.engine.run import Engine
 from guidance_nb.interop.captions import cache_captioned, load_cached, load_captioned
 from guidance_nb.interop.grids import clip_score, compare_scales
 from guidance_nb.interop.schedulers import scheduler_times
@@ -49,7 +50,6 @@ from guidance_nb.interop.text_denoiser import (
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.paths import FlowPath
 from guidance_nb.samplers import sample
-from guidance_nb.engine.run import Engine
 from guidance_nb.training import DenoisingLoss, LossContext, train
 
 diffusers.utils.logging.set_verbosity_error()
@@ -131,7 +131,7 @@ def test_a_real_dataset_gives_what_its_folder_gives(folder):
     assert theirs.labels.tolist() == ours.labels.tolist() == [0, 1, 2] * 3
     assert torch.equal(theirs.images(torch.arange(9)), ours.images(torch.arange(9)))
     assert load_captioned(dataset, 8).images(torch.arange(2)).shape == (2, 3, 8, 8)
-    with pytest.raises(ValueError, match="column of dataset .* = 'caption'; allowed: 'image', 'text'"):
+    with pytest.raises(ValueError, match=r"column of dataset .* = 'caption'; allowed: 'image', 'text'"):
         load_captioned(dataset, column="caption")
     gap = datasets.Dataset.from_dict({**columns, "text": [*columns["text"][:-1], " "]})
     with pytest.raises(ValueError, match=r"caption of picture 8 of dataset .* = ' '; allowed: text"):
@@ -165,7 +165,7 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="size = 0"):
         load_captioned(tmp_path, 0)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="pictures = .none in "):
+    with pytest.raises(ValueError, match=r"pictures = .none in "):
         load_captioned(tmp_path / "none")
 
 
@@ -191,7 +191,7 @@ def test_cache_goes_on_and_tells_damage(pipeline, folder, tmp_path):
     assert shard.stat().st_mtime_ns == before
     other = copy.copy(pipeline)
     other.text_encoder = CLIPTextModel(CLIPTextConfig(**TOWER, **WORDS))
-    with pytest.raises(FileExistsError, match="was made with encoder"):
+    with pytest.raises(ValueError, match="was made with encoder"):
         cache_captioned(folder, tmp_path, other, progress=False)
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"text-00000\.safetensors is damaged"):
@@ -425,7 +425,8 @@ def test_every_recipe_runs_from_the_command_line(name, folder, saved, tmp_path):
 def test_command_line_goes_on_and_refuses(folder, saved, tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(
-        f'pipeline = "{saved}"\ndata = "{folder}"\n[method]\nname = "aligned_loss"\nscale = 2.0\n[training]\nsave_every = 1\n'
+        f'pipeline = "{saved}"\ndata = "{folder}"\n[method]\nname = "aligned_loss"\nscale = 2.0\n'
+        "[training]\nsave_every = 1\n"
     )
     assert call(file, "--out", tmp_path / "run", *TINY).exit_code == 0
     run = call(file, "--out", tmp_path / "run", *TINY[:2], "--steps", 4, *TINY[4:])
@@ -481,7 +482,7 @@ def test_too_little_memory_names_the_knobs(folder, saved, tmp_path, monkeypatch)
     told = str(error.value)
     for knob in (
         "batch_size",
-        "accumulate = 2",
+        "gradient_accumulation_steps = 2",
         "gradient_checkpointing = true",
         "two_stage = true",
         "lora_rank = 16",
@@ -508,5 +509,5 @@ def test_recipes_are_read_strictly(tmp_path):
         with pytest.raises(ValueError, match=told):
             read_recipe(tmp_path / "bad.toml", kind=FineTuning)
     baked = recipe("x", "y", method="model_guidance", scale=0)
-    with pytest.raises(ValueError, match="scale = 0.0; allowed: above 0"):
+    with pytest.raises(ValueError, match=r"scale = 0.0; allowed: above 0"):
         next(finetune(baked, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""How the networks of diffusers are called: the names of their conditions, Flux's patches, the scale some of them take."""
+"""How the networks of diffusers are called: names of conditions, Flux's patches, the scale that some take."""
 
 import math
 from collections.abc import Mapping

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, check_whole, differences, require
+from guidance_nb._checks import check_choice, check_whole, require
 from guidance_nb._files import digest, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
 from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
 from guidance_nb.images.latents import (
     LatentData,
-    check_shard,
     encode_folder,
+    find_shard,
     load_latents,
     open_shard,
     write_shard,
@@ -158,15 +158,12 @@ def cache_text(
 
     def make(number: int) -> dict[str, Any]:
         path, first = out / f"text-{number:05d}.safetensors", number * shard_rows
-        if path.exists():
-            if found := next(differences(open_shard(path)[1], settings), None):
-                key, was, now = found
-                raise FileExistsError(f"{path} was made with {key} = {was!r}, not {now!r}; allowed: another folder")
-            return check_shard(path)
+        if kept := find_shard(path, settings):
+            return kept
         rows = texts[first : first + shard_rows]
         batches = [parts.encode(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-        kept = torch.cat([c.to("cpu", getattr(torch, dtype)) for c in batches])  # type: ignore[union-attr]
-        return write_shard(path, kept, torch.arange(first, first + len(rows)), settings)
+        embedded = torch.cat([c.to("cpu", getattr(torch, dtype)) for c in batches])  # type: ignore[union-attr]
+        return write_shard(path, embedded, torch.arange(first, first + len(rows)), settings)
 
     numbers = range(rank, -(-len(texts) // shard_rows), world)
     made = in_all_processes(lambda: [make(number) for number in numbers], world)

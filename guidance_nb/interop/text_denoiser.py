@@ -1,4 +1,4 @@
-"""The network of Stable Diffusion to be trained, with LoRA or an input for the scale, and as an ordinary pipeline again."""
+"""The network of Stable Diffusion to be trained, with LoRA or an input for the scale, and as a pipeline again."""
 
 import copy
 from collections.abc import Sequence
