@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_conditional, check_number, require
+from ._conditions import repeat
 from .denoisers import NetworkDenoiser
 from .training import LossContext
 
@@ -34,7 +35,7 @@ class AlignedLoss:
         t, eps = context.times(x0), context.noise(x0)
         x, y = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
         drop = torch.arange(2 * len(x), device=x.device) >= len(x)  # second half without condition
-        e_c, e_u = model.output(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c, c]), drop=drop).chunk(2)
+        e_c, e_u = model.output(torch.cat([x, x]), torch.cat([t, t]), repeat(c, 2), drop=drop).chunk(2)
         error = (y - (e_u + self.scale * (e_c - e_u))).square()
         if self.anchor:
             error = error + self.anchor * (y - e_u).square()

@@ -26,6 +26,7 @@ from guidance_nb._checks import (
     check_whole,
     require,
 )
+from ._conditions import Condition, repeat, take_rows
 from ._modes import eval_mode
 from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction
 from .guidance import Scale
@@ -41,7 +42,7 @@ def _guidance_direction(
     teacher: NetworkDenoiser,  # The network that is asked
     x: Tensor,  # Noisy data, `[batch, ...]`
     t: Tensor,  # Times, `[batch]`
-    c: Tensor,  # Labels, `[batch]`
+    c: Condition,  # Labels `[batch]`, or embeddings
     unconditional: _Negative = "null",  # What is subtracted
     classifier: nn.Module | None = None,  # For "posterior": `classifier(x, t)` gives logits `[batch, num_classes]`
     generator: torch.Generator | None = None,  # For "contrastive": draws the other class
@@ -51,9 +52,9 @@ def _guidance_direction(
     n, size = teacher.num_classes, len(x)
     pair = unconditional in ("null", "contrastive")
     copies, drop = (2 if pair else n), None
-    labels = torch.cat([c, c]) if pair else torch.arange(n).to(c).repeat_interleave(size)
+    labels = repeat(c, 2) if pair else torch.arange(n).to(c).repeat_interleave(size)
     if unconditional == "null":
-        drop = torch.arange(2 * size, device=c.device) >= size
+        drop = torch.arange(2 * size, device=x.device) >= size
     if unconditional == "contrastive":
         ahead = torch.randint(1, n, (size,), generator=generator) if ahead is None else ahead
         labels[size:] = (c + ahead.to(c)) % n
@@ -139,7 +140,8 @@ class ModelGuidanceLoss:
         if context.step >= self.start_step and len(w[rows]):
             teacher = {"ema": context.ema, "online": model, "frozen": self.frozen}[self.target]
             ahead = context.integers(x0, 1, model.num_classes)[rows] if self.unconditional == "contrastive" else None
-            d = _guidance_direction(teacher, x[rows], t[rows], c[rows], self.unconditional, self.classifier, None, ahead)
+            negative = self.unconditional, self.classifier, None, ahead
+            d = _guidance_direction(teacher, x[rows], t[rows], take_rows(c, rows), *negative)
             target[rows] += expand_time(w[rows], d) * d
         return (y - target).square().flatten(1).mean(1)
 
