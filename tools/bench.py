@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from guidance_nb import __version__
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, choose_batching, count_nfe
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, _one_pass, count_nfe
 from guidance_nb.engine.cost import count_loss_nfe, find_chip, mfu, network_cost, training_flops
 from guidance_nb.engine.run import Engine
 from guidance_nb.images.features import CifarResNet, extract, resnet_extractor
@@ -302,7 +302,8 @@ def batching(sizes: Sizes) -> Iterator[Pair]:
     model = build_model(sizes)
     for n in sizes.pairs:
         x = torch.randn((n, *sizes.shape), generator=torch.Generator().manual_seed(0)).to(sizes.device)
-        c, t, chosen = labels(n).to(sizes.device), torch.tensor(0.5), choose_batching("auto", x)
+        c, t = labels(n).to(sizes.device), torch.tensor(0.5)
+        chosen = "batched" if _one_pass("auto", x) else "sequential"
         times = max(1, sizes.samples // n)
 
         @torch.no_grad()
