@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from guidance_nb._extras import extra
+
 T = TypeVar("T")
 J = TypeVar("J")
 
@@ -19,7 +21,8 @@ def find_processes(
     "The processes that Accelerate or torchrun started, (0, 1) for one."
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and not torch.distributed.is_initialized():
-        from accelerate.state import PartialState
+        with extra("engine"):
+            from accelerate.state import PartialState
 
         PartialState(cpu=device.type == "cpu")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

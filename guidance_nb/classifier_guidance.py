@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ._extras import extra
 from ._checks import check_choice
 from .denoisers import Denoiser, Prediction, check_inputs
 from .guidance import Claims, Guidance, Scale, shift_prediction
@@ -97,7 +98,8 @@ def classifier_report(
     seed: int = 0,  # Seed of points and noise
 ) -> Any:  # Table with a row per time; `gradient` is the root mean square of grad log p(label | x_t)
     "Accuracy, calibration error and gradient of a noise-aware classifier by noise level, as a pandas table."
-    import pandas as pd
+    with extra("plots"):
+        import pandas as pd
 
     generator = torch.Generator().manual_seed(seed)
     x0, c = sample_mixture(data, n, generator) if isinstance(data, Mixture) else data

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._extras import extra
 from ._checks import check_number, check_scale, check_whole, require
 from ._random import keyed_noise
 from .classifier_free_guidance import ClassifierFreeGuidance
@@ -144,7 +145,8 @@ def _attention_layers(
     model: nn.Module,  # Any model or network
 ) -> dict[str, Any]:  # Its self-attention layers by name, in order
     "The self-attention layers of `diffusers` networks inside a model."
-    from diffusers.models.attention_processor import Attention
+    with extra("diffusers"):
+        from diffusers.models.attention_processor import Attention
 
     return {
         name: part
@@ -157,7 +159,8 @@ def _skippable_layers(
     model: nn.Module,  # Any model or network
 ) -> dict[str, Any]:  # Layers that may be left out, by name, in order
     "Transformer blocks of `diffusers` networks, and attention layers with a residual of their own, as in its U-Nets."
-    from diffusers.models.attention import BasicTransformerBlock
+    with extra("diffusers"):
+        from diffusers.models.attention import BasicTransformerBlock
 
     attention = _attention_layers(model)
     return {

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._extras import extra
+
 # %% ../nbs/26_which_guidance.ipynb #4d54c988
 from .comparison import Problem, load_problem, score_fractal
 from .denoisers import Denoiser, NetworkDenoiser, count_nfe, record_nfe
@@ -228,7 +230,8 @@ def run_family(
     **options: Any,  # `samples`, `budget` and `steps` of family_rows
 ) -> None:
     "Run the family and keep every row as soon as it is made."
-    from pandas import DataFrame, read_csv
+    with extra("plots"):
+        from pandas import DataFrame, read_csv
 
     file = Path(file)
     for kind in kinds:

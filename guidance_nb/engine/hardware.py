@@ -45,7 +45,8 @@ def check_compiler() -> None:
 def check_tracker(tracker: str | None, folder: str | os.PathLike | None) -> None:
     """Refuse a tracker that is not installed, or has no place to write."""
     if tracker is not None:
-        from accelerate.tracking import get_available_trackers
+        with extra("engine"):
+            from accelerate.tracking import get_available_trackers
 
         check_choice("tracker", tracker, [*sorted(str(name) for name in get_available_trackers()), None])
         require(folder is not None, "tracker", tracker, "None without a folder, which takes the log")
@@ -55,8 +56,9 @@ def open_accelerator(engine: "Engine") -> "Accelerator":
     """Find the device, the precision and the other processes, and set up how they share the work."""
     with extra("engine"):
         from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+    with extra("engine"):
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     cpu = engine.cpu or (launched > 1 and not torch.accelerator.is_available())
@@ -82,8 +84,9 @@ def open_accelerator(engine: "Engine") -> "Accelerator":
 
 def _prepare_sharding(accelerator: "Accelerator", engine: "Engine") -> None:
     """Set FSDP2 up where it is asked for, and refuse what does not work with it, and other ways to divide a model."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    with extra("engine"):
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     state: Any = accelerator.state

@@ -106,7 +106,8 @@ class LiveView:
 
     def draw(self, change: object = None) -> None:
         """Show the moment that the frame slider says, on a figure that no other plot knows of."""
-        from matplotlib.figure import Figure
+        with extra("plots"):
+            from matplotlib.figure import Figure
 
         figure, file = Figure(figsize=(4, 4), layout="constrained"), io.BytesIO()
         draw_run(*self.chosen(), self.run, self.frame.value, figure.subplots())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._extras import extra
 from guidance_nb._files import digest, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
 from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
@@ -84,7 +85,8 @@ class DatasetPictures:
 
     def one(self, i: int) -> Tensor:
         "Picture i, uint8 `[3, height, width]`."
-        from torchvision.transforms.functional import pil_to_tensor
+        with extra("images"):
+            from torchvision.transforms.functional import pil_to_tensor
 
         try:
             picture = as_shown(self.dataset[i][self.column], 3)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from guidance_nb._checks import require
 from guidance_nb._conditions import Condition, drop_rows, null_rows
+from guidance_nb._extras import extra
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
 from guidance_nb.images.latents import undo_scaling
 from guidance_nb.interop._networks import (
@@ -47,7 +48,8 @@ def open_pipeline(
     "A pipeline of `diffusers`; one that cannot be opened is a `ValueError`."
     if not isinstance(source, str | Path):
         return source
-    from diffusers import DiffusionPipeline
+    with extra("diffusers"):
+        from diffusers import DiffusionPipeline
 
     with opening("pipeline", source):
         return DiffusionPipeline.from_pretrained(str(source))

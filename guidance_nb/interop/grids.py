@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidance_nb._checks import require
+from guidance_nb._extras import extra
 from guidance_nb._files import write_aside
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, count_nfe
@@ -28,7 +29,8 @@ def load_clip(
     "A CLIP of `transformers`; one that cannot be loaded is a `ValueError`."
     if not isinstance(source, str | Path):
         return source
-    from transformers import CLIPModel, CLIPProcessor
+    with extra("sd"):
+        from transformers import CLIPModel, CLIPProcessor
 
     with opening("clip", source):
         return CLIPModel.from_pretrained(str(source)).eval(), CLIPProcessor.from_pretrained(str(source))
@@ -42,7 +44,8 @@ def clip_score(
     batch_size: int = 32,  # Pictures at a time
 ) -> Tensor:  # `[n]`, 0 to 100
     "Agreement of pictures with texts, eq. (4) (arXiv 2104.08718, with the factor of torchmetrics)."
-    from torchvision.transforms.functional import to_pil_image
+    with extra("images"):
+        from torchvision.transforms.functional import to_pil_image
 
     require(len(images) == len(prompts), "prompts", f"{len(prompts)} for {len(images)} images", "one an image")
     model, processor = load_clip(clip)
@@ -93,8 +96,9 @@ def save_grid(
     out: Path,  # Folder for grid.png and grid.csv
 ) -> None:
     "Write a grid, one row for each model and scale and one column for each prompt, and its table."
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
+    with extra("images"):
+        from torchvision.transforms.functional import to_pil_image
+        from torchvision.utils import make_grid
 
     with write_aside(out / "grid.csv") as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]))

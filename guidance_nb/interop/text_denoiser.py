@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._extras import extra
 from guidance_nb._files import write_aside
 from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
@@ -74,7 +75,8 @@ def add_lora(
     seed: int = 0,  # Seed of the additions
 ) -> None:
     "Freeze a network and add low-rank matrices to some of its layers, in place (arXiv 2106.09685)."
-    from peft import LoraConfig
+    with extra("sd"):
+        from peft import LoraConfig
 
     check_whole("rank", rank, 1)
     names = [name for name, _ in net.named_modules()]
@@ -145,7 +147,8 @@ def load_text_denoiser(
 
 
 def _read_parts(source: str) -> tuple[Any, Any]:
-    import diffusers
+    with extra("diffusers"):
+        import diffusers
 
     with opening("pipeline", source):
         kinds = diffusers.DiffusionPipeline.load_config(source)
@@ -243,9 +246,11 @@ def save_lora(
     folder: str | Path,  # Folder to write
 ) -> None:
     "Write LoRA's additions as `load_lora_weights` of `diffusers` reads them."
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import get_peft_model_state_dict
+    with extra("diffusers"):
+        from diffusers import StableDiffusionPipeline
+        from diffusers.utils import convert_state_dict_to_diffusers
+    with extra("sd"):
+        from peft import get_peft_model_state_dict
 
     require(getattr(model.net, "peft_config", None), "LoRA layers", None, "a network trained with lora_rank")
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.net))
