@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 
-def digest(
-    *parts: "str | bytes | Path | Tensor | np.ndarray",  # Text, bytes, the content of a file, the numbers of a tensor
-) -> str:  # Hexadecimal
+def digest(*parts: "str | bytes | Path | Tensor | np.ndarray") -> str:
     "SHA-256 of all parts, one after another."
     found = hashlib.sha256()
     for part in parts:
@@ -34,17 +32,13 @@ def digest(
     return found.hexdigest()
 
 
-def weights_digest(
-    state: Mapping[str, Tensor],  # What `state_dict` gives
-) -> str:  # Hexadecimal
+def weights_digest(state: Mapping[str, Tensor]) -> str:
     "SHA-256 of weights by name: names, types, shapes and numbers."
     named = sorted(state.items())
     return digest(*(p for key, x in named for p in (f"{key} {x.dtype} {tuple(x.shape)}", x)))
 
 
-def force_to_disk(
-    path: Path,  # A file, or a folder whose names are meant
-) -> None:
+def force_to_disk(path: Path) -> None:
     "Wait until the disk has it."
     if path.is_dir() and os.name == "nt":
         return  # Windows has no such call for folders
@@ -55,9 +49,7 @@ def force_to_disk(
         os.close(handle)
 
 
-def remove(
-    path: Path,  # A file, a link, a folder with all in it, or nothing
-) -> None:
+def remove(path: Path) -> None:
     "Remove what is there; a folder disappears under its name at once, then its files go."
     if path.is_dir() and not path.is_symlink():
         hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -68,9 +60,7 @@ def remove(
         path.unlink(missing_ok=True)
 
 
-def read_text(
-    path: Path,  # A text file
-) -> str:  # Its content, without the byte order mark that some editors put first
+def read_text(path: Path) -> str:
     "Text in UTF-8; another encoding, and what is no regular file, is a `ValueError` that names the file."
     if not path.is_file():
         raise ValueError(f"{path} is no regular file; allowed: a text file that is there")
@@ -81,9 +71,7 @@ def read_text(
 
 
 @contextmanager
-def write_aside(
-    path: Path,  # File or folder that will stand there
-) -> Iterator[Path]:  # A temporary name beside it, to write to
+def write_aside(path: Path) -> Iterator[Path]:
     "Write under a temporary name, wait for the disk, and rename; a failure leaves what was there."
     path.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (path.parent / f".{path.name}.{os.getpid()}.{end}" for end in ("tmp", "old"))
@@ -108,19 +96,13 @@ def write_aside(
         remove(aside)
 
 
-def write_file(
-    path: Path,  # File that will stand there
-    content: str | bytes,  # What it will hold; text as UTF-8
-) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     "Write a small file whole or not at all."
     with write_aside(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def clean_remnants(
-    folder: Path,  # Where `write_aside` has written
-    pattern: str = "*",  # Names that were to be written, as `glob` takes them
-) -> None:
+def clean_remnants(folder: Path, pattern: str = "*") -> None:
     "Remove what killed processes left half-written; a process that lives keeps its own."
     for path in folder.glob(f".{pattern}.*"):
         owner = re.search(r"\.(\d+)\.(tmp|old)$", path.name)
@@ -142,10 +124,7 @@ def _lives(process: int) -> bool:
 
 
 @contextmanager
-def locked(
-    path: Path,  # An existing folder, or a file of its own, which is made and stays
-    wait: bool = True,  # Whether to wait for another owner; if not, BlockingIOError
-) -> Iterator[None]:
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
     "Let one owner at a time work, where the system has such locks; a killed owner leaves none behind."
     try:
         import fcntl

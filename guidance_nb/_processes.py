@@ -15,9 +15,7 @@ T = TypeVar("T")
 J = TypeVar("J")
 
 
-def find_processes(
-    device: torch.device,  # Where the work will be done
-) -> tuple[int, int]:  # This process's number, and their number
+def find_processes(device: torch.device) -> tuple[int, int]:
     "The processes that Accelerate or torchrun started, (0, 1) for one."
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and not torch.distributed.is_initialized():
@@ -30,10 +28,7 @@ def find_processes(
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def in_all_processes(
-    action: Callable[[], T],  # This process's part
-    world: int,  # Number of processes
-) -> list[T]:  # The results of all, in every process
+def in_all_processes(action: Callable[[], T], world: int) -> list[T]:
     "Let every process do its part and give all results to all; the first error is raised everywhere."
     if world == 1:
         return [action()]
@@ -50,11 +45,7 @@ def in_all_processes(
     return [result for result, _ in outcomes]
 
 
-def on_main(
-    action: Callable[[], T],  # What only one process should do, such as writing a file
-    rank: int,  # This process's number
-    world: int,  # Number of processes
-) -> T:  # The action's result, in every process
+def on_main(action: Callable[[], T], rank: int, world: int) -> T:
     "Let the main process act and give every process its result, or its error."
     return in_all_processes(action if rank == 0 else lambda: None, world)[0]  # type: ignore[return-value]
 
@@ -96,20 +87,14 @@ def share_rows(
     return {key: _gather(made.get(key, form).to(where), sizes) for key, form in forms.items()}
 
 
-def destroy_process_group(
-    failed: bool = False,  # Whether an error ends the work; then other processes may be waiting for this one
-) -> None:
+def destroy_process_group(failed: bool = False) -> None:
     "Part from the other processes, if there are any: threads of theirs that outlive Python can abort it at its end."
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several and (not failed or torch.distributed.get_backend() == "gloo"):
         torch.distributed.destroy_process_group()
 
 
-def prefetch(
-    make: Callable[[J], T],  # Turns a job into a batch
-    jobs: Iterable[J],  # Jobs, in order
-    depth: int = 2,  # Batches made ahead
-) -> Generator[T, None, None]:  # Batches, in the order of the jobs
+def prefetch(make: Callable[[J], T], jobs: Iterable[J], depth: int = 2) -> Generator[T, None, None]:
     "Make batches in a thread, ahead of their use; ends the thread when it is closed or a batch fails."
     waiting: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(1)

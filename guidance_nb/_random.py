@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from guidance_nb._checks import check_whole
 
 
-def keyed_generator(
-    *key: int,  # Whole numbers
-    device: str | torch.device = "cpu",  # Where the numbers are drawn; the stream depends on the kind of device
-) -> torch.Generator:
+def keyed_generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
     "A generator that is a function of whole numbers alone."
     state = 0
     for number in key:  # splitmix64, so that neighbouring keys give unrelated streams
@@ -24,12 +21,7 @@ def keyed_generator(
     return torch.Generator(device).manual_seed(state % 2**63)
 
 
-def keyed_noise(
-    seed: int,  # Seed of the whole run
-    start: int,  # Index of the first sample
-    shape: tuple[int, ...],  # Shape of the result, `[n, ...]`
-    step: int = 0,  # Step of the sampler; 0 is the initial noise
-) -> Tensor:  # Standard normal noise, float32 on the CPU; row i depends on (seed, start + i, step) alone
+def keyed_noise(seed: int, start: int, shape: tuple[int, ...], step: int = 0) -> Tensor:
     "Noise keyed by sample index, so that batching never changes a sample."
     check_whole("seed", seed, 0, 2**64 - 1)
     check_whole("start", start)
@@ -45,14 +37,7 @@ def keyed_noise(
 class NoiseSource:
     "Keyed noise for samples `start`, `start + 1`, ...: the n-th call gives the noise of step n, from 0."
 
-    def __init__(
-        self,
-        seed: int,  # Seed of the whole run
-        start: int,  # Index of the first sample
-        shape: tuple[int, ...],  # Shape of each draw, `[n, ...]`
-        device: torch.device,  # Where the noise is needed
-        dtype: torch.dtype,  # Its precision
-    ):
+    def __init__(self, seed: int, start: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
         self.seed, self.start, self.shape, self.place, self.step = seed, start, shape, (device, dtype), 0
 
     def __call__(self) -> Tensor:
@@ -61,13 +46,7 @@ class NoiseSource:
         return keyed_noise(self.seed, self.start, self.shape, self.step - 1).to(*self.place)
 
 
-def visiting_order(
-    size: int,  # Number of samples
-    batch_size: int,  # Samples per batch
-    seed: int,  # Seed of the order
-    steps: int,  # Number of batches of the whole run
-    start: int = 0,  # First batch wanted
-) -> Iterator[Tensor]:  # Indices `[batch_size]`
+def visiting_order(size: int, batch_size: int, seed: int, steps: int, start: int = 0) -> Iterator[Tensor]:
     "Indices of batches `start` to `steps`: consecutive pieces of one shuffled epoch after another."
     epoch, skip = divmod(start * batch_size, size)
     order = torch.randperm(size, generator=keyed_generator(seed, 2, epoch))[skip:]
@@ -80,18 +59,13 @@ def visiting_order(
 
 
 @contextmanager
-def keyed_global_rng(
-    device: torch.device,  # Where the work is done
-    *key: int,  # Whole numbers
-) -> Iterator[None]:
+def keyed_global_rng(device: torch.device, *key: int) -> Iterator[None]:
     "Let PyTorch's global generators be functions of a key inside a `with` block, and leave them untouched."
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(keyed_generator(*key).initial_seed())
         yield
 
 
-def has_dropout(
-    model: nn.Module,  # Any model
-) -> bool:
+def has_dropout(model: nn.Module) -> bool:
     "Whether layers of a model draw from PyTorch's global generators when it trains."
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())

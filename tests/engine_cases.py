@@ -159,7 +159,7 @@ def in_turn(folder: Path, steps: str, every: str, *names: str) -> None:
 
 def signalled(folder: Path, name: str, moment: str) -> None:
     "A run that gets a signal in step 7, or after step 6."
-    model, loss, data, options = case("plain")
+    model, _loss, data, options = case("plain")
 
     class Signalled(DenoisingLoss):
         def __call__(self, *args):
@@ -212,7 +212,9 @@ def without_space(folder: Path) -> None:
         finish(run)
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print(json.dumps({"error": str(error), "left": sorted(path.name for path in (folder / "plain").glob("*step*"))}))
+        print(
+            json.dumps({"error": str(error), "left": sorted(path.name for path in (folder / "plain").glob("*step*"))})
+        )
 
 
 def one_of_two(folder: Path) -> None:
@@ -221,7 +223,9 @@ def one_of_two(folder: Path) -> None:
     rank, seen = place.process_index, {}
     assert place.num_processes == 2
     for name in ("plain", "fetch", "draw", "teacher", "scales", "buffers", "idle", "contrast"):
-        losses, state = finish(start(name, engine=Engine(precision="fp32", cpu=True, find_unused_parameters=name == "idle")))
+        losses, state = finish(
+            start(name, engine=Engine(precision="fp32", cpu=True, find_unused_parameters=name == "idle"))
+        )
         seen[name] = {"losses": losses, "ema": [p.flatten().tolist() for p in state.ema.parameters()]}
     run = start("passes", folder)
     seen["passes"] = {"losses": [next(run).loss for _ in range(6)]}

@@ -90,7 +90,11 @@ def test_every_share_draws_its_rows_of_the_whole():
 
 def test_runs_of_different_precision_and_passes_take_turns():
     "Accelerate's state is shared by all its users in a process; runs must not feel each other."
-    engines = [Engine(precision="bf16"), Engine(precision="fp32", gradient_accumulation_steps=2), Engine(precision="fp32")]
+    engines = [
+        Engine(precision="bf16"),
+        Engine(precision="fp32", gradient_accumulation_steps=2),
+        Engine(precision="fp32"),
+    ]
     alone = [finish(start("plain", engine=engine))[0] for engine in engines]
     runs = [start("plain", engine=engine) for engine in engines]
     together = [[] for _ in runs]
@@ -172,7 +176,9 @@ def follows_the_recursion(run, decay: float) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("engine", [None, Engine(precision="fp32", gradient_accumulation_steps=2), Engine(precision="bf16", clip=0.1)])
+@pytest.mark.parametrize(
+    "engine", [None, Engine(precision="fp32", gradient_accumulation_steps=2), Engine(precision="bf16", clip=0.1)]
+)
 def test_the_average_follows_its_recursion(engine):
     follows_the_recursion(image_run(engine=engine), 0.7)
 
@@ -227,7 +233,9 @@ def test_recomputed_activations_change_nothing_but_memory(network):
         assert again == losses
         assert all(torch.equal(p, q) for p, q in zip(other.ema.parameters(), state.ema.parameters()))
     assert kept[1] < 0.7 * kept[0]
-    with pytest.raises(ValueError, match="gradient_checkpointing = True; allowed: False for this network, which is none of diffusers"):
+    with pytest.raises(
+        ValueError, match="gradient_checkpointing = True; allowed: False for this network, which is none of diffusers"
+    ):
         next(start("plain", engine=Engine(gradient_checkpointing=True)))
 
 
@@ -376,13 +384,22 @@ def test_the_bar_shows_the_loss(capsys):
     ("call", "words"),
     [
         (lambda: Engine(precision="fp8"), "precision = 'fp8'; allowed: 'auto', 'fp32', 'bf16', 'fp16'"),
-        (lambda: Engine(gradient_accumulation_steps=0), "gradient_accumulation_steps = 0; allowed: a whole number, 1 or more"),
+        (
+            lambda: Engine(gradient_accumulation_steps=0),
+            "gradient_accumulation_steps = 0; allowed: a whole number, 1 or more",
+        ),
         (lambda: Engine(clip=-1.0), "clip = -1.0; allowed: None or a positive number"),
         (lambda: Engine(warmup=-1), "warmup = -1"),
         (lambda: Engine(weight_decay=math.inf), "weight_decay = inf"),
         (lambda: Engine(log_every=0), "log_every = 0"),
-        (lambda: next(start("plain", engine=Engine(precision="fp16"))), "precision = 'fp16'; allowed: 'auto', 'fp32', 'bf16' on a CPU"),
-        (lambda: next(start("plain", engine=Engine(gradient_accumulation_steps=3))), "batch_size = 16; allowed: a multiple of 1 "),
+        (
+            lambda: next(start("plain", engine=Engine(precision="fp16"))),
+            "precision = 'fp16'; allowed: 'auto', 'fp32', 'bf16' on a CPU",
+        ),
+        (
+            lambda: next(start("plain", engine=Engine(gradient_accumulation_steps=3))),
+            "batch_size = 16; allowed: a multiple of 1 ",
+        ),
         (lambda: next(start("plain", engine=Engine(warmup=12))), "warmup = 12; allowed: a whole number, 0 to 11"),
         (lambda: next(start("plain", engine=Engine(tracker="nope"))), "tracker = 'nope'; allowed: "),
         (lambda: next(batches(Shelf(*(p[:0] for p in points())), 4, 0, 1)), "samples of data = 0; allowed: 1 or more"),

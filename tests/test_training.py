@@ -125,13 +125,21 @@ def test_fourier_features_are_sines_of_doubling_frequency():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: train(Point(), to_one, (torch.ones(0, 1), None), 2, progress=False), ValueError, "samples of data = 0"),
+        (
+            lambda: train(Point(), to_one, (torch.ones(0, 1), None), 2, progress=False),
+            ValueError,
+            "samples of data = 0",
+        ),
         (
             lambda: train(Point(), to_one, (torch.full((4, 1), torch.nan), None), 2, progress=False),
             ValueError,
             "finite floating-point",
         ),
-        (lambda: train(Point(), to_one, (torch.ones(4, 1), torch.zeros(3)), 2, progress=False), ValueError, "labels of data = 3; allowed: 4"),
+        (
+            lambda: train(Point(), to_one, (torch.ones(4, 1), torch.zeros(3)), 2, progress=False),
+            ValueError,
+            "labels of data = 3; allowed: 4",
+        ),
         (lambda: train(Point(), to_one, ONES, 0, progress=False), ValueError, "steps = 0"),
         (lambda: train(Point(), to_one, ONES, 2, schedule="linear", progress=False), ValueError, "schedule = 'linear'"),
         (lambda: DenoisingLoss(-0.1), ValueError, "dropout = -0.1; allowed: 0 to 1"),

@@ -30,7 +30,7 @@ from guidance_nb.engine.checkpoints import (
     prune_checkpoints,
     read_checkpoint,
     write_checkpoint,
-)
+)  # fmt: skip
 from guidance_nb.engine.graphs import StepGraph
 from guidance_nb.engine.hardware import (
     LossModule,
@@ -40,7 +40,7 @@ from guidance_nb.engine.hardware import (
     full_tensor,
     open_accelerator,
     shard_like,
-)
+)  # fmt: skip
 from guidance_nb.engine.interrupts import stop_signals, stopped_by, uninterrupted
 from guidance_nb.training import Data, FetchData, LossContext, State, batches, ema_decay, learning_rate, update_ema
 
@@ -66,7 +66,7 @@ class Engine:
     compile: bool = False  # Whether to compile the network (`torch.compile`, in place)
     channels_last: bool = False  # Whether images and convolutions are kept channels last, as tensor cores prefer
     gradient_checkpointing: bool = False  # Whether blocks forget activations and compute them again (diffusers' alone)
-    cuda_graphs: bool = False  # Whether a step is recorded once as a CUDA graph and replayed, so that nothing is launched
+    cuda_graphs: bool = False  # Whether a step is recorded once as a CUDA graph and replayed
     clip: float | None = None  # Largest norm of the gradient; None for no clipping
     warmup: int = 0  # Steps of linear warm-up of the learning rate
     weight_decay: float = 0.0  # Decoupled weight decay
@@ -221,7 +221,9 @@ class Run:
         decay = ema_decay(self.step, s["ema"], s["ema_warmup"])
         self.decay = self.decay.fill_(decay) if isinstance(self.decay, Tensor) else decay
 
-    def forward_backward(self, x: Tensor, c: Condition | None, number: int, generator: torch.Generator | None = None) -> Tensor:
+    def forward_backward(
+        self, x: Tensor, c: Condition | None, number: int, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Forward and backward for one pass's part of the share; processes exchange gradients in the last pass."""
         passes, seed = self.engine.gradient_accumulation_steps, self.settings["seed"]
         process = self.accelerator.process_index
