@@ -66,7 +66,7 @@ class ClassifierGuidance(Guidance):
 
     def push(self, x: Tensor, t: Tensor, c: Tensor | None) -> Tensor | None:
         "The scaled gradient, eq. (2); None where no classifier is needed."
-        strength = self.scale_at(x, t) - self.conditional_base
+        strength = self.scale_at(x, t) - int(self.conditional_base)
         if c is None or (torch.as_tensor(strength) == 0).all():
             return None
         return strength * class_gradient(self.classifier, x, clamp_time(self.path, t), c)

@@ -474,6 +474,140 @@ def test_nests_in_another_guidance_and_on_another_path(name):
     assert_close(Prediction(*moved), Prediction(*expected), rtol=1e-7, atol=1e-7)
 
 
+def modes(model: nn.Module) -> list[bool]:
+    return [part.training for part in model.modules()]
+
+
+class Fragile(Denoiser):
+    "A model that breaks at low times, or is told to."
+
+    def __init__(self, model: Denoiser):
+        super().__init__(model.path, model.num_classes)
+        self.model, self.broken, self.asked = model, False, []
+
+    def forward(self, x, t, c=None):
+        self.asked.append(self.model.training)
+        if self.broken:
+            raise RuntimeError("broken")
+        return self.model(x, t, c)
+
+
+@each_case
+def test_the_training_mode_is_kept(name):
+    "Sampling asks the model in evaluation mode, and leaves every part in the mode it had, also after an error."
+    case = CASES[name]
+    model, x, _, c = setting(case)
+    inner = Fragile(model)
+    guided = case.make(inner, 1.5)
+    guided.train()
+    model.eval()
+    for part in (guided, inner):
+        part.training = True
+    before = modes(guided)
+    draw = partial(sample, guided, c, tuple(x.shape[1:]), "ddim", 3, progress=False, dtype=torch.float64)
+    draw()
+    assert modes(guided) == before and inner.asked and not any(inner.asked)
+    inner.broken = True
+    with pytest.raises(RuntimeError, match="broken"):
+        draw()
+    assert modes(guided) == before
+    inner.broken = False
+    guided(x, torch.tensor(0.5), c)
+    assert modes(guided) == before
+
+
+@each_case
+def test_works_in_inference_mode(name):
+    "Also where gradients are asked for, and with the same result."
+    case = CASES[name]
+    model, x, t, c = setting(case)
+    guided = case.make(model, 2.5)
+    with torch.inference_mode():
+        pair = guided(x.clone(), t.clone(), c.clone())
+        drawn = sample(guided, c.clone(), tuple(x.shape[1:]), "ddim", 3, progress=False)
+    assert_close(pair, guided(x, t, c), rtol=1e-12, atol=1e-12)
+    assert_close(drawn, sample(guided, c, tuple(x.shape[1:]), "ddim", 3, progress=False))
+
+
+class Halved(Denoiser):
+    "A model whose predictions have the precision of the state, as networks in 16 bits give them."
+
+    def __init__(self, model: Denoiser):
+        super().__init__(model.path, model.num_classes)
+        self.model = model
+
+    def forward(self, x, t, c=None):
+        pair = self.model(x.double(), t, c)
+        return Prediction(*(part.to(torch.float16).to(x.dtype) for part in pair))
+
+
+@each_case
+@pytest.mark.parametrize("size", [1.0, 60.0])
+def test_half_precision_is_enough(name, size):
+    "Predictions in 16 bits give what the same numbers give in 32, however many there are; sums of products overflow."
+    case = CASES[name]
+    if case.attention:
+        pytest.skip("recorded and broken layers belong to the network's own precision")
+    model, x, t, c = setting(case)
+    x, t = (size * x).half(), torch.full_like(t, 0.25)
+    guided = case.make(Halved(model), 2.5)
+    ours, expected = guided(x, t, c), guided(x.float(), t, c)
+    assert ours.x0.dtype == torch.float16
+    for one, other in zip(ours, expected):
+        assert one.isfinite().all()
+        assert (one.float() - other).abs().max() < 2e-3 * max(1.0, other.abs().max().item())
+
+
+@each_case
+def test_each_sample_has_its_own_scale(name):
+    "`[batch]` scales are scales of single samples: by themselves, with an interval, in batches, nested, on another path."
+    case = CASES[name]
+    model, x, t, c = setting(case)
+    scales = torch.linspace(0.5, 3.0, len(x), dtype=torch.float64)
+    scales[2] = 1.0
+    for options in ({}, {"interval": (0.3, 0.7)}):
+        together = case.make(model, scales, **options)(x, t, c)
+        for i, scale in enumerate(scales.tolist()):
+            row = slice(i, i + 1)
+            alone = case.make(model, scale, **options)(x[row], t[row], c[row])
+            assert_close((together.x0[i], together.eps[i]), (alone.x0[0], alone.eps[0]), rtol=1e-6, atol=1e-6)
+    guided = case.make(model, scales, interval=(0.2, 0.8))
+    draw = partial(sample, c=c, shape=tuple(x.shape[1:]), sampler="ddim", steps=4, progress=False, dtype=torch.float64)
+    whole = draw(guided)
+    for size in (1, 4):
+        assert_close(draw(guided, batch_size=size), whole, rtol=0, atol=1e-6)
+    if not case.step_only:
+        assert_close(draw(ClassifierFreeGuidance(guided, 1.0), batch_size=4), whole, rtol=0, atol=1e-6)
+    wrapped = OnPath(guided, VPPath("cosine"))
+    assert_close(draw(wrapped, batch_size=4), draw(wrapped), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="allowed"):
+        case.make(model, scales[:3])(x, t, c)
+
+
+@each_case
+def test_numbers_keep_their_precision(name):
+    "A scale is not rounded to 32 bits on the way: a number is as good as a float64 for every sample."
+    case = CASES[name]
+    model, x, t, c = setting(case)
+    number, exact = (case.make(model, s) for s in (2.7, torch.full((len(x),), 2.7, dtype=torch.float64)))
+    assert_close(number(x, t, c), exact(x, t, c), rtol=1e-12, atol=1e-12)
+
+
+@each_case
+@pytest.mark.parametrize("steps, first, last", [(10, 0.0, 0.3), (20, 0.1, 0.35), (40, 0.3, 0.7)])
+def test_interval_ends_on_the_grid_are_guided(name, steps, first, last):
+    "Times of the grid that equal an end up to a rounding are inside."
+    case = CASES[name]
+    model, x, _, c = setting(case, n=2)
+    guided, whole = case.make(model, 2.5, interval=(first, last)), case.make(model, 2.5)
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    for t in times[1:-1]:
+        inside = first - 1e-4 < t < last + 1e-4
+        for precise in (t, t.float().double()):
+            expected = (whole if inside else model)(x, precise, c)
+            assert_close(Prediction(*guided(x, precise, c)), Prediction(*expected), **TIGHT)
+
+
 @each_case
 def test_bad_input_is_refused_in_one_line(name):
     case = CASES[name]
