@@ -59,7 +59,7 @@ def test_badly_stored_notebooks_are_found(tmp_path):
     ("source", "places"),
     [
         ("from ..paths import Path", [("guidance_nb.paths", "top ")]),
-        ("def f():\n    with extra('images'):\n        import faiss", [("faiss", "function images")]),
+        ("def f():\n    with extra('images'):\n        import sklearn", [("sklearn", "function images")]),
         ("if TYPE_CHECKING:\n    from . import cost", [("guidance_nb.engine", "types ")]),
     ],
 )
@@ -70,7 +70,7 @@ def test_imports_are_found_where_they_stand(source, places):
 
 @pytest.mark.parametrize(
     ("root", "extra", "good"),
-    [("faiss", "images", True), ("faiss", "cli", True), ("faiss", "plots", False), ("fastcore", "dev", False)],
+    [("sklearn", "images", True), ("sklearn", "cli", True), ("sklearn", "plots", False), ("fastcore", "dev", False)],
 )
 def test_imports_of_others_want_their_extra(root, extra, good):
     assert (list(lint.foreign_problems("x.py:1", root, "function", extra)) == []) == good

@@ -345,6 +345,29 @@ def test_any_flipped_byte_is_noticed_and_any_truncation_at_once(place, tmp_path)
             open_shard(file)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+@pytest.mark.parametrize("name", [INDEX, shard_name(1)])
+@pytest.mark.parametrize("kind", ["empty", "foreign", "pipe", "folder", "Latin-1", "order mark"])
+def test_what_is_no_regular_file_or_no_text_is_named(place, tmp_path, name, kind):
+    for path in (place / "whole").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path, whole = tmp_path / name, (tmp_path / name).read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        content = {"empty": b"", "foreign": b"PK", "Latin-1": b"{\"a\": \"\xe9\"}", "order mark": b"\xef\xbb\xbf" + whole}
+        path.write_bytes(content[kind])
+    if kind == "order mark" and name == INDEX:
+        assert len(load_latents(tmp_path)) == 37
+        return
+    with pytest.raises(ValueError, match=r"latents|shard-00001|encoding") as error:
+        load_latents(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_damaged_and_foreign_indices(place, tmp_path):
     for path in (place / "whole").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -46,7 +46,7 @@ SEAMS: dict[str, set[str]] = {}
 CORE = {"torch", "numpy", "scipy", "tqdm", "safetensors", "torchdiffeq"}
 EXTRAS = {  # what others bring -> the extra of ours that installs it
     "matplotlib": "plots", "seaborn": "plots", "pandas": "plots",
-    "torchvision": "images", "PIL": "images", "faiss": "images", "torch_fidelity": "images", "sklearn": "images",
+    "torchvision": "images", "PIL": "images", "torch_fidelity": "images", "sklearn": "images",
     "accelerate": "engine", "diffusers": "diffusers", "huggingface_hub": "diffusers", "typer": "cli",
     "pydantic": "cli", "tomli": "cli", "peft": "sd", "transformers": "sd dinov2", "ipywidgets": "live",
 }  # fmt: skip
