@@ -1,55 +1,105 @@
-"""`guidance-nb`: thin commands over the functions of the notebooks."""
+"""`guidance-nb`: thin commands over the functions of the package, which are imported when a command is given."""
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
-
-import torch
-import typer
-from typer.core import TyperCommand
+from typing import TYPE_CHECKING, Annotated, Any
 
 from guidance_nb import __version__
-from guidance_nb.cli.recipes import (
-    Recipe,
-    Request,
-    baseline_row,
-    check_folder,
-    check_recipe,
-    complete_request,
-    describe_recipe,
-    describe_trained,
-    draw,
-    extract_reference_features,
-    find_feature_extractor,
-    find_key,
-    finish_sweep,
-    is_main,
-    is_metric,
-    latent_folder,
-    load_trained,
-    main_only,
-    point_facts,
-    postprocess,
-    read_recipe,
-    recipe_cost,
-    recipe_names,
-    score,
-    sweep,
-    sweep_points,
-    train_recipe,
-)
-from guidance_nb.comparison import run_tour, summary
-from guidance_nb.engine.sampling import extract_sharded
-from guidance_nb.images.data import SampleFile, load_samples, may_replace, save_samples
-from guidance_nb.images.features import INCEPTION
-from guidance_nb.images.latents import INDEX, encode_folder, read_index
-from guidance_nb.images.metrics import append_rows, column
-from guidance_nb.interop.stable_diffusion import finetune, finetuning_key, finetuning_names, read_finetuning
+from guidance_nb._checks import require
+from guidance_nb._extras import extra
+
+with extra("cli"):
+    import typer
+    from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from guidance_nb.cli.recipe import Recipe
+    from guidance_nb.cli.run import Trained
+    from guidance_nb.images.data import SampleFile
+
+__all__: list[str] = []
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+
+
+def parse_words(
+    words: list[str],  # What follows a command: places, and --key value, --key=value, --switch, --no-switch
+    find: Callable[[str], str],  # The full key that a name stands for
+    is_switch: Callable[[str], bool] = lambda key: False,  # Whether a key is true or false
+) -> tuple[list[str], dict[str, Any]]:  # Places, and values by key
+    "Read flags that name keys, each of them once."
+    places, flags, rest = list[str](), dict[str, Any](), deque(words)
+    while rest:
+        word = rest.popleft()
+        if not word.startswith("--"):
+            places.append(word)
+            continue
+        name, given, value = word[2:].partition("=")
+        off = name.startswith("no-") and not given
+        key = find(name.removeprefix("no-") if off else name)
+        if off or (is_switch(key) and not given and (not rest or rest[0] not in ("true", "false"))):
+            require(is_switch(key), "flag", word, f"--{key} value")
+            value = str(not off).lower()
+        elif not given:
+            fine = rest and not rest[0].startswith("--")
+            value = rest.popleft() if fine else ""
+            if not fine:
+                raise ValueError(f"{word} has no value; allowed: {word} value")
+        require(key not in flags, f"--{key}", value, f"once, and {flags.get(key)!r} was given before")
+        flags[key] = value
+    return places, flags
+
+
+def parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, dict[str, Any]]:
+    "The one place of a command and its flags, which name keys of a table of this `kind`."
+    from guidance_nb.cli.recipe import find_key, is_switch
+
+    words = [first, *context.args]
+    places, flags = parse_words(words, lambda name: find_key(name, kind), lambda key: is_switch(key, kind))
+    if len(places) != 1:
+        raise ValueError(f"unexpected {places[1]!r}; allowed: --key value" if places else "a name is missing")
+    return places[0], flags
+
+
+class Command(TyperCommand):
+    "A command whose options are given once, and not empty."
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        "Refuse what would be silently replaced or read as nothing."
+        if not {"--help", "--install-completion"} & set(args):
+            given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            names = [part.name for part in order if part.param_type_name == "option"]
+            for name in names:
+                require(names.count(name) == 1, f"--{name}", given[name], "once, and it is given twice")
+                require(given[name] != "", f"--{name}", "", "a value")
+        return super().parse_args(ctx, args)
+
+
+class KeyCommand(Command):
+    "A command that takes keys as flags; its help ends with them and, for recipes, with the recipes that there are."
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        "Write the help."
+        from guidance_nb.cli.recipe import FineTuning, Recipe, read_recipe, recipe_keys, recipe_names
+        from guidance_nb.cli.run import Request
+
+        kind: Any = {"sample": Request, "sweep": Request, "finetune": FineTuning}.get(str(self.name), Recipe)
+        keys = [f"--{name.replace('_', '-')}: {meaning}." for name, meaning in recipe_keys(kind).items()]
+        names = recipe_names(kind) if kind is not Request else []
+        known = [f"{name}: {read_recipe(name, kind=kind).title}." for name in names]
+        parts = [*(["Recipes:"] if known else []), *known, "Keys, which are flags, too:", *keys]
+        self.epilog = "\n\n".join(parts)
+        super().format_help(ctx, formatter)
+
+
+KEYS: dict[str, Any] = {
+    "cls": KeyCommand,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
 
 
 def show_version(wanted: bool) -> None:
@@ -68,17 +118,48 @@ def common(
     "Guidance in diffusion and flow models: learn, compare and use five methods."
 
 
-def parse_scales(
-    text: str,  # Numbers separated by commas
-) -> tuple[float, ...]:  # The scales
-    "Read a list of scales."
+def parse_numbers(name: str, text: str, kind: type = float) -> tuple[Any, ...]:
+    "Read a list of numbers of a `kind`; `name` is the option's, for the message."
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise ValueError(f"scales = {text!r}; allowed: numbers separated by commas, such as 1,2,3") from None
+        words = "numbers" if kind is float else "whole numbers"
+        raise ValueError(f"{name} = {text!r}; allowed: {words} separated by commas, such as 1,2,3") from None
 
 
-@app.command()
+@contextmanager
+def interruptible(advice: str) -> Iterator[None]:
+    "On Ctrl-C, give the `advice` what is kept and what to do, and exit with 130."
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"guidance-nb: interrupted; {advice}", err=True)
+        raise typer.Exit(130) from None
+
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")]
+Split = Annotated[str, typer.Option(help="train or test, of mnist and cifar10.")]
+Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or the folder of a run.")]
+Classifier = Annotated[
+    str | None, typer.Option(help="Guide by this classifier checkpoint instead of by the null label.")
+]
+SampleOut = Annotated[Path, typer.Option(help="An .npz file, a .png for one picture of all, or a folder for PNGs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace samples that are there.")]
+Samples = Annotated[str, typer.Argument(help="Samples of any origin: .npz, or a folder of images.")]
+FeatureExtractor = Annotated[
+    str,
+    typer.Option(
+        "--features", help="inception-v3-compat, resnet20, resnet56, or a classifier's checkpoint."
+    ),
+]
+Weights = Annotated[str | None, typer.Option(help="Local file with the weights of a named feature extractor.")]
+RealData = Annotated[
+    str, typer.Option("--reference", help="mnist, cifar10, images (.npz, or a folder, resized), or ADM statistics.")
+]
+
+
+@app.command(cls=Command)
 def tour(
     data: Annotated[str, typer.Option(help="Data sets, separated by commas.")] = "fractal,digits",
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
@@ -87,67 +168,24 @@ def tour(
     quick: Annotated[bool, typer.Option("--quick", help="Everything in miniature, to try the machinery.")] = False,
 ) -> None:
     "Train and compare all five methods, no guidance and the exact model on the fractal and on real digits."
-    import pandas as pd
+    with extra("plots"):
+        import pandas as pd
+    from guidance_nb.comparison import run_tour, summary
 
-    try:
-        table = run_tour(tuple(dict.fromkeys(data.split(","))), seeds, out, parse_scales(scales), quick)
-    except KeyboardInterrupt:
-        typer.echo("guidance-nb: interrupted; finished stages are kept, start again to continue", err=True)
-        raise typer.Exit(130) from None
-    floor = pd.read_csv(out / "baseline.csv")
+    with interruptible("finished stages are kept, start again to continue"):
+        table = run_tour(tuple(dict.fromkeys(data.split(","))), seeds, out, parse_numbers("scales", scales), quick)
+    real = pd.read_csv(out / "baseline.csv")
     for name in table.data.unique():
-        typer.echo(f"\n{name}\n{summary(table, floor, name).to_string(index=False)}")
+        typer.echo(f"\n{name}\n{summary(table, real, name).to_string(index=False)}")
     typer.echo(f"\nTables, figures and a page to read are in {out}: open {out / 'index.html'}")
 
 
-def parse_flags(
-    words: list[str],  # What follows the recipe: --key value, or --key=value
-    find: Callable[[str], str] = find_key,  # The full key that a name stands for
-) -> dict[str, str]:  # Values by key
-    "Read flags that name keys of a recipe."
-    flags: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("--"):
-            raise ValueError(f"unexpected {word!r}; allowed: --key value, for a key of the recipe")
-        key, given, value = word[2:].partition("=")
-        if not given:
-            value = next(rest, "--")
-            if value.startswith("--"):
-                raise ValueError(f"{word} has no value; allowed: {word} value")
-        flags[find(key)] = value
-    return flags
-
-
-class RecipeCommand(TyperCommand):
-    "A command whose help ends with the recipes that there are, read when somebody asks."
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        "Write the help."
-        known = [(name, read_recipe(name).title) for name in recipe_names()]
-        self.epilog = "\n\n".join(["Recipes:", *(f"{name}: {title}." for name, title in known)])
-        super().format_help(ctx, formatter)
-
-
-Split = Annotated[str, typer.Option(help="train or test, of mnist and cifar10.")]
-
-
-def interrupted(
-    advice: str,  # What is kept, and what to do
-) -> typer.Exit:  # To raise
-    "Say what an interruption leaves."
-    typer.echo(f"guidance-nb: interrupted; {advice}", err=True)
-    return typer.Exit(130)
-
-
-@app.command(
-    name="train", cls=RecipeCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command(name="train", **KEYS)
 def train_command(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")],
+    recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/RECIPE.")] = None,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Train a recipe; every key of it is also a flag, such as --steps 4000 or --method.scale 1.5.
 
@@ -156,24 +194,25 @@ def train_command(
 
     Example: guidance-nb train mnist-base --steps 4000 --out runs/longer
     """
-    if recipe.startswith("-"):
-        raise ValueError(f"recipe = {recipe!r}; allowed: a name or file first, then flags")
-    chosen = read_recipe(recipe, parse_flags(context.args))
-    folder = out or Path("runs") / Path(recipe).stem
-    if (latents := latent_folder(chosen)) is not None:
-        check_recipe(chosen)
-        read_index(latents)
+    from guidance_nb.cli.recipe import Recipe, read_recipe
+    from guidance_nb.cli.run import check_trainable, is_main, main_only, train_recipe
+    from guidance_nb.images.latents import read_index
+
+    name, flags = parse_keys(recipe, context, Recipe)
+    chosen: Recipe = read_recipe(name, flags)
+    folder = out or Path("runs") / Path(name).stem
+    if chosen.latents is not None:
+        check_trainable(chosen)
+        read_index(chosen.latents)
         main_only(lambda: show_cost(chosen, (), "h100", 0.35))
-    try:
+    with interruptible("start again to go on from the last checkpoint"):
         for state in train_recipe(chosen, folder, progress):
             last = state
-    except KeyboardInterrupt:
-        raise interrupted("start again to go on from the last checkpoint") from None
     if is_main():
         typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; checkpoints are in {folder}")
 
 
-@app.command(name="encode")
+@app.command(name="encode", cls=Command)
 def encode_command(
     source: Annotated[str, typer.Argument(help="A folder with one sub-folder per class, mnist or cifar10.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; finished shards in it are kept.")],
@@ -185,7 +224,7 @@ def encode_command(
     dtype: Annotated[str, typer.Option(help="How latents are stored: float32 or float16.")] = "float32",
     crop: Annotated[str, typer.Option(help="adm, or torchvision: Resize and CenterCrop.")] = "adm",
     split: Split = "train",
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Encode pictures into shards of latents, which recipes read as --source latents:FOLDER.
 
@@ -193,32 +232,30 @@ def encode_command(
 
     Example: guidance-nb encode imagenet/train latents-256 --vae stabilityai/sd-vae-ft-ema --size 256
     """
+    from guidance_nb.cli.run import check_folder, is_main, main_only
+    from guidance_nb.images.latents import encode_folder
+
     main_only(lambda: str(check_folder("out", out if out.exists() else out.parent)))
-    try:
+    with interruptible("finished shards are kept, start again to go on"):
         index = encode_folder(source, out, vae, size, flip, shard_rows, batch_size, dtype, crop, split, progress)
-    except KeyboardInterrupt:
-        raise interrupted("finished shards are kept, start again to go on") from None
     if is_main():
         shards, pictures = len(index["shards"]), index["settings"]["pictures"]
         typer.echo(f"{pictures} pictures in {shards} shards: {out}; train on them with --source latents:{out}")
 
 
-def show_cost(
-    recipe: Recipe,  # A recipe that trains a denoiser
-    gpus: tuple[int, ...],  # Numbers of GPUs; none takes those of recipe_cost
-    chip: str,  # Their kind
-    share: float,  # Assumed share of the peak
-) -> None:
-    "Print what a run will take."
+def show_cost(recipe: "Recipe", gpus: tuple[int, ...], chip: str, share: float) -> None:
+    "Print what a `recipe` will take on so many `gpus` of a kind `chip`, at an assumed `share` of their peak."
+    from guidance_nb.cli.run import recipe_cost
+
     sheet = recipe_cost(recipe, gpus, chip, share)
     typer.echo(f"an estimate, at {share:.0%} of the peak of {chip} GPUs:")
     typer.echo(sheet.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 
-@app.command(cls=RecipeCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(**KEYS)
 def cost(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")],
+    recipe: RecipeName,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas. Default: 1,8.")] = "",
     chip: Annotated[str, typer.Option(help="Their kind, such as h100 or a100.")] = "h100",
     share: Annotated[float, typer.Option(help="Share of the peak that is assumed to be reached.")] = 0.35,
@@ -229,17 +266,18 @@ def cost(
 
     Example: guidance-nb cost sit-xl2-256-mg --gpus 8,64
     """
-    chosen = read_recipe(recipe, parse_flags(context.args))
-    check_recipe(chosen)
-    show_cost(chosen, parse_counts("gpus", gpus), chip, share)
+    from guidance_nb.cli.recipe import Recipe, read_recipe
+
+    name, flags = parse_keys(recipe, context, Recipe)
+    show_cost(read_recipe(name, flags), parse_numbers("gpus", gpus, int), chip, share)
 
 
-@app.command(name="finetune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(name="finetune", **KEYS)
 def finetune_command(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of {', '.join(finetuning_names())}.")],
+    recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
-    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    progress: Progress = True,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU although there is an accelerator.")] = False,
 ) -> None:
     """Fine-tune a Stable Diffusion pipeline on captioned pictures; every key of the recipe is also a flag.
@@ -248,118 +286,53 @@ def finetune_command(
 
     Example: guidance-nb finetune sd15-aligned --data my-pictures --pipeline my-pipeline
     """
-    if recipe.startswith("-"):
-        raise ValueError(f"recipe = {recipe!r}; allowed: a name or file first, then flags")
-    chosen = read_finetuning(recipe, parse_flags(context.args, finetuning_key))
-    folder = out or Path("runs") / Path(recipe).stem
-    try:
+    from guidance_nb.cli.run import is_main
+    from guidance_nb.interop.stable_diffusion import finetune, finetuning_key, read_finetuning
+
+    places, flags = parse_words([recipe, *context.args], finetuning_key)
+    chosen = read_finetuning(places[0], flags)
+    folder = out or Path("runs") / Path(places[0]).stem
+    with interruptible("start again to go on from the last checkpoint"):
         for state in finetune(chosen, folder, progress, cpu):
             last = state
-    except KeyboardInterrupt:
-        raise interrupted("start again to go on from the last checkpoint") from None
     if is_main():
         typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; the pipeline is in {folder / 'pipeline'}")
 
 
-Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or the folder of a run.")]
-Scale = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none. Default: the recipe's.")]
-Classifier = Annotated[
-    str | None, typer.Option(help="Guide by this classifier checkpoint instead of by the null label.")
-]
-Count = Annotated[int, typer.Option("--n", help="Number of samples.")]
-Labels = Annotated[str, typer.Option(help="'balanced', or classes separated by commas, in turn.")]
-Seed = Annotated[int, typer.Option(help="Seed; sample i depends on (seed, i) alone.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the hardware is made for it.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile the network first.")]
-BatchSize = Annotated[int, typer.Option(help="Images at a time; changes no sample.")]
-Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace samples that are there.")]
-Samples = Annotated[str, typer.Argument(help="Samples of any origin: .npz, or a folder of images.")]
+def check_target(out: Path, overwrite: bool) -> None:
+    "Refuse a name `out` that cannot be written, or what it must not `overwrite`, before any work is done."
+    from guidance_nb.cli.run import check_folder
+    from guidance_nb.images.data import may_replace
 
-
-Eyes = Annotated[str, typer.Option("--eyes", help="inception-v3-compat, resnet20, resnet56, or a judge checkpoint.")]
-Weights = Annotated[str | None, typer.Option(help="Local file with the weights of a named network.")]
-RealData = Annotated[
-    str,
-    typer.Option(
-        "--reference",
-        help="mnist, cifar10, images (.npz, or a folder, brought to the samples' size), or ADM statistics.",
-    ),
-]
-SweepFolder = Annotated[Path, typer.Option(help="Folder for rows.csv and curves.png; finished points are kept.")]
-Correction = Annotated[str | None, typer.Option(help="Score corrected samples, too, by this checkpoint.")]
-Best = Annotated[str, typer.Option(help="Column that picks the best point. Default: the Fréchet distance.")]
-
-
-def check_target(
-    out: Path,  # File or folder to write
-    overwrite: bool,  # Whether it may be there
-) -> None:
-    "Refuse a name that cannot be written, or something that must not be replaced, before any work is done."
-    if out.suffix.lower() in (".npy", ".pt", ".zip", ".png", ".jpg", ".jpeg", ".webp", ".safetensors"):
-        raise ValueError(f"out = {str(out)!r}; allowed: a name that ends in .npz, or a folder")
+    if out.suffix.lower() in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors"):
+        raise ValueError(f"out = {str(out)!r}; allowed: a name that ends in .npz or .png, or a folder")
     if out.exists() and not overwrite:
         raise ValueError(f"out = {str(out)!r} is there already; allowed: another name, or --overwrite")
-    if out.exists() and (out.is_dir() == (out.suffix == ".npz") or not may_replace(out, True)):
-        raise ValueError(f"out = {str(out)!r} holds other things than samples; allowed: another name")
+    ours = out.is_file() if out.suffix == ".png" else out.is_dir() != (out.suffix == ".npz") and may_replace(out, True)
+    require(not out.exists() or ours, "out", str(out), "another name, for it holds other things than samples")
     check_folder("out", out.parent)
 
 
-def store(
-    out: Path,  # File or folder to write
-    file: SampleFile,  # Samples
-    overwrite: bool,  # Whether it may be there
-) -> None:
-    "Write samples and say so."
-    save_samples(out, file.x, file.c, file.facts, overwrite=overwrite)
+def store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None:
+    "Write samples as `out` says, a picture with so many `columns` for a .png, and tell."
+    from guidance_nb.cli.run import write_picture
+    from guidance_nb.images.data import from_uint8, save_samples
+
+    if out.suffix == ".png":
+        write_picture(from_uint8(file.x), out, columns)
+    else:
+        save_samples(out, file.x, file.c, file.facts, overwrite=overwrite)
     rate = len(file.x) / max(file.facts["seconds"], 1e-9)
-    cost = f"{file.facts['nfe']:g} network rows each, {rate:.3g} a second"
-    typer.echo(f"{len(file.x)} samples, {cost}: {out}")
+    typer.echo(f"{len(file.x)} samples, NFE {file.facts['nfe']:g}, {rate:.3g} a second: {out}")
 
 
-def parse_interval(
-    text: str,  # Two numbers separated by a comma
-) -> tuple[float, float]:  # First and last time
-    "Read an interval of times."
-    parts = text.split(",")
-    try:
-        first, last = float(parts[0]), float(parts[-1])
-    except ValueError:
-        parts = []
-    if len(parts) != 2:
-        raise ValueError(f"interval = {text!r}; allowed: two times separated by a comma, such as 0,0.75")
-    return first, last
-
-
-def parse_counts(
-    name: str,  # Name of the option, for the message
-    text: str,  # Whole numbers separated by commas, or nothing
-) -> tuple[int, ...]:  # The numbers
-    "Read a list of whole numbers."
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise ValueError(f"{name} = {text!r}; allowed: whole numbers separated by commas, such as 10,20") from None
-
-
-@app.command(name="sample")
+@app.command(name="sample", **KEYS)
 def sample_command(
+    context: typer.Context,
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="An .npz file, or a folder for PNGs.")] = Path("samples.npz"),
-    n: Count = 1000,
-    scale: Scale = None,
-    sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler, heun, euler_maruyama, dpmpp_2m, dopri5.")] = "",
-    steps: Annotated[int, typer.Option(help="Steps of the sampler. Default: the recipe's.")] = 0,
-    seed: Seed = 0,
-    labels: Labels = "balanced",
-    interval: Annotated[str, typer.Option(help="First and last time that is guided.")] = "0,1",
+    out: SampleOut = Path("samples.npz"),
     classifier: Classifier = None,
-    precision: Precision = "fp32",
-    compile: Compile = False,
-    batch_size: BatchSize = 256,
     ema: Annotated[bool, typer.Option(help="Sample the moving average of the weights.")] = True,
-    channels: Annotated[int | None, typer.Option(help="Guide the first channels only, 3 as DiT's code.")] = None,
-    vae: Annotated[str, typer.Option(help="For latents: the autoencoder that decodes. Default: the recipe's.")] = "",
     overwrite: Overwrite = False,
     progress: Progress = True,
 ) -> None:
@@ -369,23 +342,28 @@ def sample_command(
 
     Example: guidance-nb sample runs/mnist-base --scale 2 --n 10000 --out base.npz
     """
-    times = parse_interval(interval)
+    from guidance_nb.cli.run import Request, generate, load_trained, main_only
+
+    source, flags = parse_keys(checkpoint, context, Request)
+    request = Request(**flags)
     main_only(lambda: check_target(out, overwrite))
-    request = Request(n, labels, scale, sampler, steps, seed, times, precision, compile, batch_size, channels, vae)
-    guide = load_trained(classifier) if classifier else None
-    file = draw(load_trained(checkpoint, ema), request, guide, progress)
-    main_only(lambda: store(out, file, overwrite))
+    trained, guide = load_trained(source, ema), load_trained(classifier) if classifier else None
+    columns = max(1, min(10, len(trained.classes)))
+    if out.suffix == ".png" and "n" not in flags:
+        request = request.changed(n=10 * columns)
+    file = generate(trained, request, guide, progress)
+    main_only(lambda: store(out, file, overwrite, columns))
 
 
-@app.command(name="postprocess")
+@app.command(name="postprocess", cls=Command)
 def postprocess_command(
     checkpoint: Checkpoint,
     samples: Samples,
-    out: Annotated[Path, typer.Option(help="An .npz file, or a folder for PNGs.")] = Path("corrected.npz"),
+    out: SampleOut = Path("corrected.npz"),
     steps: Annotated[int, typer.Option(help="Steps of the correction.")] = 8,
     sampler: Annotated[str, typer.Option(help="euler, heun or dopri5.")] = "heun",
     scale: Annotated[float, typer.Option(help="Guidance scale of the correction itself; 1 is none.")] = 1.0,
-    batch_size: BatchSize = 256,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; changes no sample.")] = 256,
     overwrite: Overwrite = False,
     progress: Progress = True,
 ) -> None:
@@ -395,23 +373,26 @@ def postprocess_command(
 
     Example: guidance-nb postprocess runs/mnist-post base.npz --out corrected.npz
     """
+    from guidance_nb.cli.run import load_trained, main_only, postprocess
+    from guidance_nb.images.data import load_samples
 
     def work() -> None:
         check_target(out, overwrite)
         trained = load_trained(checkpoint)
         file = load_samples(samples, size=trained.shape[-1], channels=trained.shape[0])
-        store(out, postprocess(trained, file, steps, sampler, scale, batch_size, progress), overwrite)
+        corrected = postprocess(trained, file, steps, sampler, scale, batch_size, progress)
+        store(out, corrected, overwrite, 10)
 
     main_only(work)
 
 
-@app.command(name="evaluate")
+@app.command(name="evaluate", cls=Command)
 def evaluate_command(
     samples: Samples,
     reference: RealData = "mnist",
-    eyes: Eyes = INCEPTION,
+    features: FeatureExtractor = "inception-v3-compat",
     metrics: Annotated[
-        str, typer.Option(help="Such as fid,is,precision; fd,kd for other eyes. Default: all usual ones.")
+        str, typer.Option(help="Such as fid,is,precision; fd,kd for other features. Default: all usual ones.")
     ] = "",
     split: Split = "train",
     weights: Weights = None,
@@ -420,108 +401,93 @@ def evaluate_command(
 ) -> None:
     """Score samples against real images, and say how real images themselves score.
 
-    FID belongs to Inception; other eyes give a Fréchet distance that carries their name, such as fd_judge.
+    FID belongs to Inception; other features give a Fréchet distance that carries their name, such as fd_resnet56.
 
-    Example: guidance-nb evaluate base.npz --reference mnist --eyes runs/mnist-judge --rows rows.csv
+    Example: guidance-nb evaluate base.npz --features runs/mnist-evaluation-classifier --rows rows.csv
     """
+    from guidance_nb.cli.evaluation import baseline_row, extract_reference_features, find_feature_extractor, score
+    from guidance_nb.cli.run import check_folder, main_only
+    from guidance_nb.engine.cost import extract_sharded
+    from guidance_nb.images.data import load_samples
+    from guidance_nb.images.metrics import append_rows
+
     wanted = tuple(metrics.split(",")) if metrics else None
     if rows is not None:
         main_only(lambda: str(check_folder("rows", rows.parent)))
-    score_file(samples, reference, eyes, wanted, split, weights, rows, progress)
-
-
-def score_file(
-    samples: str,  # An .npz file, or a folder of images
-    reference: str,  # See load_real
-    eyes: str,  # See find_feature_extractor
-    metrics: tuple[str, ...] | None,  # Names, or all usual ones
-    split: str,  # "train" or "test"
-    weights: str | None,  # Local file with the weights of a named network
-    rows: Path | None,  # Table to append the row to
-    progress: bool,  # Whether to show a progress bar
-) -> None:
-    "Score a file, on all processes if there are several, write its row, and print it with that of real images."
-    file, look = load_samples(samples), find_feature_extractor(eyes, weights, metrics)
-    real, names = extract_reference_features(reference, split, tuple(file.x.shape[1:]), look, metrics, "", progress)
-    seen = extract_sharded(file.x, look, "samples", 256, progress)
+    file, extractor = load_samples(samples), find_feature_extractor(features, weights, wanted)
+    shape = tuple(file.x.shape[1:])
+    real, names = extract_reference_features(reference, split, shape, extractor, wanted, "", progress)
+    found = extract_sharded(file.x, extractor, "samples", 256, progress)
 
     def finish() -> None:
-        row = score(file, real, look, names, seen=seen)
+        row = score(file, real, extractor, names, features=found)
         if rows is not None:
             append_rows(rows, [row])
         show_row(row)
-        if (floor := baseline_row(reference, real, look, len(file.x), names)) is not None:
-            show_row(floor)
+        if (baseline := baseline_row(reference, real, extractor, len(file.x), names)) is not None:
+            show_row(baseline)
 
     main_only(finish)
 
 
-@app.command(name="sweep")
+@app.command(name="sweep", **KEYS)
 def sweep_command(
+    context: typer.Context,
     checkpoint: Checkpoint,
-    out: SweepFolder = Path("sweep"),
+    out: Annotated[Path, typer.Option(help="Folder for rows.csv and curves.png; finished points are kept.")] = Path(
+        "sweep"
+    ),
     scales: Annotated[str, typer.Option(help="Guidance scales; 1 is none.")] = "1,1.5,2,3,4",
     steps: Annotated[str, typer.Option(help="Numbers of steps. Default: the recipe's.")] = "",
     samplers: Annotated[str, typer.Option(help="Samplers. Default: the recipe's.")] = "",
-    n: Count = 1000,
-    seed: Seed = 0,
-    labels: Labels = "balanced",
     reference: RealData = "mnist",
     split: Split = "train",
-    eyes: Eyes = INCEPTION,
+    features: FeatureExtractor = "inception-v3-compat",
     weights: Weights = None,
     classifier: Classifier = None,
-    correction: Correction = None,
-    best: Best = "",
-    precision: Precision = "fp32",
-    compile: Compile = False,
-    batch_size: BatchSize = 256,
+    correction: Annotated[str | None, typer.Option(help="Score corrected samples, too, by this checkpoint.")] = None,
+    best: Annotated[str, typer.Option(help="Column that picks the best point. Default: the Fréchet distance.")] = "",
     progress: Progress = True,
 ) -> None:
     """Score a model over scales, steps and samplers: a table, its curves, and the best point.
 
     Type it again and it goes on with the first missing point.
 
-    Example: guidance-nb sweep runs/mnist-base --scales 1,1.5,2,3 --eyes runs/mnist-judge --n 5000
+    Example: guidance-nb sweep runs/mnist-base --features runs/mnist-evaluation-classifier --n 5000
     """
-    request = Request(n, labels, None, "", 0, seed, (0.0, 1.0), precision, compile, batch_size)
-    names = tuple(samplers.split(",")) if samplers else ()
-    points = sweep_points(request, parse_scales(scales), parse_counts("steps", steps), names)
-    others = {"classifier": classifier, "correction": correction, "weights": weights}
-    try:
-        run_sweep(checkpoint, points, out, (reference, split), eyes, others, best, progress)
-    except KeyboardInterrupt:
-        raise interrupted("finished points are kept, start again to go on") from None
+    from guidance_nb.cli.evaluation import (
+        extract_reference_features,
+        find_feature_extractor,
+        finish_sweep,
+        point_facts,
+        sweep,
+        sweep_points,
+    )
+    from guidance_nb.cli.run import Request, check_folder, complete_request, is_main, load_trained, main_only
+    from guidance_nb.images.metrics import column
 
-
-def run_sweep(
-    checkpoint: str,  # A trained denoiser
-    points: list[Request],  # See sweep_points
-    out: Path,  # Folder for rows.csv and curves.png
-    real: tuple[str, str],  # See load_real: where real images come from, and their split
-    eyes: str,  # See find_feature_extractor
-    others: dict[str, str | None],  # Checkpoints "classifier" and "correction", and the "weights" of the eyes
-    best: str,  # Column that picks the best point
-    progress: bool,  # Whether to show progress bars
-) -> None:
-    "Check everything, look at the real images, sweep, and print rows and the best point."
+    source, flags = parse_keys(checkpoint, context, Request)
+    names, counts = tuple(samplers.split(",")) if samplers else (), parse_numbers("steps", steps, int)
+    points = sweep_points(Request(**flags), parse_numbers("scales", scales), counts, names)
     main_only(lambda: str(check_folder("out", out)))
-    trained, look = load_trained(checkpoint), find_feature_extractor(eyes, others["weights"])
-    guide, repair = (load_trained(name) if (name := others[key]) else None for key in ("classifier", "correction"))
-    points = [complete_request(trained, point, guide) for point in points]
-    best = best or column("fd", look.name)
-    seen, metrics = extract_reference_features(*real, trained.image_shape, look, None, best, progress)
-    for row in sweep(trained, points, seen, look, out, guide, repair, progress, real[0], metrics):
-        if is_main():
-            show_row(row)
+    with interruptible("finished points are kept, start again to go on"):
+        trained, extractor = load_trained(source), find_feature_extractor(features, weights)
+        guide, repair = (load_trained(name) if name else None for name in (classifier, correction))
+        points = [complete_request(trained, point, guide) for point in points]
+        best = best or column("fd", extractor.name)
+        shape = trained.image_shape
+        real, metrics = extract_reference_features(reference, split, shape, extractor, None, best, progress)
+        for row in sweep(trained, points, real, extractor, out, guide, repair, progress, reference, metrics):
+            if is_main():
+                show_row(row)
     if is_main():
-        same = point_facts(trained, points[0], seen, guide)
+        same = point_facts(trained, points[0], real, guide)
         found = finish_sweep(out, best, {key: same[key] for key in ("checkpoint", "extractor", "reference_checksum")})
         typer.echo(f"\nbest point by {best}:")
         show_row(found)
 
 
-@app.command()
+@app.command(cls=Command)
 def info(
     source: Annotated[
         str, typer.Argument(help="A checkpoint, the folder of a run, a recipe, a sample file, or a folder of latents.")
@@ -533,12 +499,17 @@ def info(
 
     Example: guidance-nb info mnist-base
     """
+    from guidance_nb.cli.load import model_names
+    from guidance_nb.cli.recipe import FineTuning, Recipe, describe_recipe, read_recipe, recipe_names
+    from guidance_nb.cli.run import load_trained
+    from guidance_nb.images.data import load_samples
+    from guidance_nb.images.latents import INDEX, read_index
+
     path = Path(source)
-    if source in finetuning_names():
-        table = asdict(read_finetuning(source))
-        typer.echo("\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items()))
-    elif source in recipe_names() or path.suffix == ".toml" or not path.exists():
-        typer.echo(describe_recipe(read_recipe(source)))
+    unknown = not path.exists() and source not in model_names()
+    if source in recipe_names() or path.suffix == ".toml" or unknown:
+        kind: Any = FineTuning if source in recipe_names(FineTuning) else Recipe
+        typer.echo(describe_recipe(read_recipe(source, kind=kind)))
     elif (path / INDEX).is_file():
         index = read_index(path)
         typer.echo(f"latents of {index['settings']['pictures']} pictures in {len(index['shards'])} shards")
@@ -552,24 +523,30 @@ def info(
         typer.echo(describe_trained(load_trained(path)))
 
 
-def show_row(
-    row: dict[str, Any],  # A row of a table
-) -> None:
-    "Print the metrics of a row, and what it takes to read them."
+def describe_trained(trained: "Trained") -> str:
+    "What a checkpoint of a `trained` network holds, as lines of text."
+    from guidance_nb.cli.recipe import describe_recipe
+
+    weights, size = sum(p.numel() for p in trained.model.parameters()), "x".join(map(str, trained.shape))
+    if trained.latents is not None:
+        size = f"{'x'.join(map(str, trained.image_shape))} from latents {size}"
+    lines = [
+        f"{trained.path}: {trained.recipe.title or trained.recipe.method.name}",
+        f"step {trained.step} of {trained.recipe.training.steps}, {weights:,} weights, images {size}",
+        f"{len(trained.classes)} classes: {', '.join(trained.classes[:10])}{', ...' * (len(trained.classes) > 10)}",
+    ]
+    return "\n".join([*lines, "", describe_recipe(trained.recipe)])
+
+
+def show_row(row: dict[str, Any]) -> None:
+    "Print the metrics of a `row` of a table, and what it takes to read them."
+    from guidance_nb.cli.evaluation import is_metric
+
     keys = ("method", "scale", "sampler", "steps", "n", "reference", "nfe", "correction")
     shown = {key: row[key] for key in keys if row.get(key) not in (None, "", 0) and row[key] == row[key]}
     facts = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()]
     values = [f"{key} {value:.4g}" for key, value in row.items() if is_metric(key) and value == value]
     typer.echo(f"{', '.join(values)}\n  ({', '.join(facts)})")
-
-
-def destroy_process_group(
-    failed: bool = False,  # Whether others may still wait for this one, as NCCL would at parting
-) -> None:
-    "Part from the other processes, if there are any: threads of theirs that outlive Python can abort it at its end."
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several and (not failed or torch.distributed.get_backend() == "gloo"):
-        torch.distributed.destroy_process_group()
 
 
 def main() -> None:
@@ -578,15 +555,27 @@ def main() -> None:
         app()
     except SystemExit as end:  # how a command ends, well or not
         if not end.code:
-            destroy_process_group()
+            leave()
         raise
+    except MemoryError as error:
+        message = f"out of memory ({error or 'while loading'}); allow more, or close other programs"
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         message = " ".join(str(error).split())
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+    except RuntimeError as error:  # of torch, where its memory ends
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if "out of memory" not in reason and "allocate memory" not in reason:
+            raise
         message = reason if "allowed: " in reason else f"out of memory ({reason}); lower the batch size"
     else:
         return
     typer.echo(f"guidance-nb: {message}", err=True)
-    destroy_process_group(failed=True)
+    leave(failed=True)
     sys.exit(2)
+
+
+def leave(failed: bool = False) -> None:
+    "Part from other processes, if there are any; `failed` says whether they may still wait for this one."
+    if "torch.distributed" in sys.modules:
+        from guidance_nb._processes import destroy_process_group
+
+        destroy_process_group(failed)

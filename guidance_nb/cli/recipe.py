@@ -7,21 +7,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-
 from guidance_nb._checks import check_choice, require
-from guidance_nb.images.networks import IMAGE_NETWORKS
+from guidance_nb._extras import extra
+from guidance_nb.networks import IMAGE_NETWORKS
 from guidance_nb.samplers import SAMPLERS
+
+with extra("cli"):
+    import tomli
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        ConfigDict,
+        Field,
+        ValidationError,
+        ValidationInfo,
+        field_validator,
+        model_validator,
+    )
+    from pydantic.fields import FieldInfo
 
 __all__ = ["FineTuning", "Recipe", "read_recipe"]
 
@@ -386,6 +389,16 @@ def find_key(
     raise ValueError(f"{name} is in several tables; allowed: {', '.join(found)}" if found else _unknown(name, keys))
 
 
+def is_switch(
+    name: str,  # A full key, see find_key
+    kind: type[Table] = Recipe,  # Recipe, FineTuning or another table
+) -> bool:
+    "Whether a key is true or false."
+    setting = UNetSettings.model_fields.get(name.removeprefix("network.settings."))
+    fields = dict(_fields(kind)) | ({name: setting} if setting and name.startswith("network.settings.") else {})
+    return name in fields and fields[name].annotation is bool
+
+
 def override(
     recipe: R,  # A recipe
     changes: Mapping[str, Any],  # Values by key, as text or typed; a table of keys is as good
@@ -419,8 +432,6 @@ def read_recipe(
     kind: type[R] = Recipe,  # type: ignore[assignment]  # Recipe or FineTuning
 ) -> R:  # The recipe
     "Read a recipe; unknown names and keys, and values out of range, are a `ValueError` of one line."
-    import tomli
-
     names = recipe_names(kind)
     path = FOLDERS[kind] / f"{source}.toml" if str(source) in names else Path(source)
     if not path.is_file():
