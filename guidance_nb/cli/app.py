@@ -149,9 +149,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace samples th
 Samples = Annotated[str, typer.Argument(help="Samples of any origin: .npz, or a folder of images.")]
 FeatureExtractor = Annotated[
     str,
-    typer.Option(
-        "--features", help="inception-v3-compat, resnet20, resnet56, or a classifier's checkpoint."
-    ),
+    typer.Option("--features", help="inception-v3-compat, resnet20, resnet56, or a classifier's checkpoint."),
 ]
 Weights = Annotated[str | None, typer.Option(help="Local file with the weights of a named feature extractor.")]
 RealData = Annotated[

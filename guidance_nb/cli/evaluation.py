@@ -27,22 +27,17 @@ from guidance_nb.cli.run import (
 )
 from guidance_nb.engine.cost import extract_sharded
 from guidance_nb.images.data import FILES, SampleFile, from_uint8, load_images, load_samples
-from guidance_nb.images.metrics import (
+from guidance_nb.images.features import (
     INCEPTION,
     Extractor,
     Features,
     Reference,
-    append_rows,
     check_metrics,
-    column,
     extract,
-    feature_scores,
     find_extractor,
-    measure,
-    provenance,
     read_reference,
-    read_rows,
 )
+from guidance_nb.images.metrics import append_rows, column, feature_scores, provenance, read_rows
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.training import choose_precision
 
@@ -162,7 +157,7 @@ def extract_reference_features(
     def look() -> tuple[str, ...]:
         real, name = load_real(source, split, shape)
         chosen = choose_metrics(real, extractor, metrics, best)
-        found[0] = keep_neighbours(measure(real, extractor, chosen, name=name, batch_size=256, progress=progress))
+        found[0] = keep_neighbours(extract(real, extractor, name, 256, progress, chosen))
         return chosen
 
     chosen = main_only(look)

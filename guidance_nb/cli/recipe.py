@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from guidance_nb._checks import check_choice, require
 from guidance_nb._extras import extra
 from guidance_nb.networks import IMAGE_NETWORKS
-from guidance_nb.samplers import SAMPLERS
+from guidance_nb.samplers import Sampler
 
 with extra("cli"):
     import tomli
@@ -114,12 +114,7 @@ def _rising(values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...
     return values
 
 
-def _sampler(name: str) -> str:
-    return check_choice("sampler", name, [*SAMPLERS, "dopri5"])
-
-
 Range = Annotated[tuple[float, ...], AfterValidator(_rising)]
-Sampler = Annotated[str, AfterValidator(_sampler)]
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 SEED: dict[str, Any] = {"ge": 0, "lt": 2**63}
@@ -244,7 +239,7 @@ class TrainingTable(LoopTable):
 class SamplingTable(Table):
     "How it is sampled, unless the call says otherwise."
 
-    sampler: Sampler = key("heun", 'A key of `SAMPLERS`, or "dopri5"')
+    sampler: Sampler = key("heun", "Sampler")
     sampler_steps: int = key(18, "Steps of the sampler", ge=1)
     guidance_scale: float = key(1.0, "Guidance scale; 1 is none")
     guided_channels: int = key(0, "Guide the first channels only, 3 as in DiT's code; 0 guides all", ge=0)

@@ -18,7 +18,7 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore
-from guidance_nb.cli.recipe import SEED, Recipe, Sampler, Table, key, override
+from guidance_nb.cli.recipe import SEED, Recipe, Table, key, override
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
 from guidance_nb.engine.cost import cost_sheet, count_step_rows, network_cost
 from guidance_nb.flow_postprocessing import (
@@ -26,7 +26,6 @@ from guidance_nb.flow_postprocessing import (
     PairLoss,
     apply_correction,
     correction_flow,
-    neighbour_space,
     pair_data,
 )
 from guidance_nb.images.data import (
@@ -39,9 +38,19 @@ from guidance_nb.images.data import (
     load_samples,
     to_uint8,
 )
-from guidance_nb.images.latents import INDEX, LatentData, decode, decode_all, load_latents, load_vae, read_index
+from guidance_nb.images.features import feature_space
+from guidance_nb.images.latents import (
+    INDEX,
+    LatentData,
+    decode,
+    decode_all,
+    latent_constants,
+    load_latents,
+    load_vae,
+    read_index,
+)
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale, scale_from_mg_weight
-from guidance_nb.samplers import sample, time_grid
+from guidance_nb.samplers import Sampler, sample, time_grid
 from guidance_nb.training import (
     Checkpoints,
     ClassifierLoss,
@@ -119,7 +128,10 @@ def read_generated(
         bare = next(name for name, part in zip(files, parts) if part.c is None)
         raise ValueError(f"{bare} has no labels and others have; allowed: all or none")
     x = from_uint8(torch.cat([part.x for part in parts]))
-    return x, check_labels(torch.cat(labels), num_classes, len(x)) if labels else None
+    if not labels:
+        return x, None
+    check_labels(torch.cat(labels), num_classes, len(x))
+    return x, torch.cat(labels)
 
 
 def read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
@@ -127,7 +139,7 @@ def read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
     method = recipe.method
     x, c = read_generated(method.samples, data.shape, data.num_classes)
     real = from_uint8(data.images(torch.arange(len(data))))
-    space = neighbour_space(method.space, method.weights or None)
+    space = feature_space(method.space, method.weights or None)
     return pair_data(x, real, c, None if c is None else data.labels, method.neighbours, space, device=own_device())
 
 
@@ -162,7 +174,7 @@ def make_loss(recipe: Recipe) -> Callable:
         names = ("dropout", "start_step", "unconditional", "interval", "guided_share")
         options: dict[str, Any] = {name: getattr(method, name) for name in names}
         if method.scale_range:
-            return ModelGuidanceLoss(scale_range=method.scale_range, **options)
+            return ModelGuidanceLoss(scale_range=method.scale_range, **options)  # type: ignore[arg-type]
         return ModelGuidanceLoss(mg_weight_from_scale(method.scale), **options)
     losses: dict[str, Callable] = {
         "plain": DenoisingLoss(method.dropout),
@@ -200,8 +212,9 @@ def recipe_cost(
     table, network, at_once = recipe.training, recipe.network, recipe.training.gradient_accumulation_steps
     denoisers = ("plain", "aligned_loss", "model_guidance")
     require(recipe.method.name in denoisers, "method.name", recipe.method.name, "methods that train a denoiser")
-    how = is_scale_aware(recipe), "fp32" if table.precision == "fp32" else "bf16", table.gradient_checkpointing
-    cost = network_cost(network.name, *recipe_shape(recipe), *how, **network.settings)
+    precision, recompute = "fp32" if table.precision == "fp32" else "bf16", table.gradient_checkpointing
+    aware, (shape, classes) = is_scale_aware(recipe), recipe_shape(recipe)
+    cost = network_cost(network.name, shape, classes, aware, precision, recompute, **network.settings)
     rows = count_step_rows(make_loss(recipe), steps=table.steps)
     counts = gpus or (1, 8)[: 1 if table.batch_size % (8 * at_once) else 2]
     return cost_sheet(cost, rows, table.steps, table.batch_size, at_once, counts, chip, share)
@@ -396,7 +409,7 @@ def find_vae(recipe: Recipe, index: dict[str, Any], source: str = "") -> Any:
     if not name:
         raise ValueError("the latents were encoded by a nameless autoencoder; allowed: data.vae or --vae, its folder")
     vae = load_vae(name)
-    config = {"factor": vae.config.scaling_factor, "shift": vae.config.shift_factor or 0.0}
+    config = dict(zip(("factor", "shift"), latent_constants(vae.config)))
     for part, found in (config | {"latent_channels": vae.config.latent_channels}).items():
         if found != known[part]:
             raise ValueError(f"{name} has {part} = {found}; allowed: {known[part]}, as the latents were encoded with")
@@ -474,7 +487,7 @@ def complete_request(trained: Trained, request: Request, classifier: Trained | N
     asked = request.changed(**{name: value for name, value in usual.items() if getattr(request, name) is None})
     read_labels(asked.labels, asked.n, trained.classes)
     view = build_guided(trained, asked.scale, classifier, asked.interval, asked.channels or 0)
-    time_grid(view.path, asked.steps, asked.sampler)
+    time_grid(view.path, asked.steps or 0, asked.sampler or "")
     if trained.latents is not None:
         find_vae(trained.recipe, trained.latents, asked.vae)
     elif asked.vae:

@@ -48,6 +48,7 @@ class Extractor:
     name: str  # Columns carry it
     network: FeatureFunction
     device: str | torch.device = "cpu"
+    classes: tuple[str, ...] = ()  # Names of the classes of a layer "logits", where they have names
 
     def __post_init__(self) -> None:
         fine = self.name == INCEPTION or re.fullmatch(r"[a-z][a-z0-9_]*", self.name)
@@ -380,7 +381,8 @@ def cifar_resnet(
 
 def resnet_extractor(network: CifarResNet) -> Extractor:
     "Features of a CIFAR ResNet; a Frechet distance on them is not FID."
-    return Extractor(f"resnet{network.depth}", network.layers, next(network.parameters()).device)
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    return Extractor(f"resnet{network.depth}", network.layers, next(network.parameters()).device, classes)
 
 
 def load_dinov2(path: str | Path) -> Any:
