@@ -256,7 +256,7 @@ class NetworkDenoiser(Denoiser):
         else:
             self.null = null
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
-        if prediction == "eps" and path.alpha(torch.ones(())) < 1e-3:
+        if prediction == "eps" and path.alpha(torch.ones((), device="cpu")) < 1e-3:
             advice = "train it to predict 'velocity' or 'v', or begin sampling below t = 1 with `times`"
             warnings.warn(f"prediction = 'eps' says nothing about data at t = 1 of {path}: {advice}", stacklevel=2)
 
