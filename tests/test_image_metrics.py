@@ -434,6 +434,11 @@ def test_share_of_copies_with_known_number():
         im.copy_share(samples[:, :1], train)
 
 
+def test_two_images_are_the_least_for_a_kernel_distance():
+    with pytest.raises(ValueError, match="images of the smaller set = 1; allowed: 2 or more"):
+        im.kernel_distance(cloud(1, 3, 0), cloud(9, 3, 1))
+
+
 def test_balanced_labels():
     labels = im.balanced_labels(103, 10)
     assert labels.bincount().tolist() == [11] * 3 + [10] * 7 and labels[:12].tolist() == [*range(10), 0, 1]
@@ -549,8 +554,8 @@ GOOD = pictures(10, 0)
         (lambda: im.image_scores(GOOD[0], GOOD, QUARTERS), r"shape of samples = \(3, 32, 32\)"),
         (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), "images in samples = 0; allowed: 1 or more"),
         (lambda: im.image_scores(pictures(10, 0, 28), GOOD, QUARTERS), "sizes of samples and reference"),
-        (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["fd"]), "images in samples = 1; allowed: 2 or more"),
-        (lambda: im.image_scores(GOOD, GOOD[:3], QUARTERS), "images in reference = 3; allowed: 4 or more for pre"),
+        (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["fd"]), "features has shape .1, 24.; allowed: .* n >= 2"),
+        (lambda: im.image_scores(GOOD, GOOD[:3], QUARTERS), "real has shape .3, 24.; allowed: .* n >= 4"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["score"]), r"samples .* has layers features; score_q"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["precison"]), "did you mean precision"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, []), "metrics = .*; allowed: some of"),

@@ -358,7 +358,7 @@ def test_what_is_no_regular_file_or_no_text_is_named(place, tmp_path, name, kind
     elif kind == "folder":
         path.mkdir()
     else:
-        content = {"empty": b"", "foreign": b"PK", "Latin-1": b"{\"a\": \"\xe9\"}", "order mark": b"\xef\xbb\xbf" + whole}
+        content = {"empty": b"", "foreign": b"PK", "Latin-1": b'{"a": "\xe9"}', "order mark": b"\xef\xbb\xbf" + whole}
         path.write_bytes(content[kind])
     if kind == "order mark" and name == INDEX:
         assert len(load_latents(tmp_path)) == 37

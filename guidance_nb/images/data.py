@@ -42,8 +42,7 @@ def to_uint8(
 ) -> Tensor:  # Grey levels, uint8, same shape
     "Nearest grey levels, u = round(127.5 x + 127.5); values outside [-1, 1] are clipped."
     require(x.is_floating_point(), "type of x", x.dtype, "floating-point values in [-1, 1]")
-    bad = int((~torch.isfinite(x)).sum())
-    require(not bad, "values of x that are not finite", bad, "none")
+    require(x.isfinite().all(), "values of x that are not finite", int((~x.isfinite()).sum()), "none")
     if x.numel() and x.min() >= 0 and x.max() > 2:
         raise ValueError(f"x is in [{x.min():.3g}, {x.max():.3g}]; allowed: [-1, 1] (from_uint8 converts grey levels)")
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -206,8 +205,12 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".ti
 
 def image_files(folder: Path) -> list[Path]:
     "The images below a folder, without hidden names (.DS_Store, ._a.png, .ipynb_checkpoints); only regular files."
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}); allowed: a folder that can") from None
+
     found: list[Path] = []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = (Path(root, name) for name in sorted(names) if not name.startswith("."))
         found += (path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -47,6 +47,7 @@ def kernel_distance(
         from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
     size = min(1000, len(a), len(b))
+    require(size >= 2, "images of the smaller set", size, "2 or more")
     subsets = 1 if len(a) == len(b) == size else 100  # all subsets of the whole are the whole
     return kid_features_to_metric(a, b, kid_subset_size=size, kid_subsets=subsets, verbose=False)[KEY_METRIC_KID_MEAN]
 
@@ -66,19 +67,16 @@ def column(metric: str, extractor: str) -> str:
     return next((quoted for quoted, ours in QUOTED.items() if ours == metric), metric)
 
 
-def _check_sets(samples: Features, reference: Features, metrics: list[str], k: int) -> None:
-    "Refuse sets that cannot be compared, or are too small, with a `ValueError`."
+def _check_sets(samples: Features, reference: Features, metrics: list[str]) -> None:
+    "Refuse sets that cannot be compared with a `ValueError`; those that are too small, the metrics refuse."
     one, other = samples.extractor, reference.extractor
     require(one == other, "extractors of samples and reference", f"{one} and {other}", "one extractor")
-    least = {"score": 10, "precision": k + 1, "recall": k + 1}
     for metric in metrics:
         layer, label = LAYERS[metric], column(metric, one)
         for role, each in (("samples", samples), ("reference", reference))[: 1 if metric == "score" else 2]:
             if layer not in each.rows and not (metric in ("fd", "sfd") and layer in each.moments):
                 have = ", ".join(sorted({*each.rows, *each.moments})) or "none"
                 raise ValueError(f"{role} ({each.name}) has layers {have}; {label} needs rows of {layer}")
-            n, enough = len(each.rows.get(layer, range(10**9))), least.get(metric, 2)
-            require(n >= enough, f"images in {role}", n, f"{enough} or more for {label}")
 
 
 def feature_scores(
@@ -89,7 +87,7 @@ def feature_scores(
 ) -> dict[str, float]:  # Column -> value
     "The metrics of two sets of features."
     names, values = check_metrics(metrics, samples.extractor), {}
-    _check_sets(samples, reference, names, k)
+    _check_sets(samples, reference, names)
     for metric in names:
         layer = LAYERS[metric]
         if metric in ("fd", "sfd"):
