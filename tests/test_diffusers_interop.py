@@ -579,7 +579,8 @@ def test_every_path_survives_json():
 
 def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
     "By the call that the notebook gives."
-    from guidance_nb.cli.recipes import Recipe, load_trained, override, train_recipe
+    from guidance_nb.cli.recipe import Recipe, override
+    from guidance_nb.cli.run import load_trained, train_recipe
     from guidance_nb.images.data import save_samples
 
     x = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)

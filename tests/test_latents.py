@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +21,11 @@ from torch.testing import assert_close
 from torchvision import transforms
 from typer.testing import CliRunner
 
+from guidance_nb._processes import destroy_process_group
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
-from guidance_nb.cli import recipes
-from guidance_nb.cli.app import app, destroy_process_group
-from guidance_nb.cli.recipes import (
-    LATER_KEYS,
-    Recipe,
-    Request,
-    draw,
-    load_trained,
-    override,
-    read_recipe,
-    recipe_from,
-    recipe_shape,
-    recorded,
-    train_recipe,
-)
+from guidance_nb.cli.app import app
+from guidance_nb.cli.recipe import override, read_recipe
+from guidance_nb.cli.run import Request, generate, load_trained, make_loss, recipe_shape, train_recipe
 from guidance_nb.images.data import crop_image, load_images, load_samples, resize_crop
 from guidance_nb.images.latents import (
     INDEX,
@@ -216,7 +204,7 @@ def test_a_killed_encoding_goes_on_and_ends_with_the_same_files(place, tmp_path)
 def one_of_two(folder: Path) -> None:
     "What each of two processes does: encode, draw, and meet a picture that only the second one reads."
     encode_folder(folder / "pictures", folder / "two", folder / "vae", 16, shard_rows=5, progress=False)
-    drawn = draw(load_trained(folder / "run"), Request(n=7, batch_size=2), progress=False)
+    drawn = generate(load_trained(folder / "run"), Request(n=7, batch_size=2), progress=False)
     error = ""
     try:
         encode_folder(folder / "broken", folder / "half", folder / "vae", 16, shard_rows=2, progress=False)
@@ -258,7 +246,7 @@ def test_two_processes_do_what_one_does(place):
         assert process.returncode == 0, told
     for path in (place / "whole").iterdir():
         assert path.read_bytes() == (place / "two" / path.name).read_bytes()
-    one = draw(load_trained(place / "run"), Request(n=7, batch_size=2), progress=False)
+    one = generate(load_trained(place / "run"), Request(n=7, batch_size=2), progress=False)
     first, second = (json.loads((place / f"{rank}.json").read_text()) for rank in range(2))
     assert first["x"] == one.x.tolist() and second["x"] == []  # pictures come together where they are written
     assert first["error"] == second["error"] and "a/3.png cannot be read" in first["error"]
@@ -431,18 +419,6 @@ def test_three_of_four_channels_as_in_the_code_of_dit():
 # Recipes
 
 
-def test_checkpoints_of_older_versions_go_on(place, tmp_path):
-    "A recipe without the newer keys is recorded as before they came; with one of them, they count."
-    tables = asdict(Recipe())
-    for key in LATER_KEYS:
-        table, name = key.split(".")
-        assert name not in recorded(Recipe())[table]
-        tables[table].pop(name)
-    assert recorded(Recipe()) == tables and recipe_from(recorded(Recipe())) == Recipe()
-    changed = override(Recipe(), {"unconditional": "contrastive", "channels": 3, "vae": "x", "guided_share": 0.2})
-    assert recipe_from(json.loads(json.dumps(recorded(changed)))) == changed
-
-
 SETTINGS = ("sit-b2-mg", "sit-l2-mg", "sit-xl2-256-base", "sit-xl2-256-mg", "sit-xl2-512-mg", "dit-xl2-256-mg")
 
 
@@ -452,10 +428,10 @@ def test_the_recipes_hold_the_settings_of_the_code(name):
     training, method = recipe.training, recipe.method
     assert (training.lr, training.batch_size, training.ema, training.schedule) == (1e-4, 256, 0.9999, "constant")
     assert (training.weight_decay, training.clip, training.warmup, method.dropout) == (0, 0, 0, 0.1)
-    assert recipe.data.flip and recipe.sampling.sampler_steps == 250 and recipe.sampling.channels == 0
+    assert recipe.data.flip and recipe.sampling.sampler_steps == 250 and recipe.sampling.guided_channels == 0
     assert recipe_shape(recipe) == ((4, recipe.data.size // 8, recipe.data.size // 8), 1000)
     if method.name == "model_guidance":
-        loss = recipes.make_loss(recipe)
+        loss = make_loss(recipe)
         w = 0.5 if name in ("sit-b2-mg", "sit-l2-mg") else 0.45
         assert abs(loss.weight - w) < 1e-12 and loss.interval == (0, 0.75) and loss.start_step == 100_000
         assert recipe.sampling.guidance_scale == method.scale
@@ -489,7 +465,7 @@ def test_the_variants_are_flags(place, tmp_path):
     ):
         run = tmp_path / str(number)
         done("train", "sit-b2-mg", "--source", f"latents:{place / 'whole'}", "--out", run, *common, *flags)
-        loss = recipes.make_loss(load_trained(run).recipe)
+        loss = make_loss(load_trained(run).recipe)
         assert getattr(loss, "guided_share", 0.2) == (0.5 if number == 1 else 0.2)
     assert done("sample", run, "--channels", 3, "--n", 2, "--out", tmp_path / "3.npz", "--no-progress")
     assert load_samples(tmp_path / "3.npz").facts["channels"] == 3
@@ -501,7 +477,10 @@ def test_what_does_not_fit_latents_is_refused(place, tmp_path):
     make_vae(scaling_factor=0.3).save_pretrained(tmp_path / "other")
     for words, message in (
         (("train", "latents-tiny", "--source", "latents:nowhere"), "nowhere holds no latents; allowed: a folder that"),
-        (("train", "latents-tiny", "--source", source, "--method", "judge"), "allowed for latents: methods that"),
+        (
+            ("train", "latents-tiny", "--source", source, "--method", "evaluation_classifier"),
+            "methods that need no clean",
+        ),
         (("train", "latents-tiny", "--source", source, "--size", 32), "data.size = 32; allowed: 16, of which"),
         (("sample", run, "--vae", tmp_path / "other"), "other has factor = 0.3; allowed: 0.4, as the latents were"),
         (("sample", run, "--vae", tmp_path / "none"), "none' cannot be loaded ("),
@@ -534,17 +513,17 @@ def test_mnist_encoded_trained_killed_resumed_sampled_decoded_scored(data, tmp_p
     done(*words, tmp_path / "whole")
     one, two = (read_checkpoint(tmp_path / name) for name in ("run", "whole"))
     assert all(torch.equal(one.ema[key], two.ema[key]) for key in two.ema)
-    judge = ("--steps", 2, "--warmup", 0, "--batch-size", 32, "--network", "unet-tiny", "--limit", 64)
-    done("train", "mnist-judge", *judge, "--out", tmp_path / "judge", "--no-progress")
+    small = ("--steps", 2, "--warmup", 0, "--batch-size", 32, "--network", "unet-tiny", "--limit", 64)
+    done("train", "mnist-evaluation-classifier", *small, "--out", tmp_path / "eval", "--no-progress")
     done("sample", tmp_path / "run", "--n", 20, "--scale", 1.5, "--out", tmp_path / "x.npz", "--no-progress")
     assert load_samples(tmp_path / "x.npz").x.shape == (20, 1, 28, 28)
     told = done("info", tmp_path / "run")
     assert "images 1x28x28 from latents 4x14x14" in told
-    done("evaluate", tmp_path / "x.npz", "--reference", tmp_path / "digits", "--eyes", tmp_path / "judge",
+    done("evaluate", tmp_path / "x.npz", "--reference", tmp_path / "digits", "--features", tmp_path / "eval",
          "--rows", tmp_path / "rows.csv", "--no-progress")  # fmt: skip
     (row,) = csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())
-    assert float(row["fd_judge"]) > 0 and row["scale"] == "1.5" and row["n"] == "20"
+    assert float(row["fd_evaluation_classifier"]) > 0 and row["scale"] == "1.5" and row["n"] == "20"
     done("sweep", tmp_path / "run", "--scales", "1,2", "--n", 12, "--reference", tmp_path / "digits",
-         "--eyes", tmp_path / "judge", "--out", tmp_path / "sweep", "--no-progress")  # fmt: skip
+         "--features", tmp_path / "eval", "--out", tmp_path / "sweep", "--no-progress")  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "sweep" / "rows.csv").read_text().splitlines()))
     assert [row["scale"] for row in rows if row["method"] == "plain"] == ["1.0", "2.0"]

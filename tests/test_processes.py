@@ -16,15 +16,13 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from guidance_nb.cli.app import app
-from guidance_nb.cli.recipes import Recipe, describe_recipe, override, train_recipe
-from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.cli.recipe import Recipe, describe_recipe, override
+from guidance_nb.cli.run import train_recipe
 from guidance_nb.engine.cost import launch_file
-from guidance_nb.engine.run import Engine
-from guidance_nb.engine.sampling import sample_sharded
 from guidance_nb.images.data import save_samples
 from guidance_nb.images.metrics import read_rows
-from guidance_nb.samplers import sample
-from guidance_nb.training import batches
+from guidance_nb.samplers import sample, sample_trajectory
+from guidance_nb.training import Engine, batches, checkpoints_in, read_checkpoint, sample_sharded
 
 CASES = Path(__file__).with_name("engine_cases.py")
 
@@ -86,7 +84,7 @@ def test_passes_and_resume_in_two_processes(two):
         assert len(both) == STEPS
         assert_close(both, losses, rtol=2e-5, atol=2e-6)
     assert [int(path.name[5:]) for path in checkpoints_in(two[2] / "passes")] == [12, 8, 6]
-    assert not list((two[2] / "passes").glob(".step*"))
+    assert not list((two[2] / "passes").glob(".*"))
 
 
 def test_two_processes_visit_the_rows_of_one():
@@ -97,7 +95,7 @@ def test_two_processes_visit_the_rows_of_one():
 
 
 def test_samples(two):
-    "Bit for bit, in order, in both processes; also an uneven number."
+    "Bit for bit, in order, in both processes; also an uneven number, and with the points on the way."
     assert two[0]["samples"] == two[1]["samples"]
     model, _, _, _ = case("contrast")
     names = [name for name, _ in model.named_parameters()]
@@ -106,8 +104,8 @@ def test_samples(two):
     model.load_state_dict(dict(zip(names, flat)))
     c = torch.arange(7) % 3
     samples = sample(model, c, (2,), steps=3, sampler="ddpm", batch_size=1, progress=False)
-    again = sample(model, 6, (2,), steps=3, batch_size=1, progress=False)
-    assert two[0]["samples"] == [samples.tolist(), again.tolist()]
+    again = sample_trajectory(model, 6, (2,), steps=3, batch_size=1, progress=False)
+    assert two[0]["samples"] == [samples.tolist(), again.points.tolist(), again.rows]
 
 
 def test_one_process_needs_no_world():
@@ -121,7 +119,7 @@ def test_errors_reach_both_processes(two):
         assert seen["batch"] == "ValueError: batch_size = 15; allowed: a multiple of 2 processes x 1 passes"
         assert seen["main"].startswith("FileNotFoundError") and "missing" in seen["main"]
         assert seen["nan"].startswith("FloatingPointError: loss = ") and "lower lr = 1e+30" in seen["nan"]
-        assert seen["full"].startswith("NotADirectoryError: ")
+        assert seen["full"].startswith("NotADirectoryError: ") and "could not write /dev/null/plain" in seen["full"]
         assert seen["nan samples"].startswith("FloatingPointError: samples are not finite")
 
 
@@ -163,7 +161,7 @@ def test_sharding_in_half_precision_and_what_it_refuses(sharded):
     assert_close(sharded[0]["bf16"]["losses"], whole, rtol=0.02, atol=0.02)
     assert sharded[0]["bf16"]["losses"] != whole
     for name in ("channels_last", "compile"):
-        assert sharded[0][name] == f"{name} = True; allowed: False with FSDP2"
+        assert sharded[0][name] == f"{name} = True; allowed with FSDP2: False"
 
 
 def launch(folder: Path, *words: object) -> tuple[subprocess.CompletedProcess, float]:
@@ -206,7 +204,7 @@ def test_a_recipe_trained_and_swept_by_launchers(tmp_path):
     save_samples(tmp_path / "images", images, torch.arange(80) % 2)
     tiny = {"data": str(tmp_path / "images"), "network": "unet-tiny", "steps": 4, "batch_size": 8, "ema": 0.5}
     tiny |= {"precision": "fp32", "save_every": 2, "sampler_steps": 2, "sampler": "heun"}
-    for name, changes in (("one", {}), ("judge", {"method": "judge"})):
+    for name, changes in (("one", {}), ("eval", {"method": "evaluation_classifier"})):
         for _ in train_recipe(override(Recipe(), tiny | changes), tmp_path / name, progress=False):
             pass
     (tmp_path / "tiny.toml").write_text(describe_recipe(override(Recipe(), tiny)), encoding="utf-8")
@@ -217,7 +215,7 @@ def test_a_recipe_trained_and_swept_by_launchers(tmp_path):
     assert two.ema.keys() == one.ema.keys()
     assert_same_weights(two.ema.values(), [one.ema[name] for name in two.ema])
     options = ["--scales", "1,2", "--n", 300, "--batch-size", 100, "--reference", tmp_path / "images", "--no-progress"]
-    options += ["--eyes", tmp_path / "judge"]
+    options += ["--features", tmp_path / "eval"]
     plain = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python", "--"]
     guidance_nb(plain, "sweep", tmp_path / "one", "--out", tmp_path / "by two", *options)
     words = ("sweep", tmp_path / "one", "--out", tmp_path / "by one", *options)
