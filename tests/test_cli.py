@@ -115,7 +115,8 @@ def test_a_killed_tour_starts_again_where_it_stopped(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, tmp_path):
-    process = run("tour", "--quick", "--out", str(tmp_path / "out"), *arguments)
+    out = () if "--out" in arguments else ("--out", str(tmp_path / "out"))
+    process = run("tour", "--quick", *out, *arguments)
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert words in process.stderr and process.stderr.startswith("guidance-nb: ")
 
@@ -274,9 +275,7 @@ def test_bad_input_on_real_models(life, tmp_path):
                 "mnist-base",
                 "--out",
                 base,
-                *flags(limit=1000, batch_size=32, steps=10),
-                "--network",
-                "unet-small",
+                *flags(limit=1000, batch_size=32, steps=10, network="unet-small"),
             ],
             "has recipe.network.name",
         ),

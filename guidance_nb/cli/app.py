@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from guidance_nb import __version__
 from guidance_nb._checks import require
@@ -219,8 +219,10 @@ def encode_command(
     flip: Annotated[bool, typer.Option(help="Encode the mirror image of each picture, too.")] = True,
     shard_rows: Annotated[int, typer.Option(help="Pictures of a shard.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
-    dtype: Annotated[str, typer.Option(help="How latents are stored: float32 or float16.")] = "float32",
-    crop: Annotated[str, typer.Option(help="adm, or torchvision: Resize and CenterCrop.")] = "adm",
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How latents are stored.")] = "float32",
+    crop: Annotated[
+        Literal["adm", "torchvision"], typer.Option(help="ADM's, or torchvision's Resize and CenterCrop.")
+    ] = "adm",
     split: Split = "train",
     progress: Progress = True,
 ) -> None:

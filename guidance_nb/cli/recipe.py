@@ -67,7 +67,10 @@ def _table(hint: Any) -> type[Table] | None:
 
 def _allowed(field: FieldInfo) -> str:
     "What a key may be, in words."
-    hint, parts = field.annotation, get_args(field.annotation)
+    hint: Any = field.annotation
+    if type(None) in get_args(hint):  # a value that may be missing
+        hint = get_args(hint)[0]
+    parts = get_args(hint)
     if get_origin(hint) is dict:
         return "a table"
     if get_origin(hint) is Literal:
@@ -109,12 +112,17 @@ def key(default: Any, meaning: str, **rules: Any) -> Any:
 
 
 def _rising(values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
-    fine = len(values) in (0, 2) and list(values) == sorted(values)
+    fine = len(values) == 2 and values[0] <= values[1]
     require(fine, str(info.field_name), list(values), "two numbers, the lower first")
     return values
 
 
-Range = Annotated[tuple[float, ...], AfterValidator(_rising)]
+def _rising_or_empty(values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    return values and _rising(values, info)
+
+
+Pair = Annotated[tuple[float, ...], AfterValidator(_rising)]
+Range = Annotated[tuple[float, ...], AfterValidator(_rising_or_empty)]
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 SEED: dict[str, Any] = {"ge": 0, "lt": 2**63}
@@ -189,7 +197,7 @@ class MethodTable(Table):
         0.5, 'Share of a scale-aware "model_guidance" trained at a drawn scale, the rest at 1', ge=0, le=1
     )
     unconditional: Literal["null", "contrastive", "uniform"] = key("null", 'What "model_guidance" guides away from')
-    interval: Range = key((0.0, 0.75), 'Times at which "model_guidance" guides')
+    interval: Pair = key((0.0, 0.75), 'Times at which "model_guidance" guides')
     start_step: int = key(0, 'Step at which "model_guidance" begins to guide', ge=0)
     auto_every: int = key(
         0, 'Steps between moves of the weight of "model_guidance" by a measured error; 0 keeps it', ge=0
@@ -271,7 +279,6 @@ class Recipe(Table):
                 "0, except for model_guidance without scale_range")  # fmt: skip
         late = method.name == "model_guidance" and method.start_step >= self.training.steps
         require(not late, "method.start_step", method.start_step, f"below training.steps = {self.training.steps}")
-        require(method.interval, "method.interval", [], "two numbers, the lower first")
         if self.latents is not None:
             clean = method.name not in ("evaluation_classifier", "flow_postprocessing")
             require(clean, "method.name", method.name, "methods that need no clean pictures, for latents")
@@ -308,7 +315,7 @@ class FineTuningMethodTable(Table):
     scale: float = key(7.5, 'Guidance scale trained for; for "plain" the one suggested for sampling')
     two_stage: bool = key(False, 'Whether "aligned_loss" keeps the activations of one branch at a time')
     scale_range: Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
-    interval: Range = key((0.0, 1.0), 'Times at which "model_guidance" guides')
+    interval: Pair = key((0.0, 1.0), 'Times at which "model_guidance" guides')
 
 
 class FineTuningLoopTable(LoopTable):
@@ -346,7 +353,6 @@ class FineTuning(Table):
         aware = bool(self.method.scale_range)
         require(not aware or not self.pipeline.lora_rank, "pipeline.lora_rank", self.pipeline.lora_rank,
                 "0 for a scale-aware network, whose new input is trained")  # fmt: skip
-        require(self.method.interval, "method.interval", [], "two numbers, the lower first")
         return self
 
 

@@ -18,7 +18,7 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore
-from guidance_nb.cli.recipe import SEED, Recipe, Table, key, override
+from guidance_nb.cli.recipe import SEED, Pair, Recipe, Table, key, override
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
 from guidance_nb.engine.cost import cost_sheet, count_step_rows, network_cost
 from guidance_nb.flow_postprocessing import (
@@ -469,7 +469,7 @@ class Request(Table):
     sampler: Sampler | None = key(None, "Sampler. Default: the recipe's")
     steps: int | None = key(None, "Steps of the sampler. Default: the recipe's", ge=1)
     seed: int = key(0, "Seed; sample i depends on (seed, i) alone", **SEED)
-    interval: tuple[float, ...] = key((0.0, 1.0), "First and last time that classifier-free guidance guides")
+    interval: Pair = key((0.0, 1.0), "First and last time that classifier-free guidance guides")
     precision: Literal["fp32", "bf16", "auto"] = key(
         "fp32", "fp32, bf16, or auto: bf16 where the hardware is made for it"
     )
