@@ -11,7 +11,7 @@ from torch import nn
 
 from guidance_nb._processes import find_processes
 from guidance_nb.flow_postprocessing import FlowPostprocessor
-from guidance_nb.networks import ImageClassifier, build_network, image_denoiser
+from guidance_nb.images.networks import ImageClassifier, build_network, image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.paths import Path as NoisePath
 from guidance_nb.training import Checkpoint, latest_checkpoint, load_weights, read_checkpoint

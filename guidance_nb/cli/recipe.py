@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from guidance_nb._checks import check_choice, require
 from guidance_nb._extras import extra
-from guidance_nb.networks import IMAGE_NETWORKS
+from guidance_nb.images.networks import IMAGE_NETWORKS
 from guidance_nb.samplers import Sampler
 
 with extra("cli"):
