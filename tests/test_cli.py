@@ -21,8 +21,8 @@ from guidance_nb.cli.app import app, main
 from guidance_nb.cli.recipe import FineTuning, Recipe, find_key, override, read_recipe, recipe_names
 from guidance_nb.cli.run import Request, take_images, train_recipe
 from guidance_nb.comparison import DATA, METHODS
+from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images.data import load_images, load_samples, save_samples
-from guidance_nb.training import checkpoints_in, latest_checkpoint, read_checkpoint
 from notebooks import ROOT, cells, text
 
 SCALES = ["--scales", "1,2"]
@@ -284,8 +284,8 @@ def test_bad_input_on_real_models(life, tmp_path):
             "was trained by method 'evaluation_classifier'; allowed: 'plain'",
         ),
         (["sample", str(tmp_path / "empty"), "--out", str(tmp_path / "x.npz")], "holds no checkpoint"),
-        (["sample", base, "--n", "0", "--out", str(tmp_path / "x.npz")], "n = 0; allowed"),
-        (["sample", base, "--steps", "-3", "--out", str(tmp_path / "x.npz")], "steps = -3"),
+        (["sample", base, "--n", "0", "--out", str(tmp_path / "x.npz")], "n = '0'; allowed"),
+        (["sample", base, "--steps", "-3", "--out", str(tmp_path / "x.npz")], "steps = '-3'; allowed"),
         (["sample", base, "--out", real], "is there already; allowed: another name, or --overwrite"),
         (["sample", base, "--out", str(root), "--overwrite"], "holds other things than samples"),
         (["sample", base, "--classifier", evaluation, "--out", str(tmp_path / "x.npz")], "allowed: 'classifier'"),
@@ -362,7 +362,7 @@ def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path)
     assert done(*arguments).startswith("40 steps done")
     recipe = override(read_recipe("mnist-base"), TINY | changes)
     assert [state.step for state in train_recipe(recipe, tmp_path / "whole", progress=False)][-1] == 40
-    ends = [read_checkpoint(latest_checkpoint(tmp_path / name)) for name in ("run", "whole")]
+    ends = [read_checkpoint(tmp_path / name) for name in ("run", "whole")]
     for part in ("model", "ema", "optimizer"):
         a, b = (getattr(end, part) for end in ends)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -49,10 +49,10 @@ from guidance_nb.cli.run import (
     train_recipe,
 )
 from guidance_nb.denoisers import NetworkDenoiser
+from guidance_nb.engine.checkpoints import read_checkpoint, seal_record
 from guidance_nb.images.data import ImageData, SampleFile, load_samples, save_samples
 from guidance_nb.images.features import INCEPTION, Extractor, Features, extract, read_reference
 from guidance_nb.images.metrics import PROVENANCE, append_rows
-from guidance_nb.training import latest_checkpoint, record_digest
 
 TINY = {"network": "unet-tiny", "steps": 2, "batch_size": 8, "warmup": 0, "precision": "fp32", "grid_every": 0}
 TINY |= {"sampler_steps": 2, "save_every": 2}
@@ -248,20 +248,23 @@ def edit(checkpoint: Path, change) -> None:
     "Change the record of a checkpoint as another version of the package might have written it."
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     change(record)
-    (checkpoint / "checkpoint.json").write_text(json.dumps(record | {"checksum": record_digest(record)}))
+    (checkpoint / "checkpoint.json").write_text(seal_record(record))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda r: r.update(format=99), "has format 99 (guidance_nb "),
-        (lambda r: r["facts"].clear(), "holds no recipe; allowed: checkpoints of `guidance-nb train`"),
-        (lambda r: r["facts"]["recipe"]["data"].update(colour=1), "holds a recipe of another version ("),
-        (lambda r: r["facts"]["recipe"]["network"].update(name="unet-small"), "allowed: the network of the checkpoint"),
+        (lambda r: r["metadata"].clear(), "holds no recipe; allowed: checkpoints of `guidance-nb train`"),
+        (lambda r: r["metadata"]["recipe"]["data"].update(colour=1), "holds a recipe of another version ("),
+        (
+            lambda r: r["metadata"]["recipe"]["network"].update(name="unet-small"),
+            "allowed: the network of the checkpoint",
+        ),
     ],
 )
 def test_a_foreign_checkpoint_is_refused(runs, tmp_path, change, words):
-    good = latest_checkpoint(runs / "base")
+    good = read_checkpoint(runs / "base").path
     (tmp_path / good.name).mkdir()
     for file in good.iterdir():
         (tmp_path / good.name / file.name).write_bytes(file.read_bytes())

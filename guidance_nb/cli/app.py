@@ -184,6 +184,7 @@ def train_command(
     recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/RECIPE.")] = None,
     progress: Progress = True,
+    may_change: Annotated[str, typer.Option(help="Keys that may differ from the run that is continued.")] = "",
 ) -> None:
     """Train a recipe; every key of it is also a flag, such as --steps 4000 or --method.scale 1.5.
 
@@ -204,7 +205,7 @@ def train_command(
         read_index(chosen.latents)
         main_only(lambda: show_cost(chosen, (), "h100", 0.35))
     with interruptible("start again to go on from the last checkpoint"):
-        for state in train_recipe(chosen, folder, progress):
+        for state in train_recipe(chosen, folder, progress, tuple(may_change.split(",")) if may_change else ()):
             last = state
     if is_main():
         typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; checkpoints are in {folder}")
@@ -407,7 +408,7 @@ def evaluate_command(
     """
     from guidance_nb.cli.evaluation import baseline_row, extract_reference_features, find_feature_extractor, score
     from guidance_nb.cli.run import check_folder, main_only
-    from guidance_nb.engine.cost import extract_sharded
+    from guidance_nb.engine.sampling import extract_sharded
     from guidance_nb.images.data import load_samples
     from guidance_nb.images.metrics import append_rows
 

@@ -25,7 +25,8 @@ from guidance_nb.cli.run import (
     main_only,
     postprocess,
 )
-from guidance_nb.engine.cost import extract_sharded
+from guidance_nb.engine.hardware import choose_precision
+from guidance_nb.engine.sampling import extract_sharded
 from guidance_nb.images.data import FILES, SampleFile, from_uint8, load_images, load_samples
 from guidance_nb.images.features import (
     INCEPTION,
@@ -39,7 +40,6 @@ from guidance_nb.images.features import (
 )
 from guidance_nb.images.metrics import append_rows, column, feature_scores, provenance, read_rows
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
-from guidance_nb.training import choose_precision
 
 __all__ = ["score"]
 

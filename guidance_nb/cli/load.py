@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from guidance_nb._processes import find_processes
+from guidance_nb.engine.checkpoints import Checkpoint, load_weights, read_checkpoint
 from guidance_nb.flow_postprocessing import FlowPostprocessor
 from guidance_nb.images.networks import ImageClassifier, build_network, image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.paths import Path as NoisePath
-from guidance_nb.training import Checkpoint, latest_checkpoint, load_weights, read_checkpoint
 
 __all__ = ["load"]
 
@@ -71,8 +71,8 @@ def open_checkpoint(
         if str(source) not in names:
             raise ValueError(f"model = {str(source)!r}; allowed: the folder of a run, or {', '.join(near)}")
         folder = MODELS / str(source)
-    saved = read_checkpoint(folder if (folder / "checkpoint.json").is_file() else latest_checkpoint(folder))
-    if not {"recipe", "shape", "classes"} <= set(saved.facts):
+    saved = read_checkpoint(folder)
+    if not {"recipe", "shape", "classes"} <= set(saved.metadata):
         raise ValueError(f"{saved.path} holds no recipe; allowed: checkpoints of `guidance-nb train`")
     return saved
 
@@ -83,7 +83,7 @@ def restore(
     ema: bool = True,  # Whether to take the moving average of the weights
 ) -> Any:  # The network on the accelerator if there is one, in evaluation mode, its weights without gradients
     "Rebuild a trained network."
-    model = make_model(recipe, tuple(saved.facts["shape"]), len(saved.facts["classes"]))
+    model = make_model(recipe, tuple(saved.metadata["shape"]), len(saved.metadata["classes"]))
     load_weights(model, saved.ema if ema else saved.model, str(saved.path))
     return model.to(own_device()).eval().requires_grad_(False)
 
@@ -94,5 +94,7 @@ def load(
 ) -> nn.Module:  # A `NetworkDenoiser` on the accelerator if there is one; a classifier or flow if one was trained
     "A trained network by folder or name, ready to be guided and sampled from."
     saved = open_checkpoint(source)
-    tables = {name: SimpleNamespace(**part) for name, part in saved.facts["recipe"].items() if isinstance(part, dict)}
+    tables = {
+        name: SimpleNamespace(**part) for name, part in saved.metadata["recipe"].items() if isinstance(part, dict)
+    }
     return restore(saved, SimpleNamespace(**tables), ema)

@@ -18,9 +18,12 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore
-from guidance_nb.cli.recipe import SEED, Pair, Recipe, Table, key, override
+from guidance_nb.cli.recipe import SEED, Pair, Recipe, Table, find_key, key, override
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
-from guidance_nb.engine.cost import cost_sheet, count_step_rows, network_cost
+from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
+from guidance_nb.engine.hardware import check_compiler, check_tracker, choose_precision
+from guidance_nb.engine.run import Engine
+from guidance_nb.engine.sampling import sample_sharded
 from guidance_nb.flow_postprocessing import (
     PairDraws,
     PairLoss,
@@ -51,18 +54,7 @@ from guidance_nb.images.latents import (
 )
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale, scale_from_mg_weight
 from guidance_nb.samplers import Sampler, sample, time_grid
-from guidance_nb.training import (
-    Checkpoints,
-    ClassifierLoss,
-    DenoisingLoss,
-    Engine,
-    State,
-    check_compiler,
-    check_tracker,
-    choose_precision,
-    fit,
-    sample_sharded,
-)
+from guidance_nb.training import ClassifierLoss, DenoisingLoss, State, fit
 
 __all__ = ["generate", "train_recipe"]
 
@@ -157,6 +149,14 @@ def recipe_shape(recipe: Recipe) -> tuple[tuple[int, ...], int]:
 # Training
 
 
+LOOP = ("steps", "save_every", "keep", "precision", "gradient_accumulation_steps", "gradient_checkpointing")
+SPEED = ("compile", "cuda_graphs", "channels_last", "grid_every", "tracker")
+MAY_CHANGE = (  # at a resume; whether more steps may follow is for `fit` to say
+    *("recipe.title", "recipe.sampling", "recipe.data.vae"),
+    *(f"recipe.training.{name}" for name in (*LOOP, *SPEED)),
+)
+
+
 class CleanLoss:
     "Cross-entropy of a classifier of clean images."
 
@@ -185,21 +185,14 @@ def make_loss(recipe: Recipe) -> Callable:
     return losses[method.name]
 
 
-def make_engine(recipe: Recipe) -> Engine:
-    "How a `recipe` is carried out."
+def make_engine(recipe: Recipe, folder: Path | None = None, metadata: dict[str, Any] | None = None) -> Engine:
+    "How a `recipe` is carried out, in a `folder` of checkpoints that hold `metadata`."
     table = recipe.training
-    return Engine(
-        precision=table.precision,
-        accumulate=table.gradient_accumulation_steps,
-        recompute=table.gradient_checkpointing,
-        compile=table.compile,
-        graphs=table.cuda_graphs,
-        channels_last=table.channels_last,
-        warmup=table.warmup,
-        weight_decay=table.weight_decay,
-        clip=table.clip or None,
-        tracker=table.tracker or None,
-    )
+    same = ("precision", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "cuda_graphs")
+    same += ("channels_last", "warmup", "weight_decay", "save_every", "keep")
+    options: dict[str, Any] = {name: getattr(table, name) for name in same}
+    options |= {"folder": folder, "metadata": metadata or {}, "may_change": MAY_CHANGE}
+    return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
 
 
 def recipe_cost(
@@ -215,9 +208,9 @@ def recipe_cost(
     precision, recompute = "fp32" if table.precision == "fp32" else "bf16", table.gradient_checkpointing
     aware, (shape, classes) = is_scale_aware(recipe), recipe_shape(recipe)
     cost = network_cost(network.name, shape, classes, aware, precision, recompute, **network.settings)
-    rows = count_step_rows(make_loss(recipe), steps=table.steps)
+    nfe = count_loss_nfe(make_loss(recipe), steps=table.steps)
     counts = gpus or (1, 8)[: 1 if table.batch_size % (8 * at_once) else 2]
-    return cost_sheet(cost, rows, table.steps, table.batch_size, at_once, counts, chip, share)
+    return cost_sheet(cost, nfe, table.steps, table.batch_size, at_once, counts, chip, share)
 
 
 def check_trainable(recipe: Recipe) -> None:
@@ -270,18 +263,11 @@ def make_training(recipe: Recipe, data: Any) -> tuple[Any, Any, tuple[str, ...]]
     return correction_flow(pairs, len(classes), net=net, dropout=recipe.method.dropout), pairs, classes
 
 
-LOOP = ("steps", "save_every", "keep", "precision", "gradient_accumulation_steps", "gradient_checkpointing")
-SPEED = ("compile", "cuda_graphs", "channels_last", "grid_every", "tracker")
-MAY_CHANGE = (  # at a resume; whether more steps may follow is for `fit` to say
-    *("recipe.title", "recipe.sampling", "recipe.data.vae"),
-    *(f"recipe.training.{name}" for name in (*LOOP, *SPEED)),
-)
-
-
 def train_recipe(
     recipe: Recipe,  # What to train
     folder: str | Path,  # Where checkpoints and grids go; a run in it is continued
     progress: bool = True,  # Whether to show a progress bar
+    changes: tuple[str, ...] = (),  # Keys that may differ from those of the run that is continued
 ) -> Iterator[State]:
     "Train a recipe, from the newest intact checkpoint if there is one, and yield every state of `fit`."
     check_trainable(recipe)
@@ -296,13 +282,15 @@ def train_recipe(
         if table.grid_every:
             find_vae(recipe, data.index)  # rather now than at the first grid
     options: dict[str, Any] = {name: getattr(table, name) for name in ("batch_size", "lr", "schedule", "ema", "seed")}
-    kept = Checkpoints(folder, table.save_every, table.keep, facts=facts, may_change=MAY_CHANGE)
     loss = make_loss(recipe)
     if recipe.method.auto_every:
         from guidance_nb.cli.evaluation import measured_loss
 
         loss = measured_loss(recipe, data, facts.get("latents"), loss)
-    options |= {"checkpoints": kept, "engine": make_engine(recipe), "progress": progress}
+    engine = make_engine(recipe, folder, facts)
+    keys = [find_key(name) for name in changes]
+    stated = (*engine.may_change, *(f"recipe.{name}" for name in keys), *(name.split(".")[-1] for name in keys))
+    options |= {"engine": replace(engine, may_change=stated), "progress": progress}
     for state in fit(model, loss, source, table.steps, description=recipe.method.name, **options):
         if table.grid_every and state.step % table.grid_every == 0 and is_main():
             trained = Trained(
@@ -354,14 +342,14 @@ def load_trained(
     "A trained network with its recipe."
     saved = open_checkpoint(source)
     try:
-        recipe = override(Recipe(), saved.facts["recipe"])
+        recipe = override(Recipe(), saved.metadata["recipe"])
     except ValueError as error:
         by = saved.record["versions"]["guidance_nb"]
         raise ValueError(f"{saved.path} holds a recipe of another version ({by}): {error}") from None
     if recipe.method.auto_every:  # the scale that its weight has reached
         reached = scale_from_mg_weight(saved.record["loss_state"]["weight"]["value"])
         recipe = override(recipe, {"method.scale": reached})
-    model, facts = restore(saved, recipe, ema), saved.facts
+    model, facts = restore(saved, recipe, ema), saved.metadata
     shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
     return Trained(model, recipe, shape, classes, saved.step, saved.path, ema, facts.get("latents"))
 
