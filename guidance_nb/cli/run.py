@@ -24,13 +24,7 @@ from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine.hardware import check_compiler, check_tracker, choose_precision
 from guidance_nb.engine.run import Engine
 from guidance_nb.engine.sampling import sample_sharded
-from guidance_nb.flow_postprocessing import (
-    PairDraws,
-    PairLoss,
-    apply_correction,
-    correction_flow,
-    pair_data,
-)
+from guidance_nb.flow_postprocessing import FlowPostprocessor, PairDraws, PairLoss, pair_data
 from guidance_nb.images.data import (
     FILES,
     ImageData,
@@ -260,7 +254,7 @@ def make_training(recipe: Recipe, data: Any) -> tuple[Any, Any, tuple[str, ...]]
     pairs = read_pairs(recipe, data)
     classes = () if pairs.labels is None else data.classes
     net = make_model(recipe, data.shape, len(classes)).net
-    return correction_flow(pairs, len(classes), net=net, dropout=recipe.method.dropout), pairs, classes
+    return FlowPostprocessor.from_pairs(pairs, len(classes), net=net, dropout=recipe.method.dropout), pairs, classes
 
 
 def train_recipe(
@@ -543,7 +537,7 @@ def postprocess(
         raise ValueError(f"samples have shape {tuple(file.x.shape[1:])}; allowed: {trained.shape}, as {trained.path}")
     start, labels = time.perf_counter(), file.c if trained.model.num_classes else None
     with count_nfe() as count:
-        x = apply_correction(trained.model, from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress)
+        x = trained.model(from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress)
     facts = {"correction": str(trained.path), "correction_steps": steps, "correction_sampler": sampler}
     facts |= {"correction_scale": scale, "nfe": file.facts.get("nfe", 0.0) + count.total / len(x)}
     facts["seconds"] = round(file.facts.get("seconds", 0.0) + time.perf_counter() - start, 3)
