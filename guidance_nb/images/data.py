@@ -219,17 +219,17 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def crop_image(image: Any, size: int) -> Any:
+def crop_image(image: Image.Image, size: int) -> Image.Image:
     "ADM's crop to a square: halve by boxes while at least twice too large, then bicubic, antialiased, then the centre."
     while min(image.size) >= 2 * size:
-        image = image.resize(tuple(n // 2 for n in image.size), Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(n * scale) for n in image.size), Image.Resampling.BICUBIC)
-    left, top = ((n - size) // 2 for n in image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def resize_crop(image: Any, size: int) -> Any:
+def resize_crop(image: Image.Image, size: int) -> Image.Image:
     "torchvision's Resize and CenterCrop to a square: bilinear with antialiasing, then the centre."
     with extra("images"):
         from torchvision.transforms.functional import center_crop, resize
@@ -237,11 +237,11 @@ def resize_crop(image: Any, size: int) -> Any:
     return center_crop(resize(image, size), [size, size])
 
 
-CROPS: dict[Crop, Callable[[Any, int], Any]] = {"adm": crop_image, "torchvision": resize_crop}
+CROPS: dict[Crop, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_image, "torchvision": resize_crop}
 ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
 
 
-def as_shown(file: Any, channels: int) -> Any:
+def as_shown(file: Image.Image, channels: int) -> Image.Image:
     "A PIL image as viewers show it, in RGB or grey: upright, and what is transparent on white."
     require(not file.mode.startswith(("I", "F")), "mode", file.mode, "8 bits per channel")
     image = ImageOps.exif_transpose(file)
@@ -507,7 +507,7 @@ def load_folder(path: Path, size: int | None = None, channels: int | None = None
     require(depths in ({1}, {2}), f"content of {path}", found, "all images in it, or all in its sub-folders")
     record = _record(path)
     if record is None:
-        return _folder_made_elsewhere(path, files, depths == {2}, size, channels)
+        return _folder_made_elsewhere(files, depths == {2}, size, channels)
     return _folder_of_ours(path, files, depths == {2}, record)
 
 
@@ -531,7 +531,7 @@ def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: dict[
     return SampleFile(x, c, facts)
 
 
-def _folder_made_elsewhere(path: Path, files: list[Path], by_class: bool, size: Any, channels: Any) -> SampleFile:
+def _folder_made_elsewhere(files: list[Path], by_class: bool, size: int | None, channels: int | None) -> SampleFile:
     "Labels follow the sorted names of the sub-folders, which the facts remember; grey stays grey if all are."
     if channels is None:
         with ThreadPoolExecutor() as pool:
