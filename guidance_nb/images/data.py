@@ -27,6 +27,7 @@ with extra("images"):
 __all__ = ["ImageData", "from_uint8", "load_images", "load_samples", "save_samples", "to_uint8"]
 
 Crop = Literal["adm", "torchvision"]
+Facts = dict[str, Any]  # What JSON can hold
 
 
 def from_uint8(
@@ -377,7 +378,7 @@ class SampleFile(NamedTuple):
 
     x: Tensor  # uint8 `[n, channels, height, width]`
     c: Tensor | None  # Labels `[n]`, int64, if there are any
-    facts: dict[str, Any]  # What is known of them
+    facts: Facts  # What is known of them
 
 
 FORMAT = "guidance_nb samples 1"
@@ -400,7 +401,7 @@ def may_replace(path: Path, overwrite: bool) -> bool:
     return not any(path.iterdir()) or (ours and _record(path) is not None)
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
+def _record(folder: Path) -> Facts | None:
     "What `save_samples` wrote beside its images, or None for a folder made elsewhere."
     try:
         found = json.loads(read_text(folder / FACTS))
@@ -413,7 +414,7 @@ def save_samples(
     path: str | Path,  # A name that ends in .npz, or a folder for PNG files
     x: Tensor,  # Samples `[n, channels, height, width]`: floats in [-1, 1], or uint8
     c: Tensor | None = None,  # Labels `[n]`
-    facts: dict[str, Any] | None = None,  # What to remember of them: seed, scale, command
+    facts: Facts | None = None,  # What to remember of them: seed, scale, command
     overwrite: bool = False,  # Whether to replace a file or folder that this function did not write
 ) -> Path:  # `path`
     "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders."
@@ -516,7 +517,7 @@ def _decode(files: list[Path], size: int | None, channels: int) -> Tensor:
     return ImageFiles(files, shape, size).decode(torch.arange(len(files)))
 
 
-def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: dict[str, Any]) -> SampleFile:
+def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Facts) -> SampleFile:
     "File names are the numbers of samples, folder names the labels; all must be there, and unchanged."
     try:
         (count, _, _, channels), promised, facts = record["shape"], record["sha256"], dict(record["facts"])

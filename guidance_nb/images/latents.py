@@ -15,10 +15,11 @@ from guidance_nb._checks import check_choice, check_whole, differences, require
 from guidance_nb._extras import extra
 from guidance_nb._files import clean_remnants, digest, read_text, weights_digest, write_aside, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
-from guidance_nb.images.data import Crop, ImageData, ImageFiles, from_uint8, load_images, to_uint8
+from guidance_nb.images.data import Crop, Facts, ImageData, ImageFiles, from_uint8, load_images, to_uint8
 
 __all__ = ["decode", "encode_folder", "load_latents"]
 
+VAE = Any  # an AutoencoderKL of diffusers, which types none of its methods
 Constant = float | list[float]  # one number, or one for each channel
 
 
@@ -53,7 +54,7 @@ def undo_scaling(config: Any, latents: Tensor) -> Tensor:
     return latents / factor + shift
 
 
-def load_vae(source: Any, device: str | torch.device | None = None) -> Any:
+def load_vae(source: VAE | str | Path, device: str | torch.device | None = None) -> VAE:
     "An `AutoencoderKL`, given, or by the folder or name of one or of a pipeline, without gradients."
     if not isinstance(source, str | Path):
         with extra("diffusers"):
@@ -68,7 +69,7 @@ def load_vae(source: Any, device: str | torch.device | None = None) -> Any:
 
 
 @lru_cache(1)
-def _read_vae(source: str) -> Any:
+def _read_vae(source: str) -> VAE:
     with extra("diffusers"):
         from diffusers import AutoencoderKL
 
@@ -80,7 +81,7 @@ def _read_vae(source: str) -> Any:
         raise ValueError(f"vae = {source!r} cannot be loaded ({reason}); allowed: a folder or name of one") from None
 
 
-def describe_vae(vae: Any, name: str = "") -> dict[str, Any]:
+def describe_vae(vae: VAE, name: str = "") -> Facts:
     "What latents must remember of their autoencoder: factor, shift, sizes, and a digest of its weights."
     factor, shift = latent_constants(vae.config)
     return {
@@ -95,7 +96,7 @@ def describe_vae(vae: Any, name: str = "") -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode(vae: Any, images: Tensor) -> Tensor:
+def encode(vae: VAE, images: Tensor) -> Tensor:
     "The posterior of uint8 images: means and deviations `[n, 2, latent channels, ...]`, float32, on the CPU."
     found = vae.encode(from_uint8(images).to(next(vae.parameters()))).latent_dist
     return torch.stack([found.mean, found.std], 1).float().cpu()
@@ -103,7 +104,7 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(
-    vae: Any,  # An autoencoder
+    vae: VAE,  # An autoencoder
     latents: Tensor,  # Latents as networks see them `[n, channels, height, width]`
     batch_size: int = 32,  # Latents at a time
 ) -> Tensor:  # Images `[n, channels, ...]`, uint8, on the CPU
@@ -118,7 +119,7 @@ def decode(
 
 
 def decode_all(
-    vae: Any,  # An autoencoder
+    vae: VAE,  # An autoencoder
     latents: Tensor,  # All samples `[n, channels, height, width]`, the same in every process
     batch_size: int = 32,  # Latents at a time
     progress: bool = True,  # Whether to show a progress bar
@@ -146,7 +147,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_shard(path: Path, moments: Tensor, labels: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
+def write_shard(path: Path, moments: Tensor, labels: Tensor, settings: Facts) -> Facts:
     "Write moments `[n, views, 2, channels, height, width]` and labels `[n]` whole or not at all; its index entry."
     from safetensors.torch import save_file
 
@@ -162,7 +163,7 @@ class DamagedShard(ValueError):
     "A shard that is missing or not whole; an encoding makes it anew."
 
 
-def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def open_shard(path: Path) -> tuple[dict[str, Tensor], Facts, str]:
     "Map a shard without reading it: tensors, settings, promised SHA-256; no whole shard of ours is a `ValueError`."
     from safetensors import SafetensorError, safe_open
 
@@ -181,7 +182,7 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         raise DamagedShard(f"{path} is damaged ({reason}); allowed: {advice}") from None
 
 
-def check_shard(path: Path) -> dict[str, Any]:
+def check_shard(path: Path) -> Facts:
     "The index entry of a shard, read whole and compared with its own SHA-256; damage names the file."
     tensors, _, promised = open_shard(path)
     if (found := digest(tensors["moments"], tensors["labels"])) != promised:
@@ -191,7 +192,7 @@ def check_shard(path: Path) -> dict[str, Any]:
     return {"file": path.name, "rows": len(tensors["labels"]), "sha256": found, "bytes": path.stat().st_size}
 
 
-def find_shard(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def find_shard(path: Path, settings: Facts) -> Facts | None:
     "The index entry of a shard to keep, or None; other settings are a `ValueError` that names the first."
     try:
         if found := next(differences(open_shard(path)[1], settings), None):
@@ -207,8 +208,8 @@ class Encoding:
     "Images on their way to latents; a shard is a function of the settings and of its images, and of nothing else."
 
     data: ImageData
-    vae: Any  # The autoencoder
-    settings: dict[str, Any]  # What decides the numbers
+    vae: VAE  # The autoencoder
+    settings: Facts  # What decides the numbers
     out: Path  # Folder of the shards
     batch_size: int  # Images at a time
     progress: Callable[[int], Any] = lambda n: None  # Told how many images were done
@@ -225,7 +226,7 @@ class Encoding:
             raise ValueError(f"the latents of {file} are not finite in {kind}; allowed: a sound image, or 'float32'")
         return moments
 
-    def make(self, number: int) -> dict[str, Any]:
+    def make(self, number: int) -> Facts:
         "Make a shard, or keep the one that is there if it is whole and has the same settings; its entry in the index."
         size = self.settings["shard_rows"]
         path, rows = self.out / shard_name(number), torch.arange(len(self.data))[number * size :][:size]
@@ -238,7 +239,7 @@ class Encoding:
             self.progress(len(indices))
         return write_shard(path, torch.cat(parts), self.data.labels[rows], self.settings)
 
-    def run(self, index: dict[str, Any], progress: bool) -> dict[str, Any]:
+    def run(self, index: Facts, progress: bool) -> Facts:
         "Make all shards, each process its own, and write the index, which is returned."
         rank, world = find_processes(next(self.vae.parameters()).device)
         numbers = range(rank, -(-len(self.data) // self.settings["shard_rows"]), world)
@@ -255,7 +256,7 @@ class Encoding:
 def encode_folder(
     source: str | Path | ImageData,  # A folder with one sub-folder per class, "mnist", "cifar10", or images
     out: str | Path,  # Folder for the shards and their index; finished shards in it are kept
-    vae: Any,  # An `AutoencoderKL`, or its folder or name
+    vae: VAE,  # An `AutoencoderKL`, or its folder or name
     size: int | None = None,  # Side of the square to crop and resize to; None wants images of one size
     flip: bool = True,  # Whether to encode the mirror image of each image, too
     shard_rows: int = 4096,  # Images of a shard
@@ -264,7 +265,7 @@ def encode_folder(
     crop: Crop = "adm",  # How to crop and resize, as ADM or as torchvision does
     split: str = "train",  # "train" or "test"
     progress: bool = True,  # Whether to show a progress bar
-) -> dict[str, Any]:  # The index
+) -> Facts:  # The index
     "Encode images into shards of latents, on all processes if there are several; goes on where it was interrupted."
     check_whole("batch_size", batch_size, 1)
     check_whole("shard_rows", shard_rows, 1)
@@ -293,7 +294,7 @@ def encode_folder(
     return Encoding(data, vae, settings, Path(out), batch_size).run(index, progress)
 
 
-def write_index(out: Path, index: dict[str, Any]) -> None:
+def write_index(out: Path, index: Facts) -> None:
     "Write the index completely or not at all, and remove what killed runs left behind."
     write_file(out / INDEX, json.dumps(index, indent=1))
     for pattern in ("shard-*", INDEX):
@@ -305,7 +306,7 @@ class LatentData:
     "Labelled latents as `fit` reads them: whole batches by index, views and posterior draws keyed."
 
     folder: Path  # Where the shards are
-    index: dict[str, Any]  # What they hold
+    index: Facts  # What they hold
     shards: list[Tensor]  # Moments of each shard, mapped from its file
     labels: Tensor  # Class indices `[n]`
     flip: bool = False  # Whether `fetch` takes the mirrored view of a random half
@@ -352,7 +353,7 @@ class LatentData:
         return draw_latents(self.moments(mine, views), noise, vae["factor"], vae["shift"]), self.labels[mine]
 
 
-def read_index(folder: str | Path) -> dict[str, Any]:
+def read_index(folder: str | Path) -> Facts:
     "The index of a folder of latents; a folder without one is a `ValueError`."
     path = Path(folder) / INDEX
     if not path.is_file():
