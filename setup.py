@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["guidance_nb", "guidance_nb.*"]),
     package_data={
-        "guidance_nb": ["py.typed"],
+        "guidance_nb": ["py.typed", "models/*/*"],
         "guidance_nb.explorer": ["*.js", "*.css", "*.html"],
         "guidance_nb.cli": ["recipe_files/*.toml", "recipe_files/finetune/*.toml", "recipe_files/finetuning/*.toml"],
         "guidance_nb.engine": ["launch_files/*.yaml"],

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .aligned_loss import AlignedLoss as AlignedLoss
     from .classifier_free_guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
     from .classifier_guidance import ClassifierGuidance as ClassifierGuidance
+    from .cli.load import load as load
     from .denoisers import Denoiser as Denoiser
     from .denoisers import NetworkDenoiser as NetworkDenoiser
     from .denoisers import Prediction as Prediction
@@ -56,8 +57,8 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .training import DenoisingLoss as DenoisingLoss
     from .training import fit as fit
     from .training import train as train
-    from .weak_models import CADS as CADS
     from .weak_models import Autoguidance as Autoguidance
+    from .weak_models import CADS as CADS
     from .weak_models import DiscriminatorGuidance as DiscriminatorGuidance
     from .weak_models import IndependentConditionGuidance as IndependentConditionGuidance
     from .weak_models import PerturbedAttentionGuidance as PerturbedAttentionGuidance
@@ -92,6 +93,7 @@ _NAMES = {
     "power_tilt": "CharacteristicGuidance PredictorCorrector",
     "trained_guidance": "MeanFlowGuidanceLoss GuidanceFreeTrainingLoss GuidedDistillationLoss",
     "interop.diffusers": "from_diffusers",
+    "cli.load": "load",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -34,7 +34,7 @@ def test_wheel_is_the_package_alone(tmp_path):
     assert (metadata["Name"], metadata["Version"]) == (SETTINGS["lib_name"], SETTINGS["version"])
     assert metadata["Requires-Python"] == f">={SETTINGS['min_python']}"
     assert (metadata["License-Expression"] or metadata["License"]) == "Apache-2.0"
-    assert "guidance-nb = guidance_nb.cli.app:main" in entry_points
+    assert "guidance-nb = guidance_nb.cli:_main" in entry_points
     assert set(metadata.get_all("Provides-Extra")) == set(SETTINGS["extras"].split())
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert {line.split(">")[0] for line in required} == CORE
@@ -117,6 +117,18 @@ except ImportError as error:
 """
     said = alone(code)
     assert said.count("\n") == 1 and "pip install 'guidance_nb[images]'" in said
+
+
+def test_the_command_without_its_extra_is_one_line():
+    code = """
+from guidance_nb.cli import _main
+try:
+    _main()
+except SystemExit as error:
+    print(error)
+"""
+    said = alone(code)
+    assert said.count("\n") == 1 and "pip install 'guidance_nb[cli]'" in said
 
 
 def test_unknown_names_are_refused():

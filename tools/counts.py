@@ -39,7 +39,8 @@ def is_private(name: str) -> bool:
 def public_names(tree: ast.Module) -> list[str]:
     "The names of `__all__`."
     for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and getattr(target, "id", "") == "__all__" and node.value:
             return list(ast.literal_eval(node.value))
     return []
 
