@@ -398,9 +398,10 @@ def test_stated_changes_are_made_and_recorded(tmp_path):
         "place": ("here", "there"),
     }
     assert state.step == 24 and record["settings"]["lr"] == 0.02
-    engine = kept(None, tmp_path, metadata={"place": "there"})
-    assert train(case("teacher")[0], loss, data, 24, **change, progress=False, engine=engine).step == 24
-    assert read_checkpoint(tmp_path).record["changes"] == record["changes"]
+    engine = kept(None, tmp_path, metadata={"place": "there"}, may_change=("steps",))
+    assert train(case("teacher")[0], loss, data, 26, **change, progress=False, engine=engine).step == 26
+    again = {"step": 24, "key": "steps", "was": 24, "now": 26}
+    assert read_checkpoint(tmp_path).record["changes"] == [*record["changes"], again]
 
 
 def test_a_loss_with_a_memory_keeps_it(tmp_path):
