@@ -608,3 +608,58 @@ def test_facts_can_be_given_by_hand():
     expected = model.net(x, torch.tensor([250.0, 250.0])).sample
     assert_close(model.output(x, 0.25), expected)
     assert model.num_classes == 0 and from_diffusers(cases.unet(), facts).num_classes == EMBEDDINGS
+
+
+@pytest.mark.parametrize("kind", ["text", "several"])
+def test_prompts_of_two_lengths_are_refused_at_any_batch_size(kind):
+    "In one pass and in two, by guidance and by a loss: the verdict must not hang on how many samples there are."
+    text, none = torch.randn(2, 5, 8), torch.zeros(1, 7, 8)
+    pooled = {"pooled_projections": torch.randn(2, 6)}
+    model, c = {
+        "text": lambda: (from_diffusers(cases.unet(), cases.ddim(), none), text),
+        "several": lambda: (
+            from_diffusers(
+                cases.sd3(8, 6),
+                diffusers.FlowMatchEulerDiscreteScheduler(),
+                {"encoder_hidden_states": none, "pooled_projections": torch.zeros(1, 6)},
+            ),
+            {"encoder_hidden_states": text} | pooled,
+        ),
+    }[kind]()
+    t, verdicts = torch.tensor(0.5), set()
+    for n in (2, 200):
+        x, many = torch.randn(n, 4, 8, 8), take_rows(c, torch.arange(n) % 2)
+        for batching in ("auto", "batched", "sequential"):
+            with pytest.raises(ValueError, match=r"c has shape \(\d+, 5, 8\); allowed: \[batch, \.\.\.\] as the null"):
+                ClassifierFreeGuidance(model, 3.0, batching=batching)(x, t, many)
+        drop = torch.arange(n) == 0
+        refuse(lambda: model.output(x, t, many, drop), "as the null condition (1, 7, 8)")  # noqa: B023
+
+
+def test_a_network_that_has_the_scale_as_an_input_is_told_it():
+    "Latent consistency models, and fine-tuned ones: as their pipeline embeds it, 1 unless asked, 0 without condition."
+    net = cases.unet(time_cond_proj_dim=8)
+    text, seen = torch.randn(2, 5, 8), []
+    look = lambda net, args, kwargs: seen.append(kwargs["timestep_cond"])  # noqa: E731
+    net.register_forward_pre_hook(look, with_kwargs=True)
+    model = from_diffusers(net, cases.ddim(), text[:1] * 0)
+    x = torch.randn(2, 4, 8, 8)
+    assert model.scale_aware
+    for scale in (None, torch.tensor([1.0, 7.5])):
+        model.output(x, 0.5, text, torch.tensor([True, False]), scale)
+    embed = cases.stable_diffusion().get_guidance_scale_embedding
+    assert_close(seen[0], embed(torch.tensor([-1.0, 0.0]), 8))
+    assert_close(seen[1], embed(torch.tensor([-1.0, 6.5]), 8))
+    fixed = from_diffusers(net, cases.ddim(), text[:1] * 0, guidance=2.5)
+    fixed.output(x, 0.5, text)
+    assert not fixed.scale_aware
+    assert_close(seen[2], embed(torch.tensor([1.5, 1.5]), 8))
+
+
+def test_copies_of_a_model_share_its_pipeline():
+    model = from_diffusers(cases.stable_diffusion())
+    twin = copy.deepcopy(model)
+    assert twin.parts is model.parts and twin.net is not model.net
+    assert not any(name.startswith("parts") for name in model.state_dict())
+    both = (each.encode(PROMPTS) for each in (model, twin))
+    assert torch.equal(*both) and twin.shape == (4, 8, 8)

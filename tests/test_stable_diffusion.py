@@ -169,6 +169,19 @@ def test_bad_folders_are_named(tmp_path):
         load_captioned(tmp_path / "none")
 
 
+def test_captions_of_other_programs_are_read_or_named(tmp_path):
+    "A byte order mark is no part of a caption; Latin-1 is said to be none of UTF-8."
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red cat", encoding="utf-8-sig")
+    assert load_captioned(tmp_path).classes == ("red cat",)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a caf\u00e9\n", encoding="utf-8-sig")
+    assert load_captioned(tmp_path).classes == ("a caf\u00e9",)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a caf\u00e9\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"metadata\.csv .*UTF-8") as error:
+        load_captioned(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_cache_holds_what_the_encoders_say(pipeline, folder, cached):
     "Restated with the text encoder and the autoencoder alone."
     words = pipeline.tokenizer(["", *CAPTIONS], padding="max_length", max_length=10, return_tensors="pt").input_ids
