@@ -626,7 +626,7 @@ def test_prompts_of_two_lengths_are_refused_at_any_batch_size(kind):
             {"encoder_hidden_states": text} | pooled,
         ),
     }[kind]()
-    t, verdicts = torch.tensor(0.5), set()
+    t = torch.tensor(0.5)
     for n in (2, 200):
         x, many = torch.randn(n, 4, 8, 8), take_rows(c, torch.arange(n) % 2)
         for batching in ("auto", "batched", "sequential"):

@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from guidance_nb._checks import require
+
+Network: TypeAlias = Any  # A network of diffusers, or one wrapped by peft
+Pipeline: TypeAlias = Any  # A pipeline of diffusers
+Scheduler: TypeAlias = Any  # A scheduler of diffusers
+Autoencoder: TypeAlias = Any  # An AutoencoderKL
 
 CONDITIONS = {
     "UNet2DModel": ("class_labels",),
@@ -19,7 +24,7 @@ CONDITIONS = {
 
 
 def network_family(
-    net: Any,  # A network of diffusers, or one wrapped by peft
+    net: Network,  # A network of diffusers, or one wrapped by peft
 ) -> str:  # A key of `CONDITIONS`
     "The class whose calling convention a network follows; a `ValueError` for any other."
     plain = net.get_base_model() if hasattr(net, "get_base_model") else net
@@ -30,7 +35,7 @@ def network_family(
 
 
 def condition_names(
-    net: Any,  # A network of diffusers
+    net: Network,  # A network of diffusers
 ) -> tuple[str, ...]:  # Names of its conditions
     "The tensors a network is conditioned on."
     names = CONDITIONS[network_family(net)]
@@ -39,14 +44,14 @@ def condition_names(
 
 
 def takes_labels(
-    net: Any,  # A network of diffusers
+    net: Network,  # A network of diffusers
 ) -> bool:
     "Whether conditions are class indices."
     return condition_names(net) == ("class_labels",)
 
 
 def name_conditions(
-    net: Any,  # A network of diffusers
+    net: Network,  # A network of diffusers
     c: Tensor | Mapping[str, Tensor],  # Conditions, by name where there are several
 ) -> dict[str, Tensor]:
     "Conditions by the names the network gives them."
@@ -60,7 +65,7 @@ def name_conditions(
 
 
 def latent_channels(
-    net: Any,  # A network of diffusers
+    net: Network,  # A network of diffusers
 ) -> int:  # Channels of the data
     "Channels of the noisy data a network takes."
     patch = 4 if network_family(net) == "FluxTransformer2DModel" else 1
@@ -101,14 +106,14 @@ def embed_scale(
 
 
 def takes_scale(
-    net: Any,  # A network of diffusers
+    net: Network,  # A network of diffusers
 ) -> bool:
     "Whether the guidance scale is an input of the network."
     return bool(net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim"))
 
 
 def call_network(
-    net: Any,  # A network of diffusers
+    net: Network,  # A network of diffusers
     x: Tensor,  # Noisy data as the network sees it, `[batch, channels, height, width]`
     time: Tensor,  # What it is told of time, `[batch]`
     conditions: Mapping[str, Tensor],  # By name

@@ -25,6 +25,7 @@ from guidance_nb.images.latents import (
     open_shard,
     write_shard,
 )
+from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop.diffusers import PipelineParts
 from guidance_nb.interop.text_denoiser import check_pipeline
 
@@ -145,7 +146,7 @@ def _texts_digest(captions: Sequence[str]) -> str:
 
 
 def cache_text(
-    pipeline: Any,  # A Stable Diffusion pipeline
+    pipeline: Pipeline,  # A Stable Diffusion pipeline
     captions: Sequence[str],  # Distinct captions
     out: str | Path,  # Folder of the shards; whole ones in it are kept
     shard_rows: int = 1024,  # Captions of a shard
@@ -218,7 +219,7 @@ class CaptionedLatents:
 def cache_captioned(
     source: Any,  # A folder of captioned pictures, a `datasets.Dataset`, or what load_captioned gave
     out: str | Path,  # Folder for latents and embeddings; what is whole in it is kept
-    pipeline: Any,  # A Stable Diffusion pipeline
+    pipeline: Pipeline,  # A Stable Diffusion pipeline
     size: int | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
     flip: bool = False,  # Whether to encode mirror images, too; they belie captions with "left" and "right"
     crop: Crop = "adm",  # A key of `CROPS`

@@ -15,6 +15,10 @@ from guidance_nb._extras import extra
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
 from guidance_nb.images.latents import undo_scaling
 from guidance_nb.interop._networks import (
+    Autoencoder,
+    Network,
+    Pipeline,
+    Scheduler,
     call_network,
     condition_names,
     latent_channels,
@@ -43,8 +47,8 @@ def opening(
 
 
 def open_pipeline(
-    source: Any,  # A pipeline, or its folder or name on the Hub
-) -> Any:  # A pipeline, on the CPU if it is opened here
+    source: Pipeline | str | Path,  # A pipeline, or its folder or name on the Hub
+) -> Pipeline:  # A pipeline, on the CPU if it is opened here
     "A pipeline of `diffusers`; one that cannot be opened is a `ValueError`."
     if not isinstance(source, str | Path):
         return source
@@ -56,8 +60,8 @@ def open_pipeline(
 
 
 def own_network(
-    pipeline: Any,  # A pipeline of diffusers
-) -> Any:  # Its U-Net or transformer
+    pipeline: Pipeline,  # A pipeline of diffusers
+) -> Network:  # Its U-Net or transformer
     "The network a pipeline denoises with."
     net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     require(net is not None, "pipeline", type(pipeline).__name__, "one with a unet or a transformer")
@@ -65,7 +69,7 @@ def own_network(
 
 
 def has_encoder(
-    pipeline: Any,  # A pipeline of diffusers
+    pipeline: Pipeline,  # A pipeline of diffusers
 ) -> bool:
     "Whether a pipeline can encode prompts."
     return any(getattr(pipeline, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
@@ -73,7 +77,7 @@ def has_encoder(
 
 @torch.no_grad()
 def decode_latents(
-    vae: Any,  # An AutoencoderKL, or None where the data are the images
+    vae: Autoencoder,  # An AutoencoderKL, or None where the data are the images
     latents: Tensor,  # Latents as the network sees them, `[n, channels, height, width]`
 ) -> Tensor:  # Images, in [-1, 1] up to what the decoder exceeds
     "Images of latents: undo the pipeline's scaling, then decode."
@@ -87,8 +91,8 @@ def decode_latents(
 class PipelineParts:
     "What surrounds a network: encoders, decoder, sizes. Copies of a model share it."
 
-    net: Any  # The network
-    pipeline: Any = None  # The pipeline it came with, if it did
+    net: Network  # The network
+    pipeline: Pipeline = None  # The pipeline it came with, if it did
     size: int | None = None  # Edge of the images in pixels; None for the pipeline's own
     options: dict[str, Any] = field(default_factory=dict)  # Further arguments of the pipeline's `encode_prompt`
 
@@ -96,7 +100,7 @@ class PipelineParts:
         return self
 
     @property
-    def vae(self) -> Any:
+    def vae(self) -> Autoencoder:
         "The autoencoder, or None."
         return getattr(self.pipeline, "vae", None)
 
@@ -150,7 +154,7 @@ class PipelineParts:
 
 
 def find_null(
-    net: Any,  # A network of diffusers
+    net: Network,  # A network of diffusers
     null: int | Condition | None,  # What stands for no condition: a label, or a condition `[1, ...]`
 ) -> tuple[int, Condition | None]:  # Number of classes or `EMBEDDINGS`, and the null condition
     "How many classes a network has, and what stands for none of them."
@@ -228,8 +232,11 @@ class DiffusersDenoiser(NetworkDenoiser):
 
 
 def from_diffusers(
-    source: Any,  # A pipeline (DDPM, DiT, Stable Diffusion, SDXL, SD3, Flux), its folder or name, or a network alone
-    scheduler: Any = None,  # Scheduler (or SchedulerFacts) of a network alone; of a pipeline None takes its own
+    source: Pipeline
+    | Network
+    | str
+    | Path,  # A pipeline (DDPM, DiT, Stable Diffusion, SDXL, SD3, Flux), its folder or name, or a network alone
+    scheduler: Scheduler = None,  # Scheduler (or SchedulerFacts) of a network alone; of a pipeline None takes its own
     null: str | int | Condition | None = "",  # The null prompt, label or condition `[1, ...]`; None for none
     size: int | None = None,  # Edge of the images in pixels; None for the pipeline's own
     guidance: float | None = None,  # Fixed scale, for networks that have the scale as an input

@@ -1,9 +1,9 @@
 """Pictures of networks over guidance scales, and how well CLIP finds them to agree with their prompts."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from guidance_nb._checks import require
 from guidance_nb._extras import extra
 from guidance_nb._files import write_aside
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import Denoiser, count_nfe
+from guidance_nb.denoisers import NetworkDenoiser, count_nfe
 from guidance_nb.images.data import to_uint8
+from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop.diffusers import from_diffusers, opening
 from guidance_nb.interop.schedulers import scheduler_times
 from guidance_nb.model_guidance import FixedScale
@@ -22,9 +23,11 @@ from guidance_nb.samplers import sample
 
 __all__: list[str] = []
 
+Clip: TypeAlias = tuple[Any, Any] | str | Path  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
+
 
 def load_clip(
-    source: Any,  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
+    source: Clip,  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
 ) -> tuple[Any, Any]:  # Model and processor
     "A CLIP of `transformers`; one that cannot be loaded is a `ValueError`."
     if not isinstance(source, str | Path):
@@ -40,7 +43,7 @@ def load_clip(
 def clip_score(
     images: Tensor,  # `[n, 3, height, width]`, in [-1, 1] or uint8
     prompts: Sequence[str],  # One a picture
-    clip: Any,  # See load_clip
+    clip: Clip,  # See load_clip
     batch_size: int = 32,  # Pictures at a time
 ) -> Tensor:  # `[n]`, 0 to 100
     "Agreement of pictures with texts, eq. (4) (arXiv 2104.08718, with the factor of torchmetrics)."
@@ -60,12 +63,12 @@ def clip_score(
 
 
 def compare_scales(
-    models: dict[str, Denoiser],  # Networks by name, such as "before" and "after"
+    models: Mapping[str, NetworkDenoiser],  # Networks by name, such as "before" and "after"
     prompts: Sequence[str],  # Prompts
-    pipeline: Any,  # Encodes the prompts and decodes the latents
+    pipeline: Pipeline,  # Encodes the prompts and decodes the latents
     scales: Sequence[float] = (1.0, 2.0, 4.0, 7.5),  # Guidance scales; 1 is none
     *,
-    clip: Any = None,  # See load_clip; None leaves the score out
+    clip: Clip | None = None,  # See load_clip; None leaves the score out
     steps: int = 50,  # Steps of DDIM on the times of the pipeline's scheduler
     seed: int = 0,  # Picture i depends on (seed, i) alone, and not on model and scale
     size: int | None = None,  # Edge in pixels; None for the pipeline's own
@@ -77,8 +80,7 @@ def compare_scales(
     rows, pictures = [], []
     jobs = [(name, float(scale)) for name in models for scale in scales]
     for name, scale in tqdm(jobs, disable=not progress, unit=" grids"):
-        aware = getattr(models[name], "scale_aware", False)
-        guided = (FixedScale if aware else ClassifierFreeGuidance)(models[name], scale)
+        guided = (FixedScale if models[name].scale_aware else ClassifierFreeGuidance)(models[name], scale)
         with count_nfe() as counted:
             latents = sample(guided, conditions, around.shape, "ddim", times=times, seed=seed, progress=False)
         pictures.append(to_uint8(around.decode_latents(latents).cpu().clamp(-1, 1).float()))

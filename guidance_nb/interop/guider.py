@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import require
+from guidance_nb._conditions import Condition
 from guidance_nb._extras import extra
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, Prediction, target_coefficients, to_prediction
+from guidance_nb.interop._networks import Scheduler
 from guidance_nb.interop.schedulers import path_from_scheduler
 from guidance_nb.paths import Path, expand_time
 
@@ -18,7 +20,7 @@ with extra("diffusers"):
 __all__ = ["DiffusersGuider"]
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
@@ -37,10 +39,10 @@ class CachedPairDenoiser(Denoiser):
         self.condition = torch.zeros(len(x), 1, device=x.device)
         return self.condition
 
-    def forward(self, x: Tensor, t: Tensor, c: Any = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
         "One of the two, or a `ValueError`."
         here = _same(x, self.point[0]) and _same(torch.as_tensor(t), self.point[1])
-        if not here or not (c is None or _same(c, self.condition)):
+        if not here or not (c is None or (isinstance(c, Tensor) and _same(c, self.condition))):
             what = "condition" if here else "point"
             raise ValueError(f"guidance asks for another {what}; allowed in a pipeline: methods that need one pair")
         return self.cached[0 if c is not None else 1]
@@ -49,12 +51,12 @@ class CachedPairDenoiser(Denoiser):
 class DiffusersGuider(BaseGuidance):
     "Guidance of this package as a guider of diffusers, for methods that need the pair at one point alone."
 
-    _input_predictions: list[str] = ["pred_cond", "pred_uncond"]  # noqa: RUF012
+    _input_predictions: list[str] = ["pred_cond", "pred_uncond"]  # type: ignore[assignment]  # noqa: RUF012
 
     def __init__(
         self,
         method: Callable[[Denoiser], Denoiser],  # Such as `lambda model: ClassifierFreeGuidance(model, 3.0)`
-        scheduler: Any,  # The pipeline's scheduler
+        scheduler: Scheduler,  # The pipeline's scheduler
     ):
         super().__init__()
         self.register_to_config(start=0.0, stop=1.0, enabled=True)
@@ -67,7 +69,7 @@ class DiffusersGuider(BaseGuidance):
         "Watch what enters the network: methods that act on clean data need the noisy data."
         super().prepare_models(denoiser)
 
-        def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def look(module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
             self.seen = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
 
         self.hook = denoiser.register_forward_pre_hook(look, with_kwargs=True)

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from guidance_nb._checks import check_choice
 from guidance_nb._extras import extra
-from guidance_nb.denoisers import NetworkDenoiser
+from guidance_nb.denoisers import NetworkDenoiser, Parametrisation
 from guidance_nb.images.networks import build_network
 from guidance_nb.interop.schedulers import TablePath
-from guidance_nb.paths import EDMPath, FlowPath, Path, VPPath
+from guidance_nb.paths import EDMPath, FlowPath, VPPath
+from guidance_nb.paths import Path as GaussianPath
 
 with extra("diffusers"):
     from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 __all__ = ["HubDenoiser", "TrainingFacts"]
 
-PATHS: dict[str, Callable[..., Path]] = {kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)}
+PATHS: dict[str, Callable[..., GaussianPath]] = {kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TrainingFacts:
 
 
 def path_to_json(
-    path: Path,  # One of `PATHS`
+    path: GaussianPath,  # One of `PATHS`
 ) -> dict[str, Any]:  # Its kind and settings
     "A path as plain values."
     return {"kind": check_choice("path", type(path).__name__, PATHS), **asdict(path)}
@@ -43,34 +45,13 @@ def path_to_json(
 
 def path_from_json(
     values: dict[str, Any],  # Kind and settings
-) -> Path:
+) -> GaussianPath:
     "The inverse of `path_to_json`."
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return PATHS[check_choice("path kind", settings.pop("kind", None), PATHS)](**settings)
+    return PATHS[check_choice("path kind", str(settings.pop("kind", None)), PATHS)](**settings)
 
 
-CARD = """---
-library_name: guidance_nb
-tags: [diffusion, guidance]
----
-# {network} on images of shape {shape}
-
-Trained with guidance_nb by **{method}** for {steps:,} optimiser steps on {samples:,} samples seen{data}.
-The network predicts `{prediction}` on {path}, with {num_classes} classes{null}.
-
-**Scale.** One convention: e = e_u + scale (e_c - e_u), where 0 is unconditional and 1 is the conditional model,
-no guidance. This model is meant to be sampled at scale {scale:g}{built_in}.
-
-```python
-import torch
-from guidance_nb.interop.hub import HubDenoiser
-from guidance_nb.samplers import sample
-{imports}
-model = HubDenoiser.from_pretrained("FOLDER OR HUB NAME")
-guided = {guidance}
-images = sample(guided, torch.arange(4) % {classes}, model.shape, "{sampler}", {sampler_steps})
-```
-"""
+CARD = (Path(__file__).parent / "cards" / "network.md").read_text(encoding="utf-8")
 
 
 class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
@@ -82,7 +63,7 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
         shape: Sequence[int],  # (channels, height, width) of an image
         num_classes: int,  # Number of classes
         path: dict[str, Any],  # By path_to_json
-        prediction: str = "velocity",  # What the network predicts
+        prediction: Parametrisation = "velocity",  # What the network predicts
         scale_aware: bool = False,  # Whether it takes a guidance scale
         settings: dict[str, Any] | None = None,  # Settings that differ from those of the name
         facts: dict[str, Any] | None = None,  # TrainingFacts as a dictionary

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import check_choice, require
+from guidance_nb.denoisers import Parametrisation
+from guidance_nb.interop._networks import Scheduler
 from guidance_nb.paths import EDMPath, FlowPath, Path
 
 __all__ = ["path_from_scheduler", "scheduler_times"]
 
-SCHEDULER_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULER_PREDICTIONS: dict[str, Parametrisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 @lru_cache(maxsize=32)
@@ -104,14 +106,14 @@ class SchedulerFacts(NamedTuple):
     "What a scheduler's configuration says of the model it belongs to."
 
     path: Path  # The path the network was trained on
-    prediction: str  # What the network predicts, one of `PREDICTIONS`
+    prediction: Parametrisation  # What the network predicts
     clock: Clock | None  # What it is told of time; None for EDM's own
     sigma_data: float = 0.5  # Standard deviation of the data, used by `edm` alone
     sign: float = 1.0  # Sign of the output; -1 for EDM networks of type `v_prediction`
 
 
 def path_from_scheduler(
-    scheduler: Any,  # A scheduler of diffusers
+    scheduler: Scheduler,  # A scheduler of diffusers
     nearest: bool = False,  # Whether the network is told whole timesteps only
 ) -> SchedulerFacts:  # Path, prediction and clock
     "Read path, prediction and clock from a scheduler's configuration, eq. (1); raises `ValueError` for any other."
@@ -123,9 +125,10 @@ def path_from_scheduler(
         return SchedulerFacts(EDMPath(config["sigma_max"]), "edm", None, config["sigma_data"], sign)
     if (name.startswith("FlowMatch") and not config.get("invert_sigmas")) or kind == "flow_prediction":
         return SchedulerFacts(FlowPath(), "velocity", Clock(steps, 0, nearest))
-    table = getattr(scheduler, "alphas_cumprod", None)
+    table: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
     known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
-    require(table is not None, "scheduler", name, known)
+    if table is None:
+        raise ValueError(f"scheduler = {name!r}; allowed: {known}")
     check_choice(told, kind, SCHEDULER_PREDICTIONS)
     way_out = (
         "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing of the data"
@@ -138,7 +141,7 @@ def path_from_scheduler(
 
 
 def scheduler_times(
-    scheduler: Any,  # A scheduler of diffusers; left as it is
+    scheduler: Scheduler,  # A scheduler of diffusers; left as it is
     steps: int,  # Number of steps
     **options: Any,  # Further arguments of its `set_timesteps`, such as `mu`
 ) -> Tensor:  # Falling times, for `sample(times=...)`

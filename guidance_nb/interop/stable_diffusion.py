@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from guidance_nb._checks import require
 from guidance_nb._files import weights_digest
 from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.cli.recipe import FineTuning, FineTuningMethodTable, find_key, read_recipe, recipe_names
+from guidance_nb.cli.recipe import FineTuning, FineTuningMethodTable
 from guidance_nb.engine.run import Engine
 from guidance_nb.interop.captions import CaptionedLatents, cache_captioned, load_captioned
 from guidance_nb.interop.diffusers import open_pipeline
@@ -140,32 +139,3 @@ def finish(
         seed=recipe.training.seed, size=recipe.data.size or None, progress=progress,
     )  # fmt: skip
     save_grid(pictures, table, out)
-
-
-# What the command line still asks for here.
-finetuning_key = partial(find_key, kind=FineTuning)
-finetuning_names = partial(recipe_names, FineTuning)
-read_finetuning = partial(read_recipe, kind=FineTuning)
-
-
-def to_value(
-    key: str,  # Name of the key, for the message
-    value: Any,  # As read from TOML, or the text of a flag
-    hint: Any,  # Type wanted
-) -> Any:  # The value in that type
-    "Bring a value to the type of its key, or refuse it with a `ValueError`."
-    if get_origin(hint) is tuple:
-        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        if isinstance(parts, list | tuple):
-            return tuple(to_value(key, part, get_args(hint)[0]) for part in parts if part != "")
-    if hint is bool and value in ("true", "false"):
-        return value == "true"
-    if hint in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return hint(value)
-        except ValueError:
-            pass
-    if isinstance(value, get_origin(hint) or hint) and not (hint is not bool and isinstance(value, bool)):
-        return value
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise ValueError(f"{key} = {value!r}; allowed: {wanted.get(hint, 'a list')}")

@@ -15,7 +15,7 @@ from guidance_nb._files import write_aside
 from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.denoisers import NetworkDenoiser
-from guidance_nb.interop._networks import condition_names, latent_channels
+from guidance_nb.interop._networks import Network, Pipeline, Scheduler, condition_names, latent_channels
 from guidance_nb.interop.diffusers import DiffusersDenoiser, PipelineParts, has_encoder, open_pipeline, opening
 from guidance_nb.interop.schedulers import path_from_scheduler
 from guidance_nb.training import LossContext
@@ -26,8 +26,8 @@ LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def check_network(
-    net: Any,  # The network of a pipeline
-    scheduler: Any,  # Its scheduler
+    net: Network,  # The network of a pipeline
+    scheduler: Scheduler,  # Its scheduler
 ) -> None:
     "Refuse a network that is not fine-tuned here, or a scheduler that does not say what it predicts."
     name, more = type(net).__name__, ""
@@ -40,7 +40,7 @@ def check_network(
 
 
 def check_pipeline(
-    pipeline: Any,  # A Stable Diffusion pipeline
+    pipeline: Pipeline,  # A Stable Diffusion pipeline
 ) -> None:
     "Refuse a pipeline that cannot be fine-tuned, in one line."
     name, vae, allowed = type(pipeline).__name__, getattr(pipeline, "vae", None), "a Stable Diffusion pipeline"
@@ -56,7 +56,7 @@ def check_pipeline(
 
 
 def add_scale_input(
-    net: Any,  # A UNet2DConditionModel
+    net: Network,  # A UNet2DConditionModel
     width: int = 256,  # Width of the embedding
 ) -> None:
     "Give a network an input for the guidance scale, of zero weight, in place."
@@ -69,7 +69,7 @@ def add_scale_input(
 
 
 def add_lora(
-    net: Any,  # A UNet2DConditionModel
+    net: Network,  # A UNet2DConditionModel
     rank: int,  # Rank of the additions
     layers: Sequence[str] = LORA_LAYERS,  # How the names of the layers end
     seed: int = 0,  # Seed of the additions
@@ -96,8 +96,8 @@ class TextDenoiser(DiffusersDenoiser):
 
     def __init__(
         self,
-        net: Any,  # A UNet2DConditionModel, perhaps with LoRA layers or a scale input
-        scheduler: Any,  # Its scheduler
+        net: Network,  # A UNet2DConditionModel, perhaps with LoRA layers or a scale input
+        scheduler: Scheduler,  # Its scheduler
         null: Tensor,  # Embedding of the null prompt, `[1, tokens, width]`
     ):
         check_network(net, scheduler)
@@ -123,7 +123,9 @@ class TextDenoiser(DiffusersDenoiser):
 
 
 def load_text_denoiser(
-    source: Any,  # A pipeline, or its folder or name; of a folder or name, only network and scheduler are read
+    source: Pipeline
+    | str
+    | Path,  # A pipeline, or its folder or name; of a folder or name, only network and scheduler are read
     null: Tensor,  # Embedding of the null prompt, `[1, tokens, width]`
     *,
     lora_rank: int = 0,  # Rank of LoRA; 0 trains all weights
@@ -172,22 +174,7 @@ class TwoStageAlignedLoss(AlignedLoss):
         return error.flatten(1).mean(1)
 
 
-CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
----
-Fine-tuned with guidance_nb by **{method}** for {steps:,} optimiser steps on {samples:,} samples seen{data}, from
-`{base}`.
-
-**Scale.** e = e_u + scale (e_c - e_u): 0 is unconditional, 1 is the conditional model, no guidance. {advice}
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("FOLDER OR HUB NAME")
-image = pipeline("a prompt", guidance_scale={scale:g}).images[0]
-```
-"""
+CARD = (Path(__file__).parent / "cards" / "pipeline.md").read_text(encoding="utf-8")
 ADVICE = {
     "plain": "This model is guided as the one it came from; {scale:g} is what its maker suggests.",
     "aligned_loss": "Trained by the aligned loss at {scale:g}: sampled there it is the conditional model, unguided.",
@@ -212,9 +199,9 @@ def pipeline_card(
 
 def merged_network(
     model: TextDenoiser,  # A trained network; left as it is
-) -> Any:  # A plain UNet2DConditionModel on the CPU
+) -> Network:  # A plain UNet2DConditionModel on the CPU
     "The network with its LoRA layers merged into the weights."
-    net: Any = copy.deepcopy(model.net).cpu().eval().requires_grad_(False)
+    net: Network = copy.deepcopy(model.net).cpu().eval().requires_grad_(False)
     if getattr(net, "peft_config", None):
         net.fuse_lora()
         net.unload_lora()
@@ -223,7 +210,7 @@ def merged_network(
 
 def save_pipeline(
     model: TextDenoiser,  # A trained network
-    source: Any,  # The pipeline it came from, or its folder or name
+    source: Pipeline | str | Path,  # The pipeline it came from, or its folder or name
     folder: str | Path,  # Folder to write
     card: str = "",  # Its page, see `pipeline_card`
 ) -> None:
