@@ -25,7 +25,7 @@ setup(
         "guidance_nb.explorer": ["*.js", "*.css", "*.html"],
         "guidance_nb.cli": ["recipe_files/*.toml", "recipe_files/finetune/*.toml", "recipe_files/finetuning/*.toml"],
         "guidance_nb.engine": ["launch_files/*.yaml"],
-        "guidance_nb.interop": ["cards/*.md"],
+        "guidance_nb.interop": ["cards/*.txt"],
     },
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in cfg["extras"].split()},

@@ -51,7 +51,7 @@ def path_from_json(
     return PATHS[check_choice("path kind", str(settings.pop("kind", None)), PATHS)](**settings)
 
 
-CARD = (Path(__file__).parent / "cards" / "network.md").read_text(encoding="utf-8")
+CARD = (Path(__file__).parent / "cards" / "network.txt").read_text(encoding="utf-8")
 
 
 class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):

@@ -174,7 +174,7 @@ class TwoStageAlignedLoss(AlignedLoss):
         return error.flatten(1).mean(1)
 
 
-CARD = (Path(__file__).parent / "cards" / "pipeline.md").read_text(encoding="utf-8")
+CARD = (Path(__file__).parent / "cards" / "pipeline.txt").read_text(encoding="utf-8")
 ADVICE = {
     "plain": "This model is guided as the one it came from; {scale:g} is what its maker suggests.",
     "aligned_loss": "Trained by the aligned loss at {scale:g}: sampled there it is the conditional model, unguided.",
