@@ -26,6 +26,7 @@ from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_cha
 from guidance_nb.cli.app import app
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import Request, generate, load_trained, make_loss, recipe_shape, train_recipe
+from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images.data import crop_image, load_images, load_samples, resize_crop
 from guidance_nb.images.latents import (
     INDEX,
@@ -42,7 +43,6 @@ from guidance_nb.images.latents import (
 )
 from guidance_nb.images.networks import image_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.training import DenoisingLoss, fit
 
 
