@@ -22,7 +22,7 @@ from guidance_nb._files import digest, read_text
 from guidance_nb._points import moments
 from guidance_nb.images.data import read_arrays, to_uint8
 
-__all__ = ["Extractor", "Features", "extract", "feature_space", "find_extractor"]
+__all__ = ["Extractor", "extract", "feature_space"]
 
 INCEPTION = "inception-v3-compat"
 LAYERS = {"fd": "features", "sfd": "spatial", "score": "logits", "kd": "features"}
