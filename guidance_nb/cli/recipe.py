@@ -224,6 +224,7 @@ class LoopTable(Table):
     weight_decay: float = key(0.0, "Weight decay of AdamW", ge=0)
     clip: float = key(0.0, "Largest norm of the gradient; 0 does not clip", ge=0)
     ema: float = key(0.999, "Decay of the moving average of the weights", ge=0, lt=1)
+    ema_warmup: bool = key(True, "Whether the decay rises to `ema`, min(ema, (1 + n) / (10 + n)), for short runs")
     seed: int = key(0, "Seed of weights, data order, times, noise and dropout", **SEED)
     precision: Precision = key("fp32", "Arithmetic; auto is bf16 where the hardware is made for it")
     gradient_accumulation_steps: int = key(1, "Micro-batches per optimiser step", ge=1)

@@ -275,7 +275,8 @@ def train_recipe(
         facts["latents"] = {"vae": data.index["vae"], "settings": {"image": data.index["settings"]["image"]}}
         if table.grid_every:
             find_vae(recipe, data.index)  # rather now than at the first grid
-    options: dict[str, Any] = {name: getattr(table, name) for name in ("batch_size", "lr", "schedule", "ema", "seed")}
+    same = ("batch_size", "lr", "schedule", "ema", "ema_warmup", "seed")
+    options: dict[str, Any] = {name: getattr(table, name) for name in same}
     loss = make_loss(recipe)
     if recipe.method.auto_every:
         from guidance_nb.cli.evaluation import measured_loss

@@ -20,7 +20,7 @@ from guidance_nb.engine.run import checkpoint_gradients
 from guidance_nb.images.networks import build_network
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import Sampler, sample
 from guidance_nb.training import LossContext
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def training_flops(cost: NetworkCost, nfe: LossNFE) -> float:
     return nfe.trained * (cost.forward + cost.backward + again) + nfe.asked * cost.forward
 
 
-def count_sample_nfe(sampler: str, steps: int, guide: Callable[[Any], Denoiser] | None = None) -> float:
+def count_sample_nfe(sampler: Sampler, steps: int, guide: Callable[[Any], Denoiser] | None = None) -> float:
     """Count the evaluations that a sample takes by drawing one from a toy, with `guide` around the model."""
     model = mlp_denoiser(2, FlowPath(), 10, width=4, depth=1)
     with count_nfe() as evaluations:
