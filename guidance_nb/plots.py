@@ -25,6 +25,8 @@ from .samplers import Trajectory
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
+else:
+    Axes = DataFrame = object  # the site evaluates annotations without importing them
 
 # %% ../nbs/07_plots.ipynb #cda0f459
 COLOURS = {
