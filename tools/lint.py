@@ -51,7 +51,13 @@ EXTRAS = {  # what others bring -> the extra of ours that installs it
     "pydantic": "cli", "tomli": "cli", "peft": "sd", "transformers": "sd dinov2", "ipywidgets": "live",
 }  # fmt: skip
 CLI = "cli plots images engine diffusers"
-GROUPS = {"cli": CLI, "sd": f"sd {CLI}", "dinov2": "dinov2 images", "live": "live plots"}  # extras that bring others
+GROUPS = {
+    "diffusers": "diffusers images",
+    "cli": CLI,
+    "sd": f"sd {CLI}",
+    "dinov2": "dinov2 images",
+    "live": "live plots",
+}  # extras that bring others
 
 SOURCES = ("nbs", "tools", "tests", "setup.py", "guidance_nb")
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
