@@ -57,8 +57,8 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .training import DenoisingLoss as DenoisingLoss
     from .training import fit as fit
     from .training import train as train
-    from .weak_models import Autoguidance as Autoguidance
     from .weak_models import CADS as CADS
+    from .weak_models import Autoguidance as Autoguidance
     from .weak_models import DiscriminatorGuidance as DiscriminatorGuidance
     from .weak_models import IndependentConditionGuidance as IndependentConditionGuidance
     from .weak_models import PerturbedAttentionGuidance as PerturbedAttentionGuidance

@@ -104,7 +104,7 @@ def style() -> Iterator[str]:
     "ruff, on all that is written by hand; and no name in the package that only a notebook has."
     concise = ("--output-format", "concise", "--quiet")
     yield from lines_of("-m", "ruff", "check", *concise, *SOURCES)
-    yield from lines_of("-m", "ruff", "format", "--check", *SOURCES)
+    yield from lines_of("-m", "ruff", "format", "--check", *concise[:2], *SOURCES)
     yield from lines_of("-m", "ruff", "check", "--isolated", "--select", "F821", *concise, "guidance_nb")
     command = [sys.executable, "-m", "ruff", "check", "--show-files", "guidance_nb"]
     seen = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split())
