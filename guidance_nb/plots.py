@@ -159,7 +159,7 @@ def show_points(
 
 # %% ../nbs/07_plots.ipynb #a6389efa
 def show_trajectories(
-    run: Trajectory,  # What `sample_trajectory` returns, data `[n, 1]` or `[n, 2]`
+    run: Trajectory,  # What sample_trajectory returns, data `[n, 1]` or `[n, 2]`
     ax: "Axes | None" = None,  # Axes, new ones by default
     role: str = "guided",  # A key of `COLOURS`
     every: int = 1,  # Draw every n-th sample

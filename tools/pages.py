@@ -164,7 +164,8 @@ def link_problems(name: str, pages: dict[str, Page], names: dict) -> list[str]:
             page = pages.get(target or name)
             # nbdev links `Class.method` to an anchor of its own but shows the class as a whole.
             shown = {anchor, anchor.partition(".")[0]} if link.startswith(site) else {anchor}
-            missing = page is None or (anchor != "" and not shown & page.ids)
+            private = link.startswith(site) and anchor.startswith("_")  # linked to its page, at the top
+            missing = page is None or (anchor != "" and not private and not shown & page.ids)
         found += [f"{name}: the link {link} leads nowhere"] if missing else []
     for image in pages[name].images:
         if not image["src"].startswith("data:") and not (ROOT / "nbs" / image["src"]).exists():
