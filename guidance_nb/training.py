@@ -238,15 +238,9 @@ def fit(
     check_number("ema", ema, 0, 1)
     check_number("lr", lr, 0)
     if engine is not None:
-        settings = dict(
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            schedule=schedule,
-            ema=ema,
-            ema_warmup=ema_warmup,
-            seed=seed,
-        )
+        settings: dict[str, Any] = {"steps": steps, "seed": seed, "lr": lr}
+        settings |= {"batch_size": batch_size, "schedule": schedule}
+        settings |= {"ema": ema, "ema_warmup": ema_warmup}
         yield from engine(model, loss, data, settings, progress, description)
         return
     device, dropout = next(model.parameters()).device, has_dropout(model)

@@ -304,9 +304,8 @@ def test_ignored_signals_stay_ignored(tmp_path):
     "`nohup` means it."
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        for state in start("plain", tmp_path):
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert state.step == STEPS and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        steps = [(state.step, os.kill(os.getpid(), signal.SIGHUP)) for state in start("plain", tmp_path)]
+        assert len(steps) == STEPS and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 

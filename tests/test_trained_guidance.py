@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from guidance_nb._random import keyed_generator
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
+from guidance_nb.engine.run import Engine
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
@@ -22,7 +23,6 @@ from guidance_nb.trained_guidance import (
     _branch_outputs,
     _draw_scales,
 )
-from guidance_nb.engine.run import Engine
 from guidance_nb.training import DenoisingLoss, LossContext, fit, train
 
 NULL = 3
@@ -394,7 +394,11 @@ def test_runs_shared_and_resumed(name, tmp_path):
     options = {"steps": 6, "batch_size": 16, "lr": 0.01, "ema": 0.9, "progress": False}
     once = train(make_model(), pickle.loads(pickle.dumps(make_loss())), (x, c), **options).model
     shared = train(
-        make_model(), make_loss(), (x, c), engine=Engine(precision="fp32", gradient_accumulation_steps=2, cpu=True), **options
+        make_model(),
+        make_loss(),
+        (x, c),
+        engine=Engine(precision="fp32", gradient_accumulation_steps=2, cpu=True),
+        **options,
     )
     for p, q in zip(once.parameters(), shared.model.parameters()):
         assert_close(p, q, rtol=1e-3, atol=1e-4)
