@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import check_choice, check_interval, require
+from guidance_nb._extras import extra
 from guidance_nb._processes import find_processes, on_main
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
@@ -414,7 +415,8 @@ def save_grid(trained: Trained, file: Path, rows: int = 4) -> None:
 
 def write_picture(x: Tensor, file: Path, columns: int) -> None:
     "Write images in [-1, 1] as a grid of so many `columns` into a PNG `file`, completely or not at all."
-    from torchvision.utils import save_image
+    with extra("images"):
+        from torchvision.utils import save_image
 
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.png")
     try:
