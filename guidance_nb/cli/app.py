@@ -287,13 +287,13 @@ def finetune_command(
 
     Example: guidance-nb finetune sd15-aligned --data my-pictures --pipeline my-pipeline
     """
-    from guidance_nb.cli.recipe import FineTuning, find_key, read_recipe
+    from guidance_nb.cli.recipe import FineTuning, read_recipe
     from guidance_nb.cli.run import is_main
     from guidance_nb.interop.stable_diffusion import finetune
 
-    places, flags = parse_words([recipe, *context.args], lambda name: find_key(name, FineTuning))
-    chosen = read_recipe(places[0], flags, FineTuning)
-    folder = out or Path("runs") / Path(places[0]).stem
+    name, flags = parse_keys(recipe, context, FineTuning)
+    chosen = read_recipe(name, flags, FineTuning)
+    folder = out or Path("runs") / Path(name).stem
     with interruptible("start again to go on from the last checkpoint"):
         for state in finetune(chosen, folder, progress, cpu):
             last = state
