@@ -422,3 +422,45 @@ def test_more_than_there_is_is_refused_before_any_work(runs, tmp_path, changes, 
 
 def test_the_test_split_of_images_is_there(runs):
     assert len(make_data(load_trained(runs / "base").recipe)) == 40
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"interval": 3, "nfe": "many", "seconds": [1], "steps": {"a": 1}},
+        {"classes": 3, "labels": [1], "scale": "x"},
+        {"classes": {}, "seed": None, "method": [[]]},
+    ],
+)
+def test_foreign_facts_stop_neither_scoring_nor_correcting(runs, facts):
+    "What others wrote about their samples is theirs."
+    file = load_samples(runs / "samples.npz")._replace(facts=facts)
+    extractor = find_feature_extractor(str(runs / "evaluation"))
+    row = score(file, extract(load_samples(runs / "images").x, extractor), extractor)
+    assert row["n"] == len(file.x)
+    assert postprocess(load_trained(runs / "correction"), file, 2, progress=False).facts["nfe"] > 0
+
+
+def test_an_empty_table_is_a_new_one(tmp_path):
+    "A binary one is refused in one line that names it."
+    file = tmp_path / "rows.csv"
+    file.write_text("")
+    assert not is_done(file, {"scale": 2.0})
+    append_rows(file, [row(scale=2.0)])
+    assert is_done(file, {"scale": 2.0})
+    file.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match=r"rows\.csv [^\n]*; allowed: [^\n]*$"):
+        is_done(file, {"scale": 2.0})
+
+
+def test_without_inception_the_alternatives_come_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("GUIDANCE_NB_INCEPTION", raising=False)
+
+    def offline(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match="take another extractor") as caught:
+        find_feature_extractor(INCEPTION)
+    assert str(caught.value).index("resnet56") < str(caught.value).index(".pth")

@@ -167,8 +167,9 @@ def extract_reference_features(
 def match_labels(file: SampleFile, extractor: Extractor) -> Tensor | None:
     "Labels of the samples in a `file` as the `extractor` numbers its classes, by name where both have names."
     names = file.facts.get("classes")
-    if file.c is None or not names or not extractor.classes:
+    if file.c is None or not extractor.classes or not isinstance(names, list) or not names:
         return file.c
+    require(int(file.c.max()) < len(names), "label of the samples", int(file.c.max()), f"0 to {len(names) - 1}")
     known = {name: i for i, name in enumerate(extractor.classes)}
     for name in names:
         told = f"{', '.join(extractor.classes[:10])}, which {extractor.name} knows, or images without sub-folders"
@@ -192,8 +193,9 @@ def score(
     features = features or extract(file.x, extractor, "samples", batch_size, progress)
     made = (facts.get("sampler", ""), facts.get("steps", 0), facts.get("scale", math.nan), facts.get("seed", 0))
     row = provenance(features, reference, *made, facts.get("labels", "none" if labels is None else "as given"))
-    interval = tuple(facts.pop("interval", (0, 1)))
-    facts |= {} if interval == (0, 1) else {"interval": ",".join(map(str, interval))}
+    interval = facts.pop("interval", None)
+    if isinstance(interval, list | tuple) and tuple(interval) != (0, 1):
+        facts["interval"] = ",".join(map(str, interval))
     row |= {name: value for name, value in facts.items() if name not in row and isinstance(value, int | float | str)}
     row |= feature_scores(features, reference, metrics)
     if labels is not None and extractor.name != INCEPTION and "logits" in features.rows:

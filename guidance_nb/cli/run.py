@@ -541,7 +541,9 @@ def postprocess(
     start, labels = time.perf_counter(), file.c if trained.model.num_classes else None
     with count_nfe() as count:
         x = trained.model(from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress)
+    before = {name: file.facts.get(name, 0.0) for name in ("nfe", "seconds")}
+    nfe, spent = (value if isinstance(value, int | float) else 0.0 for value in before.values())
     facts = {"correction": str(trained.path), "correction_steps": steps, "correction_sampler": sampler}
-    facts |= {"correction_scale": scale, "nfe": file.facts.get("nfe", 0.0) + count.total / len(x)}
-    facts["seconds"] = round(file.facts.get("seconds", 0.0) + time.perf_counter() - start, 3)
+    facts |= {"correction_scale": scale, "nfe": nfe + count.total / len(x)}
+    facts["seconds"] = round(spent + time.perf_counter() - start, 3)
     return SampleFile(to_uint8(x), file.c, file.facts | facts)

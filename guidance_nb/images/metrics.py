@@ -233,7 +233,9 @@ def provenance(
 def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     "Read a table of rows with provenance, or refuse it with a `ValueError`."
     lines = list(csv.reader(io.StringIO(read_text(Path(path)), newline="")))
-    columns = lines[0] if lines else []
+    if not lines:  # an empty file is a table that nothing was written to yet
+        return [*PROVENANCE], []
+    columns = lines[0]
     missing = [key for key in PROVENANCE if key not in columns]
     if missing or len(set(columns)) < len(columns):
         found = f"lacks {', '.join(missing)}" if missing else "has a column twice"
