@@ -322,7 +322,7 @@ def test_bad_input_on_real_models(life, tmp_path):
         ),
         (
             ["evaluate", real, "--reference", str(tmp_path / "keys.npz"), *scored],
-            "has the keys mean; needed: mu, sigma",
+            "allowed: mu, sigma",
         ),
         (["evaluate", real, "--reference", real, "--metrics", "fid", *scored], "since 'fid' is Inception's"),
         (["postprocess", base, real, "--out", str(tmp_path / "x.npz")], "allowed: 'flow_postprocessing'"),
