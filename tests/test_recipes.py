@@ -464,3 +464,14 @@ def test_without_inception_the_alternatives_come_first(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="take another extractor") as caught:
         find_feature_extractor(INCEPTION)
     assert str(caught.value).index("resnet56") < str(caught.value).index(".pth")
+
+
+def test_a_resume_may_state_what_changes(runs, tmp_path):
+    recipe = override(load_trained(runs / "base").recipe, {"save_every": 1, "schedule": "constant"})
+    run = lambda changes, *stated: [  # noqa: E731
+        state.step for state in train_recipe(override(recipe, changes), tmp_path, False, stated)
+    ]
+    assert run({"steps": 2}) == [1, 2] and run({"steps": 3}) == [3]
+    with pytest.raises(ValueError, match=r"has lr = 0.001, this run 0.0001; allowed"):
+        run({"steps": 4, "lr": 1e-4})
+    assert run({"steps": 4, "lr": 1e-4}, "lr") == [4]

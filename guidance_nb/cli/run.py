@@ -19,7 +19,7 @@ from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore
-from guidance_nb.cli.recipe import SEED, Pair, Recipe, Table, find_key, key, override
+from guidance_nb.cli.recipe import SEED, Pair, Precision, Recipe, Table, find_key, key, override
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
 from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine.hardware import check_compiler, check_tracker, choose_precision
@@ -183,8 +183,7 @@ def make_loss(recipe: Recipe) -> Callable:
 def make_engine(recipe: Recipe, folder: Path | None = None, metadata: dict[str, Any] | None = None) -> Engine:
     "How a `recipe` is carried out, in a `folder` of checkpoints that hold `metadata`."
     table = recipe.training
-    same = ("precision", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "cuda_graphs")
-    same += ("channels_last", "warmup", "weight_decay", "save_every", "keep")
+    same = [*LOOP[1:], "compile", "cuda_graphs", "channels_last", "warmup", "weight_decay"]
     options: dict[str, Any] = {name: getattr(table, name) for name in same}
     options |= {"folder": folder, "metadata": metadata or {}, "may_change": MAY_CHANGE}
     return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
@@ -200,7 +199,8 @@ def recipe_cost(
     table, network, at_once = recipe.training, recipe.network, recipe.training.gradient_accumulation_steps
     denoisers = ("plain", "aligned_loss", "model_guidance")
     require(recipe.method.name in denoisers, "method.name", recipe.method.name, "methods that train a denoiser")
-    precision, recompute = "fp32" if table.precision == "fp32" else "bf16", table.gradient_checkpointing
+    precision: Literal["fp32", "bf16"] = "fp32" if table.precision == "fp32" else "bf16"
+    recompute = table.gradient_checkpointing
     aware, (shape, classes) = is_scale_aware(recipe), recipe_shape(recipe)
     cost = network_cost(network.name, shape, classes, aware, precision, recompute, **network.settings)
     nfe = count_loss_nfe(make_loss(recipe), steps=table.steps)
@@ -481,7 +481,7 @@ def complete_request(trained: Trained, request: Request, classifier: Trained | N
 
 
 @contextmanager
-def autocast_and_compile(trained: Trained, precision: str, compile: bool) -> Iterator[None]:
+def autocast_and_compile(trained: Trained, precision: Precision, compile: bool) -> Iterator[None]:
     "Run a `trained` network inside the block in a `precision`, fp32, bf16 or auto, and compiled if `compile` says so."
     device = next(trained.model.parameters()).device
     low = choose_precision(precision, device) == "bf16"
