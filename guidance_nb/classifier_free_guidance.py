@@ -60,7 +60,7 @@ def tilt_variance(
     v_u: float,  # Variance of the unconditional Gaussian, same mean
     scale: float,  # Guidance scale
 ) -> float:  # Its variance
-    "Variance of the power tilt p_u^(1 - scale) p_c^scale, eq. (6); raises `ValueError` where the tilt does not exist."
+    "Variance of the power tilt p_u^(1 - scale) p_c^scale, eq. (5); raises `ValueError` where the tilt does not exist."
     _check_variances(v_c, v_u, scale)
     precision = scale / v_c + (1 - scale) / v_u
     if precision <= 0:
@@ -74,7 +74,7 @@ def ode_variance(
     scale: float,  # Guidance scale
     start: float | None = None,  # Noise-to-signal ratio at which pure noise starts; None for infinity
 ) -> float:  # Variance at t = 0
-    "Variance at the end of the guided probability-flow ODE, eq. (7)."
+    "Variance at the end of the guided probability-flow ODE, eq. (6)."
     _check_variances(v_c, v_u, scale)
     if start is None:
         return v_c**scale * v_u ** (1 - scale)
@@ -88,7 +88,7 @@ def sde_variance(
     v_u: float,  # Variance of the unconditional Gaussian, same mean
     scale: float,  # Guidance scale
 ) -> float:  # Variance at t = 0
-    "Variance at the end of guided ancestral sampling, many steps from infinite noise, eq. (8)."
+    "Variance at the end of guided ancestral sampling, many steps from infinite noise, eq. (7)."
     _check_variances(v_c, v_u, scale)
     log_ratio, k = math.log(v_c / v_u), 2 * scale - 1
     if log_ratio == 0:
@@ -104,7 +104,7 @@ def two_class_map(
     start: float = 0.0,  # r where it starts, 0 for infinite noise; above `ratio` the map is inverted
     log_odds: float = 0.0,  # log p(+) / p(-)
 ) -> Tensor:  # Position at `ratio`, `[n]`, float64
-    "Solve the guided ODE of two Gaussian classes, eq. (10), to tolerance 1e-10."
+    "Solve the guided ODE of two Gaussian classes, eq. (9), to tolerance 1e-10."
     from scipy.integrate import solve_ivp
     from scipy.special import expit
 
@@ -133,7 +133,7 @@ def two_class_law(
     start: float = 0.0,  # m / sqrt(s^2 + noise_to_signal^2) where sampling starts, 0 for infinite noise
     log_odds: float = 0.0,  # log p(+) / p(-)
 ) -> TwoClassLaw:  # By quadrature
-    "The law of guided ODE samples of two Gaussian classes +-m, eq. (10), started at z ~ N(-start, 1), x ~ N(0, V)."
+    "The law of guided ODE samples of two Gaussian classes +-m, eq. (9), started at z ~ N(-start, 1), x ~ N(0, V)."
     normal = torch.distributions.Normal(-start, torch.ones((), dtype=torch.float64))
     z = torch.linspace(-9, 9, 1801, dtype=torch.float64) - start
     weights, end = 0.01 * normal.log_prob(z).exp(), two_class_map(z, scale, ratio, start, log_odds)

@@ -64,7 +64,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 # %% ../nbs/15_guidance_variants.ipynb #13ac485b
 class MagnitudeAwareGuidance(Guidance):
-    "Guidance whose scale falls where the difference is large, eq. (3) (MAMBO-G, arXiv 2508.03442)."
+    "Guidance whose scale falls where the difference is large, eq. (2) (MAMBO-G, arXiv 2508.03442)."
 
     claims: ClassVar[Claims] = Claims("2508.03442", space="velocity")
 
@@ -72,7 +72,7 @@ class MagnitudeAwareGuidance(Guidance):
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale where the two predictions agree
-        damping: float = 8.0,  # How fast it falls, a of eq. (3), 0 or more
+        damping: float = 8.0,  # How fast it falls, a of eq. (2), 0 or more
         **options: Any,  # `interval` and `batching` of Guidance
     ):
         super().__init__(model, scale, **options)
@@ -89,7 +89,7 @@ class MagnitudeAwareGuidance(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #2c0a6eb9
 class CFGZeroStar(Guidance):
-    "Guidance away from the best multiple of the unconditional velocity, eq. (4), and zero-init (arXiv 2503.18886)."
+    "Guidance away from the best multiple of the unconditional velocity, eq. (3), and zero-init (arXiv 2503.18886)."
 
     claims: ClassVar[Claims] = Claims("2503.18886", space="velocity", conditional_at_one=False, equal_unchanged=False)
 
@@ -129,7 +129,7 @@ class CFGZeroStar(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #22c4db20
 class TangentialGuidance(Guidance):
-    "Guidance away from the unconditional noise's part along the common direction, eq. (5) (TCFG, arXiv 2503.18137)."
+    "Guidance away from the unconditional noise's part along the common direction, eq. (4) (TCFG, arXiv 2503.18137)."
 
     claims: ClassVar[Claims] = Claims("2503.18137", space="eps")
 
@@ -176,7 +176,7 @@ class StepMemory(nn.Module):
 
 # %% ../nbs/15_guidance_variants.ipynb #ab1af68b
 class AdaptiveProjectedGuidance(Guidance):
-    "Guidance by the capped difference of clean data without its part along the prediction, eq. (6) (arXiv 2410.02416)."
+    "Guidance by the capped difference of clean data without its part along the prediction, eq. (5) (arXiv 2410.02416)."
 
     claims: ClassVar[Claims] = Claims("2410.02416", space="x0")
 
@@ -185,8 +185,8 @@ class AdaptiveProjectedGuidance(Guidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         eta: float = 0.0,  # Share kept of the part along the conditional prediction
-        norm: float = math.inf,  # Largest norm of the difference, r of eq. (6)
-        momentum: float = 0.0,  # Share of earlier differences, beta of eq. (6), above -1 and below 1
+        norm: float = math.inf,  # Largest norm of the difference, r of eq. (5)
+        momentum: float = 0.0,  # Share of earlier differences, beta of eq. (5), above -1 and below 1
         **options: Any,  # `interval` and `batching` of Guidance
     ):
         super().__init__(model, scale, **options)
@@ -239,7 +239,7 @@ def frequency_bands(
 
 # %% ../nbs/15_guidance_variants.ipynb #166a5138
 class FrequencyDecoupledGuidance(Guidance):
-    "Guidance with a scale for each band of a Laplacian pyramid, eq. (7), for images (arXiv 2506.19713)."
+    "Guidance with a scale for each band of a Laplacian pyramid, eq. (6), for images (arXiv 2506.19713)."
 
     claims: ClassVar[Claims] = Claims("2506.19713")
 
@@ -266,7 +266,7 @@ class FrequencyDecoupledGuidance(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #15c784b2
 class DynamicThresholding(Guidance):
-    "Guidance whose clean data is clipped at a quantile and rescaled, eq. (8) (Imagen, arXiv 2205.11487)."
+    "Guidance whose clean data is clipped at a quantile and rescaled, eq. (7) (Imagen, arXiv 2205.11487)."
 
     claims: ClassVar[Claims] = Claims("2205.11487", space="x0", conditional_at_one=False, equal_unchanged=False)
 
@@ -293,7 +293,7 @@ class DynamicThresholding(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #37d94d01
 class RectifiedGuidance(Guidance):
-    "Guidance with two coefficients that need not sum to 1, eq. (9) (ReCFG, arXiv 2410.18737)."
+    "Guidance with two coefficients that need not sum to 1, eq. (8) (ReCFG, arXiv 2410.18737)."
 
     claims: ClassVar[Claims] = Claims("2410.18737", space="eps", equal_unchanged=False)
 
@@ -301,7 +301,7 @@ class RectifiedGuidance(Guidance):
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
-        ratios: float | Callable[[Tensor, Tensor], Tensor] = 1.0,  # rho of eq. (9), or a function of times and classes
+        ratios: float | Callable[[Tensor, Tensor], Tensor] = 1.0,  # rho of eq. (8), or a function of times and classes
         **options: Any,  # `interval` and `batching` of Guidance
     ):
         super().__init__(model, scale, **options)
@@ -351,7 +351,7 @@ def estimate_ratios(
     times: Tensor,  # Rising times, `[k]`
     generator: torch.Generator | None = None,  # Source of the noise
 ) -> RatioTable:  # E[e_c e_u] / E[e_u^2] by time and class
-    "Estimate the ratio of eq. (9) element by element on noised data of each class (arXiv 2410.18737)."
+    "Estimate the ratio of eq. (8) element by element on noised data of each class (arXiv 2410.18737)."
     counts = c.bincount(minlength=model.num_classes)
     if not counts.all():
         raise ValueError(f"c has no sample of class {counts.argmin()}; allowed: samples of every class")
@@ -366,7 +366,7 @@ def estimate_ratios(
 
 # %% ../nbs/15_guidance_variants.ipynb #67be6bf5
 class CFGPlusPlus(Guidance):
-    "Guided clean data with unconditional noise, eq. (10), for DDIM steps (arXiv 2406.08070)."
+    "Guided clean data with unconditional noise, eq. (9), for DDIM steps (arXiv 2406.08070)."
 
     claims: ClassVar[Claims] = Claims("2406.08070", conditional_at_one=False, consistent=False)
 
@@ -380,8 +380,8 @@ class CFGPlusPlus(Guidance):
 def cfgpp_scales(
     path: Path,  # The path that is sampled
     times: Tensor,  # Falling times of the run, `[steps + 1]`
-    scale: float,  # lambda of eq. (10)
+    scale: float,  # lambda of eq. (9)
 ) -> Tensor:  # Ordinary guidance scales, `[steps]`
-    "The guidance scale at each step with which DDIM takes the steps of CFG++, eq. (11)."
+    "The guidance scale at each step with which DDIM takes the steps of CFG++, eq. (10)."
     levels = path.noise_to_signal(times)
     return check_scale(scale) / (1 - levels[1:] / levels[:-1])
