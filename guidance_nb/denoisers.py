@@ -256,9 +256,6 @@ class NetworkDenoiser(Denoiser):
         else:
             self.null = null
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
-        if prediction == "eps" and path.alpha(torch.ones((), device="cpu")) < 1e-3:
-            advice = "train it to predict 'velocity' or 'v', or begin sampling below t = 1 with `times`"
-            warnings.warn(f"prediction = 'eps' says nothing about data at t = 1 of {path}: {advice}", stacklevel=2)
 
     def network_inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         "Data and time `[batch]` as the network sees them; EDM's have unit variance and are a quarter of log sigma."
@@ -289,7 +286,11 @@ class NetworkDenoiser(Denoiser):
     ) -> Tensor:
         "Raw network output, shape and dtype of `x`."
         t = check_inputs(x, t, c, self.num_classes)
-        t = clamp_time(self.path, t) if self.prediction == "eps" else t
+        if self.prediction == "eps":
+            asked, t = t, clamp_time(self.path, t)
+            if t.device.type == "cpu" and not torch.compiler.is_compiling() and (asked > t).any():
+                advice = "train it to predict 'velocity' or 'v', or begin sampling below t = 1 with `times`"
+                warnings.warn(f"prediction = 'eps' says nothing about data at t = 1 of {self.path}: {advice}")
         inputs = (*self.network_inputs(x, t), self.network_condition(c, drop, x))
         if self.scale_aware:
             asked = torch.as_tensor(1.0 if scale is None else scale).to(inputs[0]).expand(len(x))

@@ -252,9 +252,9 @@ def test_noise_prediction_where_no_signal_is_left_is_warned_of_and_asked_inside(
             self.time = time
             return (x - path.alpha(time)[:, None]) / path.sigma(time)[:, None]
 
+    model = NetworkDenoiser(Exact(), path, prediction="eps")
     with pytest.warns(UserWarning, match="prediction = 'eps' says nothing about data at t = 1"):
-        model = NetworkDenoiser(Exact(), path, prediction="eps")
-    pair = model(torch.randn(5, 1, dtype=torch.float64), f64(1.0))
+        pair = model(torch.randn(5, 1, dtype=torch.float64), f64(1.0))
     assert model.net.time.max() < 1
     assert_close(pair.x0, torch.ones(5, 1, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
