@@ -1,4 +1,4 @@
-"""One line for a rule about an argument: what is refused is a `ValueError` of one line, `name = value; allowed: ...`."""
+"""One line for a rule about an argument: what is refused is a `ValueError`, `name = value; allowed: ...`."""
 
 import difflib
 import json

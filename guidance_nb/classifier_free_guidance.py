@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_number, check_scale, require
+from ._checks import check_scale, require
 from .denoisers import Prediction, guide
 from .guidance import Claims, Guidance
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ._extras import extra
 from ._checks import check_choice
+from ._extras import extra
 from .denoisers import Denoiser, Prediction, check_inputs
 from .guidance import Claims, Guidance, Scale, shift_prediction
 from .metrics import calibration_error

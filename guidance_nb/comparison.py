@@ -56,7 +56,7 @@ from .model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale
 from .networks import NoisyClassifier, mlp_denoiser
 from .paths import FlowPath
 from .plots import COLOURS, METHOD_LABELS, show_curves, show_density, show_images, show_points
-from .samplers import Trajectory, sample, sample_trajectory
+from .samplers import sample, sample_trajectory
 from .training import ClassifierLoss, DenoisingLoss, fit
 
 # %% ../nbs/20_comparison.ipynb #91ae22c5

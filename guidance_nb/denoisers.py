@@ -173,7 +173,7 @@ def check_labels(
                 raise ValueError(f"c holds {found}; allowed: embeddings [batch, ...] with batch = {batch}, or None")
         return c
     found = f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
-    if num_classes == EMBEDDINGS:
+    if num_classes == EMBEDDINGS and isinstance(c, Tensor):
         if not c.is_floating_point() or c.ndim < 2 or len(c) != batch:
             raise ValueError(f"c is {found}; allowed: embeddings [batch, ...] with batch = {batch}, or None")
         return c
@@ -290,7 +290,9 @@ class NetworkDenoiser(Denoiser):
             asked, t = t, clamp_time(self.path, t)
             if t.device.type == "cpu" and not torch.compiler.is_compiling() and (asked > t).any():
                 advice = "train it to predict 'velocity' or 'v', or begin sampling below t = 1 with `times`"
-                warnings.warn(f"prediction = 'eps' says nothing about data at t = 1 of {self.path}: {advice}")
+                warnings.warn(
+                    f"prediction = 'eps' says nothing about data at t = 1 of {self.path}: {advice}", stacklevel=2
+                )
         inputs = (*self.network_inputs(x, t), self.network_condition(c, drop, x))
         if self.scale_aware:
             asked = torch.as_tensor(1.0 if scale is None else scale).to(inputs[0]).expand(len(x))

@@ -9,6 +9,7 @@ __all__ = ['FlowPostprocessor', 'PairLoss', 'PairDraws', 'pair_data', 'integrate
 # %% ../nbs/14_flow_postprocessing.ipynb #e5614042
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -137,7 +138,7 @@ class FlowPostprocessor(nn.Module):
         with eval_mode(self), tqdm(total=len(samples), unit=" samples", disable=not progress) as bar:
             for i in range(0, len(samples), size):
                 part, c = samples[i : i + size].to(device), None if labels is None else labels[i : i + size].to(device)
-                end = integrate_flow(lambda z, tau, c=c: self.guided(z, tau, c, scale), part, steps, sampler)
+                end = integrate_flow(partial(self.guided, c=c, scale=scale), part, steps, sampler)
                 done.append(end.to(samples.device))
                 bar.update(len(part))
         return torch.cat(done)

@@ -86,8 +86,8 @@ class Guidance(Denoiser):
     def combined(self, conditional: Prediction, unconditional: Prediction, x: Tensor, *point: Any) -> Prediction:
         "The formula in 32 bits at least, for 16 do not hold its sums; the result is as precise as `x`."
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        pairs = (Prediction(*(part.to(wide) for part in pair)) for pair in (conditional, unconditional))
-        return Prediction(*(part.to(x) for part in self.combine(*pairs, wide, *point)))
+        towards, away = (Prediction(*(part.to(wide) for part in pair)) for pair in (conditional, unconditional))
+        return Prediction(*(part.to(x) for part in self.combine(towards, away, wide, *point)))
 
     @property
     def consistent(self) -> bool:
@@ -125,7 +125,7 @@ class Guidance(Denoiser):
         twin = super().for_rows(rows)
         if isinstance(self.scale, Tensor) and self.scale.ndim and len(self.scale) > 1:
             twin = copy.copy(self) if twin is self else twin
-            twin.scale = self.scale[rows]  # type: ignore
+            twin.scale = self.scale[rows]
         return twin
 
     def mean_shift(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Tensor | None:

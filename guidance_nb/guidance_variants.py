@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_number, check_scale, check_whole, require
+from ._conditions import Condition
 from .denoisers import Denoiser, Prediction, check_inputs, guide
 from .guidance import Claims, Guidance, Scale, predict_where, shift_prediction
 from .paths import Path, clamp_time, expand_time
@@ -114,7 +115,7 @@ class CFGZeroStar(Guidance):
         shift = (1 - scale) * (best - 1) * u_u
         return shift_prediction(guide(conditional, unconditional, scale), shift, self.path, t, "velocity")
 
-    def still(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def still(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
         "The pair of zero velocity: alpha x0 + sigma eps = x, d_alpha x0 + d_sigma eps = 0."
         path, late = self.path, clamp_time(self.path, t, "data")
         a, b = expand_time(path.d_alpha(late), x), expand_time(path.d_sigma(late), x)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._extras import extra
 from ._checks import check_choice, require
+from ._extras import extra
 from .denoisers import Denoiser, Prediction, check_inputs, check_labels
 from .paths import FlowPath, Path
 
@@ -68,7 +68,9 @@ class Mixture:
         require(given in (shape[:1], (*shape, shape[1])), "shape of covariances", given, "[K, d, d], or variances [K]")
         require(covariances.isfinite().all(), "covariances", covariances.tolist(), "finite values")
         require(weights.shape == shape[:1], "shape of weights", tuple(weights.shape), f"[K] = [{shape[0]}]")
-        require((weights > 0).all() and weights.isfinite().all(), "weights", weights.tolist(), "positive, finite numbers")
+        require(
+            (weights > 0).all() and weights.isfinite().all(), "weights", weights.tolist(), "positive, finite numbers"
+        )
         self.num_classes = int(labels.max()) + 1
         check_labels(labels, self.num_classes, len(means))
         if covariances.ndim == 1:

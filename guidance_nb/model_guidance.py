@@ -26,7 +26,7 @@ from guidance_nb._checks import (
     check_whole,
     require,
 )
-from ._conditions import Condition, repeat, take_rows
+from ._conditions import repeat, take_rows
 from ._modes import eval_mode
 from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction
 from .guidance import Scale
@@ -42,7 +42,7 @@ def _guidance_direction(
     teacher: NetworkDenoiser,  # The network that is asked
     x: Tensor,  # Noisy data, `[batch, ...]`
     t: Tensor,  # Times, `[batch]`
-    c: Condition,  # Labels `[batch]`, or embeddings
+    c: Tensor,  # Labels `[batch]`, or for "null" any condition
     unconditional: _Negative = "null",  # What is subtracted
     classifier: nn.Module | None = None,  # For "posterior": `classifier(x, t)` gives logits `[batch, num_classes]`
     generator: torch.Generator | None = None,  # For "contrastive": draws the other class
@@ -190,7 +190,7 @@ class FixedScale(Denoiser):
     def __init__(
         self,
         model: NetworkDenoiser,  # A network trained with `scale_range`
-        scale: Scale,  # Guidance scale to imitate, a number, `[batch]` or a function of time; 1 is the conditional model
+        scale: Scale,  # Scale to imitate, a number, `[batch]` or a function of time; 1 is the conditional model
     ):
         super().__init__(model.path, model.num_classes)
         require(model.scale_aware, "model.scale_aware", model.scale_aware, "True")

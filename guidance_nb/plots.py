@@ -147,14 +147,14 @@ def show_points(
         groups = [(points[c.cpu() == k], _class_colour(k)) for k in c.unique().tolist()]
     if points.shape[1] == 2:
         for group, colour in groups:
-            ax.scatter(*group.T.numpy(), s=size, color=colour, linewidths=0, rasterized=True)
+            ax.scatter(group[:, 0].numpy(), group[:, 1].numpy(), s=size, color=colour, linewidths=0, rasterized=True)
         ax.set(xticks=[], yticks=[], aspect="equal")
         return ax
     bins = torch.linspace(points.min(), points.max(), 61, dtype=torch.float64)
     width = ((bins[-1] - bins[0]) / 60).item() or 1.0
     for group, colour in groups:
         weights = torch.full((len(group),), 1 / (len(points) * width))
-        ax.hist(group[:, 0].numpy(), bins.numpy(), weights=weights.numpy(), color=colour, alpha=0.5)
+        ax.hist(group[:, 0].numpy(), bins.tolist(), weights=weights.numpy(), color=colour, alpha=0.5)
     return ax
 
 # %% ../nbs/07_plots.ipynb #a6389efa

@@ -258,7 +258,7 @@ def sample(
                 results.append(_integrate_adaptively(here, x, labels, times, seen))
             else:
                 step, extra = SAMPLERS.get(sampler, sampler), StepContext(noise, eta, diffusion, {})  # type: ignore
-                results.append(_integrate(here, x, labels, times, step, extra, seen))  # type: ignore
+                results.append(_integrate(here, x, labels, times, step, extra, seen))
     x = torch.cat(results)
     if not torch.isfinite(x).all():
         raise FloatingPointError("samples are not finite; lower the guidance scale or use more steps")
@@ -279,6 +279,6 @@ def sample_trajectory(*args: Any, **kwargs: Any) -> Trajectory:
             follow(step, t, x)
 
     with count_nfe() as evaluations:
-        x = sample(*args, callback=keep, **kwargs)
+        x = sample(*args, **kwargs, callback=keep)  # type: ignore[misc]
     every = torch.stack([torch.cat(points[step]) for step in sorted(points)])
     return Trajectory(every, torch.stack([times[step] for step in sorted(times)]), evaluations.total / len(x))

@@ -40,9 +40,7 @@ class LossContext:
     rows: slice | None = None  # Rows of the whole batch that `x` is; None: all
     total: int | None = None  # Rows of the whole batch, if `x` is a part of it
 
-    def own(
-        self, draw: Callable, x: Tensor, shape: tuple[int, ...] = ()
-    ) -> Tensor:
+    def own(self, draw: Callable, x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         "Draw `[rows of the whole batch, *shape]` and keep the rows of `x`."
         place = {"generator": self.generator, "device": self.generator.device}
         if self.rows is None:
@@ -105,9 +103,7 @@ class ClassifierLoss:
     ):
         self.path = path
 
-    def __call__(
-        self, model: nn.Module, x0: Tensor, c: Tensor, context: LossContext
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         t = context.times(x0)
         x = self.path.interpolate(x0, context.noise(x0), t)
@@ -121,9 +117,7 @@ class FetchData(Protocol):
     def __len__(self) -> int:
         "Number of samples."
 
-    def fetch(
-        self, indices: Tensor, generator: torch.Generator, rows: slice
-    ) -> tuple[Tensor, Condition | None]:
+    def fetch(self, indices: Tensor, generator: torch.Generator, rows: slice) -> tuple[Tensor, Condition | None]:
         "Samples and labels of `indices[rows]` of a whole batch of `indices`."
 
 
@@ -245,20 +239,14 @@ def fit(
         return
     device, dropout = next(model.parameters()).device, has_dropout(model)
     draws = device if device.type == "cuda" else "cpu"  # where noise is drawn
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr, weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     source = batches(data, batch_size, seed, steps)
-    bar = tqdm(
-        total=steps, desc=description, unit=" steps", disable=not progress
-    )
+    bar = tqdm(total=steps, desc=description, unit=" steps", disable=not progress)
     with bar, closing(source):
         for step, (x, c) in enumerate(source):
             model.train()
-            optimizer.param_groups[0]["lr"] = learning_rate(
-                step, lr, schedule, steps
-            )
+            optimizer.param_groups[0]["lr"] = learning_rate(step, lr, schedule, steps)
             generator = keyed_generator(seed, 0, step, device=draws)
             context = LossContext(generator, step, steps, average)
             key = (seed, 4, step, 0, 0)
@@ -267,9 +255,7 @@ def fit(
                 value = loss(model, x.to(device), labels, context).mean()
             if not value.isfinite():
                 told = f"loss = {value.item()} at step {step}"
-                raise FloatingPointError(
-                    f"{told}; lower lr = {lr} or check the data"
-                )
+                raise FloatingPointError(f"{told}; lower lr = {lr} or check the data")
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

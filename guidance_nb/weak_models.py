@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._extras import extra
 from ._checks import check_number, check_scale, check_whole, require
+from ._extras import extra
 from ._random import keyed_noise
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, check_inputs, check_labels, guide

@@ -18,9 +18,9 @@ from torch import Tensor
 from ._extras import extra
 
 # %% ../nbs/26_which_guidance.ipynb #4d54c988
+from .classifier_free_guidance import ClassifierFreeGuidance
 from .comparison import Problem, load_problem, score_fractal
 from .denoisers import Denoiser, NetworkDenoiser, count_nfe, record_nfe
-from .classifier_free_guidance import ClassifierFreeGuidance
 from .guidance import interval_from_noise, linear_schedule, tent_schedule
 from guidance_nb.guidance_variants import (
     AdaptiveProjectedGuidance,
@@ -167,9 +167,11 @@ def draw_member(
 ) -> tuple[Tensor, Tensor, float]:  # Samples `[n, 2]`, labels `[n]`, rows per sample
     "Sample one member of the family."
     made, c = member.make(tools, scale), torch.arange(n) % 2
-    model, step = (tools.model, PredictorCorrector(made)) if member.corrects else (made, "ddim")
+    model = tools.model if member.corrects else made
     with count_nfe() as rows:
-        x = sample(model, c, (2,), step, steps, seed=seed, progress=False)
+        x = sample(
+            model, c, (2,), PredictorCorrector(made) if member.corrects else "ddim", steps, seed=seed, progress=False
+        )
     return torch.as_tensor(x), c, rows.total / n
 
 

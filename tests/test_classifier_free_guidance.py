@@ -357,7 +357,7 @@ def test_bad_interval(interval):
 def test_bad_input():
     with pytest.raises(ValueError, match="allowed: 'auto', 'batched', 'sequential'"):
         ClassifierFreeGuidance(network(), 2.0, batching="parallel")
-    with pytest.raises(ValueError, match="model.num_classes = 0"):
+    with pytest.raises(ValueError, match=r"model\.num_classes = 0"):
         ClassifierFreeGuidance(mlp_denoiser(2, FlowPath()), 2.0)
     x, t, c = batch()
     with pytest.raises(ValueError, match="c contains 4; allowed: 0 to 3"):

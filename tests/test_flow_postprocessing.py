@@ -1,6 +1,5 @@
 "Post-processing restated with sorting, sums and plain NumPy."
 
-
 import numpy as np
 import pytest
 import torch

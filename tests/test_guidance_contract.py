@@ -560,7 +560,7 @@ def test_half_precision_is_enough(name, size):
 
 @each_case
 def test_each_sample_has_its_own_scale(name):
-    "`[batch]` scales are scales of single samples: by themselves, with an interval, in batches, nested, on another path."
+    "`[batch]` scales belong to single samples: by themselves, with an interval, in batches, nested, on another path."
     case = CASES[name]
     model, x, t, c = setting(case)
     scales = torch.linspace(0.5, 3.0, len(x), dtype=torch.float64)

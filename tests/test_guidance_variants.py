@@ -303,7 +303,9 @@ def test_rows_of_an_interval_in_a_real_run(sampler, window):
     "Published Heun guides both stages of a step; here each stage goes by its time. Inner windows cost the same."
     model, *_, c = told("velocity", shape=(1, 2))
     interval = interval_from_steps(FlowPath(), 10, *window, sampler)
-    nfe = sample_trajectory(ClassifierFreeGuidance(model, 2.0, interval=interval), c, (2,), sampler, 10, progress=False).nfe
+    nfe = sample_trajectory(
+        ClassifierFreeGuidance(model, 2.0, interval=interval), c, (2,), sampler, 10, progress=False
+    ).nfe
     ours = published = 0
     for step in range(10):
         stages = [step] if sampler == "euler" or step == 9 else [step, step + 1]
@@ -553,7 +555,10 @@ def test_zero_init_by_steps():
         (lambda m: RescaledGuidance(m, 2.0, phi=float("nan")), "phi = nan; allowed: 0 to 1"),
         (lambda m: MagnitudeAwareGuidance(m, 2.0, damping=-1.0), "damping = -1.0; allowed: a number, 0 or more"),
         (lambda m: CFGZeroStar(m, 2.0, zero_from=float("nan")), "zero_from = nan; allowed: a time above 0"),
-        (lambda m: AdaptiveProjectedGuidance(m, 2.0, momentum=1.0), "norm, momentum = (inf, 1.0); allowed: norm above 0"),
+        (
+            lambda m: AdaptiveProjectedGuidance(m, 2.0, momentum=1.0),
+            "norm, momentum = (inf, 1.0); allowed: norm above 0",
+        ),
         (lambda m: AdaptiveProjectedGuidance(m, 2.0, eta=float("inf")), "eta = inf; allowed: a finite number"),
         (lambda m: FrequencyDecoupledGuidance(m, 2.0, shares=(1.0, float("nan"))), "shares = (1.0, nan); allowed"),
         (lambda m: DynamicThresholding(m, 2.0, limit=0.0), "limit = 0.0; allowed: a finite number above 0"),

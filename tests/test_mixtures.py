@@ -170,8 +170,14 @@ def test_bad_input(call, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"covariances": torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])}, "asymmetry of covariances = 0.5; allowed: symmetric"),
-        ({"covariances": torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])}, "eigenvalue of covariances = -1.0; allowed: 0 and above"),
+        (
+            {"covariances": torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])},
+            "asymmetry of covariances = 0.5; allowed: symmetric",
+        ),
+        (
+            {"covariances": torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])},
+            "eigenvalue of covariances = -1.0; allowed: 0 and above",
+        ),
         ({"covariances": torch.tensor([float("nan")])}, "covariances = [nan]; allowed: finite"),
         ({"covariances": torch.ones(2)}, "shape of covariances = (2,); allowed: [K, d, d]"),
         ({"weights": torch.tensor([-1.0])}, "weights = [-1.0]; allowed: positive"),

@@ -89,7 +89,7 @@ def test_every_path_is_finite_at_every_time(path, dtype):
 def test_a_point_of_pure_noise_changes_path_or_is_refused(source, target):
     x = torch.ones(2, 1, dtype=torch.float64) * source.sigma(f64(1.0))
     if source.noise_to_signal(f64(1.0)) > target.noise_to_signal(f64(1.0)) * (1 + 1e-9):
-        with pytest.raises(ValueError, match="noise-to-signal ratio of .*; allowed: up to"):
+        with pytest.raises(ValueError, match=r"noise-to-signal ratio of .*; allowed: up to"):
             change_path(x, f64(1.0), source, target)
     else:
         moved, s = change_path(x, f64(1.0), source, target)

@@ -23,9 +23,9 @@ from guidance_nb.power_tilt import (
     _langevin_steps,
     _log_tilt,
     _restrict,
-    sample_feynman_kac,
     _solve_rows,
     _systematic_resample,
+    sample_feynman_kac,
     tilt_mixture,
     tilt_on_grid,
 )
@@ -129,7 +129,7 @@ def test_tilts_that_do_not_exist_are_refused():
         tilt_mixture(gaussian(0.0, 1.0), gaussian(0.0, 2.0), math.nan)
     with pytest.raises(ValueError, match="away.dim = 2; allowed: that of toward, 1"):
         MixturePair(gaussian(0.0, 1.0), gaussian([0.0, 0.0], 1.0), FlowPath())
-    with pytest.raises(ValueError, match="c = -1; allowed: a whole number, 0 to 0"):
+    with pytest.raises(ValueError, match=r"c = -1; allowed: a whole number, 0 to 0"):
         _class_mixture(gaussian(0.0, 1.0), -1)
 
 
@@ -436,6 +436,8 @@ def test_bad_populations():
         ({"times": torch.tensor([0.0, 1.0])}, "strictly falling"),
     ):
         with pytest.raises(ValueError, match=match):
-            sample_feynman_kac(**{"model": model, "c": 0, "n": 4, "shape": (1,), "scale": 2.0, "progress": False, **options})
-    with pytest.raises(ValueError, match="model.num_classes = 0; allowed"):
+            sample_feynman_kac(
+                **{"model": model, "c": 0, "n": 4, "shape": (1,), "scale": 2.0, "progress": False, **options}
+            )
+    with pytest.raises(ValueError, match=r"model\.num_classes = 0; allowed"):
         sample_feynman_kac(mlp_denoiser(1, FlowPath()), 0, 4, (1,), 2.0)

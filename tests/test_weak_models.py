@@ -27,11 +27,9 @@ from guidance_nb.weak_models import (
     SelfAttentionGuidance,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
-    annealed_scale,
     _annealing,
     _attention_layers,
     _blurred_queries,
-    carry_noise,
     _gaussian_blur,
     _identity_attention,
     _log_ratio,
@@ -41,6 +39,8 @@ from guidance_nb.weak_models import (
     _skippable_layers,
     _skipped_layers,
     _swapped,
+    annealed_scale,
+    carry_noise,
     widen,
 )
 
@@ -539,9 +539,7 @@ def test_the_uniform_mean_is_not_the_unconditional_score():
 
 BAD = {
     "weak.path = EDMPath": lambda m: Autoguidance(m, OnPath(m, EDMPath()), 2.0),
-    "weak.num_classes = 2; allowed: 3": lambda m: Autoguidance(
-        m, mlp_denoiser(2, FlowPath(), 2), 2.0
-    ),
+    "weak.num_classes = 2; allowed: 3": lambda m: Autoguidance(m, mlp_denoiser(2, FlowPath(), 2), 2.0),
     "scale = nan": lambda m: Autoguidance(m, m, math.nan),
     "scale = inf": lambda m: Autoguidance(m, m, 2.0, cfg_scale=math.inf),
     "interval = (1, 0)": lambda m: Autoguidance(m, m, 2.0, (1, 0)),

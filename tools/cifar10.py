@@ -344,7 +344,7 @@ def time_engines(size: Size, compiled: bool) -> tuple[dict[str, Any], list[dict[
 
 
 def time_sampling(size: Size, engine: dict[str, Any], out: Path) -> dict[float, float]:
-    "Samples per second in 20 steps at scale 1, one evaluation a step, and 2, two, by a network trained for a few steps."
+    "Samples per second in 20 steps at scale 1, one evaluation a step, and 2, two, by a network barely trained."
     few = {"steps": 8, "save_every": 8, "keep": 1, "grid_every": 0, "warmup": 0} | engine
     list(train_recipe(override(run_recipe("base", size), few), out / "timing", progress=False))
     trained, n, speeds = load_trained(out / "timing"), 4 * size.rows, dict[float, float]()

@@ -1,4 +1,4 @@
-"""Give the columns of committed results their new names: `python tools/rename_columns.py`; a second run changes nothing.
+"""Give the columns of committed results their new names: `python tools/rename_columns.py`; twice is once.
 
 Names and words change, numbers do not: what is written is read again, and every cell that is a number must be the same
 text as before, in the same place.

@@ -144,7 +144,9 @@ class Scene:
         c, generator = torch.arange(mixture.num_classes).repeat_interleave(n), torch.Generator().manual_seed(seed)
         real, other = (sample_mixture(mixture, c, generator)[0].split(n) for _ in range(2))
         self.real = list(real)  # by class, `[n, d]` each
-        self.baseline = [sliced_wasserstein(x, y, projections=PROJECTIONS) for x, y in zip(real, other)]  # real against real
+        self.baseline = [
+            sliced_wasserstein(x, y, projections=PROJECTIONS) for x, y in zip(real, other)
+        ]  # real against real
         self.noise = keyed_noise(seed, 0, (n, mixture.dim))  # where the samples start
         self.threshold = outlier_threshold(mixture)  # log density of an outlier, by class
 
@@ -169,7 +171,7 @@ class Scene:
         c: int,  # The class to sample
         method: str,  # A key of `METHOD_CONTROLS`
         settings: Settings,  # From settings_of
-        sampler: str = "heun",  # "heun" or "euler"
+        sampler: Any = "heun",  # "heun" or "euler"
         steps: int = 32,  # Number of steps
         model: Denoiser | None = None,  # A model of your own instead of the exact one
     ) -> Trajectory:  # Post-processing adds a last frame, at time 0 again

@@ -262,7 +262,7 @@ class UNetEncoder(UNet):
         self.norm = nn.GroupNorm(self.net.conv_norm_out.num_groups, self.width)
         del self.ask, self.net.up_blocks, self.net.conv_norm_out, self.net.conv_out
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
         "Features `[batch, widths[-1]]`."
         sines = self.net.time_proj(1000 * time).to(x.dtype)
         h, time = self.net.conv_in(nn.functional.pixel_unshuffle(x, self.patch)), self.net.time_embedding(sines)
