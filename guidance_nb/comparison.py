@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 # %% ../nbs/20_comparison.ipynb #0ddd2be3
+from ._extras import extra
 from .aligned_loss import AlignedLoss
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .classifier_guidance import ClassifierGuidance
@@ -575,7 +576,8 @@ def run_tour(
     progress: bool = True,  # Whether to show progress bars
 ) -> Any:  # The table, a pandas DataFrame
     "Train, sample and score all methods; writes comparison.csv, cost.csv, baseline.csv, figures and index.html."
-    import pandas as pd
+    with extra("plots"):
+        import pandas as pd
 
     out, scales = Path(out), tuple(sorted({float(s) for s in scales}))
     check_tour(data, seeds, out, scales)
@@ -609,7 +611,8 @@ def draw_samples(
 ) -> Any:  # The figure
     "A gallery with one panel per method: samples, or trajectories, at one scale."
 
-    from matplotlib import pyplot
+    with extra("plots"):
+        from matplotlib import pyplot
 
     fig, axes = pyplot.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for ax in axes.flat:
@@ -657,7 +660,8 @@ def draw_curves(
 ) -> Any:  # The figure
     "One panel per metric against `scale` or `nfe`; dashed lines are the real-versus-real floor."
 
-    from matplotlib import pyplot
+    with extra("plots"):
+        from matplotlib import pyplot
 
     metrics = metrics or CURVES[data]
     size = (2.8 * len(metrics), 3.2)
@@ -694,7 +698,8 @@ def cost_rows(
     cost: Any,  # Rows of cost.csv, fewer steps
 ) -> Any:  # Rows of both at the scales of cost.csv
     "Few and many steps together, for curves of quality against cost."
-    import pandas as pd
+    with extra("plots"):
+        import pandas as pd
 
     key = ["data", "method", "scale"]
     cost = cost.astype({"scale": float})
@@ -769,7 +774,8 @@ def write_page(
     out: Path,  # Folder to write to
 ) -> None:
     "Draw the figures and write them, with the table, into one self-contained index.html."
-    from matplotlib import pyplot
+    with extra("plots"):
+        from matplotlib import pyplot
 
     sections = []
     for data, problem in problems.items():

@@ -25,7 +25,7 @@ from .denoisers import Batching, Denoiser, Prediction, check_inputs, count_nfe, 
 from .guidance import Claims, Guidance, Scale
 from .mixtures import ExactDenoiser, Mixture, log_prob
 from .paths import Path, expand_time
-from .samplers import StepContext, _check_request, ddim_step, time_grid
+from .samplers import StepContext, check_request, ddim_step, time_grid
 
 # %% ../nbs/18_power_tilt.ipynb #ce07a083
 def _class_mixture(
@@ -332,7 +332,7 @@ def sample_feynman_kac(
     labels = torch.as_tensor(c)
     labels = labels.expand(n, *labels.shape).contiguous()
     times = time_grid(path, steps) if times is None else times.double().cpu()
-    _check_request(model, labels, shape, "ddpm", times)
+    check_request(model, labels, shape, "ddpm", times)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     labels, noise = labels.to(device), NoiseSource(seed, 0, (n, *shape), device, dtype)
     x, log_w = noise() * path.sigma(times[0]).item(), torch.zeros(n, dtype=torch.float64, device=device)

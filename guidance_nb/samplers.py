@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'SAMPLERS', 'time_grid', 'StepContext', 'ddim_step', 'euler_step', 'ddpm_step', 'heun_step',
-           'sit_diffusion', 'euler_maruyama_step', 'dpmpp_2m_step', 'Trajectory', 'solve_adaptively', 'sample',
-           'sample_trajectory']
+           'sit_diffusion', 'euler_maruyama_step', 'dpmpp_2m_step', 'Trajectory', 'check_request', 'solve_adaptively',
+           'sample', 'sample_trajectory']
 
 # %% ../nbs/03_samplers.ipynb #b90b543f
 from collections.abc import Callable
@@ -149,7 +149,7 @@ class Trajectory(NamedTuple):
 _Callback: TypeAlias = Callable[[int, Tensor, Tensor], None]  # `callback(step, t, x)`, see `sample`
 
 
-def _check_request(
+def check_request(
     model: Denoiser, c: Condition | int, shape: tuple[int, ...], sampler: Sampler | Callable[..., Tensor], times: Tensor
 ) -> int:
     "Refuse a request that `sample` cannot serve, before any work is done; the number of samples."
@@ -233,7 +233,7 @@ def sample(
     if not isinstance(model, Denoiser):
         raise ValueError(f"model is a {type(model).__name__}; allowed: a Denoiser, such as NetworkDenoiser(net, path)")
     times = time_grid(model.path, steps, str(sampler)) if times is None else times.double().cpu()
-    n = _check_request(model, c, shape, sampler, times)
+    n = check_request(model, c, shape, sampler, times)
     check_number("eta", eta, 0, 1)
     batch_size = n if batch_size is None else check_whole("batch_size", batch_size, 1)
     if init is not None and init.shape != (n, *shape):

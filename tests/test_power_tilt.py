@@ -127,7 +127,7 @@ def test_tilts_that_do_not_exist_are_refused():
             tilt_mixture(mixture_1d(toward, [1.0] * len(toward)), mixture_1d(away, [4.0] * len(away)), scale)
     with pytest.raises(ValueError, match="scale = nan; allowed: a finite number"):
         tilt_mixture(gaussian(0.0, 1.0), gaussian(0.0, 2.0), math.nan)
-    with pytest.raises(ValueError, match="away.dim = 2; allowed: that of toward, 1"):
+    with pytest.raises(ValueError, match=r"away\.dim = 2; allowed: that of toward, 1"):
         MixturePair(gaussian(0.0, 1.0), gaussian([0.0, 0.0], 1.0), FlowPath())
     with pytest.raises(ValueError, match=r"c = -1; allowed: a whole number, 0 to 0"):
         _class_mixture(gaussian(0.0, 1.0), -1)
