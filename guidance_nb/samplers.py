@@ -150,9 +150,13 @@ _Callback: TypeAlias = Callable[[int, Tensor, Tensor], None]  # `callback(step, 
 
 
 def check_request(
-    model: Denoiser, c: Condition | int, shape: tuple[int, ...], sampler: Sampler | Callable[..., Tensor], times: Tensor
-) -> int:
-    "Refuse a request that `sample` cannot serve, before any work is done; the number of samples."
+    model: Denoiser,  # The model about to be sampled
+    c: Condition | int,  # Conditions `[n]`, or the number of unconditional samples
+    shape: tuple[int, ...],  # Shape of one sample
+    sampler: Sampler | Callable[..., Tensor],  # Name of the sampler, or a step
+    times: Tensor,  # Time grid
+) -> int:  # Number of samples
+    "Refuse a request that `sample` cannot serve, before any work is done."
     if not callable(sampler):
         check_choice("sampler", sampler, get_args(Sampler))
     steps = model.consistent or callable(sampler) or sampler in ("ddim", "ddpm")
