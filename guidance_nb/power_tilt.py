@@ -124,6 +124,7 @@ def tilt_on_grid(
     if not weights[edge].sum() < 1e-6:
         found = f"grid has a share {weights[edge].sum():.1g} of the tilt on its edge"
         raise ValueError(f"{found}; allowed: below 1e-6, by a wider grid or a scale at which the tilt exists")
+    grid, weights = grid[weights > 0], weights[weights > 0]  # far out they are zero to rounding
     return Mixture(grid, torch.zeros(len(grid)), torch.zeros(len(grid)).long(), weights)
 
 # %% ../nbs/18_power_tilt.ipynb #99dac54d
