@@ -186,7 +186,8 @@ def shift_prediction(
         check_choice("space", space, ("x0", "eps", "velocity", "score"))
         share = -path.sigma(early) / path.alpha(early)
     k = expand_time(share, shift) * shift
-    return Prediction(pair.x0 - expand_time(path.sigma(t), k) * k, pair.eps + expand_time(path.alpha(t), k) * k)
+    sigma = path.sigma(early if space == "score" else t)  # a gradient at t = 1 is that of a little before
+    return Prediction(pair.x0 - expand_time(sigma, k) * k, pair.eps + expand_time(path.alpha(t), k) * k)
 
 # %% ../nbs/08_guidance.ipynb #10609a75
 def interval_from_noise(
