@@ -1,7 +1,7 @@
 # Needs Python 3.10 to 3.13, git and make; everything else goes into .venv.
 #   PYTHON=python3.12   the Python that .venv is made with
 #   TORCH_INDEX=URL     another index for torch and torchvision, such as the one with CPU-only builds
-#   ARGS="..."          passed on to the command behind tour, test, bench, cifar10 and notebooks
+#   ARGS="..."          passed on to the command behind tour, test, lint, bench, cifar10 and notebooks
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 METADATA := settings.ini pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test bench cifar10 lab method notebooks export docs clean
+.PHONY: help tour test lint bench cifar10 lab method notebooks export docs clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
@@ -18,8 +18,11 @@ help: ## list these targets
 tour: .venv/installed ## all methods side by side
 	@$(BIN)/guidance-nb tour $(ARGS)
 
-test: .venv/installed-dev ## run all tests, the notebooks included
+test: .venv/installed-dev ## run all tests, the notebooks and what lint checks included
 	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-dev ## check the form alone, quickly; ARGS=--fix writes what can be written
+	@$(BIN)/python tools/lint.py $(ARGS)
 
 bench: .venv/installed-bench ## time against peers and goals, and save the ratios
 	@$(BIN)/python tools/bench.py $(ARGS)
@@ -27,15 +30,16 @@ bench: .venv/installed-bench ## time against peers and goals, and save the ratio
 cifar10: .venv/installed ## measure the papers' claims on CIFAR-10: one GPU, ARGS="--budget MINUTES"
 	@$(BIN)/python tools/cifar10.py $(ARGS)
 
-method: .venv/created ## begin a method's notebook: NAME=my_idea NUMBER=32
+method: .venv/created ## begin a method's notebook: NAME=my_idea NUMBER=21
 	@$(BIN)/python tools/method.py $(NAME) $(NUMBER)
 
 lab: .venv/installed-dev ## edit the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-export: .venv/installed-dev ## write guidance_nb/ and README.md from the notebooks
+export: .venv/installed-dev ## write guidance_nb/, README.md and the API page from the notebooks
 	@$(BIN)/nbdev_export
 	@$(BIN)/python tools/readme.py
+	@$(BIN)/python tools/api.py
 
 notebooks: export ## execute the notebooks and store their outputs
 	@$(BIN)/python tools/refresh.py $(ARGS)
@@ -61,7 +65,7 @@ clean: ## remove what was built; keeps .venv
 .venv/installed: .venv/created $(METADATA)
 	@echo "Installing guidance_nb into .venv; the first time this takes minutes." >&2
 	@$(PIP) torch torchvision $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[cli]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

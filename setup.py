@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -19,10 +19,34 @@ setup(
     author=cfg["author"],
     url=cfg["git_url"],
     license="Apache-2.0",
-    packages=["guidance_nb"],
-    package_data={"guidance_nb": ["recipe_files/*.toml", "recipe_files/finetune/*.toml", "launch_files/*.yaml"]},
+    packages=find_packages(include=["guidance_nb", "guidance_nb.*"]),
+    package_data={
+        "guidance_nb": ["py.typed", "models/*/*"],
+        "guidance_nb.explorer": ["*.js", "*.css", "*.html"],
+        "guidance_nb.cli": ["recipe_files/*.toml", "recipe_files/finetuning/*.toml"],
+        "guidance_nb.engine": ["launch_files/*.yaml"],
+        "guidance_nb.interop": ["cards/*.txt"],
+    },
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "dinov2", "sd", "live", "bench")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in cfg["extras"].split()},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
+    ],
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Source": cfg["git_url"],
+        "Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md",
+        "Issues": f"{cfg['git_url']}/issues",
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": ["guidance_nb=guidance_nb._modidx:d"],

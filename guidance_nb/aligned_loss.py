@@ -11,8 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from ._checks import check_conditional, check_number, require
+from ._conditions import repeat
 from .denoisers import NetworkDenoiser
-from .training import Context
+from .training import LossContext
 
 # %% ../nbs/12_aligned_loss.ipynb #7cad31e8
 class AlignedLoss:
@@ -23,20 +25,17 @@ class AlignedLoss:
         scale: float = 2.0,  # Training scale w in e_u + w (e_c - e_u), finite and not 0
         anchor: float = 0.0,  # Weight a of the unconditional term; 0 is the loss of the paper
     ):
-        if not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
-            raise ValueError(f"scale = {scale!r}; allowed: a finite number other than 0")
-        if not isinstance(anchor, int | float) or not 0 <= anchor < math.inf:
-            raise ValueError(f"anchor = {anchor!r}; allowed: a finite number, 0 or more")
-        self.scale, self.anchor = scale, anchor
+        allowed = "a finite number other than 0"
+        require(check_number("scale", scale, allowed=allowed), "scale", scale, allowed)
+        self.scale, self.anchor = scale, check_number("anchor", anchor, 0)
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: Context) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`, from one pass of twice the rows."
-        if c is None:
-            raise ValueError("c = None; allowed: one condition per sample")
+        check_conditional(model, c)
         t, eps = context.times(x0), context.noise(x0)
         x, y = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
         drop = torch.arange(2 * len(x), device=x.device) >= len(x)  # second half without condition
-        e_c, e_u = model.output(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c, c]), drop=drop).chunk(2)
+        e_c, e_u = model.output(torch.cat([x, x]), torch.cat([t, t]), repeat(c, 2), drop=drop).chunk(2)
         error = (y - (e_u + self.scale * (e_c - e_u))).square()
         if self.anchor:
             error = error + self.anchor * (y - e_u).square()
@@ -48,6 +47,6 @@ def scale_from_aligned(
     training: float,  # Scale w of its AlignedLoss, not 0
 ) -> float:  # The scale gamma = s / w
     "The true guidance scale of an aligned model whose null branch is unconditional, eqs. (6), (7)."
-    if not (math.isfinite(sampling) and math.isfinite(training)) or training == 0:
-        raise ValueError(f"sampling = {sampling}, training = {training}; allowed: finite numbers, training not 0")
+    fine = math.isfinite(sampling) and math.isfinite(training) and training != 0
+    require(fine, "sampling, training", (sampling, training), "finite numbers, training not 0")
     return sampling / training

@@ -6,29 +6,25 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from guidance_nb._processes import destroy_process_group, on_main
+from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.cli import leave_processes
-from guidance_nb.flow_postprocessing import CorrectionFlow, PairDraws, PairLoss
+from guidance_nb.engine.hardware import open_accelerator
+from guidance_nb.engine.run import Engine
+from guidance_nb.engine.sampling import sample_sharded
+from guidance_nb.flow_postprocessing import FlowPostprocessor, PairDraws, PairLoss
+from guidance_nb.images.networks import image_denoiser
 from guidance_nb.mixtures import checkerboard, sample_mixture
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import image_denoiser, mlp_denoiser
+from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.training import (
-    Checkpoints,
-    DenoisingLoss,
-    Engine,
-    fit,
-    is_sharded,
-    keyed_generator,
-    on_main,
-    open_engine,
-    sample_sharded,
-)  # fmt: skip
+from guidance_nb.training import DenoisingLoss, fit
 
 STEPS, BATCH = 12, 16
 
@@ -71,7 +67,7 @@ def points() -> tuple[Tensor, Tensor]:
 def case(name: str) -> tuple:
     "Model, loss, data and options of a run."
     mlp = lambda **k: mlp_denoiser(2, FlowPath(), 3, width=16, depth=1, **k)  # noqa: E731
-    passes = Engine(precision="fp32", accumulate=2, clip=0.5, warmup=3)
+    passes = Engine(precision="fp32", gradient_accumulation_steps=2, clip=0.5, warmup=3)
     plain, fast = DenoisingLoss(0.2), {"lr": 0.01, "ema": 0.9, "batch_size": BATCH}
     if name == "drop":
         model = mlp()
@@ -82,7 +78,7 @@ def case(name: str) -> tuple:
         model.net.idle = nn.Parameter(torch.ones(3))
         return model, plain, points(), fast
     if name == "buffers":
-        model = CorrectionFlow(2, 3, width=16, depth=1, dropout=0.3)
+        model = FlowPostprocessor(2, 3, width=16, depth=1, dropout=0.3)
         model.spread.fill_(1.7)
         x, c = points()
         return model, PairLoss(), PairDraws(x, x + 1, torch.arange(100).reshape(50, 2) // 2, c), fast
@@ -105,11 +101,21 @@ def case(name: str) -> tuple:
     return cases[name]
 
 
+def kept(engine: Engine | None, folder: Path, every: int = 4, keep: int = 3, **more) -> Engine:
+    "An engine that keeps checkpoints, and changes no number of a run without one."
+    return replace(
+        engine or Engine(precision="fp32", cpu=True),
+        folder=folder, save_every=every, keep=keep, **({"metadata": {"name": folder.name}} | more),
+    )  # fmt: skip
+
+
 def start(name: str, folder: Path | None = None, every: int = 4, keep: int = 3, steps: int = STEPS, **more):
     "A run, kept in a folder of its own if there is one."
     model, loss, data, options = case(name)
-    kept = {} if folder is None else {"checkpoints": Checkpoints(folder / name, every, keep, facts={"name": name})}
-    return fit(model, loss, data, steps, **(options | kept | {"progress": False} | more))
+    options = options | {"progress": False} | more
+    if folder is not None:
+        options["engine"] = kept(options.get("engine"), folder / name, every, keep)
+    return fit(model, loss, data, steps, **options)
 
 
 def finish(run) -> tuple[list[float], object]:
@@ -151,6 +157,23 @@ def in_turn(folder: Path, steps: str, every: str, *names: str) -> None:
     signal.pause()
 
 
+def signalled(folder: Path, name: str, moment: str) -> None:
+    "A run that gets a signal in step 7, or after step 6."
+    model, _loss, data, options = case("plain")
+
+    class Signalled(DenoisingLoss):
+        def __call__(self, *args):
+            if args[3].step == 6 and moment == "in a step":
+                os.kill(os.getpid(), getattr(signal, name))
+            return super().__call__(*args)
+
+    Signalled.__qualname__ = "DenoisingLoss"
+    engine = kept(None, folder / "plain", 100)
+    for state in fit(model, Signalled(0.2), data, STEPS, **options, progress=False, engine=engine):
+        if state.step == 6 and moment == "between steps":
+            os.kill(os.getpid(), getattr(signal, name))
+
+
 def killed_while_writing(folder: Path) -> None:
     "A process for each moment of the second checkpoint: it dies there. Prints the signal that ended each."
     import safetensors.torch
@@ -189,32 +212,36 @@ def without_space(folder: Path) -> None:
         finish(run)
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print(json.dumps({"error": str(error), "left": sorted(os.listdir(folder / "plain"))}))
+        print(
+            json.dumps({"error": str(error), "left": sorted(path.name for path in (folder / "plain").glob("*step*"))})
+        )
 
 
 def one_of_two(folder: Path) -> None:
     "What each of two processes does; everything it saw goes into a file of its own."
-    place = open_engine(Engine(precision="fp32", cpu=True), torch.device("cpu"))
+    place = open_accelerator(Engine(precision="fp32", cpu=True))
     rank, seen = place.process_index, {}
     assert place.num_processes == 2
     for name in ("plain", "fetch", "draw", "teacher", "scales", "buffers", "idle", "contrast"):
-        losses, state = finish(start(name, engine=Engine(precision="fp32", cpu=True, unused=name == "idle")))
+        losses, state = finish(
+            start(name, engine=Engine(precision="fp32", cpu=True, find_unused_parameters=name == "idle"))
+        )
         seen[name] = {"losses": losses, "ema": [p.flatten().tolist() for p in state.ema.parameters()]}
     run = start("passes", folder)
     seen["passes"] = {"losses": [next(run).loss for _ in range(6)]}
     run.close()
     seen["resumed"] = {"losses": finish(start("passes", folder))[0]}
     c = torch.arange(7) % 3
-    samples = sample_sharded(state.ema, c, (7, 2), steps=3, sampler="ddpm", batch_size=1, progress=False)
-    again = sample_sharded(state.ema, None, (6, 2), steps=3, batch_size=1, trajectory=True, progress=False)
+    samples = sample_sharded(state.ema, c, (2,), steps=3, sampler="ddpm", batch_size=1, progress=False)
+    again = sample_sharded(state.ema, 6, (2,), steps=3, batch_size=1, progress=False)
     bad = torch.tensor([[0.0, 0.0]] * 3 + [[math.nan, 0.0]])  # only one of them has it
-    seen["samples"] = [samples.tolist(), again.trajectory.tolist(), again.rows]
+    seen["samples"] = [samples.tolist(), again.tolist()]
     for key, action in (
         ("batch", lambda: next(start("plain", engine=Engine(precision="fp32", cpu=True), batch_size=15))),
-        ("main", lambda: on_main(place, (folder / "missing").read_text)),
+        ("main", lambda: on_main((folder / "missing").read_text, rank, 2)),
         ("nan", lambda: finish(start("plain", engine=Engine(precision="fp32", cpu=True), lr=1e30))),
         ("full", lambda: finish(start("plain", Path(os.devnull), engine=Engine(precision="fp32", cpu=True)))),
-        ("nan samples", lambda: sample_sharded(state.ema, None, (4, 2), init=bad, progress=False)),
+        ("nan samples", lambda: sample_sharded(state.ema, 4, (2,), init=bad, progress=False)),
     ):
         try:
             action()
@@ -229,9 +256,9 @@ SHARDED = ("plain", "teacher", "online", "aligned", "scales", "buffers", "drop",
 def one_of_two_sharded(folder: Path) -> None:
     "The same with weights and moments divided between the two (FSDP2)."
     engine = Engine(precision="fp32", cpu=True)
-    place = open_engine(engine, torch.device("cpu"))
+    place = open_accelerator(engine)
     rank, seen = place.process_index, {}
-    assert place.num_processes == 2 and is_sharded(place)
+    assert place.num_processes == 2 and place.is_fsdp2
     for name in SHARDED:
         kept = folder if name == "unet" else None  # it has weights that two processes cannot halve
         losses, state = finish(start(name, kept, engine=engine, steps=6 if name in ("dit", "unet") else STEPS))
@@ -262,7 +289,7 @@ def one_of_two_sharded(folder: Path) -> None:
 
 def killed_at_step(folder: Path, name: str, rank: str, step: str) -> None:
     "A run kept in a folder, in which one process is killed after a step (never, at step 0)."
-    place = open_engine(Engine(precision="fp32", cpu=True), torch.device("cpu"))
+    place = open_accelerator(Engine(precision="fp32", cpu=True))
     for state in start(name, folder, engine=Engine(precision="fp32", cpu=True)):
         if place.process_index == int(rank) and state.step == int(step):
             die()
@@ -273,6 +300,6 @@ def killed_at_step(folder: Path, name: str, rank: str, step: str) -> None:
 
 if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
-    jobs = (in_turn, killed_while_writing, without_space, one_of_two, one_of_two_sharded, killed_at_step)
+    jobs = (in_turn, signalled, killed_while_writing, without_space, one_of_two, one_of_two_sharded, killed_at_step)
     {job.__name__: job for job in jobs}[job](Path(folder), *rest)
-    leave_processes()
+    destroy_process_group()

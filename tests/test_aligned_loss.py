@@ -9,16 +9,16 @@ from torch import nn
 from torch.testing import assert_close
 
 from guidance_nb.aligned_loss import AlignedLoss, scale_from_aligned
-from guidance_nb.denoisers import PREDICTIONS, NetworkDenoiser, count_rows
+from guidance_nb.denoisers import PREDICTIONS, NetworkDenoiser, count_nfe
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.training import Context, DenoisingLoss, train
+from guidance_nb.training import DenoisingLoss, LossContext, train
 
 PATHS = [FlowPath(), VPPath("cosine"), EDMPath()]
 
 
 def context(seed=0):
-    return Context(torch.Generator().manual_seed(seed), 0, 1, None)
+    return LossContext(torch.Generator().manual_seed(seed), 0, 1, None)
 
 
 def network(path, prediction="velocity", classes=3):
@@ -104,7 +104,7 @@ def test_both_branches_learn_from_twice_the_rows_in_one_pass(anchor):
     model = cell(rows)
     calls = []
     model.net.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
-    with count_rows() as counted:
+    with count_nfe() as counted:
         loss = AlignedLoss(w, anchor)(model, x0, c, context()).mean()
     assert counted.total == 16 and calls == [16]
     loss.backward()
@@ -196,7 +196,7 @@ def test_refuses_scales(scale):
 
 @pytest.mark.parametrize("anchor", [-1e-9, math.nan, math.inf, "1", None])
 def test_refuses_anchors(anchor):
-    with pytest.raises(ValueError, match=r"anchor = .*; allowed: a finite number, 0 or more"):
+    with pytest.raises(ValueError, match=r"anchor = .*; allowed: a number, 0 or more"):
         AlignedLoss(2.0, anchor)
 
 

@@ -9,8 +9,8 @@ import torch
 import bench
 from bench import QUICK, Pair, Timing, append, check_same, count_units, describe, main, measure
 from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.engine.cost import dit_flops, network_cost
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.scaling import dit_flops, network_cost
 from guidance_nb.training import DenoisingLoss
 
 

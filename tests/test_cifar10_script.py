@@ -11,9 +11,9 @@ import pytest
 
 import cifar10
 from cifar10 import PARTS, REHEARSAL, RUNS, SCALES, STEPS, OutOfTime, Plan, Point, Study, full_size
-from guidance_nb.denoisers import count_rows
-from guidance_nb.image_metrics import read_rows
-from guidance_nb.recipes import Request, draw, load_trained
+from guidance_nb.cli.run import Request, generate, load_trained
+from guidance_nb.denoisers import count_nfe
+from guidance_nb.images.metrics import read_rows
 
 needs_data = pytest.mark.skipif(
     "GUIDANCE_NB_DATA" not in os.environ, reason="needs CIFAR-10 and its classifiers in GUIDANCE_NB_DATA"
@@ -53,12 +53,12 @@ def test_a_budget_too_small_is_refused_with_the_least(tmp_path, monkeypatch):
 
 
 def test_equal_budgets_mean_what_they_say(tmp_path):
-    "Equal images: one batch size and number of steps. Equal compute: twice the batch for a loss of one row an image."
+    "Equal images: one batch size and number of steps. Equal compute: twice the batch for one evaluation an image."
     plan = Plan(400, 256, {"precision": "fp32", "channels_last": False, "compile": False}, 100, 100, {})
     tables = {name: cifar10.run_recipe(name, FULL, plan).training for name in RUNS}
     same = [tables[name] for name in ("base", "aligned", "mg-1.5", "mg-2", "mg-aware")]
     assert len({(table.steps, table.batch_size, table.lr, table.ema, table.seed) for table in same}) == 1
-    assert tables["wide"] == replace(tables["base"], batch_size=512, keep=2, save_every=400)
+    assert tables["wide"] == tables["base"].changed(batch_size=512, keep=2, save_every=400)
     assert tables["base"].keep * tables["base"].save_every == tables["base"].steps
 
 
@@ -72,16 +72,16 @@ def test_a_long_run_can_go_on_from_a_minute_ago(seconds, parts):
 
 
 @needs_data
-def test_points_cost_the_rows_that_are_planned(tmp_path):
+def test_points_cost_the_evaluations_that_are_planned(tmp_path):
     few = {"steps": 8, "save_every": 8}
     for name in ("base", "mg-1.5"):
         recipe = cifar10.override(cifar10.run_recipe(name, REHEARSAL), few)
         list(cifar10.train_recipe(recipe, tmp_path / name, progress=False))
         trained = load_trained(tmp_path / name)
         for scale in (1.0, 1.5) if name == "base" else (1.5,):
-            with count_rows() as rows:
-                draw(trained, Request(n=3, scale=scale, steps=4, sampler="euler"), progress=False)
-            assert rows.total == 3 * Point(name, scale, 4).rows
+            with count_nfe() as count:
+                generate(trained, Request(n=3, scale=scale, steps=4, sampler="euler"), progress=False)
+            assert count.total == 3 * Point(name, scale, 4).nfe
 
 
 @needs_data
@@ -146,8 +146,8 @@ def test_another_plan_needs_another_folder(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "plan.json").read_text())["plan"]["steps"] == 8
 
 
-def test_without_a_judge_nothing_is_trained(tmp_path):
-    with pytest.raises(SystemExit, match=r"no judge: .*resnet20.*--classifiers FOLDER"):
+def test_without_an_evaluation_classifier_nothing_is_trained(tmp_path):
+    with pytest.raises(SystemExit, match=r"no evaluation classifier: .*resnet20.*--classifiers FOLDER"):
         cifar10.carry_out(replace(study(tmp_path), classifiers=tmp_path))
     assert not list(tmp_path.iterdir())
 

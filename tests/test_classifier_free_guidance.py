@@ -9,23 +9,21 @@ from scipy.integrate import odeint, quad
 from scipy.stats import norm
 from torch.testing import assert_close
 
+from guidance_nb._checks import check_interval, check_scale
 from guidance_nb.classifier_free_guidance import (
     ClassifierFreeGuidance,
-    check_interval,
-    check_scales,
-    guided_prediction,
     ode_variance,
-    rescale_velocity,
     sde_variance,
     tilt_variance,
     two_class_law,
     two_class_map,
 )
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Prediction, count_rows
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
+from guidance_nb.guidance_variants import RescaledGuidance
 from guidance_nb.mixtures import ExactDenoiser, gaussian_pair
 from guidance_nb.networks import MLP, mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import sample, sample_trajectory
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
@@ -80,7 +78,7 @@ class Recorder(Denoiser):
         super().__init__(FlowPath(), 4)
         self.asked = []
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         labels = [None] * len(x) if c is None else c.tolist()
         self.asked += list(zip(x[:, 0].tolist(), labels))
         value = x * 0 if c is None else x * 0 + 1.0 + c[:, None]
@@ -108,8 +106,8 @@ def test_only_needed_evaluations_are_made(scale, interval):
 def test_no_condition_is_never_guided():
     x, t, _ = batch()
     model = network()
-    with count_rows() as rows:
-        pair = ClassifierFreeGuidance(model, 9.0, rescale=0.5).predict(x, t)
+    with count_nfe() as rows:
+        pair = ClassifierFreeGuidance(model, 9.0).predict(x, t)
     assert rows.total == len(x)
     assert_close(pair, model.predict(x, t))
 
@@ -120,7 +118,7 @@ def test_batching_changes_nothing_but_the_number_of_passes(batching):
     passes = []
     model = network()
     model.net.register_forward_hook(lambda *_: passes.append(1))
-    with count_rows() as rows:
+    with count_nfe() as rows:
         pair = ClassifierFreeGuidance(model, 2.5, batching=batching).predict(x, t, c)
     assert (len(passes), rows.total) == ({"batched": 1, "sequential": 2}[batching], 2 * len(x))
     eps = -1.5 * model.eps(x, t) + 2.5 * model.eps(x, t, c)
@@ -137,10 +135,41 @@ def test_guidance_composes_with_itself():
 def test_a_scale_per_channel():
     x, t, c = batch()
     model = network()
-    pair = ClassifierFreeGuidance(model, torch.tensor([4.0, 0.0])).predict(x, t, c)
+    pair = ClassifierFreeGuidance(model, torch.tensor([[4.0, 0.0]])).predict(x, t, c)
     conditional, unconditional = model.predict(x, t, c), model.predict(x, t)
     assert_close(pair.x0[:, 0], 4 * conditional.x0[:, 0] - 3 * unconditional.x0[:, 0], rtol=1e-9, atol=1e-9)
     assert_close(pair.x0[:, 1], unconditional.x0[:, 1])
+
+
+@each_path
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
+def test_a_scale_for_each_sample_acts_as_if_each_were_alone(path, interval):
+    "At one time a sample, at one time for all, and in batches of any size."
+    x, t, c = batch()
+    model, scales = network(path=path), torch.linspace(-1, 5, len(batch()[0]), dtype=torch.float64)
+    for times in (t, t[0], torch.tensor(0.5)):
+        mixed = ClassifierFreeGuidance(model, scales, interval)(x, times, c)
+        for i in range(len(x)):
+            time = times[i] if times.ndim else times
+            alone = ClassifierFreeGuidance(model, scales[i].item(), interval)(x[i : i + 1], time, c[i : i + 1])
+            assert_close(mixed.x0[i : i + 1], alone.x0, rtol=1e-9, atol=1e-9)
+    nested = OnPath(ClassifierFreeGuidance(model, scales, interval), FlowPath())
+    whole = sample(nested, c, (2,), "euler", 5, progress=False, dtype=torch.float64)
+    parts = sample(nested, c, (2,), "euler", 5, batch_size=5, progress=False, dtype=torch.float64)
+    assert_close(parts, whole, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"t has shape|scale"):
+        ClassifierFreeGuidance(model, scales[:3])(x, t, c)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20, 40])
+def test_an_interval_that_ends_on_the_grid_guides_its_ends(steps):
+    "Whatever the rounding of the grid: 3 of 10 steps is 0.30000000000000004."
+    model = network(path=FlowPath())
+    for last in range(1, steps + 1):
+        with count_nfe() as bill:
+            sample(ClassifierFreeGuidance(model, 2.0, (0.0, last / steps)), torch.zeros(1).long(), (2,), "euler", steps,
+                   progress=False)  # fmt: skip
+        assert bill.total == steps + min(last, steps), f"{last} of {steps}"
 
 
 def test_mean_shift_passes_through():
@@ -154,6 +183,11 @@ def test_mean_shift_passes_through():
     assert_close(guided.mean_shift(x, t, c), x + c[:, None])
 
 
+def rescale(guided, conditional, path, t, phi):
+    "A guided pair rescaled; at scale 0 it is the second."
+    return RescaledGuidance(Denoiser(path, 1), phi=phi).combine(conditional, guided, guided.x0, t, 0.0)
+
+
 @pytest.mark.parametrize("phi", [0.3, 1.0])
 def test_rescale_is_the_published_formula_on_flow_output(phi):
     "On the flow path the raw output is eps - x0; numpy, ddof 1, one sample at a time."
@@ -161,7 +195,7 @@ def test_rescale_is_the_published_formula_on_flow_output(phi):
     x, y_c, y = torch.randn(3, 4, 3, 2, generator=generator, dtype=torch.float64)
     t = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
     decode = NetworkDenoiser(torch.nn.Identity(), FlowPath()).decode
-    out = rescale_velocity(decode(y, x, t), decode(y_c, x, t), FlowPath(), t, phi)
+    out = rescale(decode(y, x, t), decode(y_c, x, t), FlowPath(), t, phi)
     for i in range(4):
         u, u_c = y[i].numpy(), y_c[i].numpy()
         u = phi * u * u_c.std(ddof=1) / u.std(ddof=1) + (1 - phi) * u
@@ -176,7 +210,7 @@ def test_rescale_is_finite_and_consistent_up_to_the_ends(path, time):
     x0, eps = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
     t = torch.tensor(time, dtype=torch.float64)
     x, other = path.interpolate(x0, eps, t), Prediction(2 * x0, 0.5 * eps)
-    out = rescale_velocity(Prediction(x0, eps), other, path, t, 0.7)
+    out = rescale(Prediction(x0, eps), other, path, t, 0.7)
     assert torch.isfinite(out.x0).all() and torch.isfinite(out.eps).all()
     assert_close(path.interpolate(*out, t), x)
 
@@ -184,13 +218,13 @@ def test_rescale_is_finite_and_consistent_up_to_the_ends(path, time):
 def test_rescale_leaves_zeros_and_unguided_outputs_alone():
     x, t, c = batch()
     zeros = Prediction(x * 0, x * 0)
-    assert_close(rescale_velocity(zeros, Prediction(x, x), FlowPath(), t, 1.0), zeros)
+    assert_close(rescale(zeros, Prediction(x, x), FlowPath(), t, 1.0), zeros)
     model = network()
-    assert_close(guided_prediction(model, x, t, c, 1.0, rescale=0.7), model.predict(x, t, c))
+    assert_close(RescaledGuidance(model, 1.0, 0.7)(x, t, c), model(x, t, c))
     same = Prediction(x, 2 * x)
-    assert_close(rescale_velocity(same, same, FlowPath(), t, 0.7), same)
-    with pytest.raises(ValueError, match="one value per sample"):
-        rescale_velocity(Prediction(x[:, :1], x[:, :1]), Prediction(x[:, :1], x[:, :1]), FlowPath(), t, 0.5)
+    assert_close(rescale(same, same, FlowPath(), t, 0.7), same)
+    with pytest.raises(ValueError, match="values per sample = 1"):
+        rescale(Prediction(x[:, :1], x[:, :1]), Prediction(x[:, :1], x[:, :1]), FlowPath(), t, 0.5)
 
 
 def test_two_gaussians_by_integration():
@@ -282,15 +316,15 @@ def test_interval_law_when_sampling():
     r = [m / math.sqrt(s**2 + math.tan(math.pi / 2 * t) ** 2) for t in interval]
     model = ClassifierFreeGuidance(ExactDenoiser(gaussian_pair(m, s**2), path), 5.0, interval)
     c = torch.ones(8, dtype=torch.long)
-    run = sample(model, c, (8, 1), "heun", 160, trajectory=True, progress=False, dtype=torch.float64)
-    assert_close((run.x[:, 0] - m) / s, two_class_map(run.trajectory[0][:, 0], 5.0, r[0], r[1]), rtol=0, atol=0.05)
+    run = sample_trajectory(model, c, (1,), "heun", 160, progress=False, dtype=torch.float64)
+    assert_close((run.x[:, 0] - m) / s, two_class_map(run.points[0][:, 0], 5.0, r[0], r[1]), rtol=0, atol=0.05)
 
 
 def test_guidance_translates_equal_widths():
     "Equal variances, different means: the ODE ends on the extrapolated mean with the same variance."
 
     class Means(Denoiser):
-        def predict(self, x, t, c=None):
+        def forward(self, x, t, c=None):
             mean, v = (0.3, 0.4) if c is None else (1.0, 0.4)
             alpha, sigma = self.path.alpha(t), self.path.sigma(t)
             eps = sigma * (x - alpha * mean) / (alpha**2 * v + sigma**2)
@@ -299,7 +333,7 @@ def test_guidance_translates_equal_widths():
     guided = ClassifierFreeGuidance(Means(FlowPath(), 1), 4.0)
     c = torch.zeros(2, dtype=torch.long)
     init = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
-    x = sample(guided, c, (2, 1), "heun", 200, init=init, progress=False, dtype=torch.float64)
+    x = sample(guided, c, (1,), "heun", 200, init=init, progress=False, dtype=torch.float64)
     assert x.mean().item() == pytest.approx(0.3 + 4 * 0.7, abs=1e-3)
     assert ((x[1] - x[0]) / 2).item() ** 2 == pytest.approx(0.4, abs=1e-3)
 
@@ -307,7 +341,7 @@ def test_guidance_translates_equal_widths():
 @pytest.mark.parametrize("scale", [math.nan, math.inf, "2", None, True, torch.tensor([1.0, math.nan])])
 def test_bad_scale(scale):
     with pytest.raises(ValueError, match="allowed: a finite number"):
-        check_scales(scale)
+        check_scale(scale)
     with pytest.raises(ValueError, match="allowed: a finite number"):
         ClassifierFreeGuidance(network(), scale)
 
@@ -321,11 +355,9 @@ def test_bad_interval(interval):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"rescale = -0\.1; allowed: 0 to 1"):
-        ClassifierFreeGuidance(network(), 2.0, rescale=-0.1)
     with pytest.raises(ValueError, match="allowed: 'auto', 'batched', 'sequential'"):
         ClassifierFreeGuidance(network(), 2.0, batching="parallel")
-    with pytest.raises(ValueError, match="model has 0 classes"):
+    with pytest.raises(ValueError, match=r"model\.num_classes = 0"):
         ClassifierFreeGuidance(mlp_denoiser(2, FlowPath()), 2.0)
     x, t, c = batch()
     with pytest.raises(ValueError, match="c contains 4; allowed: 0 to 3"):

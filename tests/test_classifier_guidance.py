@@ -9,19 +9,14 @@ from scipy.special import softmax
 from scipy.stats import norm
 from torch import nn
 
-from guidance_nb.classifier_guidance import (
-    ClassifierGuidance,
-    check_choice,
-    check_scale,
-    class_gradient,
-    classifier_report,
-    shift_prediction,
-)
+from guidance_nb._checks import check_choice, check_scale
+from guidance_nb.classifier_guidance import ClassifierGuidance, class_gradient, classifier_report
 from guidance_nb.denoisers import Denoiser, Prediction
+from guidance_nb.guidance import shift_prediction
 from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture, gaussian_pair, sample_mixture
 from guidance_nb.networks import LinearClassifier, NoisyClassifier
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import sample, sample_trajectory
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 MEANS, VARIANCES = np.array([-1.0, 0.3, 0.8, 2.0]), np.array([0.1, 0.3, 0.05, 0.4])
@@ -117,7 +112,7 @@ def test_shift_is_the_published_one(path):
     t = torch.linspace(0.02, 0.98, 8, dtype=torch.float64)
     alpha, sigma = (f(t).numpy()[:, None] for f in (path.alpha, path.sigma))
     x0 = torch.tensor((x.numpy() - sigma * eps.numpy()) / alpha)
-    pair = shift_prediction(Prediction(x0, eps), g, path, t)
+    pair = shift_prediction(Prediction(x0, eps), g, path, t, "score")
     new_eps = eps.numpy() - sigma * g.numpy()
     np.testing.assert_allclose(pair.eps, new_eps, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(pair.x0, (x.numpy() - sigma * new_eps) / alpha, rtol=1e-9, atol=1e-9)
@@ -138,7 +133,7 @@ def test_ends_of_the_path_are_finite(path, time):
 class Still(Denoiser):
     "Predicts x0 = 0, so that one DDPM step is easy to write down."
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         sigma = self.path.sigma(torch.as_tensor(t, dtype=x.dtype))
         return Prediction(torch.zeros_like(x), x / sigma)
 
@@ -151,9 +146,9 @@ def test_mean_shift_is_posterior_variance_times_gradient():
     results = {}
     for scale in (0.0, 2.0):
         model = ClassifierGuidance(Still(path, 2), Softmax(push), scale, form="mean_shift")
-        options = {"times": times, "init": x, "trajectory": True, "progress": False, "dtype": torch.float64}
-        run = sample(model, c, (3, 1), "ddpm", **options)
-        results[scale] = run.trajectory[1]
+        options = {"times": times, "init": x, "progress": False, "dtype": torch.float64}
+        run = sample_trajectory(model, c, (1,), "ddpm", **options)
+        results[scale] = run.points[1]
     abar_t, abar_s = math.exp(-(0.1 * 0.5 + 9.95 * 0.25)), math.exp(-(0.1 * 0.4 + 9.95 * 0.16))
     beta_tilde = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
     p = softmax(x.numpy() @ push.numpy().T, axis=1)
@@ -167,7 +162,7 @@ def test_mean_shift_acts_in_ddpm_alone():
     shift = ClassifierGuidance(base, ExactClassifier(pair, FlowPath()), 5.0, form="mean_shift")
     for name in ("heun", "euler", "ddim", "dpmpp_2m", "euler_maruyama", "ddpm"):
         same = torch.equal(
-            sample(shift, c, (20, 1), name, 6, progress=False), sample(base, None, (20, 1), name, 6, progress=False)
+            sample(shift, c, (1,), name, 6, progress=False), sample(base, 20, (1,), name, 6, progress=False)
         )
         assert same == (name != "ddpm")
 
@@ -209,7 +204,7 @@ def test_report_on_points_has_no_exact_columns(mixture):
     assert table.equals(again)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, True, torch.tensor(2.0)])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, True, torch.tensor([1.0, float("nan")])])
 def test_bad_scales(scale):
     with pytest.raises(ValueError, match=r"scale = .*; allowed: a finite number"):
         check_scale(scale)

@@ -5,21 +5,21 @@ import torch
 from torch.testing import assert_close
 
 from guidance_nb.comparison import (
+    _NETWORKS,
     DATA,
     METHODS,
-    NETWORKS,
-    Stage,
-    budget_for,
-    floor_rows,
-    guided_model,
+    _baseline_rows,
+    _budget_for,
+    _guided_model,
+    _load_stage,
+    _make_network,
+    _save_stage,
+    _score_toy,
+    _Stage,
+    _training_stage,
     load_problem,
-    load_stage,
-    make_network,
-    save_stage,
-    score_toy,
-    training_stage,
 )
-from guidance_nb.denoisers import count_rows
+from guidance_nb.denoisers import count_nfe
 from guidance_nb.mixtures import ExactDenoiser
 
 
@@ -31,27 +31,27 @@ def fractal():
 def networks_for(method, problem, budget):
     "Untrained networks, with last layers that are not zero."
     made = []
-    for name in NETWORKS[method]:
+    for name in _NETWORKS[method]:
         if name != "post":
-            made.append(make_network(training_stage("fractal", 0, name, (1.0, 3.0), budget), problem))
+            made.append(_make_network(_training_stage("fractal", 0, name, (1.0, 3.0), budget), problem))
             torch.nn.init.normal_(made[-1].net.read.weight, std=0.1)
     return made
 
 
 @pytest.mark.parametrize(("method", "rows"), [("none", 1), ("exact", 0), ("aligned_loss", 2), ("model_guidance", 1)])
 def test_each_method_costs_what_its_notebook_says(method, rows, fractal):
-    budget = budget_for("fractal", quick=True)
-    model = guided_model(method, networks_for(method, fractal, budget), fractal, 3.0, budget)
-    with count_rows() as counted:
+    budget = _budget_for("fractal", quick=True)
+    model = _guided_model(method, networks_for(method, fractal, budget), fractal, 3.0, budget)
+    with count_nfe() as counted:
         model.predict(torch.randn(10, 2), torch.tensor(0.5), torch.arange(10) % 2)
     assert counted.total == 10 * rows
 
 
 @pytest.mark.parametrize("method", ["exact", "classifier_guidance", "classifier_free_guidance", "aligned_loss"])
 def test_scale_one_is_the_conditional_model_or_says_otherwise(method, fractal):
-    budget = budget_for("fractal", quick=True)
+    budget = _budget_for("fractal", quick=True)
     networks = networks_for(method, fractal, budget)
-    model = guided_model(method, networks, fractal, 1.0, budget)
+    model = _guided_model(method, networks, fractal, 1.0, budget)
     x, t, c = torch.randn(6, 2), torch.tensor(0.4), torch.arange(6) % 2
     plain = ExactDenoiser(fractal.mixture, model.path) if method == "exact" else networks[0]
     same = torch.allclose(model.predict(x, t, c).x0, plain.predict(x, t, c).x0)
@@ -59,51 +59,51 @@ def test_scale_one_is_the_conditional_model_or_says_otherwise(method, fractal):
 
 
 def test_stage_files_depend_on_what_decides_the_result_and_on_nothing_else():
-    budget, other = budget_for("digits"), budget_for("digits", quick=True)
-    one = Stage("digits", 0, "sample", "exact", (1.0, 2.0), budget)
-    assert one.file == Stage("digits", 0, "sample", "exact", (1.0, 2.0), budget).file
+    budget, other = _budget_for("digits"), _budget_for("digits", quick=True)
+    one = _Stage("digits", 0, "sample", "exact", (1.0, 2.0), budget)
+    assert one.file == _Stage("digits", 0, "sample", "exact", (1.0, 2.0), budget).file
     changed = [
-        Stage("digits", 1, "sample", "exact", (1.0, 2.0), budget),
-        Stage("digits", 0, "sample", "none", (1.0, 2.0), budget),
-        Stage("digits", 0, "sample", "exact", (1.0, 3.0), budget),
-        Stage("digits", 0, "sample", "exact", (1.0, 2.0), other),
+        _Stage("digits", 1, "sample", "exact", (1.0, 2.0), budget),
+        _Stage("digits", 0, "sample", "none", (1.0, 2.0), budget),
+        _Stage("digits", 0, "sample", "exact", (1.0, 3.0), budget),
+        _Stage("digits", 0, "sample", "exact", (1.0, 2.0), other),
     ]
     assert len({s.file for s in [one, *changed]}) == 5
 
 
 def test_every_method_needs_only_networks_that_exist():
-    assert set(NETWORKS) == set(METHODS)
+    assert set(_NETWORKS) == set(METHODS)
     for method in METHODS:
-        for need in Stage("fractal", 0, "sample", method, (2.0,), budget_for("fractal")).needs:
+        for need in _Stage("fractal", 0, "sample", method, (2.0,), _budget_for("fractal")).needs:
             assert need.kind == "train" and all(n.name == "base" for n in need.needs)
 
 
 def test_a_stage_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    save_stage(path, {"x": torch.ones(2)}, {"n": 1})
+    _save_stage(path, {"x": torch.ones(2)}, {"n": 1})
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        save_stage(path, {"x": torch.zeros(2)}, {"n": 2})
-    assert_close(load_stage(path)[0]["x"], torch.ones(2))
+        _save_stage(path, {"x": torch.zeros(2)}, {"n": 2})
+    assert_close(_load_stage(path)[0]["x"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:10], lambda b: b[:-4], lambda b: b"", lambda b: b"\xff" * 64])
 def test_damaged_stages_are_reported(tmp_path, damage):
     path = tmp_path / "x.safetensors"
-    save_stage(path, {"x": torch.arange(10.0)}, {})
+    _save_stage(path, {"x": torch.arange(10.0)}, {})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="is damaged; allowed: delete it and start again") as caught:
-        load_stage(path)
+        _load_stage(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("data", DATA)
 def test_real_samples_score_better_than_noise(data):
     problem = load_problem(data)
-    floor = floor_rows(data, 300, problem, seeds=1)[0]
+    floor = _baseline_rows(data, 300, problem, seeds=1)[0]
     c = torch.arange(300) % problem.mixture.num_classes
-    noise = score_toy(
+    noise = _score_toy(
         data, torch.randn(300, problem.x.shape[1], generator=torch.Generator().manual_seed(0)), c, problem
     )
     for metric, more_is_better in (

@@ -8,26 +8,21 @@ from torch import nn
 from torch.testing import assert_close
 
 from guidance_nb.denoisers import (
+    EMBEDDINGS,
     PREDICTIONS,
     NetworkDenoiser,
+    OnPath,
     Prediction,
     check_inputs,
-    choose_batching,
-    count_rows,
-    dit_channel_scales,
+    count_nfe,
     guide,
-    mg_weight_from_scale,
-    scale_from_classifier,
-    scale_from_gft,
-    scale_from_ho_salimans,
-    scale_from_meanflow,
-    scale_from_mg_table,
-    scale_from_mg_weight,
     target_coefficients,
     to_prediction,
 )
+from guidance_nb.mixtures import ExactDenoiser, gaussian_pair
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
+from guidance_nb.samplers import sample
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath(5.0)]
 numbers = st.floats(-4, 4)
@@ -83,23 +78,6 @@ def test_guide_at_its_ends():
     assert_close(guide(c, c, 7.0), c)
 
 
-def test_scale_conversions_are_the_printed_formulas():
-    assert scale_from_ho_salimans(3.0) == 4.0
-    assert scale_from_classifier(2.5) == 2.5 and scale_from_classifier(2.5, conditional_base=True) == 3.5
-    for w, scale in ((0.25, 4 / 3), (0.5, 2.0), (0.75, 4.0)):
-        assert_close(scale_from_mg_weight(w), scale)
-        assert_close(mg_weight_from_scale(scale), w)
-        assert_close(scale_from_mg_table(1 + w), scale)
-        assert_close(scale_from_gft(1 - w), scale)
-        assert_close(scale_from_meanflow(1.0, w), scale)
-    assert dit_channel_scales(1.5).tolist() == [1.5, 1.5, 1.5, 1.0]
-    for bad in (1.0, 2.0, float("nan")):
-        with pytest.raises(ValueError, match="allowed: below 1"):
-            scale_from_mg_weight(bad)
-    with pytest.raises(ValueError, match="allowed: above 0"):
-        mg_weight_from_scale(0.0)
-
-
 class Spy(nn.Module):
     "Returns its label, and remembers the rows that really arrived."
 
@@ -116,9 +94,9 @@ def test_counted_rows_are_the_rows_that_reached_the_network():
     spy = Spy()
     model = NetworkDenoiser(spy, FlowPath(), num_classes=3)
     x, c = torch.randn(7, 2), torch.arange(7) % 3
-    with count_rows() as outer:
+    with count_nfe() as outer:
         model.predict(x, 0.5, c)
-        with count_rows() as inner:
+        with count_nfe() as inner:
             for batching in ("batched", "sequential", "auto"):
                 model.predict_pair(x, torch.tensor(0.5), c, batching)
         model.predict(x, torch.rand(7))
@@ -161,16 +139,149 @@ def test_bad_input_is_one_line_that_says_what_is_allowed(arguments, words):
     assert words in str(caught.value) and "allowed" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_auto_batches_small_batches_alone_on_a_cpu():
-    assert choose_batching("auto", torch.zeros(512, 64)) == "batched"
-    assert choose_batching("auto", torch.zeros(513, 2)) == "sequential"
-    assert choose_batching("auto", torch.zeros(41, 1, 28, 28)) == "batched"
-    assert choose_batching("auto", torch.zeros(42, 1, 28, 28)) == "sequential"
-    assert choose_batching("batched", torch.zeros(9999, 2)) == "batched"
+@pytest.mark.parametrize(
+    ("batching", "shape", "passes"),
+    [
+        ("auto", (512, 64), 1),
+        ("auto", (513, 2), 2),
+        ("auto", (41, 1, 28, 28), 1),
+        ("auto", (42, 1, 28, 28), 2),
+        ("batched", (999, 2), 1),
+        ("sequential", (1, 2), 2),
+    ],
+)
+def test_auto_batches_small_batches_alone_on_a_cpu(batching, shape, passes):
+    calls = []
+
+    class Net(nn.Module):
+        def forward(self, x, time, labels):
+            calls.append(len(x))
+            return x
+
+    model = NetworkDenoiser(Net(), FlowPath(), 3)
+    model.predict_pair(torch.zeros(shape), torch.tensor(0.5), torch.zeros(shape[0], dtype=torch.long), batching)
+    assert len(calls) == passes and sum(calls) == 2 * shape[0]
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="prediction = 'noise'; allowed: 'velocity'"):
         NetworkDenoiser(Spy(), FlowPath(), prediction="noise")
     with pytest.raises(ValueError, match="batching = 'both'"):
-        choose_batching("both", torch.zeros(1, 1))
+        NetworkDenoiser(Spy(), FlowPath(), 3).predict_pair(torch.zeros(1, 1), 0.5, torch.tensor([0]), "both")
+
+
+def test_a_model_is_called_like_any_module():
+    model = mlp_denoiser(2, FlowPath(), num_classes=3, width=8, depth=1)
+    x, t, c = torch.randn(4, 2), torch.tensor(0.5), torch.arange(4) % 3
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert_close(model(x, t, c), model.predict(x, t, c))
+    assert len(seen) == 2
+    assert "path=FlowPath(), num_classes=3" in repr(model)
+
+
+class Echo(nn.Module):
+    "Returns the mean of its embedding in every value."
+
+    def forward(self, x, time, c):
+        c = c["text"] if isinstance(c, dict) else c
+        return c.flatten(1).mean(1)[:, None].to(x).expand_as(x)
+
+
+@pytest.mark.parametrize("null", [None, torch.full((1, 2), 7.0)])
+@pytest.mark.parametrize("mapping", [False, True])
+def test_a_dropped_embedding_is_dropped_whole(null, mapping):
+    "Also where the batch is as long as the embedding is wide; as a tensor and in a mapping."
+    wrap = (lambda c: None if c is None else {"text": c, "size": c[:, :1]}) if mapping else (lambda c: c)
+    model = NetworkDenoiser(Echo(), FlowPath(), EMBEDDINGS, null=wrap(null))
+    c, x = wrap(torch.tensor([[3.0, 3.0], [4.0, 4.0]])), torch.zeros(2, 1)
+    blank = 0.0 if null is None else 7.0
+    assert model.output(x, 0.5, c, drop=torch.tensor([True, False]))[:, 0].tolist() == [blank, 4.0]
+    for batching in ("batched", "sequential"):
+        conditional, unconditional = model.predict_pair(x, torch.tensor(0.5), c, batching)
+        assert_close(unconditional, model.decode(torch.full((2, 1), blank), x, 0.5))
+        assert_close(conditional, model.decode(torch.tensor([[3.0], [4.0]]), x, 0.5))
+    if null is None:
+        with pytest.raises(ValueError, match="null is None; allowed: a null condition"):
+            model(x, 0.5)
+    else:
+        assert_close(model(x, 0.5), model.decode(torch.full((2, 1), 7.0), x, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_network_of_sixteen_bits_is_asked_in_its_own_precision_and_at_the_exact_time(dtype):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = nn.Linear(2, 2)
+
+        def forward(self, x, time, labels):
+            self.time = time
+            return self.line(x)
+
+    net = Net().to(dtype)
+    pair = NetworkDenoiser(net, FlowPath())(torch.randn(3, 2), torch.tensor(0.997, dtype=torch.float64))
+    assert pair.x0.dtype == torch.float32 and net.time.dtype == torch.float32
+    assert_close(net.time, torch.full((3,), 0.997))
+    half = torch.randn(3, 2, dtype=torch.bfloat16)
+    NetworkDenoiser(net, FlowPath())(half, torch.tensor(0.997, dtype=torch.float64))
+    assert_close(net.time, torch.full((3,), 0.997))
+
+
+def test_a_network_without_a_null_label_is_told_so():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 2)
+
+        def forward(self, x, time, labels):
+            return x + self.table(labels)
+
+    model = NetworkDenoiser(Net(), FlowPath(), 10)
+    model(torch.zeros(1, 2), 0.5, torch.tensor([9]))
+    with pytest.raises(ValueError, match="allowed: 11 rows, label 10 being the null label"):
+        model(torch.zeros(1, 2), 0.5)
+
+
+@pytest.mark.parametrize("path", [FlowPath(), VPPath("cosine")], ids=repr)
+def test_noise_prediction_where_no_signal_is_left_is_warned_of_and_asked_inside(path):
+    class Exact(nn.Module):
+        "The noise of data N(1, 0), at the time that the network is told."
+
+        def forward(self, x, time, labels):
+            self.time = time
+            return (x - path.alpha(time)[:, None]) / path.sigma(time)[:, None]
+
+    model = NetworkDenoiser(Exact(), path, prediction="eps")
+    with pytest.warns(UserWarning, match="prediction = 'eps' says nothing about data at t = 1"):
+        pair = model(torch.randn(5, 1, dtype=torch.float64), f64(1.0))
+    assert model.net.time.max() < 1
+    assert_close(pair.x0, torch.ones(5, 1, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", [*PATHS, EDMPath(80.0)], ids=repr)
+@pytest.mark.parametrize("target", [*PATHS, EDMPath(80.0)], ids=repr)
+def test_a_model_on_another_path_answers_at_every_time(source, target):
+    "Beyond the noisiest point of its own path it is asked at that point."
+    model = OnPath(ExactDenoiser(gaussian_pair(), source), target)
+    t = torch.tensor([0.0, 1e-6, 0.5, 1 - 1e-6, 1.0], dtype=torch.float64)
+    x = torch.randn(5, 1, dtype=torch.float64) * target.sigma(t)[:, None]
+    pair = model(x, t)
+    assert all(part.isfinite().all() for part in pair)
+    assert_close(target.interpolate(*pair, t), x, rtol=1e-8, atol=1e-8)
+    assert sample(model, 40, (1,), "ddim", 20, progress=False).abs().max() < 3
+
+
+@pytest.mark.parametrize("path", [*PATHS, VPPath("linear", 0.0, 20.0), EDMPath(1348.0)], ids=repr)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:prediction = 'eps'")
+def test_decoding_is_finite_and_consistent_on_every_path_at_every_time(path, prediction, dtype):
+    model = NetworkDenoiser(nn.Identity(), path, prediction=prediction)
+    x0, eps = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0.0, 1e-6, 0.5, 1 - 1e-6, 1.0], dtype=torch.float64)
+    x, y = path.interpolate(x0, eps, t).to(dtype), model.target(x0, eps, t).to(dtype)
+    pair = model.decode(y, x, t)
+    assert all(part.isfinite().all() for part in pair)
+    if dtype == torch.float64 and prediction not in ("eps", "x0"):
+        assert_close(pair, Prediction(x0, eps), rtol=1e-5, atol=1e-5)

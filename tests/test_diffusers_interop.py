@@ -17,35 +17,23 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._conditions import take_rows
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_rows, to_prediction
-from guidance_nb.diffusers_interop import (
-    Clock,
-    DiffusersDenoiser,
-    HubDenoiser,
-    Replay,
-    SchedulerFacts,
-    TablePath,
-    TrainingFacts,
-    diffusers_guider,
-    from_callable,
-    from_pipeline,
-    from_torchcfm,
-    pack_conditions,
-    path_from_json,
-    path_from_scheduler,
-    path_to_json,
-    scheduler_times,
-    to_hub,
-    to_patches,
-)
+from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe, to_prediction
+from guidance_nb.engine.run import Engine
 from guidance_nb.guidance_variants import AdaptiveProjectedGuidance
+from guidance_nb.images.networks import image_denoiser
+from guidance_nb.interop._networks import to_patches
+from guidance_nb.interop.diffusers import DiffusersDenoiser, from_diffusers
+from guidance_nb.interop.functions import from_callable, from_torchcfm
+from guidance_nb.interop.guider import CachedPairDenoiser, DiffusersGuider
+from guidance_nb.interop.hub import HubDenoiser, TrainingFacts, path_from_json, path_to_json
+from guidance_nb.interop.schedulers import Clock, SchedulerFacts, TablePath, path_from_scheduler, scheduler_times
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path
 from guidance_nb.samplers import sample
-from guidance_nb.training import Checkpoints, Context, DenoisingLoss, fit, train
+from guidance_nb.training import DenoisingLoss, LossContext, fit, train
 
 DISCRETE = [
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -81,6 +69,9 @@ def test_what_was_predicted_is_decoded_as_the_scheduler_does(kind, name, rescale
     "The scheduler's `pred_original_sample`, restated by hand from alphas_cumprod, and from its own step."
     scheduler = cases.ddim(prediction_type=kind, rescale_betas_zero_snr=rescaled)
     scheduler.set_timesteps(50)
+    if rescaled and kind == "epsilon":  # without signal the noise is the data point itself, and says nothing of x0
+        refuse(lambda: path_from_scheduler(scheduler), "with zero terminal SNR = 'epsilon'; allowed: 'v_prediction'")
+        return
     facts, (x, y) = path_from_scheduler(scheduler), torch.randn(2, 3, 4, 8, 8)
     assert facts.prediction == name
     for i in (961, 501, 21):
@@ -117,7 +108,9 @@ def test_a_table_path_is_a_path_like_any_other():
         moved, s = change_path(path.interpolate(x, eps, t), t, path, other)
         assert_close(moved, other.interpolate(x, eps, s))
         assert_close(change_path(moved, s, other, path)[1], t)
-    with pytest.raises(ValueError, match=r"t = 1\.\d+; allowed"):  # the table ends before that much noise
+    with pytest.raises(
+        ValueError, match=r"noise-to-signal ratio of 99\.\d+; allowed: up to 14\.6"
+    ):  # the table ends before that much noise
         change_path(x, torch.tensor(0.99), FlowPath(), path)
     for t in (torch.tensor(1.0), torch.ones(4), torch.ones(4, dtype=torch.float64)):
         assert (path.time_at(path.noise_to_signal(t)) == 1).all() and path.sigma(t).dtype == t.dtype
@@ -126,7 +119,7 @@ def test_a_table_path_is_a_path_like_any_other():
 def test_time_is_told_exactly_and_in_single_precision():
     "Half precision cannot hold a timestep: 999 would become 1000."
     seen = []
-    model = DiffusersDenoiser(cases.unet().to(torch.bfloat16), cases.ddim(), null=torch.zeros(1, 5, 8))
+    model = from_diffusers(cases.unet().to(torch.bfloat16), cases.ddim(), null=torch.zeros(1, 5, 8))
     model.net.register_forward_pre_hook(
         lambda net, args, kwargs: seen.append((kwargs["timestep"], args[0].dtype)), with_kwargs=True
     )
@@ -139,11 +132,11 @@ def test_time_is_told_exactly_and_in_single_precision():
 
 
 @pytest.mark.parametrize("bad, words", [
-    (SimpleNamespace(config={}), "scheduler is SimpleNamespace; allowed: one with alphas_cumprod"),
-    (diffusers.ScoreSdeVeScheduler(), "scheduler is ScoreSdeVeScheduler"),
-    (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "scheduler is FlowMatchEulerDiscreteScheduler"),
-    (diffusers.EDMEulerScheduler(prediction_type="sample"), "prediction_type = 'sample' of EDMEulerScheduler"),
-    (diffusers.UnCLIPScheduler(prediction_type="score"), "prediction_type = 'score' of UnCLIPScheduler; allowed: 'eps"),
+    (SimpleNamespace(config={}), "scheduler = 'SimpleNamespace'; allowed: one with alphas_cumprod"),
+    (diffusers.ScoreSdeVeScheduler(), "scheduler = 'ScoreSdeVeScheduler'"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "scheduler = 'FlowMatchEulerDiscreteScheduler'"),
+    (diffusers.EDMEulerScheduler(prediction_type="sample"), "prediction_type of EDMEulerScheduler = 'sample'"),
+    (diffusers.UnCLIPScheduler(prediction_type="score"), "prediction_type of UnCLIPScheduler = 'score'; allowed: 'eps"),
 ])  # fmt: skip
 def test_schedulers_that_are_refused(bad, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
@@ -177,72 +170,71 @@ def test_our_samplers_and_their_loops(name, options, sampler):
     text, start, net = torch.randn(2, 5, 8), torch.randn(2, 4, 8, 8), cases.unet()
     discrete = {} if name.startswith(("Flow", "EDM")) else cases.STABLE_DIFFUSION
     scheduler = getattr(diffusers, name)(**discrete, **options)
-    model, times = DiffusersDenoiser(net, scheduler), scheduler_times(scheduler, 10)
+    model, times = from_diffusers(net, scheduler), scheduler_times(scheduler, 10)
     if name.startswith(("Euler", "EDM")):  # their data are ours over alpha
         level = model.path.noise_to_signal(times[0]).item()
         theirs = loop(scheduler, net, start * (1 + level**2) ** 0.5, 10, text)
         start = start * (1 + level**2) ** 0.5 * model.path.alpha(times[0]).item()
     else:
         theirs = loop(scheduler, net, start, 10, text)
-    ours = sample(model, text, tuple(start.shape), sampler, times=times, init=start, progress=False)
+    ours = sample(model, text, tuple(start.shape[1:]), sampler, times=times, init=start, progress=False)
     # Karras noise levels lie between the table's, where the interpolants differ; with flow noise levels the solver cuts
     # its timesteps to whole numbers, 99.9 to 99. In both cases the network is told slightly other times than by us.
     loose = options.get("use_karras_sigmas") or options.get("use_flow_sigmas")
     assert (ours - theirs).abs().max() < (2e-3 if loose else 2e-5) * theirs.abs().max()
 
 
-def compare(pipeline, call, ours, decode, inputs=(PROMPTS,)):
+def compare(pipeline, call, ours, model, inputs=(PROMPTS,)):
     "Latents, and images that are not all black or white, as the pipeline draws them."
     latents = pipeline(*inputs, output_type="latent", **call).images
     images = pipeline(*inputs, output_type="pt", **call).images
     assert_close(ours if latents.ndim == 4 else to_patches(ours)[0], latents, rtol=0, atol=2e-6 * latents.abs().max())
-    shades = (decode(ours) / 2 + 0.5).clamp(0, 1)
+    shades = (model.decode_latents(ours) / 2 + 0.5).clamp(0, 1)
     assert ((shades > 0) & (shades < 1)).float().mean() > 0.1
     assert_close(shades, images, rtol=0, atol=1e-5)
 
 
 def test_stable_diffusion_pipeline():
     pipeline = cases.stable_diffusion()
-    _, encode, decode, shape = from_pipeline(pipeline)
-    start = torch.randn(2, *shape)
+    start = torch.randn(2, *from_diffusers(pipeline).shape)
     call = {"num_inference_steps": 5, "guidance_scale": 3.0, "latents": start}
     for null in ("", "a fog"):
         call["negative_prompt"] = [null] * 2
-        guided = ClassifierFreeGuidance(from_pipeline(pipeline, null).model, 3.0)
-        times = scheduler_times(pipeline.scheduler, 5)
-        ours = sample(guided, encode(PROMPTS), (2, *shape), "ddim", times=times, init=start, progress=False)
-        compare(pipeline, call, ours, decode)
+        model = from_diffusers(pipeline, null=null)
+        guided, times = ClassifierFreeGuidance(model, 3.0), scheduler_times(pipeline.scheduler, 5)
+        ours = sample(guided, model.encode(PROMPTS), model.shape, "ddim", times=times, init=start, progress=False)
+        compare(pipeline, call, ours, model)
 
 
-@pytest.mark.parametrize("make, sampler, told", [
-    (cases.sdxl, "ddim", {}),
-    (cases.stable_diffusion_3, "euler", {"max_sequence_length": 8}),
+@pytest.mark.parametrize("make, sampler, told, names", [
+    (cases.sdxl, "ddim", {}, {"encoder_hidden_states", "text_embeds", "time_ids"}),
+    (cases.stable_diffusion_3, "euler", {"max_sequence_length": 8}, {"encoder_hidden_states", "pooled_projections"}),
 ])  # fmt: skip
-def test_pipelines_with_packed_conditions(make, sampler, told):
+def test_pipelines_with_several_conditions(make, sampler, told, names):
     pipeline = make()
-    model, encode, decode, shape = from_pipeline(pipeline, **told)
-    start, c = torch.randn(2, *shape), encode(PROMPTS)
+    model = from_diffusers(pipeline, **told)
+    start, c = torch.randn(2, *model.shape), model.encode(PROMPTS)
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": start, "height": 16, "width": 16, **told}
     times = scheduler_times(pipeline.scheduler, 4)
     guided = ClassifierFreeGuidance(model, 3.0)
-    ours = sample(guided, c, (2, *shape), sampler, times=times, init=start, progress=False)
-    assert c.ndim == 2 and c.dtype == torch.float32
-    compare(pipeline, call, ours, decode)
+    ours = sample(guided, c, model.shape, sampler, times=times, init=start, progress=False)
+    assert c.keys() == model.null.keys() == names and {len(part) for part in c.values()} == {2}
+    compare(pipeline, call, ours, model)
 
 
 @pytest.mark.parametrize("embedded", [False, True])
 def test_flux_pipeline(embedded):
     pipeline = cases.flux_pipeline(guidance_embeds=embedded)
     options = {"max_sequence_length": 8, "size": 16}
-    model, encode, decode, shape = from_pipeline(pipeline, guidance=2.5, **options)
-    start, c = torch.randn(2, *shape), encode(PROMPTS)
+    model = from_diffusers(pipeline, guidance=2.5, **options)
+    start, c = torch.randn(2, *model.shape), model.encode(PROMPTS)
     call = {"num_inference_steps": 4, "guidance_scale": 2.5, "latents": to_patches(start)[0], "max_sequence_length": 8}
     call |= {"height": 16, "width": 16}
     times = scheduler_times(pipeline.scheduler, 4, sigmas=np.linspace(1, 1 / 4, 4))
-    ours = sample(model, c, (2, *shape), "euler", times=times, init=start, progress=False)
-    compare(pipeline, call, ours, decode)
+    ours = sample(model, c, model.shape, "euler", times=times, init=start, progress=False)
+    compare(pipeline, call, ours, model)
     if embedded:  # without a fixed scale it is an input, 1 unless asked, and 0 without condition
-        aware = from_pipeline(pipeline, **options).model
+        aware = from_diffusers(pipeline, **options)
         y = [aware.output(start, 0.5, c, scale=scale) for scale in (None, 1.0, 2.5)]
         assert aware.scale_aware and torch.equal(y[0], y[1]) and not torch.allclose(y[1], y[2])
         assert_close(y[2], model.output(start, 0.5, c))
@@ -253,22 +245,23 @@ def test_flux_pipeline(embedded):
 
 def test_dit_pipeline_with_a_learned_variance():
     pipeline = cases.dit_pipeline()
-    model, encode, decode, shape = from_pipeline(pipeline)
-    assert encode(["tabby", 1]).tolist() == [0, 1] and model.num_classes == 1000 and model.null.tolist() == [1000]
-    start = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    model = from_diffusers(pipeline)
+    assert model.encode(["tabby", 1]).tolist() == [0, 1] and model.num_classes == 1000
+    assert model.null.tolist() == [1000]
+    start = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(0)}
     theirs = torch.from_numpy(pipeline([0, 1], output_type="np", **call).images).permute(0, 3, 1, 2)
     times, guided = scheduler_times(pipeline.scheduler, 4), ClassifierFreeGuidance(model, 3.0)
-    ours = sample(guided, encode(["cat", 1]), (2, *shape), "ddim", times=times, init=start, progress=False)
-    shades = (decode(ours) / 2 + 0.5).clamp(0, 1)
+    ours = sample(guided, model.encode(["cat", 1]), model.shape, "ddim", times=times, init=start, progress=False)
+    shades = (model.decode_latents(ours) / 2 + 0.5).clamp(0, 1)
     assert ((shades > 0) & (shades < 1)).float().mean() > 0.1
     assert_close(shades, theirs, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="class 'cow'; allowed: a class index, or one of 3 names"):
-        encode(["cow"])
+    with pytest.raises(ValueError, match="class = 'cow'; allowed: an index, or one of 3 names"):
+        model.encode(["cow"])
 
 
 def test_dit_does_not_drop_labels_by_itself():
-    model = DiffusersDenoiser(cases.dit(3), cases.ddim()).train()
+    model = from_diffusers(cases.dit(3), cases.ddim()).train()
     x, c = torch.randn(64, 4, 8, 8), torch.arange(64) % 3
     assert torch.equal(model.output(x, 0.5, c), model.output(x, 0.5, c))
     assert_close(model.output(x, 0.5, c), model.eval().output(x, 0.5, c))
@@ -276,9 +269,9 @@ def test_dit_does_not_drop_labels_by_itself():
 
 def test_a_pipeline_without_conditions():
     pipeline = diffusers.DDIMPipeline(cases.class_unet(), cases.ddim())
-    model, _, decode, shape = from_pipeline(pipeline)
-    x = sample(model, None, (2, *shape), "ddim", 4, progress=False)
-    assert model.num_classes == 0 and torch.equal(decode(x), x)
+    model = from_diffusers(pipeline)
+    x = sample(model, 2, model.shape, "ddim", 4, progress=False)
+    assert model.num_classes == 0 and torch.equal(model.decode_latents(x), x)
 
 
 def refuse(call, words):
@@ -289,59 +282,64 @@ def refuse(call, words):
 
 def test_bad_input_is_refused_in_one_line():
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
-    bare = DiffusersDenoiser(cases.unet(), cases.ddim())
+    bare = from_diffusers(cases.unet(), cases.ddim())
     refuse(lambda: bare.predict(x, 0.5), "null is None; allowed: a null condition")
     refuse(lambda: bare.output(x, 0.5, text, torch.tensor([True, False])), "null is None")
     assert torch.equal(bare.output(x, 0.5, text, torch.tensor([False, False])), bare.output(x, 0.5, text))
-    refuse(lambda: bare.predict(x[:, :3], 0.5, text), "x has shape (2, 3, 8, 8); allowed: [batch, 4, height, width]")
-    model = DiffusersDenoiser(cases.unet(), cases.ddim(), null=torch.zeros(1, 7, 8))
+    refuse(lambda: bare.predict(x[:, :3], 0.5, text), "shape of x = (2, 3, 8, 8); allowed: [batch, 4, height, width]")
+    model = from_diffusers(cases.unet(), cases.ddim(), null=torch.zeros(1, 7, 8))
     refuse(lambda: model.output(x, 0.5, text, torch.tensor([True, False])), "c has shape (2, 5, 8); allowed")
-    refuse(lambda: DiffusersDenoiser(cases.unet(), cases.ddim(), null=torch.zeros(2, 5, 8)), "null = (2, 5, 8)")
-    refuse(lambda: DiffusersDenoiser(cases.unet(), cases.ddim(), null=3), "null = 3; allowed: the condition [1, ...]")
+    refuse(lambda: from_diffusers(cases.unet(), cases.ddim(), null=torch.zeros(2, 5, 8)), "null = (2, 5, 8); allowed")
+    refuse(lambda: from_diffusers(cases.unet(), cases.ddim(), null=3), "null = 3; allowed: the condition [1, ...]")
     classes = cases.class_unet(num_class_embeds=4)
-    refuse(lambda: DiffusersDenoiser(classes, cases.ddim(), null=7), "null = 7; allowed: None, or the last of")
-    assert DiffusersDenoiser(classes, cases.ddim()).num_classes == 4
-    refuse(lambda: DiffusersDenoiser(classes, cases.ddim()).predict(x, 0.5), "null is None")
-    packed, packing = pack_conditions(encoder_hidden_states=text, text_embeds=torch.randn(2, 6))
-    refuse(lambda: DiffusersDenoiser(cases.sd3(), cases.ddim(), packing=packing), "allowed: `pack_conditions` of encod")
-    refuse(lambda: packing.unpack(packed[:, 1:]), "allowed: packed conditions [batch, 46]")
-    refuse(lambda: DiffusersDenoiser(nn.Linear(2, 2), cases.ddim()), "net is Linear; allowed: UNet2DModel")
-    refuse(lambda: from_pipeline(SimpleNamespace()), "has no unet and no transformer")
+    refuse(lambda: from_diffusers(classes, cases.ddim(), null=7), "null = 7; allowed: None, or the last of")
+    assert from_diffusers(classes, cases.ddim()).num_classes == 4
+    refuse(lambda: from_diffusers(classes, cases.ddim()).predict(x, 0.5), "null is None")
+    several = from_diffusers(cases.sd3(), cases.ddim())
+    told = "allowed: tensors by name, encoder_hidden_states, pooled_projections"
+    refuse(lambda: several.predict(x, 0.5, text), f"c = 'a tensor'; {told}")
+    other = {"encoder_hidden_states": text, "text_embeds": torch.randn(2, 6)}
+    refuse(lambda: several.predict(x, 0.5, other), f"c = 'encoder_hidden_states, text_embeds'; {told}")
+    refuse(lambda: from_diffusers(nn.Linear(2, 2), cases.ddim()), "network = 'Linear'; allowed: UNet2DModel")
+    refuse(lambda: from_diffusers(SimpleNamespace()), "pipeline = 'SimpleNamespace'; allowed: one with a unet or a tr")
+    refuse(lambda: from_diffusers(cases.unet()), "scheduler = 'NoneType'; allowed: one with alphas_cumprod")
     mute = cases.stable_diffusion()
     mute.text_encoder = None
-    borrowed = from_pipeline(mute)
-    refuse(lambda: borrowed.encode(PROMPTS), "StableDiffusionPipeline has no text encoder; allowed: conditions made")
-    refuse(lambda: borrowed.model.predict(x, 0.5), "null is None")
+    mute = from_diffusers(mute)
+    refuse(lambda: mute.encode(PROMPTS), "text encoder = 'None in StableDiffusionPipeline'; allowed: conditions made")
+    refuse(lambda: mute.predict(x, 0.5), "null is None")
     refuse(lambda: to_patches(torch.randn(1, 4, 7, 8)), "allowed: even height and width")
 
 
 @pytest.mark.parametrize("loss", [DenoisingLoss(0.3), AlignedLoss(2.0), ModelGuidanceLoss(0.45, dropout=0.3)])
-@pytest.mark.parametrize("kind", ["text", "packed", "classes", "dit"])
+@pytest.mark.parametrize("kind", ["text", "several", "classes", "dit"])
 def test_every_loss_trains_every_kind(loss, kind):
     "Embeddings as conditions through one loop: the loss falls, the null condition stays, EMA is of the same class."
     text, latents = torch.randn(4, 5, 8), torch.randn(4, 4, 8, 8)
-    both, packing = pack_conditions(encoder_hidden_states=text, pooled_projections=torch.randn(4, 6))
+    several = {"encoder_hidden_states": text, "pooled_projections": torch.randn(4, 6)}
+    none = {name: part[3:] * 0 for name, part in several.items()}
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     model, c = {
-        "text": lambda: (DiffusersDenoiser(cases.unet(), cases.ddim(), text[3:] * 0), text),
-        "packed": lambda: (DiffusersDenoiser(cases.sd3(8, 6), flow, both[3:] * 0, packing), both),
-        "classes": lambda: (DiffusersDenoiser(cases.class_unet(num_class_embeds=5), flow, 4), torch.arange(4)),
-        "dit": lambda: (DiffusersDenoiser(cases.dit(4), cases.ddim()), torch.arange(4)),
+        "text": lambda: (from_diffusers(cases.unet(), cases.ddim(), text[3:] * 0), text),
+        "several": lambda: (from_diffusers(cases.sd3(8, 6), flow, none), several),
+        "classes": lambda: (from_diffusers(cases.class_unet(num_class_embeds=5), flow, 4), torch.arange(4)),
+        "dit": lambda: (from_diffusers(cases.dit(4), cases.ddim()), torch.arange(4)),
     }[kind]()
-    before, null = copy.deepcopy(model), model.null.clone()
-    data = latents.repeat(8, 1, 1, 1), c.repeat(8, *[1] * (c.ndim - 1))
+    before = copy.deepcopy(model)
+    data = latents.repeat(8, 1, 1, 1), take_rows(c, torch.arange(32) % 4)
     state = train(model, loss, data, 12, 16, lr=3e-3, ema=0.8, progress=False)
     plain, (x, labels) = DenoisingLoss(0.0), data
     value = [
-        plain(each.eval(), x, labels, Context(torch.Generator().manual_seed(0), 0, 1, None)).mean().item()
+        plain(each.eval(), x, labels, LossContext(torch.Generator().manual_seed(0), 0, 1, None)).mean().item()
         for each in (before, model)
     ]
     assert math.isfinite(state.loss) and type(state.ema) is DiffusersDenoiser
-    assert value[1] < value[0] and torch.equal(model.null, null)
+    assert value[1] < value[0]
+    assert_close(model.null, before.null, rtol=0, atol=0)
 
 
 def test_model_guidance_with_text_has_no_other_classes():
-    model = DiffusersDenoiser(cases.unet(), cases.ddim(), torch.zeros(1, 5, 8))
+    model = from_diffusers(cases.unet(), cases.ddim(), torch.zeros(1, 5, 8))
     data = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 8)
     for unconditional in ("contrastive", "uniform"):
         loss = ModelGuidanceLoss(0.3, unconditional=unconditional)
@@ -351,34 +349,35 @@ def test_model_guidance_with_text_has_no_other_classes():
 def test_fine_tune_resume_save_load_with_plain_diffusers(tmp_path):
     "encode -> train -> resume -> save: plain diffusers draws the same images from the folder."
     pipeline = cases.stable_diffusion()
-    model, encode, decode, shape = from_pipeline(pipeline)
-    data = torch.randn(4, *shape), encode(["a cat", "two dogs", "red", "blue"])
+    model = from_diffusers(pipeline)
+    shape = model.shape
+    data = torch.randn(4, *shape), model.encode(["a cat", "two dogs", "red", "blue"])
     whole, half = copy.deepcopy(model), copy.deepcopy(model)
     options = {"batch_size": 4, "ema": 0.5, "progress": False, "lr": 1e-3}
     train(whole, DenoisingLoss(0.2), data, 6, **options)
-    kept = Checkpoints(str(tmp_path / "run"), every=3)
-    first = fit(half, DenoisingLoss(0.2), data, 6, checkpoints=kept, **options)
+    kept = Engine(folder=str(tmp_path / "run"), save_every=3, precision="fp32", cpu=True)
+    first = fit(half, DenoisingLoss(0.2), data, 6, engine=kept, **options)
     for _ in range(3):
         next(first)
     first.close()
-    train(model, DenoisingLoss(0.2), data, 6, checkpoints=kept, **options)
+    train(model, DenoisingLoss(0.2), data, 6, engine=kept, **options)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters()))
     pipeline.save_pretrained(tmp_path / "pipeline")  # the pipeline holds the very network that was trained
     again = cases.quiet(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None))
     start = torch.randn(2, *shape)
     call = {"num_inference_steps": 4, "guidance_scale": 2.0, "latents": start}
     times, guided = scheduler_times(again.scheduler, 4), ClassifierFreeGuidance(model.eval(), 2.0)
-    ours = sample(guided, encode(PROMPTS), (2, *shape), "ddim", times=times, init=start, progress=False)
-    compare(again, call, ours, decode)
+    ours = sample(guided, model.encode(PROMPTS), shape, "ddim", times=times, init=start, progress=False)
+    compare(again, call, ours, model)
 
 
 def test_rows_are_counted_and_a_pair_is_one_pass():
-    model = DiffusersDenoiser(cases.unet(), cases.ddim(), torch.zeros(1, 5, 8))
+    model = from_diffusers(cases.unet(), cases.ddim(), torch.zeros(1, 5, 8))
     calls, x, text = [], torch.randn(3, 4, 8, 8), torch.randn(3, 5, 8)
     model.net.register_forward_pre_hook(lambda net, args: calls.append(len(args[0])))
     for batching, expected in (("batched", [6]), ("sequential", [3, 3])):
         calls.clear()
-        with count_rows() as rows:
+        with count_nfe() as rows:
             pair = model.predict_pair(x, torch.tensor(0.3), text, batching)
         assert (rows.total, calls) == (6, expected)
         assert_close(pair[1].eps, model.eps(x, torch.tensor(0.3)))
@@ -409,7 +408,7 @@ def test_torchcfm_models_sample_where_their_ode_ends():
             return torch.tanh(read(torch.cat([x, t[:, None]], 1)) + y[:, None])
 
     model, labels, x = from_torchcfm(Net(), 3), torch.tensor([0, 1, 2, 1]), torch.randn(4, 2)
-    ours = sample(model, labels, (4, 2), "euler", 10, init=x, progress=False)
+    ours = sample(model, labels, (2,), "euler", 10, init=x, progress=False)
     with torch.no_grad():
         for i in range(10):
             x = x + 0.1 * Net()(torch.full((4,), i / 10), x, labels)
@@ -427,7 +426,7 @@ def test_callables_answer_row_by_row_and_train_if_they_can():
 
     model = from_callable(Net(), FlowPath(), "x0", 3)
     x, c, drop = torch.randn(5, 2), torch.tensor([0, 1, 2, 1, 0]), torch.tensor([True, False, True, False, False])
-    with count_rows() as rows:
+    with count_nfe() as rows:
         y = model.output(x, 0.5, c, drop)
     assert rows.total == 5
     assert_close(y, torch.where(drop[:, None], torch.full((2,), 7.0), model.net.label(c)))
@@ -461,7 +460,7 @@ def test_our_guidance_in_a_modular_pipeline(name, kind):
     scheduler = getattr(diffusers, name)(**cases.STABLE_DIFFUSION, prediction_type=kind)
     call, plain = modular(scheduler), lambda model: ClassifierFreeGuidance(model, 3.0)
     theirs = call(TheirGuidance(guidance_scale=3.0))
-    assert_close(call(diffusers_guider(plain, scheduler)), theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+    assert_close(call(DiffusersGuider(plain, scheduler)), theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
     assert (theirs - call(TheirGuidance(guidance_scale=1.0))).abs().max() > 1e-3 * theirs.abs().max()
 
 
@@ -484,16 +483,16 @@ def guided_loop(guider, net, scheduler, x, steps, conditions):
 def test_guidance_with_a_space_and_a_memory_in_a_pipeline(kind):
     "APG acts on clean data and remembers: in a pipeline and in our sampler it must draw the same, twice in a row."
     scheduler, text, null = cases.ddim(prediction_type=kind), torch.randn(2, 5, 8), torch.randn(1, 5, 8)
-    model, start = DiffusersDenoiser(cases.unet(), scheduler, null), torch.randn(2, 4, 8, 8)
+    model, start = from_diffusers(cases.unet(), scheduler, null), torch.randn(2, 4, 8, 8)
     apg = lambda model: AdaptiveProjectedGuidance(model, 4.0, eta=0.3, norm=3.0, momentum=-0.5)  # noqa: E731
     times = scheduler_times(scheduler, 6)
-    ours = sample(apg(model), text, (2, 4, 8, 8), "ddim", times=times, init=start, progress=False)
-    guider = diffusers_guider(apg, scheduler)
+    ours = sample(apg(model), text, (4, 8, 8), "ddim", times=times, init=start, progress=False)
+    guider = DiffusersGuider(apg, scheduler)
     for _ in range(2):
         theirs = guided_loop(guider, model.net, scheduler, start, 6, (text, null.expand(2, -1, -1)))
         assert_close(theirs, ours, rtol=0, atol=1e-4 * ours.abs().max().item())
     linear = ClassifierFreeGuidance(model, 4.0)
-    linear = sample(linear, text, (2, 4, 8, 8), "ddim", times=times, init=start, progress=False)
+    linear = sample(linear, text, (4, 8, 8), "ddim", times=times, init=start, progress=False)
     assert (linear - ours).abs().max() > 1e-2
 
 
@@ -503,25 +502,25 @@ def test_guidance_that_looks_elsewhere_is_refused():
             super().__init__(model.path, model.num_classes)
             self.model, self.by = model, (dx, dt, dc)
 
-        def predict(self, x, t, c=None):
+        def forward(self, x, t, c=None):
             return self.model.predict(x + self.by[0], t - self.by[1], None if c is None else c + self.by[2])
 
     scheduler, text = cases.ddim(), torch.randn(2, 5, 8)
     net, start = cases.unet(), torch.randn(2, 4, 8, 8)
     for by, what in (({"dx": 0.1}, "point"), ({"dt": 0.01}, "point"), ({"dc": 1.0}, "condition")):
-        guider = diffusers_guider(lambda model, by=by: Elsewhere(model, **by), scheduler)
+        guider = DiffusersGuider(lambda model, by=by: Elsewhere(model, **by), scheduler)
         refuse(lambda: guided_loop(guider, net, scheduler, start, 3, (text, text)), f"asks for another {what}; allowed")  # noqa: B023
-    off = diffusers_guider(Elsewhere, scheduler)
+    off = DiffusersGuider(Elsewhere, scheduler)
     off.disable()  # by hand: the SDXL blocks of diffusers 0.42 enable a disabled guider again, half-way
     assert_close(guided_loop(off, net, scheduler, start, 3, (text, None)), loop(scheduler, net, start, 3, text))
-    fine = guided_loop(diffusers_guider(Elsewhere, scheduler), net, scheduler, start, 3, (text, text))
+    fine = guided_loop(DiffusersGuider(Elsewhere, scheduler), net, scheduler, start, 3, (text, text))
     assert fine.isfinite().all() and not net._forward_pre_hooks
-    replay, pair = Replay(FlowPath()), Prediction(torch.zeros(2, 3), torch.ones(2, 3))
+    replay, pair = CachedPairDenoiser(FlowPath()), Prediction(torch.zeros(2, 3), torch.ones(2, 3))
     weak = NetworkDenoiser(nn.Identity(), FlowPath(), 3)
     c = replay.load(torch.zeros(2, 3), torch.tensor(0.5), pair, pair)
     with pytest.raises(ValueError, match="allowed: a LongTensor"):  # another model cannot mistake it for a class
         weak.predict(torch.zeros(2, 3), 0.5, c)
-    refuse(lambda: diffusers_guider(lambda m: m, diffusers.EDMEulerScheduler()), "scheduler is EDMEulerScheduler")
+    refuse(lambda: DiffusersGuider(lambda m: m, diffusers.EDMEulerScheduler()), "scheduler = 'EDMEulerScheduler'")
 
 
 def hub_model(**options):
@@ -534,26 +533,35 @@ def test_a_hub_folder_is_the_model_and_its_card_runs(tmp_path):
     needs = "from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance"
     how = {"guidance": "ClassifierFreeGuidance(model, 2.0)", "imports": needs, "sampler": "ddim", "sampler_steps": 3}
     facts = TrainingFacts("plain", 200, 12800, "digits", 2.0, **how)
-    to_hub(model, "unet-tiny", (1, 8, 8), {"widths": [8, 16]}, facts).save_pretrained(tmp_path)
+    HubDenoiser.from_denoiser(model, "unet-tiny", (1, 8, 8), {"widths": [8, 16]}, facts).save_pretrained(tmp_path)
     again, card = HubDenoiser.from_pretrained(tmp_path), (tmp_path / "README.md").read_text()
     x, c = torch.randn(3, 1, 8, 8), torch.arange(3)
     assert torch.equal(again.predict(x, 0.3, c).x0, model.predict(x, 0.3, c).x0)
     assert again.path == model.path and again.facts == facts and again.shape == (1, 8, 8) and not again.training
-    for words in ("plain", "12,800 rows", "200 optimiser steps", "e = e_u + scale (e_c - e_u)", "at scale 2", "digits"):
+    for words in (
+        "plain",
+        "12,800 samples seen",
+        "200 optimiser steps",
+        "e = e_u + scale (e_c - e_u)",
+        "at scale 2",
+        "digits",
+    ):
         assert words in card
     code, scope = card.split("```")[1].removeprefix("python\n"), {}
     exec(code.replace("FOLDER OR HUB NAME", str(tmp_path)).replace('"ddim", 3)', '"ddim", 3, progress=False)'), scope)
     guided = ClassifierFreeGuidance(model, 2.0)
-    expected = sample(guided, torch.arange(4) % 3, (4, 1, 8, 8), "ddim", 3, progress=False)
+    expected = sample(guided, torch.arange(4) % 3, (1, 8, 8), "ddim", 3, progress=False)
     assert_close(scope["images"], expected)
 
 
 def test_a_hub_folder_with_other_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    to_hub(hub_model(scale_aware=True), "unet-tiny", (1, 8, 8), {"widths": [8, 16]}).save_pretrained(tmp_path)
+    HubDenoiser.from_denoiser(hub_model(scale_aware=True), "unet-tiny", (1, 8, 8), {"widths": [8, 16]}).save_pretrained(
+        tmp_path
+    )
     again = HubDenoiser.from_pretrained(tmp_path)
-    assert again.scale_aware and again.facts is None
+    assert again.scale_aware and again.facts == TrainingFacts()
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop(sorted(weights)[0])
     save_file(weights, tmp_path / "model.safetensors")
@@ -565,14 +573,15 @@ def test_every_path_survives_json():
     table = path_from_scheduler(cases.ddim()).path
     for path in (FlowPath(), VPPath(), VPPath("linear", 0.2, 15.0), EDMPath(50.0), table):
         assert path_from_json(json.loads(json.dumps(path_to_json(path)))) == path
-    refuse(lambda: path_from_json({"kind": "Loop"}), "path kind = 'Loop'; allowed: FlowPath")
-    refuse(lambda: path_to_json(SimpleNamespace()), "path is SimpleNamespace; allowed: FlowPath")
+    refuse(lambda: path_from_json({"kind": "Loop"}), "path kind = 'Loop'; allowed: 'FlowPath'")
+    refuse(lambda: path_to_json(SimpleNamespace()), "path = 'SimpleNamespace'; allowed: 'FlowPath'")
 
 
 def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
     "By the call that the notebook gives."
-    from guidance_nb.image_data import save_samples
-    from guidance_nb.recipes import Recipe, load_trained, override, train_recipe
+    from guidance_nb.cli.recipe import Recipe, override
+    from guidance_nb.cli.run import load_trained, train_recipe
+    from guidance_nb.images.data import save_samples
 
     x = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
     save_samples(tmp_path / "images", x, torch.arange(16) % 2)
@@ -582,7 +591,9 @@ def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
         pass
     trained = load_trained(tmp_path / "run")
     table = trained.recipe.network
-    to_hub(trained.model, table.name, trained.shape, table.settings).save_pretrained(tmp_path / "hub")
+    HubDenoiser.from_denoiser(trained.model, table.name, trained.shape, table.settings).save_pretrained(
+        tmp_path / "hub"
+    )
     again = HubDenoiser.from_pretrained(tmp_path / "hub")
     noise, c = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     own = trained.model.cpu().predict(noise, 0.4, c)
@@ -592,8 +603,63 @@ def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
 def test_facts_can_be_given_by_hand():
     "A network of diffusers trained by other means, on a continuous path."
     facts = SchedulerFacts(VPPath("cosine"), "v", Clock(1000))
-    model = DiffusersDenoiser(cases.class_unet(), facts)
+    model = from_diffusers(cases.class_unet(), facts)
     x = torch.randn(2, 4, 8, 8)
     expected = model.net(x, torch.tensor([250.0, 250.0])).sample
     assert_close(model.output(x, 0.25), expected)
-    assert model.num_classes == 0 and DiffusersDenoiser(cases.unet(), facts).num_classes == EMBEDDINGS
+    assert model.num_classes == 0 and from_diffusers(cases.unet(), facts).num_classes == EMBEDDINGS
+
+
+@pytest.mark.parametrize("kind", ["text", "several"])
+def test_prompts_of_two_lengths_are_refused_at_any_batch_size(kind):
+    "In one pass and in two, by guidance and by a loss: the verdict must not hang on how many samples there are."
+    text, none = torch.randn(2, 5, 8), torch.zeros(1, 7, 8)
+    pooled = {"pooled_projections": torch.randn(2, 6)}
+    model, c = {
+        "text": lambda: (from_diffusers(cases.unet(), cases.ddim(), none), text),
+        "several": lambda: (
+            from_diffusers(
+                cases.sd3(8, 6),
+                diffusers.FlowMatchEulerDiscreteScheduler(),
+                {"encoder_hidden_states": none, "pooled_projections": torch.zeros(1, 6)},
+            ),
+            {"encoder_hidden_states": text} | pooled,
+        ),
+    }[kind]()
+    t = torch.tensor(0.5)
+    for n in (2, 200):
+        x, many = torch.randn(n, 4, 8, 8), take_rows(c, torch.arange(n) % 2)
+        for batching in ("auto", "batched", "sequential"):
+            with pytest.raises(ValueError, match=r"c has shape \(\d+, 5, 8\); allowed: \[batch, \.\.\.\] as the null"):
+                ClassifierFreeGuidance(model, 3.0, batching=batching)(x, t, many)
+        drop = torch.arange(n) == 0
+        refuse(lambda: model.output(x, t, many, drop), "as the null condition (1, 7, 8)")  # noqa: B023
+
+
+def test_a_network_that_has_the_scale_as_an_input_is_told_it():
+    "Latent consistency models, and fine-tuned ones: as their pipeline embeds it, 1 unless asked, 0 without condition."
+    net = cases.unet(time_cond_proj_dim=8)
+    text, seen = torch.randn(2, 5, 8), []
+    look = lambda net, args, kwargs: seen.append(kwargs["timestep_cond"])  # noqa: E731
+    net.register_forward_pre_hook(look, with_kwargs=True)
+    model = from_diffusers(net, cases.ddim(), text[:1] * 0)
+    x = torch.randn(2, 4, 8, 8)
+    assert model.scale_aware
+    for scale in (None, torch.tensor([1.0, 7.5])):
+        model.output(x, 0.5, text, torch.tensor([True, False]), scale)
+    embed = cases.stable_diffusion().get_guidance_scale_embedding
+    assert_close(seen[0], embed(torch.tensor([-1.0, 0.0]), 8))
+    assert_close(seen[1], embed(torch.tensor([-1.0, 6.5]), 8))
+    fixed = from_diffusers(net, cases.ddim(), text[:1] * 0, guidance=2.5)
+    fixed.output(x, 0.5, text)
+    assert not fixed.scale_aware
+    assert_close(seen[2], embed(torch.tensor([1.5, 1.5]), 8))
+
+
+def test_copies_of_a_model_share_its_pipeline():
+    model = from_diffusers(cases.stable_diffusion())
+    twin = copy.deepcopy(model)
+    assert twin.parts is model.parts and twin.net is not model.net
+    assert not any(name.startswith("parts") for name in model.state_dict())
+    both = (each.encode(PROMPTS) for each in (model, twin))
+    assert torch.equal(*both) and twin.shape == (4, 8, 8)

@@ -5,6 +5,7 @@ import math
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,27 +13,15 @@ from engine_cases import STEPS, Shelf, assert_same_weights, case, finish, points
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._processes import prefetch
+from guidance_nb._random import has_dropout, keyed_generator, keyed_global_rng
 from guidance_nb.denoisers import NetworkDenoiser
+from guidance_nb.engine.checkpoints import read_checkpoint
+from guidance_nb.engine.hardware import check_compiler, choose_precision
+from guidance_nb.engine.run import Engine
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.training import (
-    Checkpoints,
-    Context,
-    DenoisingLoss,
-    Engine,
-    batches,
-    check_compiler,
-    choose_precision,
-    fit,
-    has_dropout,
-    keyed_generator,
-    keyed_global_randomness,
-    latest_checkpoint,
-    make_optimizer,
-    prefetch,
-    read_checkpoint,
-    train,
-)  # fmt: skip
+from guidance_nb.training import DenoisingLoss, LossContext, batches, fit, learning_rate, train
 
 
 def plain_loop(model, x, c, steps, batch_size, lr, decay, seed, dropout):
@@ -80,7 +69,7 @@ def test_no_engine_no_accelerate(monkeypatch):
 @pytest.mark.parametrize("passes", [2, 4])
 def test_passes_change_nothing_but_rounding(name, passes):
     whole, one = finish(start(name))
-    parts, many = finish(start(name, engine=Engine(precision="fp32", accumulate=passes)))
+    parts, many = finish(start(name, engine=Engine(precision="fp32", gradient_accumulation_steps=passes)))
     assert_close(parts, whole, rtol=2e-5, atol=2e-6)
     assert_same_weights(many.ema.parameters(), one.ema.parameters())
 
@@ -90,18 +79,22 @@ def test_every_share_draws_its_rows_of_the_whole():
     draws = lambda context, x: (  # noqa: E731
         context.times(x), context.noise(x), context.drop(x, 0.5), context.integers(x, 2, 9), context.times(x)
     )  # fmt: skip
-    whole = draws(Context(keyed_generator(1), 0, 1, None), x)
+    whole = draws(LossContext(keyed_generator(1), 0, 1, None), x)
     rows = [slice(0, 6), slice(6, 9), slice(9, 12)]
-    shares = [draws(Context(keyed_generator(1), 0, 1, None, r, 12), x[r]) for r in rows]
+    shares = [draws(LossContext(keyed_generator(1), 0, 1, None, r, 12), x[r]) for r in rows]
     for n, drawn in enumerate(whole):
         assert torch.equal(drawn, torch.cat([share[n] for share in shares]))
-    with pytest.raises(ValueError, match="x has 12 rows; allowed: the 6 of its share"):
-        Context(keyed_generator(1), 0, 1, None, rows[0], 12).times(x)
+    with pytest.raises(ValueError, match="rows of x = 12; allowed: 6, those of its share"):
+        LossContext(keyed_generator(1), 0, 1, None, rows[0], 12).times(x)
 
 
 def test_runs_of_different_precision_and_passes_take_turns():
     "Accelerate's state is shared by all its users in a process; runs must not feel each other."
-    engines = [Engine(precision="bf16"), Engine(precision="fp32", accumulate=2), Engine(precision="fp32")]
+    engines = [
+        Engine(precision="bf16"),
+        Engine(precision="fp32", gradient_accumulation_steps=2),
+        Engine(precision="fp32"),
+    ]
     alone = [finish(start("plain", engine=engine))[0] for engine in engines]
     runs = [start("plain", engine=engine) for engine in engines]
     together = [[] for _ in runs]
@@ -151,7 +144,7 @@ class Convolution(nn.Module):
 def image_run(folder=None, **options):
     model = NetworkDenoiser(Convolution(), FlowPath(), 3)
     x = torch.randn(40, 3, 6, 6, generator=keyed_generator(1))
-    kept = {} if folder is None else {"checkpoints": Checkpoints(folder)}
+    kept = {} if folder is None else {"engine": replace(options.pop("engine"), folder=folder)}
     return fit(model, DenoisingLoss(), (x, points()[1][:40]), 6, 8, ema=0.7, lr=0.01, progress=False, **options, **kept)
 
 
@@ -183,7 +176,9 @@ def follows_the_recursion(run, decay: float) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("engine", [None, Engine(precision="fp32", accumulate=2), Engine(precision="bf16", clip=0.1)])
+@pytest.mark.parametrize(
+    "engine", [None, Engine(precision="fp32", gradient_accumulation_steps=2), Engine(precision="bf16", clip=0.1)]
+)
 def test_the_average_follows_its_recursion(engine):
     follows_the_recursion(image_run(engine=engine), 0.7)
 
@@ -221,7 +216,7 @@ def test_the_average_is_compiled_too(monkeypatch, tmp_path):
     names = [[name for name, _ in model.named_parameters()] for model in (state.ema, other.ema)]
     assert names[0] == names[1]
     assert_close(losses, plain, rtol=1e-6, atol=1e-7)
-    saved = read_checkpoint(latest_checkpoint(tmp_path / "teacher"))
+    saved = read_checkpoint(tmp_path / "teacher")
     assert_close(saved.ema, other.ema.state_dict(), rtol=1e-6, atol=1e-7)
     assert copy.deepcopy(state.ema).net._compiled_call_impl is None
 
@@ -231,29 +226,32 @@ def test_recomputed_activations_change_nothing_but_memory(network):
     losses, state = finish(start(network, steps=4))
     kept = []
     for recompute in (False, True):
-        sizes, run = [], start(network, steps=4, engine=Engine(precision="fp32", recompute=recompute))
+        sizes, run = [], start(network, steps=4, engine=Engine(precision="fp32", gradient_checkpointing=recompute))
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
             again, other = finish(run)
         kept.append(sum(sizes))
         assert again == losses
         assert all(torch.equal(p, q) for p, q in zip(other.ema.parameters(), state.ema.parameters()))
     assert kept[1] < 0.7 * kept[0]
-    with pytest.raises(ValueError, match=r"recompute = True; allowed for this network, .* of diffusers: False"):
-        next(start("plain", engine=Engine(recompute=True)))
+    with pytest.raises(
+        ValueError, match="gradient_checkpointing = True; allowed: False for this network, which is none of diffusers"
+    ):
+        next(start("plain", engine=Engine(gradient_checkpointing=True)))
 
 
 @pytest.mark.parametrize(
     ("error", "options", "knobs"),
     [
         (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand a long story"), {},
-            "a smaller batch_size than 16, accumulate = 2, precision = 'bf16', "
-            "recompute = True (gradient checkpointing)",
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand a long story"),
+            {"engine": Engine(precision="fp32")},
+            "a smaller batch_size than 16, gradient_accumulation_steps = 2, precision = 'bf16', "
+            "gradient_checkpointing = True",
         ),
         (
             RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-            {"engine": Engine(precision="bf16", accumulate=4)},
-            "a smaller batch_size than 16, accumulate = 8, recompute = True (gradient checkpointing)",
+            {"engine": Engine(precision="bf16", gradient_accumulation_steps=4)},
+            "a smaller batch_size than 16, gradient_accumulation_steps = 8, gradient_checkpointing = True",
         ),
     ],
 )  # fmt: skip
@@ -293,11 +291,10 @@ def test_no_compiler(monkeypatch):
 
 def test_clipping_warm_up_and_weight_decay():
     model = case("plain")[0]
-    optimizer, rate = make_optimizer(model, 0.1, "cosine", 10, warmup=4, weight_decay=0.3)
+    rate = lambda step: learning_rate(step, 0.1, "cosine", 10, 4)  # noqa: E731
     ramp, fall = [0.1 * n / 4 for n in (1, 2, 3, 4)], [0.05 * (1 + math.cos(math.pi * n / 6)) for n in range(6)]
     assert_close([rate(n) for n in range(10)], ramp + fall)
-    assert optimizer.param_groups[0]["weight_decay"] == 0.3
-    assert [make_optimizer(model, 0.1, "constant", 10, 2)[1](n) for n in range(4)] == [0.05, 0.1, 0.1, 0.1]
+    assert [learning_rate(n, 0.1, "constant", 10, 2) for n in range(4)] == [0.05, 0.1, 0.1, 0.1]
     norms = []
 
     def watch(model, x0, c, context):
@@ -318,9 +315,9 @@ def test_dropout_layers_are_keyed_and_the_caller_keeps_its_randomness():
     assert finish(start("drop"))[0] == first
     assert finish(start("drop", seed=1))[0] != first
     assert has_dropout(case("drop")[0]) and not has_dropout(case("plain")[0])
-    with keyed_global_randomness(torch.device("cpu"), 1, 2):
+    with keyed_global_rng(torch.device("cpu"), 1, 2):
         a = torch.rand(3)
-    with keyed_global_randomness(torch.device("cpu"), 1, 3):
+    with keyed_global_rng(torch.device("cpu"), 1, 3):
         b = torch.rand(3)
     assert not torch.equal(a, b)
 
@@ -387,16 +384,25 @@ def test_the_bar_shows_the_loss(capsys):
     ("call", "words"),
     [
         (lambda: Engine(precision="fp8"), "precision = 'fp8'; allowed: 'auto', 'fp32', 'bf16', 'fp16'"),
-        (lambda: Engine(accumulate=0), "accumulate = 0; allowed: a whole number, 1 or more"),
+        (
+            lambda: Engine(gradient_accumulation_steps=0),
+            "gradient_accumulation_steps = 0; allowed: a whole number, 1 or more",
+        ),
         (lambda: Engine(clip=-1.0), "clip = -1.0; allowed: None or a positive number"),
         (lambda: Engine(warmup=-1), "warmup = -1"),
         (lambda: Engine(weight_decay=math.inf), "weight_decay = inf"),
         (lambda: Engine(log_every=0), "log_every = 0"),
-        (lambda: next(start("plain", engine=Engine(precision="fp16"))), "precision = 'fp16'; allowed on a CPU"),
-        (lambda: next(start("plain", engine=Engine(accumulate=3))), "batch_size = 16; allowed: a multiple of 1 "),
-        (lambda: next(start("plain", engine=Engine(warmup=12))), "warmup = 12; allowed: a whole number from 0"),
-        (lambda: next(start("plain", engine=Engine(tracker="nope"))), "tracker = 'nope'; allowed: an installed one"),
-        (lambda: next(batches(Shelf(*(p[:0] for p in points())), 4, 0, 1)), "data is empty"),
+        (
+            lambda: next(start("plain", engine=Engine(precision="fp16"))),
+            "precision = 'fp16'; allowed: 'auto', 'fp32', 'bf16' on a CPU",
+        ),
+        (
+            lambda: next(start("plain", engine=Engine(gradient_accumulation_steps=3))),
+            "batch_size = 16; allowed: a multiple of 1 ",
+        ),
+        (lambda: next(start("plain", engine=Engine(warmup=12))), "warmup = 12; allowed: a whole number, 0 to 11"),
+        (lambda: next(start("plain", engine=Engine(tracker="nope"))), "tracker = 'nope'; allowed: "),
+        (lambda: next(batches(Shelf(*(p[:0] for p in points())), 4, 0, 1)), "samples of data = 0; allowed: 1 or more"),
     ],
 )
 def test_bad_input(call, words):

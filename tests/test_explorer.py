@@ -12,24 +12,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from guidance_nb.explorer import (
-    CONTROLS,
-    METHOD_CONTROLS,
-    SCRIPT,
-    build_scene,
-    check_runs,
-    explore,
-    explorer_model,
-    explorer_page,
-    explorer_scenes,
-    run_scene,
-    scene_numbers,
-    settings_of,
-    true_scale,
-)
+from guidance_nb.explorer import Scene, _checked_runs, _program, explore, explorer_page
+from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, example_scenes, settings_of, true_scale
 from guidance_nb.mixtures import ExactDenoiser, Mixture, gaussian_pair, log_prob
 from guidance_nb.paths import FlowPath, VPPath
-from guidance_nb.plots import density_image
+from guidance_nb.plots import _density_image
 from notebooks import ROOT, cells, text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
@@ -40,7 +27,7 @@ STORED = "".join(
     for output in cell.get("outputs", [])
     if "guidance-explorer" in text(output.get("data", {}).get("text/html", ""))
 )
-SCENES = explorer_scenes()
+SCENES = example_scenes()
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +102,20 @@ def set_range(page, name: str, value: float) -> None:
 
 def expect_numbers(page, scene, run, c: int) -> None:
     "The table says what the package computes."
-    found = scene_numbers(scene, run.x, c)
+    found = scene.numbers(run.x, c)
     for name in ("mean", "std"):
         assert shown(page, name) == ", ".join(f"{value:.3f}" for value in found[name])
     assert shown(page, "nll") == f"{found['nll']:.3f}"
     assert shown(page, "distance") == f"{found['distance']:.3f}"
     assert shown(page, "outliers") == f"{100 * found['outliers']:.1f} %"
-    assert shown(page, "rows") == str(run.rows)
+    assert shown(page, "nfe") == f"{run.nfe:g}"
 
 
 def test_stored_page_is_the_one_the_package_makes():
     "The program to the letter; its numbers may differ by the rounding of another machine."
     fresh = explorer_page(SCENES)
     number = r"-?\d+\.?\d*(?:e-?\d+)?"
-    program = "".join(SCRIPT)
+    program = _program()
     assert STORED.count(program) == fresh.count(program) == 1
     one, two = (page.replace(program, "") for page in (STORED, fresh))
     data = r"\[" + f"(?:{number}, )*{number}" + r"\]|" + number
@@ -166,15 +153,15 @@ def test_program_computes_what_the_package_does(program, name, method, own):
     settings, scene = settings_of(method, **own), SCENES[name]
     for c, sampler, steps in ((0, "heun", 16), (1, "euler", 32)):
         state = {"scene": name, "c": c, "method": method, "sampler": sampler, "steps": steps, "settings": settings}
-        walked, rows, found = program(
+        points, nfe, found = program(
             """const scene = e.page.scenes[given.scene], run = e.simulate(scene, given, scene.noise);
-            return [run.points.map((x) => [...x]), run.rows, e.numbersOf(scene, run.points.at(-1), given.c)];""",
+            return [run.points.map((x) => [...x]), run.nfe, e.numbersOf(scene, run.points.at(-1), given.c)];""",
             state,
         )
-        run = run_scene(scene, c, method, settings, sampler, steps)
-        assert_close(torch.tensor(walked, dtype=torch.float64), run.trajectory.flatten(1), rtol=1e-9, atol=1e-9)
-        assert rows == run.rows
-        ours = scene_numbers(scene, run.x, c)
+        run = scene.run(c, method, settings, sampler, steps)
+        assert_close(torch.tensor(points, dtype=torch.float64), run.points.flatten(1), rtol=1e-9, atol=1e-9)
+        assert nfe == run.nfe
+        ours = scene.numbers(run.x, c)
         assert found.keys() == ours.keys()
         for key, value in ours.items():
             assert_close(torch.tensor(found[key]).double(), torch.tensor(value).double(), rtol=1e-9, atol=1e-9)
@@ -197,7 +184,7 @@ def test_picture_is_the_exact_density(program, t):
     for name in ("fractal", "grid"):
         scene = SCENES[name]
         found = torch.tensor(program(body, [name, t, size]), dtype=torch.float64).reshape(size, size).flip(0)
-        ours = density_image(scene.mixture, 1, FlowPath(), t, scene.extent, size)
+        ours = _density_image(scene.mixture, 1, FlowPath(), t, scene.extent, size)
         assert_close(found, ours, rtol=1e-9, atol=1e-9 * ours.max().item())
     film = torch.tensor(program(body, ["pair", t, 64]), dtype=torch.float64).reshape(64, 64).flip(0)
     line = ((torch.arange(64).double() + 0.5) / 64 * 2 - 1)[:, None] * SCENES["pair"].extent
@@ -212,8 +199,8 @@ def test_slider_moves_numbers_and_picture(open_page):
     settle(page)
     before, words = pixels(page), page.locator("canvas").get_attribute("aria-label")
     set_range(page, "scale", 6.5)
-    run = run_scene(SCENES["pair"], 1, "classifier_free_guidance", settings_of("classifier_free_guidance", scale=6.5))
-    assert_close(points(page), run.trajectory.flatten(1), rtol=1e-9, atol=1e-9)
+    run = SCENES["pair"].run(1, "classifier_free_guidance", settings_of("classifier_free_guidance", scale=6.5))
+    assert_close(points(page), run.points.flatten(1), rtol=1e-9, atol=1e-9)
     expect_numbers(page, SCENES["pair"], run, 1)
     after = pixels(page)
     assert (before != after).any(2).double().mean() > 0.01
@@ -229,7 +216,7 @@ def test_samples_are_drawn_where_they_are(open_page):
     page.select_option("[name=method]", "model_guidance")
     settle(page)
     scene = SCENES["grid"]
-    run = run_scene(scene, 1, "model_guidance", settings_of("model_guidance"))
+    run = scene.run(1, "model_guidance", settings_of("model_guidance"))
     picture, colour = pixels(page), torch.tensor([0xCC, 0x79, 0xA7])
     near = (picture - colour).abs().amax(2) <= 2
     height, width = near.shape
@@ -255,7 +242,7 @@ def test_methods_bring_their_own_controls(open_page):
     settle(page)
     page.locator("input[name=anchored]").uncheck()
     settle(page)
-    run = run_scene(SCENES["pair"], 1, "aligned_loss", settings_of("aligned_loss", anchored=0))
+    run = SCENES["pair"].run(1, "aligned_loss", settings_of("aligned_loss", anchored=0))
     expect_numbers(page, SCENES["pair"], run, 1)
 
 
@@ -264,10 +251,8 @@ def test_menus_change_data_class_sampler_and_steps(open_page):
     for name, value in (("scene", "fractal"), ("c", "0"), ("sampler", "euler"), ("steps", "8")):
         page.select_option(f"[name={name}]", value)
     settle(page)
-    run = run_scene(
-        SCENES["fractal"], 0, "classifier_free_guidance", settings_of("classifier_free_guidance"), "euler", 8
-    )
-    assert_close(points(page), run.trajectory.flatten(1), rtol=1e-9, atol=1e-9)
+    run = SCENES["fractal"].run(0, "classifier_free_guidance", settings_of("classifier_free_guidance"), "euler", 8)
+    assert_close(points(page), run.points.flatten(1), rtol=1e-9, atol=1e-9)
     expect_numbers(page, SCENES["fractal"], run, 0)
 
 
@@ -346,7 +331,7 @@ def test_picture_at_a_time_shows_that_time(open_page):
     before = pixels(page)
     set_range(page, "frame", 0)
     assert (end != before).any() and (before != pixels(page)).any(2).double().mean() > 0.01
-    run = run_scene(SCENES["pair"], 1, "flow_postprocessing", settings_of("flow_postprocessing"))
+    run = SCENES["pair"].run(1, "flow_postprocessing", settings_of("flow_postprocessing"))
     expect_numbers(page, SCENES["pair"], run, 1)  # the numbers are those of finished samples, whatever the time shown
 
 
@@ -440,21 +425,21 @@ def test_a_page_of_ones_own(open_page):
     means = torch.tensor([[-1.0], [0.5], [0.0], [1.5]])
     weights = torch.tensor([0.5, 0.2, 0.2, 0.1])
     own = Mixture(means, torch.tensor([0.1, 0.05, 0.02, 0.1]), torch.tensor([0, 2, 1, 2]), weights)
-    scenes = {"own": build_scene("my own", own, 3.0, n=40)}
+    scenes = {"own": Scene("my own", own, 3.0, n=40)}
     page = open_page(explorer_page(scenes))
-    assert shown(page, "rows") == "126"
+    assert shown(page, "nfe") == "126"
     assert float(page.evaluate(f"{HOST}.dataset.difference")) < 1e-10
-    assert len(check_runs(scenes)) == 7
+    assert len(_checked_runs(scenes)) == 7
     page.select_option("[name=c]", "2")
     set_range(page, "scale", 2)
-    run = run_scene(scenes["own"], 2, "classifier_free_guidance", settings_of("classifier_free_guidance", scale=2))
+    run = scenes["own"].run(2, "classifier_free_guidance", settings_of("classifier_free_guidance", scale=2))
     expect_numbers(page, scenes["own"], run, 2)
 
 
 @pytest.mark.parametrize("method", METHOD_CONTROLS)
 def test_live_view_shows_what_the_package_computes(method):
     widgets = pytest.importorskip("ipywidgets", reason="ipywidgets is not installed, so no live view was made")
-    scene = build_scene("pair", gaussian_pair(), 2.6, n=16)
+    scene = Scene("pair", gaussian_pair(), 2.6, n=16)
     box = explore({"pair": scene})
     everything = {}
 
@@ -470,9 +455,9 @@ def test_live_view_shows_what_the_package_computes(method):
     value = CONTROLS[name].low + 3 * CONTROLS[name].step
     before = everything["Image"].value
     everything[CONTROLS[name].label].value = value
-    run = run_scene(scene, 1, method, settings_of(method, **{name: value}))
+    run = scene.run(1, method, settings_of(method, **{name: value}))
     assert f"<td>{run.x.mean():.3f}</td>" in everything["HTML"].value
-    assert f"<td>{run.rows}</td>" in everything["HTML"].value
+    assert f"<td>{run.nfe:g}</td>" in everything["HTML"].value
     at_end = everything["Image"].value
     assert before != at_end
     everything["frame"].value = 4
@@ -482,31 +467,31 @@ def test_live_view_shows_what_the_package_computes(method):
 
 def test_live_view_takes_a_model_of_ones_own():
     "Here the exact one on another path, whose samples are the same up to the solver."
-    scene = build_scene("pair", gaussian_pair(), 2.6, n=64)
+    scene = Scene("pair", gaussian_pair(), 2.6, n=64)
     settings = settings_of("classifier_free_guidance", scale=2)
     other = ExactDenoiser(scene.mixture, VPPath("cosine"))
     ours, theirs = (
-        run_scene(scene, 1, "classifier_free_guidance", settings, steps=64, model=model).x for model in (None, other)
+        scene.run(1, "classifier_free_guidance", settings, steps=64, model=model).x for model in (None, other)
     )
     assert_close(theirs, ours, rtol=0, atol=5e-3)
-    assert explorer_model(scene, "classifier_free_guidance", settings, other).path == other.path
+    assert scene.model("classifier_free_guidance", settings, other).path == other.path
 
 
 def test_bad_requests_are_one_line(monkeypatch):
-    scene = build_scene("pair", gaussian_pair(), 2.6, n=4)
+    scene = Scene("pair", gaussian_pair(), 2.6, n=4)
     for call, words in (
         (lambda: settings_of("magic"), "method = 'magic'; allowed: 'classifier_free_guidance'"),
         (lambda: settings_of("model_guidance", weight=2), "weight = 2; allowed: 0 to 0.85"),
-        (lambda: run_scene(scene, 1, "model_guidance", {"weight": 0.5}, "ddim"), "sampler = 'ddim'; allowed: 'heun'"),
-        (lambda: run_scene(scene, 5, "model_guidance", {"weight": 0.5}), "c contains 5; allowed: 0 to 1"),
+        (lambda: scene.run(1, "model_guidance", {"weight": 0.5}, "ddim"), "sampler = 'ddim'; allowed: 'heun'"),
+        (lambda: scene.run(5, "model_guidance", {"weight": 0.5}), "c contains 5; allowed: 0 to 1"),
         (lambda: explorer_page({}), "scenes = {}; allowed: one or more"),
-        (lambda: build_scene("deep", gaussian_pair(dim=5), 1.0), "mixture has dimension 5; allowed: 1 or 2"),
+        (lambda: Scene("deep", gaussian_pair(dim=5), 1.0), "dimension of the mixture = 5; allowed: 1 or 2"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             call()
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"^explore needs ipywidgets, which is not installed: pip install [^\n]+$"
+        ImportError, match=r"^ipywidgets is not installed, and this needs it: pip install 'guidance_nb\[live\]'$"
     ):
         explore()
 
@@ -514,5 +499,5 @@ def test_bad_requests_are_one_line(monkeypatch):
 def test_live_view_refuses_a_model_of_other_classes():
     pytest.importorskip("ipywidgets", reason="ipywidgets is not installed, so no live view was made")
     three = Mixture(torch.tensor([[-1.0], [0.0], [1.0]]), torch.full((3,), 0.1), torch.arange(3))
-    with pytest.raises(ValueError, match="model has 3 classes; allowed: 2, as scene 'pair'"):
-        explore({"pair": build_scene("pair", gaussian_pair(), 2.6, n=4)}, ExactDenoiser(three, FlowPath()))
+    with pytest.raises(ValueError, match="classes of model = 3; allowed: 2, as scene 'pair'"):
+        explore({"pair": Scene("pair", gaussian_pair(), 2.6, n=4)}, ExactDenoiser(three, FlowPath()))

@@ -1,5 +1,6 @@
 "The variants restated without the notebook's code, and against the guiders of diffusers."
 
+import copy
 import math
 
 import diffusers
@@ -14,7 +15,18 @@ from scipy.integrate import solve_ivp
 from scipy.stats import beta
 from torch.testing import assert_close
 
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Prediction, count_rows, record_rows
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe, record_nfe
+from guidance_nb.guidance import (
+    beta_schedule,
+    cosine_schedule,
+    exponential_schedule,
+    interval_from_noise,
+    interval_from_steps,
+    linear_schedule,
+    shift_prediction,
+    tent_schedule,
+)
 from guidance_nb.guidance_variants import (
     AdaptiveProjectedGuidance,
     CFGPlusPlus,
@@ -22,32 +34,25 @@ from guidance_nb.guidance_variants import (
     DynamicThresholding,
     FrequencyDecoupledGuidance,
     MagnitudeAwareGuidance,
-    PairGuidance,
     RatioTable,
     RectifiedGuidance,
     RescaledGuidance,
     StepMemory,
     TangentialGuidance,
-    beta_schedule,
     cfgpp_scales,
-    cosine_schedule,
     estimate_ratios,
-    exponential_schedule,
     frequency_bands,
-    interval_from_noise,
-    interval_from_steps,
-    linear_schedule,
-    shift_pair,
-    tent_schedule,
-    zero_velocity,
 )
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
-from guidance_nb.samplers import sample
+from guidance_nb.power_tilt import PredictorCorrector
+from guidance_nb.samplers import sample, sample_trajectory
+from guidance_nb.trained_guidance import GuidedDistillationLoss
+from guidance_nb.weak_models import Autoguidance
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
 FAMILY = [
-    PairGuidance,
+    ClassifierFreeGuidance,
     RescaledGuidance,
     MagnitudeAwareGuidance,
     CFGZeroStar,
@@ -75,9 +80,14 @@ class Told(Denoiser):
         self.decode = NetworkDenoiser(torch.nn.Identity(), path, 1, prediction).decode
         self.outputs = y_c, y_u
 
-    def predict(self, x, t, c=None):
-        record_rows(len(x))
+    def forward(self, x, t, c=None):
+        record_nfe(len(x))
         return self.decode(self.outputs[c is None][: len(x)], x, torch.as_tensor(t))
+
+    def for_rows(self, rows):
+        twin = copy.copy(self)
+        twin.outputs = tuple(y[rows] for y in self.outputs)
+        return twin
 
 
 def told(prediction, path=PATHS[0], shape=(5, 3, 8, 8)):
@@ -99,7 +109,7 @@ def theirs(guider, y_c, y_u, step=3):
 def test_diffusers_cfg(prediction):
     model, y_c, y_u, x, c = told(prediction)
     guided = theirs(guiders.ClassifierFreeGuidance(guidance_scale=3.5), y_c, y_u)
-    assert_close(PairGuidance(model, 3.5).predict(x, HALF, c), model.decode(guided, x, HALF))
+    assert_close(ClassifierFreeGuidance(model, 3.5).predict(x, HALF, c), model.decode(guided, x, HALF))
 
 
 @pytest.mark.parametrize(("path", "prediction"), [(PATHS[0], "velocity"), (PATHS[1], "v"), (PATHS[2], "v")])
@@ -146,9 +156,9 @@ def test_diffusers_zero_star():
     # their factor is computed in float32
     assert_close(ours.velocity(x, HALF, c), theirs(guider, y_c, y_u), rtol=1e-5, atol=1e-5)
     one = torch.tensor(1.0, dtype=torch.float64)
-    with count_rows() as rows:
+    with count_nfe() as nfe:
         assert_close(ours.velocity(x, one, c), theirs(guider, y_c, y_u, step=0), rtol=0, atol=1e-12)
-    assert rows.total == 0
+    assert nfe.total == 0
 
 
 def test_diffusers_tangential():
@@ -229,7 +239,7 @@ def test_diffusers_dynamic_thresholding():
     "Needs `sample_max_value` raised: by default it clips at 1 and rescales nothing."
     model, *_, x, c = told("x0")
     ours = DynamicThresholding(model, 3.0, quantile=0.9).x0(x, HALF, c)
-    plain = PairGuidance(model, 3.0).x0(x, HALF, c)
+    plain = ClassifierFreeGuidance(model, 3.0).x0(x, HALF, c)
     options = {"thresholding": True, "dynamic_thresholding_ratio": 0.9}
     assert_close(DDPMScheduler(**options, sample_max_value=100.0)._threshold_sample(plain), ours)
     assert_close(DDPMScheduler(**options)._threshold_sample(plain), plain.clamp(-1, 1))
@@ -261,11 +271,11 @@ def test_known_defects_of_diffusers(their_pyramid):
 def test_a_shift_moves_one_coordinate(path, space):
     t, x0, eps, h = torch.linspace(0.05, 0.95, 7).double(), draw(7, 3), draw(7, 3, seed=1), draw(7, 3, seed=2)
     a, s, da, ds = (expand_time(f(t), x0) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
-    moved = shift_pair(Prediction(x0, eps), h, path, t, space)
+    moved = shift_prediction(Prediction(x0, eps), h, path, t, space)
     assert_close(a * moved.x0 + s * moved.eps, a * x0 + s * eps, rtol=1e-9, atol=1e-9)
     weight = {"x0": (1, 0), "eps": (0, 1), "velocity": (da, ds)}[space]
     assert_close(weight[0] * (moved.x0 - x0) + weight[1] * (moved.eps - eps), h, rtol=1e-9, atol=1e-8)
-    still = zero_velocity(x0, t, path)
+    still = CFGZeroStar(Told(x0, x0, path, "v")).still(x0, t)
     assert_close(a * still.x0 + s * still.eps, x0, rtol=1e-9, atol=1e-9)
     assert_close(da * still.x0 + ds * still.eps, 0 * x0, rtol=0, atol=1e-8)
 
@@ -293,13 +303,15 @@ def test_rows_of_an_interval_in_a_real_run(sampler, window):
     "Published Heun guides both stages of a step; here each stage goes by its time. Inner windows cost the same."
     model, *_, c = told("velocity", shape=(1, 2))
     interval = interval_from_steps(FlowPath(), 10, *window, sampler)
-    rows = sample(PairGuidance(model, 2.0, interval), c, (1, 2), sampler, 10, progress=False, trajectory=True).rows
+    nfe = sample_trajectory(
+        ClassifierFreeGuidance(model, 2.0, interval=interval), c, (2,), sampler, 10, progress=False
+    ).nfe
     ours = published = 0
     for step in range(10):
         stages = [step] if sampler == "euler" or step == 9 else [step, step + 1]
         ours += sum(1 + (window[0] <= stage <= window[1]) for stage in stages)
         published += len(stages) * (1 + (window[0] <= step <= window[1]))
-    assert rows == ours
+    assert nfe == ours
     assert (ours == published) == (sampler == "euler" or 0 < window[0] <= window[1] < 9)
 
 
@@ -326,7 +338,7 @@ def test_a_schedule_and_a_scale_per_channel(method):
         model_i = Told(*(y[i : i + 1] for y in model.outputs), model.path, "v")
         alone = method(model_i, tent(t[i]).item()).predict(x[i : i + 1], t[i], c[:1])
         assert_close((together.x0[i], together.eps[i]), (alone.x0[0], alone.eps[0]))
-    channels = torch.tensor([1.0, 4.0, 4.0])[:, None, None]
+    channels = torch.tensor([1.0, 4.0, 4.0])[None, :, None, None]
     mixed, whole = (method(model, scale).predict(x, HALF, c) for scale in (channels, 4.0))
     plain = model.predict(x, HALF, c).x0
     if method not in (RescaledGuidance, DynamicThresholding):  # which look at all channels after guiding
@@ -376,7 +388,10 @@ def test_step_memory():
 class Counted(Told):
     "A model whose answer depends on the point."
 
-    def predict(self, x, t, c=None):
+    def for_rows(self, rows):
+        return self
+
+    def forward(self, x, t, c=None):
         y = torch.tanh(x * (2.0 if c is None else 1.0) + (0.3 if c is None else -0.5))
         return self.decode(y, x, torch.as_tensor(t))
 
@@ -389,24 +404,24 @@ def test_momentum_does_not_see_other_samples():
     for sampler in ("heun", "ddim", "dpmpp_2m", "euler_maruyama", "dopri5"):
         for steps in (2,) if sampler == "dopri5" else (1, 2, 5):
             options = {"sampler": sampler, "steps": steps, "progress": False, "dtype": torch.float64}
-            once = sample(make(), c, (6, 3), **options)
+            once = sample(make(), c, (3,), **options)
             used.predict(draw(6, 3), torch.tensor(0.99), c)
-            assert torch.equal(sample(used, c, (6, 3), **options), once)
+            assert torch.equal(sample(used, c, (3,), **options), once)
             if sampler != "dopri5":
-                assert_close(sample(used, c, (6, 3), batch_size=4, **options), once, rtol=0, atol=1e-12)
-                halves = [sample(used, c[:3], (3, 3), start=i, **options) for i in (0, 3)]
+                assert_close(sample(used, c, (3,), batch_size=4, **options), once, rtol=0, atol=1e-12)
+                halves = [sample(used, c[:3], (3,), start=i, **options) for i in (0, 3)]
                 assert_close(torch.cat(halves), once, rtol=0, atol=1e-12)
     later = {"times": torch.tensor([0.7, 0.3, 0.0]), "init": draw(6, 3), "progress": False, "dtype": torch.float64}
     used.predict(draw(6, 3), torch.tensor(1.0), c)  # a higher noise level than that run begins with
-    assert torch.equal(sample(used, c, (6, 3), "ddim", **later), sample(make(), c, (6, 3), "ddim", **later))
+    assert torch.equal(sample(used, c, (3,), "ddim", **later), sample(make(), c, (3,), "ddim", **later))
 
 
 def test_momentum_under_heun():
     "Both evaluations at a time see the past of that time: Heun written out with one history per noise level."
     model, c = Counted(None, None, FlowPath(), "velocity"), torch.zeros(2, dtype=torch.long)
-    run = sample(
+    run = sample_trajectory(
         AdaptiveProjectedGuidance(model, 2.5, eta=1.0, momentum=-0.5),
-        c, (2, 3), "heun", 4, progress=False, dtype=torch.float64, trajectory=True,
+        c, (3,), "heun", 4, progress=False, dtype=torch.float64,
     )  # fmt: skip
 
     def field(x, t, past):
@@ -415,13 +430,13 @@ def test_momentum_under_heun():
         data = cond.x0 + 1.5 * total
         return (x - data) / t, total
 
-    x, past = run.trajectory[0], torch.zeros(2, 3).double()
+    x, past = run.points[0], torch.zeros(2, 3).double()
     for t, s in zip(run.times[:-1], run.times[1:]):
         u, total = field(x, t, past)
         guess = x + (s - t) * u
         x = guess if s == 0 else x + (s - t) * (u + field(guess, s, total)[0]) / 2
         past = total
-        assert_close(x, run.trajectory[list(run.times).index(s)])
+        assert_close(x, run.points[list(run.times).index(s)])
 
 
 @each_path
@@ -431,28 +446,36 @@ def test_cfgpp_by_hand(path):
     options = {"progress": False, "dtype": torch.float64}
     times = torch.linspace(0.98, 0, 8).double()  # a network's noise does not settle the pair where alpha is 0
     options["times"] = times
-    run = sample(CFGPlusPlus(model, 0.7), c, (3, 2), "ddim", trajectory=True, **options)
-    x = run.trajectory[0]
+    run = sample_trajectory(CFGPlusPlus(model, 0.7), c, (2,), "ddim", **options)
+    x = run.points[0]
     for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
         e_c, e_u = model.eps(x, t, c), model.eps(x, t)
         data = (x - path.sigma(t) * (e_u + 0.7 * (e_c - e_u))) / path.alpha(t)
-        assert_close(run.trajectory[i + 1], path.alpha(s) * data + path.sigma(s) * e_u, rtol=1e-9, atol=1e-9)
-        x = run.trajectory[i + 1]
+        assert_close(run.points[i + 1], path.alpha(s) * data + path.sigma(s) * e_u, rtol=1e-9, atol=1e-9)
+        x = run.points[i + 1]
     scales = cfgpp_scales(path, times, 0.7)
     level = path.noise_to_signal(times)
     assert_close(scales, 0.7 * level[:-1] / (level[:-1] - level[1:]))
-    plain = PairGuidance(model, lambda t: scales[(times[:-1] - t).abs().argmin()])
-    assert_close(sample(plain, c, (3, 2), "ddim", **options), run.x, rtol=1e-6, atol=1e-6)
+    plain = ClassifierFreeGuidance(model, lambda t: scales[(times[:-1] - t).abs().argmin()])
+    assert_close(sample(plain, c, (2,), "ddim", **options), run.x, rtol=1e-6, atol=1e-6)
 
 
-def test_cfgpp_is_plain_guidance_where_it_cannot_be_refused():
-    "DPM-Solver++ asks for clean data alone and gets that of plain guidance at lambda."
-    model, c = Counted(None, None, VPPath("cosine"), "eps"), torch.zeros(3, dtype=torch.long)
-    ours, plain = (sample(m(model, 0.7), c, (3, 2), "dpmpp_2m", 9, progress=False) for m in (CFGPlusPlus, PairGuidance))
-    assert_close(ours, plain)
-    for sampler in ("euler", "heun", "euler_maruyama", "dopri5"):
-        with pytest.raises(ValueError, match="allowed: sampler 'ddim' or 'ddpm'"):
-            sample(CFGPlusPlus(model, 0.7), c, (3, 2), sampler, 5, progress=False)
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler", "heun", "euler_maruyama", "dopri5"])
+def test_cfgpp_is_refused_by_what_needs_more_than_a_step(sampler):
+    "DPM-Solver++ asked for clean data alone and sampled plain guidance, bit for bit."
+    model, c = Counted(None, None, VPPath("cosine"), "v"), torch.zeros(3, dtype=torch.long)
+    steps = CFGPlusPlus(model, 0.7)
+    for guided in (steps, OnPath(steps, FlowPath())):
+        with pytest.raises(ValueError, match="allowed: 'ddim' or 'ddpm'"):
+            sample(guided, c, (2,), sampler, 5, progress=False)
+        assert sample(guided, c, (2,), "ddpm", 5, progress=False).isfinite().all()
+    for wrap in (ClassifierFreeGuidance, RescaledGuidance, lambda m: Autoguidance(model, m), lambda m: CFGPlusPlus(m)):
+        with pytest.raises(ValueError, match="allowed: a model with a velocity"):
+            wrap(steps)
+    with pytest.raises(ValueError, match="allowed: a model with a velocity"):
+        PredictorCorrector(steps)
+    with pytest.raises(ValueError, match="allowed: a model with a velocity"):
+        GuidedDistillationLoss(steps)
 
 
 class Gaussians(Denoiser):
@@ -462,7 +485,7 @@ class Gaussians(Denoiser):
         super().__init__(EDMPath(), 1)
         self.laws = (m, v), (n, w)
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         m, v = self.laws[c is None]
         s = expand_time(self.path.sigma(torch.as_tensor(t)), x)
         eps = s * (x - m) / (v + s**2)
@@ -488,17 +511,16 @@ def test_recfg_on_gaussians(w):
 
     c = torch.zeros(2000, dtype=torch.long)
     for rho, ratios in ((True, ratio), (False, 0.0)):
-        x = sample(
+        x = sample_trajectory(
             RectifiedGuidance(model, gamma, ratios),
             c,
-            (2000, 1),
+            (1,),
             "heun",
             100,
             progress=False,
             dtype=torch.float64,
-            trajectory=True,
         )
-        start = x.trajectory[0]
+        start = x.points[0]
         end = solve_ivp(
             slope, (80, 0), [start.mean().item(), start.std().item()], args=(rho,), rtol=1e-9, atol=1e-11
         ).y[:, -1]
@@ -519,30 +541,33 @@ def test_zero_init_by_steps():
     model, *_, c = told("velocity", shape=(1, 2))
     for official in (0, 1, 3):
         start = interval_from_steps(FlowPath(), 25, 0, official, "euler")[0]
-        run = sample(CFGZeroStar(model, 2.0, start), c, (1, 2), "euler", 25, progress=False, trajectory=True)
-        assert run.rows == 2 * (25 - official - 1)
-        still = (run.trajectory.diff(dim=0).abs().flatten(1).amax(1) == 0).sum().item()
+        run = sample_trajectory(CFGZeroStar(model, 2.0, start), c, (2,), "euler", 25, progress=False)
+        assert run.nfe == 2 * (25 - official - 1)
+        still = (run.points.diff(dim=0).abs().flatten(1).amax(1) == 0).sum().item()
         assert still == official + 1
-    never = sample(CFGZeroStar(model, 2.0, math.inf), c, (1, 2), "euler", 25, progress=False, trajectory=True)
-    assert never.rows == 50
+    never = sample_trajectory(CFGZeroStar(model, 2.0, math.inf), c, (2,), "euler", 25, progress=False)
+    assert never.nfe == 50
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda m: RescaledGuidance(m, 2.0, phi=float("nan")), "phi = nan; allowed: 0 to 1"),
-        (lambda m: MagnitudeAwareGuidance(m, 2.0, damping=-1.0), "damping = -1.0; allowed: a finite number, 0 or more"),
+        (lambda m: MagnitudeAwareGuidance(m, 2.0, damping=-1.0), "damping = -1.0; allowed: a number, 0 or more"),
         (lambda m: CFGZeroStar(m, 2.0, zero_from=float("nan")), "zero_from = nan; allowed: a time above 0"),
-        (lambda m: AdaptiveProjectedGuidance(m, 2.0, momentum=1.0), "momentum = 1.0; allowed: norm above 0"),
+        (
+            lambda m: AdaptiveProjectedGuidance(m, 2.0, momentum=1.0),
+            "norm, momentum = (inf, 1.0); allowed: norm above 0",
+        ),
         (lambda m: AdaptiveProjectedGuidance(m, 2.0, eta=float("inf")), "eta = inf; allowed: a finite number"),
         (lambda m: FrequencyDecoupledGuidance(m, 2.0, shares=(1.0, float("nan"))), "shares = (1.0, nan); allowed"),
-        (lambda m: DynamicThresholding(m, 2.0, limit=0.0), "limit = 0.0; allowed: quantile 0 to 1, limit finite"),
+        (lambda m: DynamicThresholding(m, 2.0, limit=0.0), "limit = 0.0; allowed: a finite number above 0"),
         (lambda m: RectifiedGuidance(m, 2.0, ratios=float("nan")), "nan; allowed: a finite number"),
         (lambda m: frequency_bands(torch.zeros(1, 1, 5, 5), 4), "height and width of 12 or more"),
-        (lambda m: interval_from_steps(FlowPath(), 10, 5, 4), "first = 5, last = 4; allowed"),
-        (lambda m: interval_from_noise(FlowPath(), -1.0), "low = -1.0, high = inf; allowed"),
+        (lambda m: interval_from_steps(FlowPath(), 10, 5, 4), "first, last = (5, 4); allowed"),
+        (lambda m: interval_from_noise(FlowPath(), -1.0), "low, high = (-1.0, inf); allowed"),
         (lambda m: linear_schedule(float("nan")), "scale = nan; allowed"),
-        (lambda m: PairGuidance(Denoiser(FlowPath(), 0)), "model has 0 classes; allowed"),
+        (lambda m: ClassifierFreeGuidance(Denoiser(FlowPath(), 0)), "model.num_classes = 0; allowed"),
     ],
 )
 def test_bad_input(make, says):

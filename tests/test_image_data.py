@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import io
+import json
 import os
 import pickle
 import shutil
@@ -22,8 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 
-from guidance_nb import image_data
-from guidance_nb.image_data import (
+from guidance_nb._random import keyed_generator
+from guidance_nb.images import data as image_data
+from guidance_nb.images.data import (
     FILES,
     ImageData,
     balanced_subset,
@@ -35,7 +38,7 @@ from guidance_nb.image_data import (
     save_samples,
     to_uint8,
 )
-from guidance_nb.training import batches, keyed_generator
+from guidance_nb.training import batches
 
 
 def picture(*shape, seed=0):
@@ -65,8 +68,8 @@ def test_every_level_survives(dtype):
     ("x", "message"),
     [
         (torch.tensor([0.0, 200.0]), r"x is in \[0, 200\]; allowed: \[-1, 1\]"),
-        (torch.tensor([0.0, float("inf")]), "1 values that are not finite"),
-        (torch.tensor([1, 2]), "x is torch.int64; allowed: floating-point"),
+        (torch.tensor([0.0, float("inf")]), "values of x that are not finite = 1; allowed: none"),
+        (torch.tensor([1, 2]), "type of x = torch.int64; allowed: floating-point"),
     ],
 )
 def test_what_is_no_image_is_refused(x, message):
@@ -129,7 +132,7 @@ def test_balanced_subset():
 
 
 def test_wrong_pixels_are_refused():
-    with pytest.raises(ValueError, match=r"pixels are torch.float32 \(2, 1, 4, 4\); allowed: torch.uint8 \(2, 1, 4"):
+    with pytest.raises(ValueError, match=r"pixels = \(torch.float32, 2, 1, 4, 4\); allowed: \(torch.uint8, 2, 1, 4"):
         ImageData(torch.zeros(2, 1, 4, 4), torch.zeros(2), ("a",), (1, 4, 4))
 
 
@@ -186,7 +189,7 @@ def damaged_copy(data, folder, name, damage):
 def test_damaged_files_are_named(data, tmp_path, monkeypatch, name, damage):
     source = "mnist" if "MNIST" in name else "cifar10"
     damaged_copy(data, tmp_path, name, damage)
-    words = {"truncated": " bytes instead of ", "altered": "md5 .* instead of ", "missing": "is missing"}[damage]
+    words = {"truncated": " bytes instead of ", "altered": "its md5 is not ", "missing": "is missing"}[damage]
     with pytest.raises(ValueError, match=f"{name}.*{words}") as caught:
         load_images(source, root=tmp_path, download=False)
     assert "\n" not in str(caught.value) and ("delete it" in str(caught.value)) == (damage != "missing")
@@ -317,9 +320,11 @@ def test_modes(tmp_path):
     assert torch.equal(read_image(tmp_path / "grey.png", 1)[0], grey)
     rgba = picture(6, 6, 4, seed=2)
     Image.fromarray(rgba.numpy()).save(tmp_path / "rgba.png")
-    assert torch.equal(read_image(tmp_path / "rgba.png", 3), rgba[:, :, :3].permute(2, 0, 1))
+    weight = rgba[:, :, 3:].double() / 255  # composited on white: hidden colours stay hidden
+    expected = weight * rgba[:, :, :3] + (1 - weight) * 255
+    assert (read_image(tmp_path / "rgba.png", 3).permute(1, 2, 0) - expected).abs().max() <= 1
     Image.fromarray(np.arange(36, dtype=np.uint16).reshape(6, 6) * 1000).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep.png has pixels of mode I;16; allowed: 8 bits"):
+    with pytest.raises(ValueError, match=r"deep.png cannot be read \(mode = 'I;16'; allowed: 8 bits"):
         read_image(tmp_path / "deep.png", 1)
 
 
@@ -341,6 +346,148 @@ def test_bad_folders(folder):
         load_images(folder, size=8, channels=4)
     with pytest.raises(ValueError, match="split = 'val'; allowed: 'train', 'test'"):
         load_images("mnist", "val")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright_as_viewers_show_them(tmp_path, orientation):
+    "The sensor's rows and columns, turned and mirrored as EXIF says; sizes are those of what is shown."
+    shown = picture(4, 6, 3, seed=5).numpy()
+    undo = {1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1], 5: shown.transpose(1, 0, 2)}
+    undo |= {6: np.rot90(shown), 7: shown[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(shown, -1)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for kind in ("png", "webp"):
+        path = tmp_path / "a" / f"0.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(undo[orientation])).save(path, exif=exif, lossless=True)
+        assert read_image(path, 3).permute(1, 2, 0).tolist() == shown.tolist()
+        assert image_data.common_size([path]) == (4, 6)
+        assert load_images(tmp_path).shape == (3, 4, 6)
+        assert load_samples(path.parent).x.shape == (1, 3, 4, 6)
+        path.unlink()
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "tif")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_transparent_is_white(tmp_path, mode, suffix, channels):
+    colours = np.full((4, 4, 4), 40, np.uint8)
+    colours[:2, :, 3], colours[2:, :, 3] = 0, 255
+    image, options = Image.fromarray(colours), {}
+    if mode == "P":  # a palette of which one colour is transparent
+        image, options = image.convert("RGB").convert("P"), {"transparency": 7}
+        image.putdata([7] * 8 + [9] * 8)
+        image.putpalette([40] * 768)
+    path = tmp_path / f"a.{suffix}"
+    (image if mode == "P" else image.convert(mode)).save(path, **options)
+    found = read_image(path, channels)
+    assert found[:, :2].unique().tolist() == [255] and found[:, 2:].unique().tolist() == [40]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._0.png", ".ipynb_checkpoints/0.png", ".git/a.png", ".hidden.jpg"])
+def test_hidden_names_are_no_data(folder, name):
+    "At every depth, for training data and for samples."
+    before = load_images(folder)
+    for place in (folder, folder / "a", folder / "b"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(b"no picture")
+    after, samples = load_images(folder), load_samples(folder)
+    assert after.classes == before.classes and after.labels.tolist() == before.labels.tolist()
+    assert after.pixels.paths == before.pixels.paths
+    assert samples.facts == {"classes": ["a", "b", "c 1"]} and len(samples.x) == 12
+
+
+def test_folders_may_be_links(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("links")
+    for name in ("a", "b"):
+        (root / name).symlink_to(folder / name)
+    assert load_images(root).labels.tolist() == [0] * 4 + [1] * 4
+
+
+def whole_png():
+    file = io.BytesIO()
+    Image.fromarray(picture(12, 10, 3).numpy()).save(file, "png")
+    return file.getvalue()
+
+
+def huge_png():
+    "A picture of a billion pixels by its header."
+    blob = bytearray(whole_png())
+    blob[16:24] = struct.pack(">2I", 40_000, 40_000)
+    blob[29:33] = struct.pack(">I", __import__("zlib").crc32(bytes(blob[12:29])))
+    return bytes(blob)
+
+
+def spoil(path, kind):
+    "Put something that is no good in the place of a file."
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "forbidden":
+        path.write_bytes(whole_png())
+        path.chmod(0)
+    elif kind == "link to nothing":
+        path.symlink_to("nowhere")
+    else:
+        blob = {"empty": b"", "truncated": whole_png()[:60], "foreign": b"PK\x03\x04 or not", "huge": huge_png()}[kind]
+        path.write_bytes(blob)
+
+
+KINDS = ["empty", "truncated", "foreign", "huge", "pipe", "folder", "link to nothing"]
+KINDS += [] if os.geteuid() == 0 else ["forbidden"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and permissions")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reader", ["image", "header", "training", "samples", "npz", "reference", "rows", "text"])
+def test_every_reader_names_what_it_cannot_read(folder, kind, reader):
+    "In one line, at once, and never by waiting for a pipe."
+    from guidance_nb._files import read_text
+    from guidance_nb.images.features import read_reference
+    from guidance_nb.images.metrics import read_rows
+
+    path = folder / "a" / {"npz": "1.npz", "reference": "1.npz", "rows": "1.csv", "text": "1.txt"}.get(reader, "1.png")
+    spoil(path, kind)
+    read = {
+        "image": lambda: read_image(path, 3),
+        "header": lambda: image_data.common_size([path, path]),
+        "training": lambda: load_images(folder, size=8).images(torch.arange(12)),
+        "samples": lambda: load_samples(folder, size=8),
+        "npz": lambda: load_samples(path),
+        "reference": lambda: read_reference(path),
+        "rows": lambda: read_rows(path),
+        "text": lambda: read_text(path),
+    }[reader]
+    if (reader, kind) in {
+        ("header", "truncated"),
+        ("text", "empty"),
+        ("text", "foreign"),
+        ("header", "forbidden"),
+        ("rows", "empty"),
+    }:
+        return  # the header is whole; empty text is text, and an empty table has no rows yet
+    if kind == "folder" and reader in ("training", "samples"):
+        assert len(load_images(folder)) == 11  # a folder by the name of an image is no image
+        return
+    if kind == "folder" and reader == "npz":
+        path = path / "none"
+    with pytest.raises((ValueError, PermissionError)) as caught:
+        read()
+    assert "\n" not in str(caught.value) and path.name in str(caught.value)
+
+
+@pytest.mark.parametrize("facts", ["[1]", "3", "{", '"a"'])
+def test_facts_that_are_no_table(tmp_path, facts):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), facts=np.array(facts))
+    with pytest.raises(ValueError, match=r"facts of .*a\.npz = .*; allowed: JSON of a table"):
+        load_samples(tmp_path / "a.npz")
+    save_samples(tmp_path / "a", picture(2, 3, 4, 4))
+    record = json.loads((tmp_path / "a" / "facts.json").read_text())
+    for change in ({"facts": [1]}, {"shape": 3}, {"sha256": None}):
+        (tmp_path / "a" / "facts.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=r"damaged|others than were written"):
+            load_samples(tmp_path / "a")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -370,9 +517,9 @@ def test_samples_round_trip(tmp_path, name, channels, labels):
     assert torch.equal(found.x, x) and found.facts == facts and found.x.is_contiguous()
     assert found.c is None if c is None else torch.equal(found.c, c)
     assert [p.name for p in tmp_path.iterdir()] == [name]  # nothing temporary stays
-    with pytest.raises(ValueError, match=r"images of \(7, 9\); allowed: 7x7, as asked for"):
+    with pytest.raises(ValueError, match=r"size of the images of .* = \(7, 9\); allowed: 7x7"):
         load_samples(path, size=7)
-    with pytest.raises(ValueError, match=f"{channels} channels; allowed: {4 - channels}, as asked for"):
+    with pytest.raises(ValueError, match=f"channels of .* = {channels}; allowed: {4 - channels}, as asked for"):
         load_samples(path, channels=4 - channels)
 
 
@@ -402,14 +549,14 @@ def test_samples_made_elsewhere(tmp_path):
     found = load_samples(tmp_path / "classes", size=4, channels=1)
     assert found.c.tolist() == [0] * 3 + [1] * 3 and found.facts == {"classes": ["cat", "dog"]}
     shutil.copy(tmp_path / "flat" / "0.png", tmp_path / "classes" / "0.png")
-    with pytest.raises(ValueError, match="classes holds images at several depths"):
+    with pytest.raises(ValueError, match=r"classes = .images at several depths.; allowed"):
         load_samples(tmp_path / "classes", size=4)
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "no array arr_0, only images"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "arrays of .* = .images.; allowed: arr_0"),
         ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 in \[0, 0\]; allowed: uint8"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.int64)}, "arr_0 is int64"),
         ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"\(2, 3, 4, 4\), channels first"),
@@ -419,9 +566,9 @@ def test_samples_made_elsewhere(tmp_path):
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(3, int)}, "arr_1 is int64 .*; allowed: 2 whole"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(2)}, "arr_1 is float64"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.array([-1, 0])}, "0 or more"),
-        ({"arr_0": np.array([None, {}], dtype=object)}, "is damaged or holds no samples"),
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, r"images of \(8, 8\); allowed: 4x4, as asked for"),
-        ({"arr_0": np.zeros((2, 4, 4, 1), np.uint8)}, "1 channels; allowed: 3, as asked for"),
+        ({"arr_0": np.array([None, {}], dtype=object)}, "cannot be read"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, r"size of the images of .* = \(8, 8\); allowed: 4x4"),
+        ({"arr_0": np.zeros((2, 4, 4, 1), np.uint8)}, "channels of .* = 1; allowed: 3, as asked for"),
     ],
 )
 def test_bad_sample_files(tmp_path, arrays, message):
@@ -434,15 +581,15 @@ def test_bad_sample_files(tmp_path, arrays, message):
 @pytest.mark.parametrize(
     ("x", "c", "facts", "message"),
     [
-        (torch.zeros(2, 4, 4), None, None, r"x has shape \(2, 4, 4\)"),
+        (torch.zeros(2, 4, 4), None, None, r"shape of x = \(2, 4, 4\)"),
         (torch.zeros(0, 3, 4, 4), None, None, "not empty"),
         (torch.full((2, 3, 4, 4), 200.0), None, None, r"x is in \[200, 200\]"),
         (torch.full((2, 3, 4, 4), float("nan")), None, None, "not finite"),
         (picture(2, 3, 4, 4), torch.zeros(3, dtype=torch.long), None, "allowed: 2 whole numbers"),
-        (picture(2, 3, 4, 4), torch.zeros(2), None, "c is torch.float32"),
+        (picture(2, 3, 4, 4), torch.zeros(2), None, "c = .torch.float32 "),
         (picture(2, 3, 4, 4), torch.tensor([0, -1]), None, "0 or more"),
         (picture(2, 3, 4, 4), None, {"x": torch.zeros(1)}, "facts cannot be written as JSON"),
-        (picture(2, 3, 4, 4), None, [1], "facts is a list"),
+        (picture(2, 3, 4, 4), None, [1], "facts = \\[1\\]; allowed: a dict"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.npz", "a"])
@@ -458,7 +605,7 @@ def test_damaged_archives_never_give_other_samples(tmp_path):
     path = tmp_path / "b.npz"
     for size in range(0, len(whole), 37):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"b.npz is damaged or holds no samples"):
+        with pytest.raises(ValueError, match=r"b.npz cannot be read"):
             load_samples(path)
     damaged = 0
     for position in range(0, len(whole), 7):
@@ -475,13 +622,13 @@ def test_damaged_folders_are_refused(tmp_path):
     one = path / "0001" / "000001.png"
     before = one.read_bytes()
     Image.fromarray(picture(4, 4, 3, seed=9).numpy()).save(one)
-    with pytest.raises(ValueError, match="a holds other images or labels than were written"):
+    with pytest.raises(ValueError, match=r"images and labels in .*a = .others than were written"):
         load_samples(path)
     one.unlink()
-    with pytest.raises(ValueError, match="a holds 3 of 4 images"):
+    with pytest.raises(ValueError, match=r"images in .*a = 3; allowed: all 4"):
         load_samples(path)
     (path / "0000" / "000001.png").write_bytes(before)  # in another class
-    with pytest.raises(ValueError, match="a holds other images or labels than were written"):
+    with pytest.raises(ValueError, match=r"images and labels in .*a = .others than were written"):
         load_samples(path)
 
 
@@ -524,7 +671,7 @@ def test_a_failed_write_leaves_the_old_samples(tmp_path, monkeypatch, name, fail
 
 WRITER = """
 import sys, torch
-from guidance_nb.image_data import save_samples
+from guidance_nb.images.data import save_samples
 for i in range(10**6):
     save_samples(sys.argv[1], torch.full((40, 1, 4, 4), i % 256, dtype=torch.uint8), None, {"i": i})
     print(i, flush=True)
@@ -544,3 +691,27 @@ def test_killed_while_writing(tmp_path, name):
         (path,) = tmp_path.glob(".*.old")
     found = load_samples(path)
     assert (found.x == found.facts["i"] % 256).all() and len(found.x) == 40
+
+
+def test_pictures_that_were_replaced_renamed_or_moved_are_other_data(tmp_path):
+    "What a resumed run compares: the same folder is the same data, also elsewhere; any other list of files is not."
+    folder = tmp_path / "images"
+    images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    save_samples(folder, images, torch.arange(6) % 2)
+
+    def identity(path):
+        return load_images(path).digest()
+
+    was = identity(folder)
+    assert identity(folder) == was
+    assert identity(folder.rename(tmp_path / "elsewhere")) == was
+    (tmp_path / "elsewhere").rename(folder)
+    one, two = sorted(folder.glob("*/*.png"))[0], sorted(folder.glob("*/*.png"))[-1]
+    for change in (
+        lambda: one.write_bytes(two.read_bytes()),
+        lambda: one.rename(one.with_name("renamed.png")),
+        lambda: two.rename(folder / "0000" / two.name),
+    ):
+        change()
+        assert identity(folder) != was
+        was = identity(folder)

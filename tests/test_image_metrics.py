@@ -12,8 +12,9 @@ import scipy.linalg
 import torch
 from torch.utils.data import Dataset
 
-from guidance_nb import image_metrics as im
-from guidance_nb.metrics import precision_recall
+from guidance_nb.images import features as fx
+from guidance_nb.images import metrics as im
+from guidance_nb.metrics import frechet
 
 INCEPTION = "inception-v3-compat"
 
@@ -36,7 +37,7 @@ def plain(images):
     return torch.cat([f for q in quarters for f in (q.mean((2, 3)), q.std((2, 3)))], 1)
 
 
-QUARTERS = im.Extractor("quarters", plain)
+QUARTERS = fx.Extractor("quarters", plain)
 
 
 @pytest.fixture(scope="session")
@@ -58,21 +59,21 @@ def weights(tmp_path_factory):
             value.normal_(0, math.sqrt(2 / value[0].numel()), generator=generator)
         elif key.startswith("fc."):
             value.normal_(0, 0.3, generator=generator)
-    path = tmp_path_factory.mktemp("inception") / im.INCEPTION_FILE
+    path = tmp_path_factory.mktemp("inception") / fx.INCEPTION_FILE
     torch.save(state, path)
     return path
 
 
 @pytest.fixture(scope="session")
 def inception(weights):
-    return im.inception(weights, name="inception_random", device="cpu")
+    return fx.inception(weights, name="inception_random", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def seen(inception):
     "Two sets of images and their features, all layers."
     sets = pictures(10, 0), pictures(5, 1)
-    return sets, tuple(im.extract(x, inception, batch_size=5) for x in sets)
+    return sets, tuple(fx.extract(x, inception, batch_size=5) for x in sets)
 
 
 class Images(Dataset):
@@ -96,7 +97,7 @@ def test_all_scores_are_torch_fidelitys(weights, seen):
         "batch_size": 5, "save_cpu_ram": True, "feature_extractor_weights_path": str(weights),
     }  # fmt: skip
     theirs = torch_fidelity.calculate_metrics(
-        feature_extractor=im.spatial_extractor(), isc=True, fid=True, prc=True, prc_neighborhood=2, **options
+        feature_extractor=fx.spatial_extractor(), isc=True, fid=True, prc=True, prc_neighborhood=2, **options
     )
     ours = im.feature_scores(*features, ["sfd", "score", "precision", "recall"], k=2)
     assert ours["sfd_inception_random"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
@@ -127,7 +128,7 @@ def test_layers_are_those_of_the_plain_network(weights, seen):
 def test_rows_keep_their_order_and_do_not_depend_on_the_batch(inception, seen):
     (fake, _), (features, _) = seen
     order = torch.tensor([3, 0, 2])
-    few = im.extract(fake[order], inception, batch_size=2)
+    few = fx.extract(fake[order], inception, batch_size=2)
     for layer, values in few.rows.items():
         expected = features.rows[layer][order]
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
@@ -135,28 +136,28 @@ def test_rows_keep_their_order_and_do_not_depend_on_the_batch(inception, seen):
 
 def test_grey_images_are_repeated(inception):
     grey = pictures(2, 3, 28, channels=1)
-    one, three = im.extract(grey, inception), im.extract(grey.repeat(1, 3, 1, 1), inception)
+    one, three = fx.extract(grey, inception), fx.extract(grey.repeat(1, 3, 1, 1), inception)
     assert torch.equal(one.rows["features"], three.rows["features"])
     assert one.size == (28, 28) and one.n == 2 and one.checksum != three.checksum
 
 
 def test_only_inceptions_weights_make_fid(weights, monkeypatch):
     "The file's checksum decides; under another name every column says so."
-    with pytest.raises(ValueError, match=r"are not FID's; allowed: weights-inception-2015-12-05-6726825d\.pth"):
-        im.inception(weights)
-    stated = im.INCEPTION_FILE.replace("6726825d", im.checksum(weights)[:8])
-    monkeypatch.setattr(im, "INCEPTION_FILE", stated)
+    with pytest.raises(ValueError, match=r"which are not FID's.*; allowed: weights-inception-2015-12-05-6726825d\.pth"):
+        fx.inception(weights)
+    stated = fx.INCEPTION_FILE.replace("6726825d", fx.checksum(weights)[:8])
+    monkeypatch.setattr(fx, "INCEPTION_FILE", stated)
     monkeypatch.setenv("GUIDANCE_NB_INCEPTION", str(weights))
     scores = im.image_scores(pictures(2, 0), pictures(2, 1), metrics="kid")
     assert list(scores) == ["kid"] and scores["kid"] != 0
-    assert im.inception(layers=["spatial"]).network(pictures(1, 0))["spatial"].shape == (1, 2023)
+    assert fx.inception(layers=["spatial"]).network(pictures(1, 0))["spatial"].shape == (1, 2023)
 
 
 def test_columns_carry_the_extractor():
-    assert [im.column(metric, INCEPTION) for metric in im.LAYERS] == ["fid", "sfid", "is", "kid", "precision", "recall"]
+    assert [im.column(metric, INCEPTION) for metric in fx.LAYERS] == ["fid", "sfid", "is", "kid", "precision", "recall"]
     scores = im.image_scores(pictures(20, 0), pictures(20, 1), QUARTERS)
     assert list(scores) == ["fd_quarters", "kd_quarters", "precision_quarters", "recall_quarters"]
-    with pytest.raises(ValueError, match="metric = 'fid' is Inception's; allowed for quarters: 'fd'"):
+    with pytest.raises(ValueError, match="metric of quarters = 'fid'; allowed: 'fd', since 'fid' is Inception's"):
         im.image_scores(pictures(20, 0), pictures(20, 1), QUARTERS, metrics=["fid"])
 
 
@@ -171,11 +172,11 @@ def test_missing_weights_are_one_line(tmp_path, monkeypatch):
         im.image_scores(pictures(2, 0), pictures(2, 1))
     text = str(error.value)
     assert "\n" not in text and "weights=" in text and "GUIDANCE_NB_INCEPTION" in text and "no network" in text
-    with pytest.raises(ValueError, match=r"no such file; needed: weights-inception"):
-        im.inception(tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match=r"no such file.*; allowed: weights-inception"):
+        fx.inception(tmp_path / "nothing.pth")
     monkeypatch.setenv("GUIDANCE_NB_INCEPTION", str(tmp_path))
     with pytest.raises(ValueError, match=r"no such file"):
-        im.inception()
+        fx.inception()
 
 
 # Arithmetic
@@ -187,9 +188,9 @@ def moments(mean, cov):
 
 def test_frechet_closed_forms():
     "In one dimension; with commuting covariances; under a translation."
-    assert im.frechet_of_moments(moments([1.0], [[4.0]]), moments([3.0], [[9.0]])) == pytest.approx(4 + 1)
+    assert frechet(moments([1.0], [[4.0]]), moments([3.0], [[9.0]])) == pytest.approx(4 + 1)
     a, b = moments(np.zeros(3), np.diag([1.0, 4.0, 9.0])), moments([1.0, 0, 2.0], np.diag([4.0, 4.0, 1.0]))
-    assert im.frechet_of_moments(a, b) == pytest.approx(5 + 1 + 0 + 4)
+    assert frechet(a, b) == pytest.approx(5 + 1 + 0 + 4)
 
 
 @pytest.mark.parametrize("n", [200, 6])
@@ -202,13 +203,13 @@ def test_frechet_by_scipy(n):
     if n > 12:
         middle = scipy.linalg.sqrtm(a @ b).real.trace()
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum().item() + np.trace(a) + np.trace(b) - 2 * middle
-    sets = (im.Features("plain", {"features": rows.float()}) for rows in (x, y))
+    sets = (fx.Features("plain", {"features": rows.float()}) for rows in (x, y))
     assert im.feature_scores(*sets, ["fd"])["fd_plain"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_moments_are_numpys():
     rows = cloud(9000, 5, 0, shift=1e3).float()  # more than one part, and a mean that float32 sums would lose
-    mean, cov = im.Features("plain", {"features": rows}).moment("features")
+    mean, cov = fx.Features("plain", {"features": rows}).moment("features")
     np.testing.assert_allclose(mean, rows.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(cov, np.cov(rows.double().numpy().T), rtol=1e-9, atol=1e-9)
 
@@ -241,7 +242,7 @@ def test_kernel_distance_is_unbiased_where_frechet_is_not():
     kernel = np.array([im.kernel_distance(x, y) for x, y in pairs])
     truth = 3 * (1 - s**2) ** 2 / d
     assert abs(kernel.mean() - truth) < 4 * kernel.std() / math.sqrt(len(kernel))
-    pair = (im.Features("plain", {"features": rows}) for rows in pairs[0])
+    pair = (fx.Features("plain", {"features": rows}) for rows in pairs[0])
     assert im.feature_scores(*pair, ["fd"])["fd_plain"] > 2 * d * (1 - s) ** 2
 
 
@@ -255,17 +256,7 @@ def test_precision_and_recall_by_loops_in_the_right_order(k):
     fake, real = cloud(30, 4, 0, scale=0.7, shift=0.4).float(), cloud(45, 4, 1).float()
     expected = loops(fake, real, k), loops(real, fake, k)
     assert expected[0] != expected[1]
-    assert im.neighbour_scores(fake, real, k) == pytest.approx(expected)
-    assert im.neighbour_scores(fake, real, k) == pytest.approx(precision_recall(real, fake, k))
-
-
-def test_a_release_with_the_other_order_is_refused(monkeypatch):
-    from torch_fidelity import metric_prc
-
-    ours = metric_prc.prc_features_to_metric
-    monkeypatch.setattr(metric_prc, "prc_features_to_metric", lambda a, b, **options: ours(b, a, **options))
-    with pytest.raises(RuntimeError, match="takes the real set first; needed: 0"):
-        im.neighbour_scores(cloud(9, 2, 0), cloud(9, 2, 1))
+    assert im.precision_recall(real, fake, k) == pytest.approx(expected)
 
 
 def test_bounds_of_the_class_score():
@@ -277,8 +268,8 @@ def test_bounds_of_the_class_score():
     p = torch.tensor([0.7, 0.2, 0.1])
     rolled = torch.stack([p.roll(i % 3) for i in range(30_000)]).log()
     assert im.class_score(rolled) == pytest.approx(math.exp((p * (3 * p).log()).sum()), rel=1e-3)
-    over = im.Features("plain", {"logits": 20 * sure[:1].repeat(50, 1)})  # underflow, of which torch-fidelity makes NaN
-    with pytest.raises(ValueError, match="score_plain is nan"):
+    over = fx.Features("plain", {"logits": 20 * sure[:1].repeat(50, 1)})  # underflow, of which torch-fidelity makes NaN
+    with pytest.raises(ValueError, match="score_plain = nan"):
         im.feature_scores(over, over, ["score"])
 
 
@@ -298,10 +289,10 @@ def reference_file(path, images=6, **changes):
 
 def test_reference_file_is_read(tmp_path, inception, seen):
     "Moments from the file, neighbours from its images."
-    reference = im.read_reference(reference_file(tmp_path / "ref.npz"), n=50_000)
+    reference = fx.read_reference(reference_file(tmp_path / "ref.npz"), n=50_000)
     assert reference.images.shape == (6, 3, 32, 32) and torch.equal(reference.images, pictures(6, 5))
     rows = torch.randn(30, 2048, generator=torch.Generator().manual_seed(0))
-    samples = im.Features(INCEPTION, {"features": rows})
+    samples = fx.Features(INCEPTION, {"features": rows})
     mean, cov = samples.moment("features")
     # with the reference's covariance 2 I the root is that of one matrix
     root = 2 * math.sqrt(2) * np.sqrt(np.clip(np.linalg.eigvalsh(cov.numpy()), 0, None)).sum()
@@ -312,30 +303,30 @@ def test_reference_file_is_read(tmp_path, inception, seen):
 
 
 def test_reference_files_images_give_neighbours(tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(im, "INCEPTION_FILE", f"{im.checksum(weights)[:8]}.pth")
-    reference = im.read_reference(reference_file(tmp_path / "ref.npz", images=4))
+    monkeypatch.setattr(fx, "INCEPTION_FILE", f"{fx.checksum(weights)[:8]}.pth")
+    reference = fx.read_reference(reference_file(tmp_path / "ref.npz", images=4))
     samples = pictures(5, 5)[[0, 1, 2, 3]]  # nearly the images of the file, which were drawn six at a time
     scores = im.image_scores(samples, reference, metrics=["kid", "precision", "recall"], weights=weights, k=1)
-    rows = [im.extract(x, im.inception(weights, ["features"])).rows["features"] for x in (samples, reference.images)]
-    assert (scores["precision"], scores["recall"]) == pytest.approx(im.neighbour_scores(*rows, k=1))
+    rows = [fx.extract(x, fx.inception(weights, ["features"])).rows["features"] for x in (samples, reference.images)]
+    assert (scores["precision"], scores["recall"]) == pytest.approx(im.precision_recall(*rows[::-1], k=1))
     assert scores["kid"] == pytest.approx(im.kernel_distance(*rows), rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mu": None}, "has the keys sigma, mu_s, sigma_s, arr_0; needed: mu, sigma"),
-        ({"mu": np.zeros(64)}, r"mu, sigma are \(64,\) and \(2048, 2048\); needed: \[2048\]"),
-        ({"sigma_s": np.eye(5)}, r"mu_s, sigma_s are \(2023,\) and \(5, 5\); needed: \[2023\]"),
-        ({"mu": np.full(2048, np.nan)}, "needed: .* finite"),
-        ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 is float64"),
-        ({"arr_0": np.zeros((3, 3, 8, 8), dtype=np.uint8)}, "needed: uint8"),
-        ({"mu": np.array([{}], dtype=object)}, "cannot be read as an .npz of numbers"),
+        ({"mu": None}, "keys of .*ref.npz = .sigma, mu_s, sigma_s, arr_0.; allowed: mu, sigma"),
+        ({"mu": np.zeros(64)}, r"mu, sigma of .* = \(\(64,\), \(2048, 2048\)\); allowed: \[2048\]"),
+        ({"sigma_s": np.eye(5)}, r"mu_s, sigma_s of .* = \(\(2023,\), \(5, 5\)\); allowed: \[2023\]"),
+        ({"mu": np.full(2048, np.nan)}, "allowed: .* finite"),
+        ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 of .* = .float64"),
+        ({"arr_0": np.zeros((3, 3, 8, 8), dtype=np.uint8)}, "allowed: uint8"),
+        ({"mu": np.array([{}], dtype=object)}, "cannot be read"),
     ],
 )  # fmt: skip
 def test_broken_reference_files(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
-        im.read_reference(reference_file(tmp_path / "ref.npz", **changes))
+        fx.read_reference(reference_file(tmp_path / "ref.npz", **changes))
     assert "\n" not in str(error.value)
 
 
@@ -343,38 +334,38 @@ def test_files_that_are_no_reference(tmp_path):
     path = tmp_path / "ref.npz"
     for content in (b"", b"not a zip", reference_file(tmp_path / "whole.npz").read_bytes()[:-300]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"cannot be read as an \.npz of numbers"):
-            im.read_reference(path)
+        with pytest.raises(ValueError, match=r"cannot be read .*; allowed: an \.npz file of numbers"):
+            fx.read_reference(path)
     np.save(tmp_path / "array.npy", np.zeros(3))
     with pytest.raises(ValueError, match="cannot be read"):
-        im.read_reference(tmp_path / "array.npy")
-    bare = im.read_reference(reference_file(path, mu_s=None, sigma_s=None, arr_0=None))
-    samples = im.Features(INCEPTION, {"features": cloud(5, 2048, 0)})
+        fx.read_reference(tmp_path / "array.npy")
+    bare = fx.read_reference(reference_file(path, mu_s=None, sigma_s=None, arr_0=None))
+    samples = fx.Features(INCEPTION, {"features": cloud(5, 2048, 0)})
     with pytest.raises(ValueError, match=r"ref\.npz has no moments of spatial; needed for sfid: mu_s, sigma_s"):
         im.image_scores(samples, bare, metrics=["sfid"])
     with pytest.raises(ValueError, match="kid needs rows"):
         im.image_scores(samples, bare, metrics=["kid"])
-    with pytest.raises(ValueError, match="reference holds what inception-v3-compat saw"):
+    with pytest.raises(ValueError, match=r"reference = .seen by inception-v3-compat.; allowed: features of quarters"):
         im.image_scores(pictures(5, 0), bare, QUARTERS)
 
 
-# Judges, copies, labels
+# Evaluation classifiers, copies, labels
 
 
-def test_agreement_of_a_one_hot_judge():
+def test_agreement_of_a_one_hot_classifier():
     labels = torch.tensor([0, 1, 2, 1, 0, 0])
     images = (labels * 50).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
 
-    def judge(x):
+    def classifier(x):
         assert x.shape[1] == 3
         return torch.nn.functional.one_hot((x[:, 0, 0, 0] // 50).long(), 4).float()
 
-    share, each = im.class_agreement(images, labels, judge, batch_size=4)
+    share, each = im.class_agreement(images, labels, classifier, batch_size=4)
     assert share == 1 and each[:3].tolist() == [1, 1, 1] and each[3].isnan()
-    share, each = im.class_agreement(images, torch.tensor([0, 1, 2, 2, 0, 1]), judge)
+    share, each = im.class_agreement(images, torch.tensor([0, 1, 2, 2, 0, 1]), classifier)
     assert share == pytest.approx(4 / 6) and each[:3].tolist() == [1, 0.5, 0.5]
     with pytest.raises(ValueError, match="labels: c contains 4; allowed: 0 to 3"):
-        im.class_agreement(images, labels + 2, judge)
+        im.class_agreement(images, labels + 2, classifier)
 
 
 @pytest.mark.parametrize(("depth", "parameters", "accuracy"), [(20, 269_722, 0.9173), (56, 853_018, 0.9339)])
@@ -382,32 +373,32 @@ def test_the_networks_are_those_whose_accuracy_was_measured(data, depth, paramet
     "On 400 test images; all 10,000 give 91.73 and 93.39 %."
     from torchvision.datasets import CIFAR10
 
-    network = im.cifar_resnet(data / "classifiers", depth, device="cpu")
+    network = fx.cifar_resnet(data / "classifiers", depth, device="cpu")
     assert sum(p.numel() for p in network.parameters()) == parameters
     test = CIFAR10(data, train=False)
     images, labels = torch.from_numpy(test.data[:400]).permute(0, 3, 1, 2), torch.tensor(test.targets[:400])
     share, _ = im.class_agreement(images, labels, network)
     assert abs(share - accuracy) < 3 * math.sqrt(accuracy * (1 - accuracy) / 400)
-    extractor = im.resnet_extractor(network)
-    features = im.extract(images[:50], extractor)
+    extractor = fx.resnet_extractor(network)
+    features = fx.extract(images[:50], extractor)
     assert features.rows["features"].shape == (50, 64) and extractor.name == f"resnet{depth}"
     assert torch.equal(features.rows["logits"].argmax(1), network(images[:50]).argmax(1))
-    assert list(im.image_floor(features, metrics="fd")) == [f"fd_resnet{depth}_floor"]
+    assert list(im.image_baseline(features, metrics="fd")) == [f"fd_resnet{depth}_baseline"]
 
 
 def test_damaged_classifier_files(data, tmp_path, monkeypatch):
     whole = next((data / "classifiers").glob("resnet20-*.th"))
     (tmp_path / whole.name).write_bytes(whole.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged: its name and its SHA-256 disagree"):
-        im.cifar_resnet(tmp_path, 20)
+        fx.cifar_resnet(tmp_path, 20)
     (tmp_path / "mine.th").write_bytes(whole.read_bytes())
     with pytest.raises(ValueError, match="does not hold a ResNet-56"):
-        im.cifar_resnet(tmp_path / "mine.th", 56)
+        fx.cifar_resnet(tmp_path / "mine.th", 56)
     with pytest.raises(ValueError, match=r"no resnet56-\*\.th there"):
-        im.cifar_resnet(tmp_path, 56)
+        fx.cifar_resnet(tmp_path, 56)
     monkeypatch.delenv("GUIDANCE_NB_DATA")
     with pytest.raises(ValueError, match="or GUIDANCE_NB_DATA with it in classifiers/"):
-        im.cifar_resnet()
+        fx.cifar_resnet()
 
 
 def test_nearest_images_by_loops():
@@ -420,6 +411,20 @@ def test_nearest_images_by_loops():
     assert torch.equal(index, order[:, :3]) and distance[4, 0] == 0 and index[4, 0] == 17
 
 
+def test_nearest_images_are_exact_among_frames_of_a_film():
+    "Pictures that differ in a few grey levels, which a product in single precision cannot tell apart."
+    g = torch.Generator().manual_seed(0)
+    scene = torch.randint(0, 250, (1, 3, 32, 32), generator=g)
+    changed = torch.rand(400, 3, 32, 32, generator=g) < 1e-3
+    film = (scene + changed * torch.randint(1, 3, changed.shape, generator=g)).to(torch.uint8)
+    shown, train = film[:40], film[40:]
+    table = (shown[:, None].int() - train.int()).square().sum((2, 3, 4))
+    expected, order = table.sort(dim=1, stable=True)
+    distance, index = im.nearest_images(shown, train, k=5)
+    assert torch.equal(index, order[:, :5])
+    torch.testing.assert_close(distance, (expected[:, :5].double() / 3072).sqrt())
+
+
 def test_share_of_copies_with_known_number():
     train = pictures(200, 0, 8)
     samples = torch.cat([train[:3], (train[3:5].int() + 1).clamp(max=255).to(torch.uint8), pictures(5, 9, 8)])
@@ -427,6 +432,11 @@ def test_share_of_copies_with_known_number():
     assert share == 0.5 and mean > 0
     with pytest.raises(ValueError, match="equal shapes"):
         im.copy_share(samples[:, :1], train)
+
+
+def test_two_images_are_the_least_for_a_kernel_distance():
+    with pytest.raises(ValueError, match="images of the smaller set = 1; allowed: 2 or more"):
+        im.kernel_distance(cloud(1, 3, 0), cloud(9, 3, 1))
 
 
 def test_balanced_labels():
@@ -438,7 +448,7 @@ def test_balanced_labels():
 
 
 def row(**more):
-    features = im.Features("quarters", {"features": cloud(20, 3, 0)}, name="train", n=20, checksum="ab")
+    features = fx.Features("quarters", {"features": cloud(20, 3, 0)}, name="train", n=20, checksum="ab")
     return im.provenance(features, features, "heun", 32, 1.5, 7) | more
 
 
@@ -468,7 +478,7 @@ def test_a_crash_while_writing_keeps_the_old_table(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(im.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         im.append_rows(path, [row()])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
@@ -476,7 +486,7 @@ def test_a_crash_while_writing_keeps_the_old_table(tmp_path, monkeypatch):
 
 def test_other_tables_are_refused(tmp_path):
     path = tmp_path / "rows.csv"
-    with pytest.raises(ValueError, match="a row lacks hardware; needed"):
+    with pytest.raises(ValueError, match=r"missing keys of a row = .hardware.; allowed: none"):
         im.append_rows(path, [{key: value for key, value in row().items() if key != "hardware"}])
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="is not a table of image metrics: it lacks n, reference"):
@@ -484,14 +494,16 @@ def test_other_tables_are_refused(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
     path.unlink()
     im.append_rows(path, [row()])
-    path.write_text(path.read_text() + "1,2\n")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as a spreadsheet program saves it
+    assert len(im.read_rows(path)[1]) == 1
+    path.write_text(path.read_text("utf-8-sig") + "1,2\n")
     with pytest.raises(ValueError, match="is damaged: line 3 has 2 values, the header 15"):
         im.append_rows(path, [row()])
 
 
 def test_processes_that_append_at_once_lose_nothing(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from guidance_nb import image_metrics as im\n"
+        "import sys, time; from pathlib import Path; from guidance_nb.images import metrics as im\n"
         "path, who = Path(sys.argv[1]), sys.argv[2]\n"
         "(path.parent / who).touch()\n"
         "while not all((path.parent / name).exists() for name in 'ab'): time.sleep(0.001)\n"  # start together
@@ -506,25 +518,25 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
     assert found == [(who, i) for who in "ab" for i in range(40)]
 
 
-# Floors and bad input
+# Baselines and bad input
 
 
-def test_floor_is_between_disjoint_halves():
+def test_baseline_is_between_disjoint_halves():
     real = pictures(60, 0)
-    features = im.extract(real, QUARTERS)
-    floor = im.image_floor(features, n=20, seed=3)
+    features = fx.extract(real, QUARTERS)
+    baseline = im.image_baseline(features, n=20, seed=3)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
     expected = im.image_scores(real[order[:20]], real[order[20:40]], QUARTERS)
-    assert floor == pytest.approx({f"{key}_floor": value for key, value in expected.items()}, rel=1e-4, abs=1e-9)
-    assert list(im.image_floor(real, extractor=QUARTERS)) == list(floor)
-    with pytest.raises(ValueError, match="n = 31 of 60 real images; allowed: 1 to 30"):
-        im.image_floor(features, n=31)
+    assert baseline == pytest.approx({f"{key}_baseline": value for key, value in expected.items()}, rel=1e-4, abs=1e-9)
+    assert list(im.image_baseline(real, extractor=QUARTERS)) == list(baseline)
+    with pytest.raises(ValueError, match="n = 31; allowed: 1 to 30, for two disjoint sets of 60 images"):
+        im.image_baseline(features, n=31)
 
 
 def test_features_are_reused():
     calls = []
-    counted = im.Extractor("counted", lambda x: calls.append(len(x)) or plain(x))
-    reference = im.measure(pictures(10, 0), counted, name="train")
+    counted = fx.Extractor("counted", lambda x: calls.append(len(x)) or plain(x))
+    reference = fx.extract(pictures(10, 0), counted, name="train")
     for seed in (1, 2):
         im.image_scores(pictures(8, seed), reference, counted)
     assert sum(calls) == 10 + 8 + 8 and reference.name == "train"
@@ -536,27 +548,27 @@ GOOD = pictures(10, 0)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: im.image_scores(GOOD.float(), GOOD, QUARTERS), "samples is torch.float32; allowed: a torch.uint8"),
-        (lambda: im.image_scores(GOOD, GOOD.numpy(), QUARTERS), "reference is ndarray; allowed"),
-        (lambda: im.image_scores(GOOD[:, :2], GOOD, QUARTERS), r"shape \(10, 2, 32, 32\); allowed: \[n, 1 or 3"),
-        (lambda: im.image_scores(GOOD[0], GOOD, QUARTERS), r"samples has shape \(3, 32, 32\)"),
-        (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), "samples has 0 images; allowed: 1 or more"),
-        (lambda: im.image_scores(pictures(10, 0, 28), GOOD, QUARTERS), "have 28x28 and 32x32 pixels; allowed"),
-        (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["fd"]), "samples has 1 images; allowed: 2 or more"),
-        (lambda: im.image_scores(GOOD, GOOD[:3], QUARTERS), "reference has 3 images; allowed: 4 or more for precision"),
+        (lambda: im.image_scores(GOOD.float(), GOOD, QUARTERS), "type of samples = torch.float32; allowed: a torch"),
+        (lambda: im.image_scores(GOOD, GOOD.numpy(), QUARTERS), "type of reference = .ndarray.; allowed"),
+        (lambda: im.image_scores(GOOD[:, :2], GOOD, QUARTERS), r"shape of samples = \(10, 2, 32, 32\); allowed"),
+        (lambda: im.image_scores(GOOD[0], GOOD, QUARTERS), r"shape of samples = \(3, 32, 32\)"),
+        (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), "images in samples = 0; allowed: 1 or more"),
+        (lambda: im.image_scores(pictures(10, 0, 28), GOOD, QUARTERS), "sizes of samples and reference"),
+        (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["fd"]), "features has shape .1, 24.; allowed: .* n >= 2"),
+        (lambda: im.image_scores(GOOD, GOOD[:3], QUARTERS), "real has shape .3, 24.; allowed: .* n >= 4"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["score"]), r"samples .* has layers features; score_q"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["precison"]), "did you mean precision"),
-        (lambda: im.image_scores(GOOD, GOOD, QUARTERS, []), "metrics is empty"),
+        (lambda: im.image_scores(GOOD, GOOD, QUARTERS, []), "metrics = .*; allowed: some of"),
         (lambda: im.image_scores(GOOD, GOOD, "resnet65"), "extractor = 'resnet65'; .* did you mean resnet56"),
-        (lambda: im.image_scores(GOOD, im.extract(GOOD, QUARTERS), "resnet56"), "reference holds what quarters saw"),
-        (lambda: im.extract(GOOD, im.Extractor("bad", lambda x: plain(x) * math.nan)), "features that are not"),
-        (lambda: im.extract(GOOD, im.Extractor("bad", lambda x: plain(x)[1:])), r"bad returns \(9, 24\); allowed"),
-        (lambda: im.extract(GOOD, im.Extractor("bad", lambda x: x)), "bad returns"),
-        (lambda: im.Extractor("FD-ResNet56", plain), "name = 'FD-ResNet56'; allowed: small letters"),
-        (lambda: im.cifar_resnet(depth=32), "depth = 32; allowed: 20 or 56"),
-        (lambda: im.nearest_images(GOOD, GOOD, k=11), "train has 10 images; allowed: 11 or more"),
+        (lambda: im.image_scores(GOOD, fx.extract(GOOD, QUARTERS), "resnet56"), "features of resnet56"),
+        (lambda: fx.extract(GOOD, fx.Extractor("bad", lambda x: plain(x) * math.nan)), "features are not finite = 10"),
+        (lambda: fx.extract(GOOD, fx.Extractor("bad", lambda x: plain(x)[1:])), r"features of bad = \(9, 24\)"),
+        (lambda: fx.extract(GOOD, fx.Extractor("bad", lambda x: x)), "features of bad ="),
+        (lambda: fx.Extractor("FD-ResNet56", plain), "name = 'FD-ResNet56'; allowed: small letters"),
+        (lambda: fx.cifar_resnet(depth=32), "depth = 32; allowed: 20, 56"),
+        (lambda: im.nearest_images(GOOD, GOOD, k=11), "images in train = 10; allowed: 11 or more"),
         (lambda: im.copy_share(GOOD, GOOD, 2.0), "ratio = 2.0; allowed: 0 to 1"),
-        (lambda: im.balanced_labels(0, 10), "n = 0, num_classes = 10; allowed: 1 or more"),
+        (lambda: im.balanced_labels(0, 10), "n = 0; allowed: a whole number, 1 or more"),
     ],
 )  # fmt: skip
 def test_bad_input(call, message):

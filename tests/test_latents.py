@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,43 +21,29 @@ from torch.testing import assert_close
 from torchvision import transforms
 from typer.testing import CliRunner
 
-from guidance_nb import recipes
-from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.cli import app, leave_processes
-from guidance_nb.denoisers import dit_channel_scales
-from guidance_nb.image_data import load_images, load_samples
-from guidance_nb.latents import (
+from guidance_nb._processes import destroy_process_group
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
+from guidance_nb.cli.app import app
+from guidance_nb.cli.recipe import override, read_recipe
+from guidance_nb.cli.run import Request, generate, load_trained, make_loss, recipe_shape, train_recipe
+from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.images.data import crop_image, load_images, load_samples, resize_crop
+from guidance_nb.images.latents import (
     INDEX,
     check_shard,
-    crop_image,
     decode,
     describe_vae,
     draw_latents,
     encode,
     encode_folder,
     load_latents,
-    load_pictures,
     load_vae,
     open_shard,
-    resize_crop,
     shard_name,
 )
-from guidance_nb.networks import image_denoiser
+from guidance_nb.images.networks import image_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.recipes import (
-    LATER_KEYS,
-    Recipe,
-    Request,
-    draw,
-    load_trained,
-    override,
-    read_recipe,
-    recipe_from,
-    recipe_shape,
-    recorded,
-    train_recipe,
-)
-from guidance_nb.training import DenoisingLoss, checkpoints_in, fit, latest_checkpoint, read_checkpoint
+from guidance_nb.training import DenoisingLoss, fit
 
 
 def make_vae(channels: int = 3, **changes) -> AutoencoderKL:
@@ -93,7 +78,7 @@ def done(*words: object) -> str:
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, "-c", "from guidance_nb.cli import main; main()", *map(str, words)]
+    return [sys.executable, "-c", "from guidance_nb.cli.app import main; main()", *map(str, words)]
 
 
 # The crop
@@ -155,6 +140,31 @@ def test_draws_and_decoding_by_hand():
     assert torch.equal(decode(vae, z), (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
 
 
+@pytest.mark.parametrize("constants", [{}, {"shift_factor": -0.2}, {"mean": True}, {"mean": True, "shift_factor": 3.0}])
+def test_one_convention_of_scaling_everywhere(place, tmp_path, constants):
+    "Stored latents, their decoding here and that of a pipeline, against the formula of diffusers' pipelines."
+    from guidance_nb.interop.diffusers import decode_latents
+
+    mean, std = torch.tensor([0.1, -0.3, 0.5, 2.0]), torch.tensor([0.5, 1.0, 2.0, 3.0])
+    settings = {key: value for key, value in constants.items() if key != "mean"}
+    settings |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()} if "mean" in constants else {}
+    vae = make_vae(scaling_factor=0.4, **settings)
+    encode_folder(place / "pictures", tmp_path, vae, 16, shard_rows=9, progress=False)
+    data, rows = load_latents(tmp_path, posterior=False), torch.arange(6)
+    z, _ = data.fetch(rows, torch.Generator())
+    raw = data.moments(rows, torch.zeros(6, dtype=torch.long))[:, 0]
+    if "mean" in constants:
+        expected = (raw - mean[:, None, None]) * 0.4 / std[:, None, None]
+    else:
+        expected = (raw - constants.get("shift_factor", 0.0)) * 0.4
+    assert_close(z, expected)
+    with torch.no_grad():
+        picture = vae.decode(raw).sample
+    assert_close(decode_latents(vae, z), picture, rtol=1e-4, atol=1e-4)
+    grey = (picture * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert (decode(vae, z).int() - grey.int()).abs().max() <= 1  # on the border between two levels either is right
+
+
 def test_half_precision_halves_the_files_and_rounds(place, tmp_path):
     index = encode_folder(place / "pictures", tmp_path, place / "vae", 16, dtype="float16", progress=False)
     one, two = (load_latents(folder) for folder in (place / "whole", tmp_path))
@@ -167,9 +177,7 @@ def test_numbers_that_do_not_fit_name_the_picture(place, tmp_path):
     vae = make_vae()
     with torch.no_grad():
         vae.quant_conv.bias += 1e5
-    with pytest.raises(
-        ValueError, match=r"a/00\.png are not finite in float16; allowed: a sound picture, or 'float32'"
-    ):
+    with pytest.raises(ValueError, match=r"a/00\.png are not finite in float16; allowed: a sound image, or 'float32'"):
         encode_folder(place / "pictures", tmp_path, vae, 16, dtype="float16", progress=False)
     assert not list(tmp_path.glob("shard-*"))
 
@@ -196,7 +204,7 @@ def test_a_killed_encoding_goes_on_and_ends_with_the_same_files(place, tmp_path)
 def one_of_two(folder: Path) -> None:
     "What each of two processes does: encode, draw, and meet a picture that only the second one reads."
     encode_folder(folder / "pictures", folder / "two", folder / "vae", 16, shard_rows=5, progress=False)
-    drawn = draw(load_trained(folder / "run"), Request(n=7, batch_size=2), progress=False)
+    drawn = generate(load_trained(folder / "run"), Request(n=7, batch_size=2), progress=False)
     error = ""
     try:
         encode_folder(folder / "broken", folder / "half", folder / "vae", 16, shard_rows=2, progress=False)
@@ -204,7 +212,7 @@ def one_of_two(folder: Path) -> None:
         error = str(problem)
     facts = {"x": drawn.x.tolist(), "error": error}
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(facts))
-    leave_processes()
+    destroy_process_group()
 
 
 def test_two_processes_do_what_one_does(place):
@@ -238,7 +246,7 @@ def test_two_processes_do_what_one_does(place):
         assert process.returncode == 0, told
     for path in (place / "whole").iterdir():
         assert path.read_bytes() == (place / "two" / path.name).read_bytes()
-    one = draw(load_trained(place / "run"), Request(n=7, batch_size=2), progress=False)
+    one = generate(load_trained(place / "run"), Request(n=7, batch_size=2), progress=False)
     first, second = (json.loads((place / f"{rank}.json").read_text()) for rank in range(2))
     assert first["x"] == one.x.tolist() and second["x"] == []  # pictures come together where they are written
     assert first["error"] == second["error"] and "a/3.png cannot be read" in first["error"]
@@ -250,7 +258,7 @@ def test_two_processes_do_what_one_does(place):
 
 def test_every_row_is_its_picture_whatever_the_order(place):
     data, vae = load_latents(place / "whole", posterior=False, verify=True), load_vae(place / "vae")
-    pictures = load_pictures(place / "pictures", 16)
+    pictures = load_images(place / "pictures", size=16)
     order = torch.randperm(37)
     x, c = data.fetch(order, torch.Generator().manual_seed(0))
     assert_close(x, draw_latents(encode(vae, pictures.images(order)), None, 0.4, -0.2), rtol=1e-4, atol=1e-4)
@@ -278,19 +286,19 @@ def test_views_and_noise_by_hand(place):
 
 
 def test_training_reads_them_and_is_the_same_in_two_passes(place):
-    from guidance_nb.training import Engine
+    from guidance_nb.engine.run import Engine
 
     losses = []
     for accumulate in (1, 2):
         model = image_denoiser("dit-s/2", (4, 8, 8), FlowPath(), 2, width=16, depth=1, heads=2)
-        engine = Engine(precision="fp32", accumulate=accumulate, cpu=True)
+        engine = Engine(precision="fp32", gradient_accumulation_steps=accumulate, cpu=True)
         data = load_latents(place / "whole", flip=True)
         losses.append([s.loss for s in fit(model, DenoisingLoss(), data, 4, 8, lr=1e-3, engine=engine, progress=False)])
     assert_close(*losses, rtol=1e-4, atol=1e-5)
 
 
 def test_mapping_takes_neither_memory_nor_open_files(tmp_path):
-    from guidance_nb.latents import write_index, write_shard
+    from guidance_nb.images.latents import write_index, write_shard
 
     def resident() -> int:
         "Bytes of this process that are no pages of files."
@@ -325,6 +333,29 @@ def test_any_flipped_byte_is_noticed_and_any_truncation_at_once(place, tmp_path)
             open_shard(file)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+@pytest.mark.parametrize("name", [INDEX, shard_name(1)])
+@pytest.mark.parametrize("kind", ["empty", "foreign", "pipe", "folder", "Latin-1", "order mark"])
+def test_what_is_no_regular_file_or_no_text_is_named(place, tmp_path, name, kind):
+    for path in (place / "whole").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path, whole = tmp_path / name, (tmp_path / name).read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        content = {"empty": b"", "foreign": b"PK", "Latin-1": b'{"a": "\xe9"}', "order mark": b"\xef\xbb\xbf" + whole}
+        path.write_bytes(content[kind])
+    if kind == "order mark" and name == INDEX:
+        assert len(load_latents(tmp_path)) == 37
+        return
+    with pytest.raises(ValueError, match=r"latents|shard-00001|encoding") as error:
+        load_latents(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_damaged_and_foreign_indices(place, tmp_path):
     for path in (place / "whole").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -352,8 +383,8 @@ def test_wrong_pictures_and_autoencoders_are_refused(place, tmp_path):
 
     pictures, out = place / "pictures", tmp_path / "out"
     fails("allowed: images of one size, or give size", pictures, out, make_vae())
-    fails("pictures are 15x15; allowed: sides divisible by 2", pictures, out, make_vae(), size=15)
-    fails("vae is a AutoencoderTiny; allowed: a diffusers AutoencoderKL", pictures, out, AutoencoderTiny())
+    fails("sides = '15x15'; allowed: multiples of 2", pictures, out, make_vae(), size=15)
+    fails("vae = 'a AutoencoderTiny'; allowed: a diffusers AutoencoderKL", pictures, out, AutoencoderTiny())
     fails("channels = 4; allowed: 1, 3", pictures, out, make_vae(4), size=16)
     fails("cannot be loaded (", pictures, out, str(tmp_path), size=16)
     fails("source = 'nowhere'; allowed: 'mnist', 'cifar10', or a folder", "nowhere", out, make_vae())
@@ -380,24 +411,12 @@ def test_three_of_four_channels_as_in_the_code_of_dit():
     both = model.output(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c, c]), drop=torch.arange(10) >= 5)
     conditional, unconditional = both.split(5)  # velocities, as SiT's function gets them
     first = unconditional[:, :3] + 1.5 * (conditional[:, :3] - unconditional[:, :3])
-    guided = ClassifierFreeGuidance(model, dit_channel_scales(1.5)[:, None, None])
+    guided = ClassifierFreeGuidance(model, dit_channel_scales(1.5))
     velocity = guided.predict(x, t, c).velocity(model.path, t)
     assert_close(velocity, torch.cat([first, conditional[:, 3:]], 1), rtol=1e-4, atol=1e-4)
 
 
 # Recipes
-
-
-def test_checkpoints_of_older_versions_go_on(place, tmp_path):
-    "A recipe without the newer keys is recorded as before they came; with one of them, they count."
-    tables = asdict(Recipe())
-    for key in LATER_KEYS:
-        table, name = key.split(".")
-        assert name not in recorded(Recipe())[table]
-        tables[table].pop(name)
-    assert recorded(Recipe()) == tables and recipe_from(recorded(Recipe())) == Recipe()
-    changed = override(Recipe(), {"unconditional": "contrastive", "channels": 3, "vae": "x", "guided_share": 0.2})
-    assert recipe_from(json.loads(json.dumps(recorded(changed)))) == changed
 
 
 SETTINGS = ("sit-b2-mg", "sit-l2-mg", "sit-xl2-256-base", "sit-xl2-256-mg", "sit-xl2-512-mg", "dit-xl2-256-mg")
@@ -409,10 +428,10 @@ def test_the_recipes_hold_the_settings_of_the_code(name):
     training, method = recipe.training, recipe.method
     assert (training.lr, training.batch_size, training.ema, training.schedule) == (1e-4, 256, 0.9999, "constant")
     assert (training.weight_decay, training.clip, training.warmup, method.dropout) == (0, 0, 0, 0.1)
-    assert recipe.data.flip and recipe.sampling.sampler_steps == 250 and recipe.sampling.channels == 0
+    assert recipe.data.flip and recipe.sampling.sampler_steps == 250 and recipe.sampling.guided_channels == 0
     assert recipe_shape(recipe) == ((4, recipe.data.size // 8, recipe.data.size // 8), 1000)
     if method.name == "model_guidance":
-        loss = recipes.make_loss(recipe)
+        loss = make_loss(recipe)
         w = 0.5 if name in ("sit-b2-mg", "sit-l2-mg") else 0.45
         assert abs(loss.weight - w) < 1e-12 and loss.interval == (0, 0.75) and loss.start_step == 100_000
         assert recipe.sampling.guidance_scale == method.scale
@@ -446,7 +465,7 @@ def test_the_variants_are_flags(place, tmp_path):
     ):
         run = tmp_path / str(number)
         done("train", "sit-b2-mg", "--source", f"latents:{place / 'whole'}", "--out", run, *common, *flags)
-        loss = recipes.make_loss(load_trained(run).recipe)
+        loss = make_loss(load_trained(run).recipe)
         assert getattr(loss, "guided_share", 0.2) == (0.5 if number == 1 else 0.2)
     assert done("sample", run, "--channels", 3, "--n", 2, "--out", tmp_path / "3.npz", "--no-progress")
     assert load_samples(tmp_path / "3.npz").facts["channels"] == 3
@@ -458,7 +477,10 @@ def test_what_does_not_fit_latents_is_refused(place, tmp_path):
     make_vae(scaling_factor=0.3).save_pretrained(tmp_path / "other")
     for words, message in (
         (("train", "latents-tiny", "--source", "latents:nowhere"), "nowhere holds no latents; allowed: a folder that"),
-        (("train", "latents-tiny", "--source", source, "--method", "judge"), "allowed for latents: methods that"),
+        (
+            ("train", "latents-tiny", "--source", source, "--method", "evaluation_classifier"),
+            "methods that need no clean",
+        ),
         (("train", "latents-tiny", "--source", source, "--size", 32), "data.size = 32; allowed: 16, of which"),
         (("sample", run, "--vae", tmp_path / "other"), "other has factor = 0.3; allowed: 0.4, as the latents were"),
         (("sample", run, "--vae", tmp_path / "none"), "none' cannot be loaded ("),
@@ -489,19 +511,19 @@ def test_mnist_encoded_trained_killed_resumed_sampled_decoded_scored(data, tmp_p
     assert process.returncode in (0, -signal.SIGKILL)  # it may have been quicker than we
     assert "30 steps done" in done(*words, tmp_path / "run")
     done(*words, tmp_path / "whole")
-    one, two = (read_checkpoint(latest_checkpoint(tmp_path / name)) for name in ("run", "whole"))
+    one, two = (read_checkpoint(tmp_path / name) for name in ("run", "whole"))
     assert all(torch.equal(one.ema[key], two.ema[key]) for key in two.ema)
-    judge = ("--steps", 2, "--warmup", 0, "--batch-size", 32, "--network", "unet-tiny", "--limit", 64)
-    done("train", "mnist-judge", *judge, "--out", tmp_path / "judge", "--no-progress")
+    small = ("--steps", 2, "--warmup", 0, "--batch-size", 32, "--network", "unet-tiny", "--limit", 64)
+    done("train", "mnist-evaluation-classifier", *small, "--out", tmp_path / "eval", "--no-progress")
     done("sample", tmp_path / "run", "--n", 20, "--scale", 1.5, "--out", tmp_path / "x.npz", "--no-progress")
     assert load_samples(tmp_path / "x.npz").x.shape == (20, 1, 28, 28)
     told = done("info", tmp_path / "run")
     assert "images 1x28x28 from latents 4x14x14" in told
-    done("evaluate", tmp_path / "x.npz", "--reference", tmp_path / "digits", "--eyes", tmp_path / "judge",
+    done("evaluate", tmp_path / "x.npz", "--reference", tmp_path / "digits", "--features", tmp_path / "eval",
          "--rows", tmp_path / "rows.csv", "--no-progress")  # fmt: skip
     (row,) = csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())
-    assert float(row["fd_judge"]) > 0 and row["scale"] == "1.5" and row["n"] == "20"
+    assert float(row["fd_evaluation_classifier"]) > 0 and row["scale"] == "1.5" and row["n"] == "20"
     done("sweep", tmp_path / "run", "--scales", "1,2", "--n", 12, "--reference", tmp_path / "digits",
-         "--eyes", tmp_path / "judge", "--out", tmp_path / "sweep", "--no-progress")  # fmt: skip
+         "--features", tmp_path / "eval", "--out", tmp_path / "sweep", "--no-progress")  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "sweep" / "rows.csv").read_text().splitlines()))
     assert [row["scale"] for row in rows if row["method"] == "plain"] == ["1.0", "2.0"]

@@ -151,10 +151,10 @@ def test_stated_data_sets():
     [
         (
             lambda: Mixture(torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, dtype=torch.long)),
-            "means has shape (0, 2)",
+            "shape of means = (0, 2)",
         ),
         (lambda: Mixture(torch.full((1, 2), float("nan")), torch.ones(1), torch.tensor([0])), "finite values"),
-        (lambda: Mixture(torch.zeros(1, 2), -torch.ones(1), torch.tensor([0])), "eigenvalue -1"),
+        (lambda: Mixture(torch.zeros(1, 2), -torch.ones(1), torch.tensor([0])), "eigenvalue of covariances = -1.0"),
         (lambda: log_prob(gaussian_pair(), torch.zeros(2, 3)), "x has shape (2, 3); allowed: [batch, 1]"),
         (lambda: log_prob(gaussian_pair(), torch.zeros(2, 1), torch.tensor([0, 2])), "c contains 2"),
         (lambda: sample_mixture(gaussian_pair(), torch.tensor([0.0])), "c is torch.float32"),
@@ -164,4 +164,32 @@ def test_stated_data_sets():
 def test_bad_input(call, words):
     with pytest.raises(ValueError) as caught:
         call()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"covariances": torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])},
+            "asymmetry of covariances = 0.5; allowed: symmetric",
+        ),
+        (
+            {"covariances": torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])},
+            "eigenvalue of covariances = -1.0; allowed: 0 and above",
+        ),
+        ({"covariances": torch.tensor([float("nan")])}, "covariances = [nan]; allowed: finite"),
+        ({"covariances": torch.ones(2)}, "shape of covariances = (2,); allowed: [K, d, d]"),
+        ({"weights": torch.tensor([-1.0])}, "weights = [-1.0]; allowed: positive"),
+        ({"weights": torch.tensor([0.0])}, "weights = [0.0]; allowed: positive"),
+        ({"weights": torch.tensor([float("nan")])}, "allowed: positive, finite numbers"),
+        ({"weights": torch.ones(3)}, "shape of weights = (3,); allowed: [K] = [1]"),
+        ({"means": torch.full((1, 2), float("inf"))}, "means = [[inf, inf]]; allowed: finite values"),
+    ],
+)
+def test_what_is_no_mixture_is_refused_in_one_line(change, words):
+    fine = {"means": torch.zeros(1, 2), "covariances": torch.ones(1), "labels": torch.tensor([0])}
+    Mixture(**fine)
+    with pytest.raises(ValueError) as caught:
+        Mixture(**(fine | change))
     assert words in str(caught.value) and "\n" not in str(caught.value)

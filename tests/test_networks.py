@@ -8,14 +8,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from guidance_nb.networks import (
-    IMAGE_NETWORKS,
-    ImageClassifier,
-    LinearClassifier,
-    NoisyClassifier,
-    build_network,
-    image_denoiser,
-)
+from guidance_nb.images.networks import IMAGE_NETWORKS, ImageClassifier, build_network, image_denoiser
+from guidance_nb.networks import LinearClassifier, NoisyClassifier
 from guidance_nb.paths import FlowPath, VPPath
 
 UNETS = [name for name in IMAGE_NETWORKS if name.startswith("unet")]
@@ -267,7 +261,7 @@ def test_classifiers_take_states_in_double_precision():
         ("unet-small", (3, 28, 30), {}, "shape = (3, 28, 30); allowed: height and width divisible by 4"),
         ("dit-s/8", (1, 28, 28), {}, "divisible by 8, for patch 8"),
         ("dit-s/2", (3, 32, 64), {}, "square"),
-        ("dit-s/2", SHAPE, {"width": 30}, "width = 30"),
+        ("dit-s/2", SHAPE, {"width": 30}, "width = 30; allowed: multiples of 4 and of heads = 6"),
         ("dit-s/2", SHAPE, {"heads": 0}, "heads = 0; allowed: whole numbers above 0"),
         ("unet-tiny", (32, 32), {}, "shape = (32, 32); allowed: (channels, height, width)"),
         ("unet-tiny", (3, 32.0, 32), {}, "allowed: whole numbers above 0"),
@@ -288,7 +282,7 @@ def test_bad_networks_are_refused_in_one_line(name, shape, changes, message):
 
 @each_small
 def test_images_of_another_shape_are_refused(name):
-    with pytest.raises(ValueError, match=r"x has shape \(2, 3, 16, 16\); allowed: \[batch, 3, 32, 32\]"):
+    with pytest.raises(ValueError, match=r"shape of x = \(2, 3, 16, 16\); allowed: \[batch, 3, 32, 32\]"):
         small(name)(torch.zeros(2, 3, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.long))
 
 

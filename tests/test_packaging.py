@@ -1,18 +1,19 @@
-"What users install: a wheel with the package alone and run-time requirements alone."
+"What users install: a wheel with the package alone, a core without extras, one line where an extra is missing."
 
-import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from configparser import ConfigParser
 from email.parser import Parser
 
-from notebooks import ROOT
+import pytest
 
-config = ConfigParser(delimiters=["="])
-config.read(ROOT / "settings.ini", encoding="utf-8")
-SETTINGS = config["DEFAULT"]
+import guidance_nb
+from counts import PACKAGE, modules
+from lint import CORE, EXTRAS
+from notebooks import ROOT, settings
+
+SETTINGS = settings()
 
 
 def test_wheel_is_the_package_alone(tmp_path):
@@ -28,21 +29,20 @@ def test_wheel_is_the_package_alone(tmp_path):
         info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(info).decode())
         entry_points = wheel.read(info.replace("METADATA", "entry_points.txt")).decode()
-    kinds = ("*.py", "recipe_files/*.toml", "recipe_files/finetune/*.toml", "launch_files/*.yaml")
-    ours = [path for kind in kinds for path in (ROOT / "guidance_nb").glob(kind)]
+    ours = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert names == {path.relative_to(ROOT).as_posix() for path in ours}
     assert (metadata["Name"], metadata["Version"]) == (SETTINGS["lib_name"], SETTINGS["version"])
     assert metadata["Requires-Python"] == f">={SETTINGS['min_python']}"
     assert (metadata["License-Expression"] or metadata["License"]) == "Apache-2.0"
-    assert "guidance-nb = guidance_nb.cli:main" in entry_points
+    assert "guidance-nb = guidance_nb.cli:_main" in entry_points
+    assert set(metadata.get_all("Provides-Extra")) == set(SETTINGS["extras"].split())
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert len(required) == len(SETTINGS["requirements"].split())
-    assert [line for line in required if re.match("nbdev|fastcore|execnb", line)] == []
+    assert {line.split(">")[0] for line in required} == CORE
 
 
 def test_versions_agree():
     version = SETTINGS["version"]
-    assert f'__version__ = "{version}"' in (ROOT / "guidance_nb" / "__init__.py").read_text()
+    assert guidance_nb.__version__ == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
@@ -51,3 +51,88 @@ def test_torch_and_torchvision_are_a_pair():
     "Builds from different places import alone but miss each other's operators."
     code = "import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CORE_ALONE = f"""
+import sys, time
+from importlib.machinery import PathFinder
+import torch
+
+class Present(PathFinder):  # finds what an environment without any extra has
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {set(EXTRAS)!r} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Present
+start = time.process_time()
+"""
+
+
+def alone(code: str) -> str:
+    "What code prints where the core requirements alone are installed."
+    run = subprocess.run([sys.executable, "-c", CORE_ALONE + code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_what_is_taught_needs_the_core_alone_and_is_light():
+    "Less than a second of processor time beyond torch; what wants an extra to be imported says so in its one line."
+    code = f"""
+import importlib
+import guidance_nb
+wanting = 0
+for name in {[*modules()]}:
+    try:
+        importlib.import_module(f"guidance_nb.{{name}}")
+    except ImportError as error:
+        assert "pip install 'guidance_nb[" in str(error) and "." in name, (name, error)
+        wanting += 1
+print(time.process_time() - start)
+assert wanting < 20
+for name in set(guidance_nb.__all__) - {{"from_diffusers", "load"}}:
+    assert getattr(guidance_nb, name) is not None and name in dir(guidance_nb)
+"""
+    assert min(float(alone(code)) for _ in range(3)) < 1
+
+
+def test_the_core_trains_guides_and_samples():
+    code = """
+import guidance_nb as gnb
+tree = gnb.fractal()
+x, c = tree.means.float(), tree.labels
+model = gnb.mlp_denoiser(2, gnb.FlowPath(), num_classes=2)
+model = gnb.train(model, gnb.DenoisingLoss(), (x, c), steps=2, batch_size=4, progress=False).ema
+print(gnb.sample(gnb.ClassifierFreeGuidance(model, 2.0), c[:3], (2,), steps=2, progress=False).shape)
+"""
+    assert alone(code) == "torch.Size([3, 2])\n"
+
+
+def test_a_missing_extra_is_one_line_with_the_command():
+    code = """
+import guidance_nb as gnb
+try:
+    gnb.digits()
+except ImportError as error:
+    print(error)
+"""
+    said = alone(code)
+    assert said.count("\n") == 1 and "pip install 'guidance_nb[images]'" in said
+
+
+def test_the_command_without_its_extra_is_one_line():
+    code = """
+import sys
+from guidance_nb.cli import _main
+sys.stderr = sys.stdout
+try:
+    _main()
+except SystemExit as error:
+    assert error.code == 2
+"""
+    said = alone(code)
+    assert said.count("\n") == 1 and "pip install 'guidance_nb[cli]'" in said
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="no attribute 'sampel'"):
+        guidance_nb.sampel  # noqa: B018

@@ -18,9 +18,9 @@ import torch
 from matplotlib.colors import to_rgb
 
 from guidance_nb import plots
-from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture, checkerboard, gaussian_pair, sample_mixture
+from guidance_nb.mixtures import ExactDenoiser, Mixture, checkerboard, gaussian_pair, sample_mixture
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import sample_trajectory
 
 
 @pytest.fixture(autouse=True)
@@ -30,16 +30,12 @@ def close_figures():
 
 
 def test_every_method_has_its_own_colour_and_a_label():
-    assert list(plots.METHOD_COLOURS) == list(plots.METHOD_LABELS)
-    assert len({to_rgb(colour) for colour in plots.METHOD_COLOURS.values()}) == 7
-    assert len({to_rgb(colour) for colour in plots.CLASS_COLOURS}) == 10
-    assert [to_rgb(plots.COLOURS[role]) for role in ("data", "conditional", "reference", "guided")] == [
-        to_rgb(colour) for colour in ("0.6", "tab:orange", "tab:blue", "tab:green")
-    ]
+    assert list(plots.COLOURS) == ["data", "conditional", "unconditional", "guided", *plots.METHOD_LABELS]
+    assert len({to_rgb(colour) for colour in plots.COLOURS.values()}) == 4 + 7
 
 
 def test_pixels_are_indexed_y_x():
-    grid = plots.pixel_centres(1.0, 4).reshape(4, 4, 2)
+    grid = plots._pixel_centres(1.0, 4).reshape(4, 4, 2)
     np.testing.assert_allclose(grid[0, :, 0], [-0.75, -0.25, 0.25, 0.75])
     np.testing.assert_allclose(grid[:, 0, 1], [-0.75, -0.25, 0.25, 0.75])
 
@@ -53,7 +49,7 @@ def test_density_image_is_the_convolution(path, t):
     time = torch.tensor(t, dtype=torch.float64)
     alpha, sigma = path.alpha(time).item(), path.sigma(time).item()
     blurred = alpha**2 * covariance + max(sigma, 2.0 / 80) ** 2 * np.eye(2)
-    image = plots.density_image(mixture, None, path, t, extent=2.0, size=80)
+    image = plots._density_image(mixture, None, path, t, extent=2.0, size=80)
     axis = np.arange(80) / 80 * 4 - 2 + 0.025
     points = np.stack(np.meshgrid(axis, axis), -1)  # [y, x, 2]
     expected = scipy.stats.multivariate_normal(alpha * np.array([0.2, -0.3]), blurred).pdf(points)
@@ -62,8 +58,8 @@ def test_density_image_is_the_convolution(path, t):
 
 def test_class_density_is_conditional():
     board = checkerboard()
-    halves = [plots.density_image(board, c, extent=2.5, size=60) for c in (0, 1)]
-    whole = plots.density_image(board, extent=2.5, size=60)
+    halves = [plots._density_image(board, c, extent=2.5, size=60) for c in (0, 1)]
+    whole = plots._density_image(board, extent=2.5, size=60)
     np.testing.assert_allclose((halves[0] + halves[1]) / 2, whole, atol=1e-12)
 
 
@@ -85,12 +81,12 @@ def test_density_in_one_dimension_is_the_density():
 
 def test_points_have_the_colour_of_their_role_or_class():
     x, c = sample_mixture(checkerboard(), 50, torch.Generator().manual_seed(0))
-    ax = plots.show_points(x, role="reference")
+    ax = plots.show_points(x, role="unconditional")
     (dots,) = ax.collections
     np.testing.assert_allclose(dots.get_offsets(), x, rtol=1e-6)
     assert to_rgb(dots.get_facecolor()[0][:3]) == to_rgb("tab:blue")
     ax = plots.show_points(x, torch.zeros_like(c))  # one class is a class, not a role
-    assert to_rgb(ax.collections[0].get_facecolor()[0][:3]) == to_rgb(plots.CLASS_COLOURS[0])
+    assert to_rgb(ax.collections[0].get_facecolor()[0][:3]) == to_rgb("tab:orange")
     ax = plots.show_points(x, c)
     for k, dots in enumerate(ax.collections):
         np.testing.assert_allclose(dots.get_offsets(), x[c == k], rtol=1e-6)
@@ -107,16 +103,16 @@ def test_histogram_has_area_one():
 @pytest.mark.parametrize("every", [1, 4])
 def test_trajectories(every):
     model = ExactDenoiser(checkerboard(), FlowPath())
-    samples = sample(model, None, (10, 2), steps=5, trajectory=True, progress=False)
+    samples = sample_trajectory(model, 10, (2,), steps=5, progress=False)
     ax = plots.show_trajectories(samples, every=every)
     curves = ax.collections[0].get_segments()
-    np.testing.assert_allclose(np.stack(curves), samples.trajectory[:, ::every].transpose(0, 1), rtol=1e-6)
+    np.testing.assert_allclose(np.stack(curves), samples.points[:, ::every].transpose(0, 1), rtol=1e-6)
     model = ExactDenoiser(gaussian_pair(), FlowPath())
-    samples = sample(model, None, (10, 1), steps=5, trajectory=True, progress=False)
+    samples = sample_trajectory(model, 10, (1,), steps=5, progress=False)
     ax = plots.show_trajectories(samples)
     curve = ax.collections[0].get_segments()[2]
     np.testing.assert_allclose(curve[:, 0], samples.times)
-    np.testing.assert_allclose(curve[:, 1], samples.trajectory[:, 2, 0], rtol=1e-6)
+    np.testing.assert_allclose(curve[:, 1], samples.points[:, 2, 0], rtol=1e-6)
     assert ax.get_xlim() == (1.0, 0.0)
 
 
@@ -127,18 +123,6 @@ def test_field_keeps_directions_and_scales_the_longest_to_one_cell():
     assert lengths.max() == pytest.approx(2 * 1.5 / 9)
     np.testing.assert_allclose(quiver.U * quiver.X + quiver.V * quiver.Y, 0, atol=1e-6)
     plots.show_field(torch.zeros_like)
-
-
-@pytest.mark.parametrize("t", [0.1, 0.5])
-def test_boundary_of_unequal_variances_is_a_circle(t):
-    "log p_0 = log p_1 for centred Gaussians of variances v < w: |x|^2 = 2 ln(w / v) / (1 / v - 1 / w)."
-    mixture = Mixture(torch.zeros(2, 2), torch.tensor([0.05, 0.8]), torch.arange(2))
-    ax = plots.show_boundary(ExactClassifier(mixture, FlowPath()), t)
-    v, w = ((1 - t) ** 2 * s + t**2 for s in (0.05, 0.8))
-    radius = math.sqrt(2 * math.log(w / v) / (1 / v - 1 / w))
-    vertices = np.concatenate([path.vertices for path in ax.collections[0].get_paths()])
-    assert len(vertices) > 50
-    np.testing.assert_allclose(np.hypot(*vertices.T), radius, atol=0.01)
 
 
 def test_images():
@@ -155,7 +139,7 @@ def test_curves_are_means_with_one_standard_deviation():
     ax = plots.show_curves(table, "scale", "fid")
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["aligned loss", "mine"]
     drawn = [line for line in ax.lines if len(line.get_xdata()) and line.get_linestyle() == "-"]
-    assert list(drawn[0].get_ydata()) == [2, 5] and drawn[0].get_color() == plots.METHOD_COLOURS["aligned_loss"]
+    assert list(drawn[0].get_ydata()) == [2, 5] and drawn[0].get_color() == plots.COLOURS["aligned_loss"]
     low, high = ax.containers[0].lines[2][0].get_segments()[0]
     assert high[1] - low[1] == pytest.approx(2 * math.sqrt(2))
     assert list(table["method"].unique()) == ["aligned_loss", "mine"]  # the caller's table is left alone
@@ -187,23 +171,19 @@ assert dict(matplotlib.rcParams) == {**before, "backend": matplotlib.rcParams["b
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: plots.density_image(gaussian_pair()), "mixture has dimension 1; allowed: 2"),
-        (lambda: plots.density_image(checkerboard(), c=5), "c contains 5"),
-        (lambda: plots.density_image(checkerboard(), size=1), "size = 1"),
+        (lambda: plots.show_density(checkerboard(), c=5), "allowed: "),
+        (lambda: plots.show_density(checkerboard(), size=1), "size = 1"),
         (lambda: plots.show_density(checkerboard(), extent=-1.0), "extent = -1.0"),
         (lambda: plots.show_density(checkerboard(), t=2.0), "t = 2"),
-        (lambda: plots.show_density(gaussian_pair(dim=3)), "mixture has dimension 3"),
-        (lambda: plots.show_points(torch.zeros(3, 3)), "x has 3 values per sample"),
-        (lambda: plots.show_points(torch.full((3, 2), math.nan)), "not finite"),
+        (lambda: plots.show_density(gaussian_pair(dim=3)), "dimension of the mixture = 3"),
+        (lambda: plots.show_points(torch.zeros(3, 3)), "shape of x = (3, 3); allowed: [n, 1] or [n, 2]"),
         (lambda: plots.show_points(torch.zeros(3, 2), role="green"), "role = 'green'"),
-        (lambda: plots.show_points(torch.zeros(3, 2), torch.tensor([0, -1, 0])), "contains -1"),
         (lambda: plots.show_field(lambda x: x * math.nan), "allowed: finite vectors"),
-        (lambda: plots.show_boundary(lambda x, t: torch.zeros(len(x), 3), 0.5), "allowed: [25600, 2]"),
-        (lambda: plots.show_images(torch.zeros(2, 10)), "x has shape (2, 10); allowed: [n, 64]"),
-        (lambda: plots.show_images(torch.zeros(2, 2, 8, 8)), "x has shape (2, 2, 8, 8)"),
+        (lambda: plots.show_images(torch.zeros(2, 10)), "shape of x = (2, 10); allowed: [n, 64]"),
+        (lambda: plots.show_images(torch.zeros(2, 2, 8, 8)), "shape of x = (2, 2, 8, 8)"),
         (lambda: plots.show_images(torch.zeros(2, 64), columns=0), "columns = 0"),
-        (lambda: plots.show_curves(pd.DataFrame({"a": [1]}), "a", "b", hue=None), "table lacks ['b']"),
-        (lambda: plots.show_curves(pd.DataFrame({"a": [], "b": []}), "a", "b", hue=None), "table lacks rows"),
+        (lambda: plots.show_curves(pd.DataFrame({"a": [1]}), "a", "b", hue=None), "column = 'b'; allowed: 'a'"),
+        (lambda: plots.show_curves(pd.DataFrame({"a": [], "b": []}), "a", "b", hue=None), "one row or more"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(call, message):

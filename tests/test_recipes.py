@@ -1,7 +1,7 @@
 "Recipes: what is read is what was written, what is refused, and what a checkpoint, a row and a sweep say."
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +11,48 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guidance_nb import recipes
-from guidance_nb.image_data import SampleFile, load_samples, save_samples
-from guidance_nb.image_metrics import INCEPTION, PROVENANCE, Extractor, Features, append_rows, read_reference
-from guidance_nb.recipes import (
-    Recipe,
-    Request,
+from guidance_nb.cli import evaluation
+from guidance_nb.cli.evaluation import (
+    baseline_size,
     choose_metrics,
-    complete_request,
-    describe_recipe,
-    draw,
-    find_eyes,
+    find_feature_extractor,
     finish_sweep,
-    floor_size,
     is_done,
-    key_meanings,
     load_real,
-    load_trained,
-    make_model,
-    override,
-    postprocess,
-    prepared,
-    read_recipe,
-    recipe_from,
-    recipe_keys,
-    recipe_names,
-    recipe_shape,
+    match_labels,
     score,
     sweep_points,
+)
+from guidance_nb.cli.load import load, make_model
+from guidance_nb.cli.recipe import (
+    FOLDERS,
+    FineTuning,
+    Recipe,
+    describe_recipe,
+    find_key,
+    override,
+    read_recipe,
+    recipe_keys,
+    recipe_names,
+)
+from guidance_nb.cli.run import (
+    Request,
+    autocast_and_compile,
+    complete_request,
+    generate,
+    load_trained,
+    make_data,
+    postprocess,
+    read_labels,
+    recipe_shape,
     take_images,
     train_recipe,
 )
-from guidance_nb.training import latest_checkpoint, record_digest
+from guidance_nb.denoisers import NetworkDenoiser
+from guidance_nb.engine.checkpoints import read_checkpoint, seal_record
+from guidance_nb.images.data import ImageData, SampleFile, load_samples, save_samples
+from guidance_nb.images.features import INCEPTION, Extractor, Features, extract, read_reference
+from guidance_nb.images.metrics import PROVENANCE, append_rows
 
 TINY = {"network": "unet-tiny", "steps": 2, "batch_size": 8, "warmup": 0, "precision": "fp32", "grid_every": 0}
 TINY |= {"sampler_steps": 2, "save_every": 2}
@@ -59,7 +69,7 @@ def runs(tmp_path_factory) -> Path:
         ("base", {}),
         ("vp", {"path": "vp-linear", "prediction": "eps"}),
         ("classifier", {"method": "classifier"}),
-        ("judge", {"method": "judge"}),
+        ("evaluation", {"method": "evaluation_classifier"}),
         ("correction", {"method": "flow_postprocessing", "samples": str(folder / "samples.npz"), "neighbours": 2}),
     ):
         recipe = override(Recipe(), TINY | {"data": str(folder / "images")} | changes)
@@ -68,24 +78,26 @@ def runs(tmp_path_factory) -> Path:
 
 
 text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x7f"), max_size=20)
-numbers = st.floats(allow_nan=False, allow_infinity=False)
+shares = st.floats(0, 1)
 
 
 @given(
     title=text,
-    lr=numbers,
-    steps=st.integers(0, 2**40),
+    lr=st.floats(1e-12, 1),
+    steps=st.integers(1, 2**40),
     flip=st.booleans(),
-    interval=st.lists(numbers, max_size=3),
-    samples=st.lists(text.filter(bool), max_size=3),
-    settings=st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.booleans() | st.integers() | numbers),
+    interval=st.lists(shares, min_size=2, max_size=2).map(sorted),
+    samples=st.lists(text.filter(lambda name: name.strip() and "," not in name), max_size=3),
+    settings=st.fixed_dictionaries(
+        {}, optional={"dropout": shares, "film": st.booleans(), "widths": st.lists(st.integers(1, 999), max_size=3)}
+    ),
 )
 def test_a_recipe_survives_toml_and_json(title, lr, steps, flip, interval, samples, settings):
     changes = {"title": title, "lr": lr, "steps": steps, "flip": flip, "interval": interval, "samples": samples}
     recipe = override(Recipe(), changes | {f"settings.{key}": value for key, value in settings.items()})
     assert (recipe.title, recipe.training.lr, recipe.method.samples) == (title, lr, tuple(samples))
-    assert recipe_from(json.loads(json.dumps(asdict(recipe)))) == recipe
-    assert recipe_from(tomli.loads(describe_recipe(recipe))) == recipe
+    assert override(Recipe(), json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
+    assert override(Recipe(), tomli.loads(describe_recipe(recipe))) == recipe
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -93,49 +105,166 @@ def test_a_shipped_recipe_says_what_it_is_and_builds(name):
     recipe = read_recipe(name)
     assert recipe.title and "\n" not in recipe.title and recipe.title[0].isupper()
     assert name.startswith(recipe.data.source) or recipe.data.source.startswith("latents:")
-    written = tomli.loads((recipes.RECIPE_FOLDER / f"{name}.toml").read_text())
-    assert {f"{table}.{key}" for table, part in written.items() if table != "title" for key in part} <= set(
-        recipe_keys()
-    )
     with torch.device("meta"):
         model = make_model(recipe, *recipe_shape(recipe))
     assert sum(p.numel() for p in model.parameters()) > 10_000
 
 
-def test_every_key_has_a_meaning_and_only_one_home():
-    assert set(key_meanings()) == set(recipe_keys())
-    for key, meaning in key_meanings().items():
-        assert f"{key.rpartition('.')[2]}" in describe_recipe(Recipe()) and meaning in describe_recipe(Recipe())
+@pytest.mark.parametrize("name", recipe_names(FineTuning))
+def test_a_fine_tuning_recipe_is_read_by_the_same_reader(name):
+    recipe = read_recipe(name, {"lora-rank": "0", "gradient_checkpointing": "false"}, FineTuning)
+    assert recipe.title and not recipe.training.gradient_checkpointing and recipe.grid.prompts
+    assert override(FineTuning(), tomli.loads(describe_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("kind", [Recipe, FineTuning])
+def test_every_key_has_a_meaning_that_is_printed(kind):
+    written = describe_recipe(kind())
+    for name, meaning in recipe_keys(kind).items():
+        assert meaning and name.rpartition(".")[2] in written and meaning in written
+    for path in FOLDERS[kind].glob("*.toml"):
+        tables = tomli.loads(path.read_text())
+        keys = {f"{table}.{key}" for table, part in tables.items() if table != "title" for key in part}
+        assert keys <= set(recipe_keys(kind))
+
+
+BAD = {
+    ("steps", 0): "training.steps = 0; allowed: a whole number, 1 or more",
+    ("steps", True): "training.steps = True; allowed: a whole number",
+    ("steps", "2.5"): "training.steps = '2.5'; allowed: a whole number",
+    ("lr", "nan"): "training.lr = 'nan'; allowed: a number, above 0, at most 1",
+    ("lr", "inf"): "training.lr = 'inf'; allowed",
+    ("lr", -1): "training.lr = -1; allowed",
+    ("lr", 0): "training.lr = 0; allowed",
+    ("ema", 2): "training.ema = 2; allowed: a number, 0 or more, below 1",
+    ("ema", "nan"): "training.ema = 'nan'; allowed",
+    ("seed", 2**64): "training.seed = 18446744073709551616; allowed: a whole number, 0 or more",
+    ("clip", "nan"): "training.clip = 'nan'; allowed",
+    ("weight_decay", "inf"): "training.weight_decay = 'inf'; allowed",
+    ("settings.dropout", "high"): "network.settings.dropout = 'high'; allowed: a number, 0 to 1",
+    ("settings.attention", 16): "network.settings.attention = 16; allowed: a list of numbers",
+    ("settings.attention", "a"): "network.settings.attention = 'a'; allowed: a list of numbers",
+    ("settings.film", "perhaps"): "network.settings.film = 'perhaps'; allowed: true or false",
+    ("settings.shape", 3): "network.settings: unknown key 'shape'; allowed: widths",
+    ("settings.num_classes", 3): "network.settings: unknown key 'num_classes'; allowed: widths",
+    ("settings.blocks", 10**9): "network.settings.blocks = 1000000000; allowed: a whole number, 1 to 64",
+    ("settings", 3): "network.settings = 3; allowed: a table",
+    ("interval", "0.5,0.2"): "method.interval = [0.5, 0.2]; allowed: two numbers, the lower first",
+    ("method", "cfg"): "method.name = 'cfg'; allowed: 'plain', 'aligned_loss'",
+    ("network", "unet"): "network.name = 'unet'; allowed: 'unet-",
+    ("path", "straight"): "network.path = 'straight'; allowed: 'flow'",
+    ("sampler", "heum"): "sampling.sampler = 'heum'; allowed: 'ddim'",
+    ("title", 3): "title = 3; allowed: text",
+    ("flip", "maybe"): "data.flip = 'maybe'; allowed: true or false",
+    ("stepz", 1): "unknown key 'stepz'; did you mean training.steps?",
+    ("auto_every", 5): "method.auto_every = 5; allowed: 0, except for model_guidance",
+}
+
+
+@pytest.mark.parametrize(("change", "words"), BAD.items(), ids=[f"{key} {value}" for key, value in BAD])
+def test_a_value_out_of_range_is_one_line(change, words):
+    with pytest.raises(ValueError) as caught:
+        override(Recipe(), dict([change]))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"n": 0}, {"steps": 0}, {"seed": 2**64}, {"scale": "nan"}, {"batch_size": 0}])
+def test_a_request_out_of_range_is_one_line(change):
+    with pytest.raises(ValueError, match=r"^(n|steps|seed|scale|batch_size) = .+; allowed: a (whole )?number[^\n]*$"):
+        Request(**change)
+
+
+def test_contradictions_are_refused():
+    late = {"method": "model_guidance", "steps": 10, "start_step": 10}
+    with pytest.raises(ValueError, match=r"method.start_step = 10; allowed: below training.steps = 10"):
+        override(Recipe(), late)
+    with pytest.raises(ValueError, match="allowed: methods that need no clean pictures"):
+        override(Recipe(), {"method": "evaluation_classifier", "data": "latents:x"})
+    with pytest.raises(ValueError, match=r"name is in several tables; allowed: network.name, method.name"):
+        find_key("name")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xef\xbb\xbfsteps = 7", None),
+        (b"steps = [", "is not TOML"),
+        (b"\xff\xfe", "is not TOML"),
+        (b"title = " + b"[" * 500 + b"]" * 500, ""),
+        (b"title = " + b"[" * 50_000, "is not TOML"),
+    ],
+)
+def test_recipe_files_of_all_kinds(tmp_path, content, words):
+    "A byte order mark is read; what is damaged, and lists without end, are one line."
+    (tmp_path / "mine.toml").write_bytes(content)
+    if words is None:
+        assert read_recipe(tmp_path / "mine.toml").training.steps == 7
+        return
+    with pytest.raises(ValueError) as caught:
+        read_recipe(tmp_path / "mine.toml")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "expected"),
+    [
+        (("1", "2", "3"), "balanced", [0, 1, 2, 0, 1, 2]),
+        (("1", "2", "3"), "1,3", [0, 2, 0, 2, 0, 2]),
+        (("10", "9"), "balanced", [0, 1, 0, 1, 0, 1]),
+        (("1", "cat"), "1,cat", [0, 1, 0, 1, 0, 1]),
+        (("cat", "dog"), "1,cat", [1, 0, 1, 0, 1, 0]),
+    ],
+)
+def test_classes_named_by_numbers_are_names(classes, labels, expected):
+    assert read_labels(labels, 6, classes).tolist() == expected
+
+
+def test_an_index_that_may_be_a_name_is_refused():
+    with pytest.raises(ValueError, match="labels = '0'; allowed: 'balanced', 1, 2, 3"):
+        read_labels("0,1", 6, ("1", "2", "3"))
+
+
+@pytest.mark.parametrize("names", [["cat", "truck"], ["truck"], ["cat", "dog", "truck"]])
+def test_classes_are_matched_by_name(names):
+    "A folder that holds some of the classes numbers them 0, 1, ...: as the extractor numbers them they are others."
+    known = ("airplane", "cat", "dog", "truck")
+    extractor = Extractor("known", lambda images: {}, classes=known)
+    labels = torch.arange(len(names)).repeat(3)
+    found = match_labels(SampleFile(torch.zeros(len(labels)), labels, {"classes": names}), extractor)
+    assert [known[i] for i in found.tolist()] == [names[i] for i in labels.tolist()]
+    with pytest.raises(ValueError, match="class of the samples = 'zebra'; allowed: airplane"):
+        match_labels(SampleFile(torch.zeros(1), torch.zeros(1).long(), {"classes": ["zebra"]}), extractor)
 
 
 def test_a_part_of_a_data_set_is_the_same_part_every_time():
-    data = recipes.ImageData(
-        torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1), torch.arange(50), ("a",) * 50, (1, 1, 1)
-    )
+    data = ImageData(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1), torch.arange(50), ("a",) * 50, (1, 1, 1))
     part = take_images(data, 10)
     assert len(part) == 10 and len(set(part.labels.tolist())) == 10
     assert torch.equal(part.images(torch.arange(10)).flatten().long(), part.labels)
-    assert torch.equal(part.labels, take_images(data, 10).labels) and len(take_images(data, 99)) == 50
+    assert torch.equal(part.labels, take_images(data, 10).labels)
 
 
 def edit(checkpoint: Path, change) -> None:
     "Change the record of a checkpoint as another version of the package might have written it."
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     change(record)
-    (checkpoint / "checkpoint.json").write_text(json.dumps(record | {"checksum": record_digest(record)}))
+    (checkpoint / "checkpoint.json").write_text(seal_record(record))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda r: r.update(format=99), "has format 99 (guidance_nb "),
-        (lambda r: r["facts"].clear(), "holds no recipe; allowed: checkpoints of `guidance-nb train`"),
-        (lambda r: r["facts"]["recipe"]["data"].update(colour=1), "holds a recipe of another version ("),
-        (lambda r: r["facts"]["recipe"]["network"].update(name="unet-small"), "allowed: the network of the checkpoint"),
+        (lambda r: r["metadata"].clear(), "holds no recipe; allowed: checkpoints of `guidance-nb train`"),
+        (lambda r: r["metadata"]["recipe"]["data"].update(colour=1), "holds a recipe of another version ("),
+        (
+            lambda r: r["metadata"]["recipe"]["network"].update(name="unet-small"),
+            "allowed: the network of the checkpoint",
+        ),
     ],
 )
 def test_a_foreign_checkpoint_is_refused(runs, tmp_path, change, words):
-    good = latest_checkpoint(runs / "base")
+    good = read_checkpoint(runs / "base").path
     (tmp_path / good.name).mkdir()
     for file in good.iterdir():
         (tmp_path / good.name / file.name).write_bytes(file.read_bytes())
@@ -148,14 +277,14 @@ def test_a_foreign_checkpoint_is_refused(runs, tmp_path, change, words):
 def test_raw_weights_are_other_weights_and_the_facts_say_so(runs):
     raw, mean = load_trained(runs / "base", ema=False), load_trained(runs / "base")
     assert any(not torch.equal(a, b) for a, b in zip(raw.model.parameters(), mean.model.parameters()))
-    assert draw(raw, Request(n=2), progress=False).facts["ema"] is False
-    assert "ema" not in draw(mean, Request(n=2), progress=False).facts
+    assert generate(raw, Request(n=2), progress=False).facts["ema"] is False
+    assert "ema" not in generate(mean, Request(n=2), progress=False).facts
 
 
 def test_classifier_guidance_under_bf16(runs):
     base, guide = load_trained(runs / "base"), load_trained(runs / "classifier")
-    exact = draw(base, Request(n=4, scale=3), guide, progress=False)
-    low = draw(base, Request(n=4, scale=3, precision="bf16"), guide, progress=False)
+    exact = generate(base, Request(n=4, scale=3), guide, progress=False)
+    low = generate(base, Request(n=4, scale=3, precision="bf16"), guide, progress=False)
     assert low.facts["arithmetic"] == "bf16" and exact.facts["arithmetic"] == "fp32"
     assert 0 < (low.x.int() - exact.x.int()).abs().max() <= 8
     with pytest.raises(ValueError, match="allowed: one path"):
@@ -166,49 +295,51 @@ def test_a_missing_compiler_is_bad_input(runs, monkeypatch):
     def fails() -> None:
         raise RuntimeError("compile = True, but torch.compile does not work here (no g++); allowed: False")
 
-    monkeypatch.setattr(recipes, "check_compiler", fails)
+    monkeypatch.setattr("guidance_nb.cli.run.check_compiler", fails)
     with (
         pytest.raises(ValueError, match="compile = True"),
-        prepared(load_trained(runs / "base"), "fp32", True),
+        autocast_and_compile(load_trained(runs / "base"), "fp32", True),
     ):
         pass
     with pytest.raises(ValueError, match="compile = True"):
         next(train_recipe(override(load_trained(runs / "base").recipe, {"compile": "true"}), runs / "base", False))
 
 
-def test_eyes_are_named_after_what_they_were_trained_for(runs):
+def test_features_are_named_after_what_they_were_trained_for(runs):
     file = load_samples(runs / "samples.npz")
-    for name in ("judge", "classifier"):
-        eyes = find_eyes(str(runs / name))
-        real = recipes.measure(load_samples(runs / "images").x, eyes)
-        row = score(file, real, eyes)
+    for folder, name in (("evaluation", "evaluation_classifier"), ("classifier", "classifier")):
+        extractor = find_feature_extractor(str(runs / folder))
+        real = extract(load_samples(runs / "images").x, extractor)
+        row = score(file, real, extractor)
         assert {f"fd_{name}", f"agreement_{name}"} <= set(row) and row["extractor"] == name
-        assert "agreement" not in "".join(score(SampleFile(file.x, None, {}), real, eyes))
-    with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'judge', 'classifier'"):
-        find_eyes(str(runs / "base"))
+        assert "agreement" not in "".join(score(SampleFile(file.x, None, {}), real, extractor))
+    with pytest.raises(
+        ValueError, match="was trained by method 'plain'; allowed: 'evaluation_classifier', 'classifier'"
+    ):
+        find_feature_extractor(str(runs / "base"))
 
 
-def test_a_grey_judge_refuses_colours(runs, tmp_path, monkeypatch):
-    judge = load_trained(runs / "judge")
-    grey = replace(judge, shape=(1, 8, 8), model=make_model(judge.recipe, (1, 8, 8), 2).eval())
-    monkeypatch.setattr(recipes, "load_trained", lambda source: grey)
-    eyes = find_eyes(str(runs / "judge"))
+def test_a_grey_classifier_refuses_colours(runs, tmp_path, monkeypatch):
+    trained = load_trained(runs / "evaluation")
+    grey = replace(trained, shape=(1, 8, 8), model=make_model(trained.recipe, (1, 8, 8), 2).eval())
+    monkeypatch.setattr(evaluation, "load_trained", lambda source: grey)
+    extractor = find_feature_extractor(str(runs / "evaluation"))
     x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
-    assert recipes.extract(x, eyes).n == 4
-    with pytest.raises(ValueError, match="images have colours; allowed: grey ones"):
-        recipes.extract(x.repeat(1, 3, 1, 1) + torch.tensor([0, 1, 2], dtype=torch.uint8).view(3, 1, 1), eyes)
+    assert extract(x, extractor).n == 4
+    with pytest.raises(ValueError, match="image channels = 3; allowed: grey images"):
+        extract(x.repeat(1, 3, 1, 1) + torch.tensor([0, 1, 2], dtype=torch.uint8).view(3, 1, 1), extractor)
 
 
 def test_an_adm_file_gives_the_metrics_it_can(tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    real, _, name = load_real(str(tmp_path / "stats.npz"), "train", (3, 32, 32))
-    eyes = Extractor(INCEPTION, lambda images: images)
-    assert name == "stats.npz" and choose_metrics(real, eyes) == ("fd", "score")
-    assert choose_metrics(real, eyes, None, "fid") == ("fd", "score")
+    real, name = load_real(str(tmp_path / "stats.npz"), "train", (3, 32, 32))
+    extractor = Extractor(INCEPTION, lambda images: images)
+    assert name == "stats.npz" and choose_metrics(real, extractor) == ("fd", "score")
+    assert choose_metrics(real, extractor, None, "fid") == ("fd", "score")
     with pytest.raises(ValueError, match="best = 'kid'; allowed: 'fid', 'is'"):
-        choose_metrics(real, eyes, None, "kid")
-    with pytest.raises(ValueError, match="what inception-v3-compat saw"):
-        recipes.measure(read_reference(tmp_path / "stats.npz"), Extractor("judge", lambda images: images), ["fd"])
+        choose_metrics(real, extractor, None, "kid")
+    with pytest.raises(ValueError, match="inception-v3-compat"):
+        extract(read_reference(tmp_path / "stats.npz"), Extractor("other", lambda images: images))
 
 
 def test_unlabelled_samples_meet_a_correction_with_classes(runs):
@@ -231,14 +362,15 @@ def test_a_point_is_found_again_whatever_its_numbers_look_like(tmp_path):
         assert not is_done(file, {"scale": 2.0} | other)
 
 
-@pytest.mark.parametrize(("best", "scale"), [("fd_judge", 2.0), ("agreement_judge", 3.0), ("score_judge", 1.0)])
+@pytest.mark.parametrize(("best", "scale"), [("fd_seen", 2.0), ("agreement_seen", 3.0), ("score_seen", 1.0)])
 def test_the_best_point(tmp_path, best, scale):
     values = {1.0: (5.0, 0.2, 9.0), 2.0: (3.0, 0.5, 8.0), 3.0: (4.0, 0.9, "")}
-    keys = ("fd_judge", "agreement_judge", "score_judge")
-    append_rows(tmp_path / "rows.csv", [row(method="real", fd_judge=0.1)])
+    keys = ("fd_seen", "agreement_seen", "score_seen")
+    append_rows(tmp_path / "rows.csv", [row(method="real", fd_seen=0.1)])
     append_rows(tmp_path / "rows.csv", [row(scale=s, checkpoint="a", **dict(zip(keys, v))) for s, v in values.items()])
     append_rows(
-        tmp_path / "rows.csv", [row(scale=9.0, checkpoint="b", fd_judge=0.2, agreement_judge=1.0, score_judge=10)]
+        tmp_path / "rows.csv",
+        [row(scale=9.0, checkpoint="b", fd_seen=0.2, agreement_seen=1.0, score_seen=10)],
     )
     assert finish_sweep(tmp_path, best, {"checkpoint": "a"})["scale"] == scale
     assert finish_sweep(tmp_path, best)["scale"] == 9.0
@@ -246,13 +378,13 @@ def test_the_best_point(tmp_path, best, scale):
         finish_sweep(tmp_path, best, {"checkpoint": "c"})
 
 
-def test_the_floor_is_as_large_as_there_are_images():
-    published = Features("judge", {"features": torch.zeros(60_000, 1)}, name="mnist train")
-    assert floor_size("mnist", published, 500) == ("test", 500)
-    assert floor_size("mnist", published, 50_000) == ("test", 10_000)
-    assert floor_size("mnist", replace(published, name="mnist test"), 500) == ("train", 500)
-    assert floor_size("folder", replace(published, rows={"features": torch.zeros(31, 1)}), 500) == ("", 15)
-    assert floor_size("stats.npz", Features(INCEPTION), 500) == ("", 0)
+def test_the_baseline_is_as_large_as_there_are_images():
+    published = Features("seen", {"features": torch.zeros(60_000, 1)}, name="mnist train")
+    assert baseline_size("mnist", published, 500) == ("test", 500)
+    assert baseline_size("mnist", published, 50_000) == ("test", 10_000)
+    assert baseline_size("mnist", replace(published, name="mnist test"), 500) == ("train", 500)
+    assert baseline_size("folder", replace(published, rows={"features": torch.zeros(31, 1)}), 500) == ("", 15)
+    assert baseline_size("stats.npz", Features(INCEPTION), 500) == ("", 0)
 
 
 def test_points_of_a_sweep():
@@ -260,3 +392,86 @@ def test_points_of_a_sweep():
     assert [(p.scale, p.steps, p.sampler, p.n) for p in points] == [
         (1.0, 4, "ddim", 5), (2.0, 4, "ddim", 5), (1.0, 8, "ddim", 5), (2.0, 8, "ddim", 5)
     ]  # fmt: skip
+
+
+def test_load_gives_a_ready_denoiser(runs):
+    model, trained = load(runs / "base"), load_trained(runs / "base")
+    assert isinstance(model, NetworkDenoiser) and not model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.model.parameters()))
+    x, t, c = torch.randn(2, 3, 8, 8), torch.tensor(0.5), torch.tensor([0, 1])
+    assert torch.equal(model(x, t, c).x0, trained.model(x, t, c).x0)
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        load(runs / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 10**9}, r"training.batch_size = 1000000000; allowed: 1 to 40"),
+        ({"limit": 41}, r"data.limit = 41; allowed: 0 to 40"),
+        ({"guided_channels": 5}, r"sampling.guided_channels = 5; allowed: 0 to 3"),
+        ({"settings.widths": [2**19]}, r"needs \d+ GB to be trained; allowed: at most \d+ GB"),
+    ],
+)
+def test_more_than_there_is_is_refused_before_any_work(runs, tmp_path, changes, words):
+    recipe = override(load_trained(runs / "base").recipe, changes)
+    with pytest.raises(ValueError, match=words):
+        next(train_recipe(recipe, tmp_path / "run", progress=False))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_test_split_of_images_is_there(runs):
+    assert len(make_data(load_trained(runs / "base").recipe)) == 40
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"interval": 3, "nfe": "many", "seconds": [1], "steps": {"a": 1}},
+        {"classes": 3, "labels": [1], "scale": "x"},
+        {"classes": {}, "seed": None, "method": [[]]},
+    ],
+)
+def test_foreign_facts_stop_neither_scoring_nor_correcting(runs, facts):
+    "What others wrote about their samples is theirs."
+    file = load_samples(runs / "samples.npz")._replace(facts=facts)
+    extractor = find_feature_extractor(str(runs / "evaluation"))
+    row = score(file, extract(load_samples(runs / "images").x, extractor), extractor)
+    assert row["n"] == len(file.x)
+    assert postprocess(load_trained(runs / "correction"), file, 2, progress=False).facts["nfe"] > 0
+
+
+def test_an_empty_table_is_a_new_one(tmp_path):
+    "A binary one is refused in one line that names it."
+    file = tmp_path / "rows.csv"
+    file.write_text("")
+    assert not is_done(file, {"scale": 2.0})
+    append_rows(file, [row(scale=2.0)])
+    assert is_done(file, {"scale": 2.0})
+    file.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match=r"rows\.csv [^\n]*; allowed: [^\n]*$"):
+        is_done(file, {"scale": 2.0})
+
+
+def test_without_inception_the_alternatives_come_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("GUIDANCE_NB_INCEPTION", raising=False)
+
+    def offline(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match="take another extractor") as caught:
+        find_feature_extractor(INCEPTION)
+    assert str(caught.value).index("resnet56") < str(caught.value).index(".pth")
+
+
+def test_a_resume_may_state_what_changes(runs, tmp_path):
+    recipe = override(load_trained(runs / "base").recipe, {"save_every": 1, "schedule": "constant"})
+    run = lambda changes, *stated: [  # noqa: E731
+        state.step for state in train_recipe(override(recipe, changes), tmp_path, False, stated)
+    ]
+    assert run({"steps": 2}) == [1, 2] and run({"steps": 3}) == [3]
+    with pytest.raises(ValueError, match=r"has lr = 0.001, this run 0.0001; allowed"):
+        run({"steps": 4, "lr": 1e-4})
+    assert run({"steps": 4, "lr": 1e-4}, "lr") == [4]

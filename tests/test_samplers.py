@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_rows
+from guidance_nb._random import keyed_noise
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import SAMPLERS, keyed_noise, sample, time_grid
+from guidance_nb.samplers import SAMPLERS, sample, sample_trajectory, time_grid
 
 F64 = {"progress": False, "dtype": torch.float64}
 
@@ -46,7 +48,7 @@ def test_ddim_agrees_with_diffusers(trained_like):
     x, c = torch.randn(6, 2, dtype=torch.float64), torch.arange(6) % 2
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
     theirs, ratios = by_scheduler(scheduler, trained_like, x, c, 20, ratio_of_alpha_bar)
-    ours = sample(trained_like, c, (6, 2), "ddim", times=trained_like.path.time_at(ratios), init=x, **F64)
+    ours = sample(trained_like, c, (2,), "ddim", times=trained_like.path.time_at(ratios), init=x, **F64)
     assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -60,7 +62,7 @@ def test_ddpm_agrees_with_diffusers_given_the_same_noise(trained_like, monkeypat
     )
     scheduler = scheduling_ddpm.DDPMScheduler(clip_sample=False, variance_type="fixed_small")
     theirs, ratios = by_scheduler(scheduler, trained_like, x, c, 25, ratio_of_alpha_bar)
-    ours = sample(trained_like, c, (6, 2), "ddpm", times=trained_like.path.time_at(ratios), init=x, **F64)
+    ours = sample(trained_like, c, (2,), "ddpm", times=trained_like.path.time_at(ratios), init=x, **F64)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -71,7 +73,7 @@ def test_dpm_solver_agrees_with_diffusers(trained_like):
     theirs, ratios = by_scheduler(
         scheduler, trained_like, x, c, 20, lambda s, t: s.sigmas[0 if s.step_index is None else s.step_index].double()
     )
-    ours = sample(trained_like, c, (6, 2), "dpmpp_2m", times=trained_like.path.time_at(ratios), init=x, **F64)
+    ours = sample(trained_like, c, (2,), "dpmpp_2m", times=trained_like.path.time_at(ratios), init=x, **F64)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -79,10 +81,10 @@ def test_dpm_solver_agrees_with_diffusers(trained_like):
 def test_ddim_is_euler_on_a_matched_grid(path):
     model, c = ExactDenoiser(fractal(depth=3), FlowPath()), torch.arange(32) % 2
     times = torch.linspace(0.98, 0, 12, dtype=torch.float64)
-    euler = sample(model, c, (32, 2), "euler", times=times, **F64)
+    euler = sample(model, c, (2,), "euler", times=times, **F64)
     matched = path.time_at(FlowPath().noise_to_signal(times))
     for other in (ExactDenoiser(model.mixture, path), OnPath(model, path)):
-        assert_close(sample(other, c, (32, 2), "ddim", times=matched, **F64), euler, rtol=0, atol=1e-12)
+        assert_close(sample(other, c, (2,), "ddim", times=matched, **F64), euler, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("ddim", 1), ("heun", 2)])
@@ -90,8 +92,8 @@ def test_convergence_orders_on_the_flow_path(sampler, order):
     model = ExactDenoiser(Mixture(torch.tensor([[0.7]]), torch.tensor([0.2]), torch.tensor([0])), FlowPath())
     errors = []
     for steps in (40, 80):
-        run = sample(model, None, (20, 1), sampler, steps, trajectory=True, **F64)
-        exact = 0.7 + run.trajectory[0] * math.sqrt(0.2)  # noise N(0, 1) to data, monotone map
+        run = sample_trajectory(model, 20, (1,), sampler, steps, **F64)
+        exact = 0.7 + run.points[0] * math.sqrt(0.2)  # noise N(0, 1) to data, monotone map
         errors.append((run.x - exact).abs().max().item())
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15
 
@@ -99,21 +101,21 @@ def test_convergence_orders_on_the_flow_path(sampler, order):
 def test_ddim_on_a_gaussian_shrinks_by_the_closed_form():
     variance, path = 0.3, VPPath()
     model = ExactDenoiser(Mixture(torch.zeros(1, 1), torch.tensor([variance]), torch.tensor([0])), path)
-    run = sample(model, None, (4, 1), "ddim", 7, trajectory=True, **F64)
+    run = sample_trajectory(model, 4, (1,), "ddim", 7, **F64)
     expected = 1.0
     for t, s in zip(run.times[:-1], run.times[1:]):
         a, b, p, q = path.alpha(t), path.sigma(t), path.alpha(s), path.sigma(s)
         factor = (p * a * variance + q * b) / (a * a * variance + b * b)
         assert factor <= ((p * p * variance + q * q) / (a * a * variance + b * b)).sqrt() + 1e-12
         expected *= factor.item()
-    assert_close(run.x, expected * run.trajectory[0])
+    assert_close(run.x, expected * run.points[0])
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "euler_maruyama"])
 @pytest.mark.parametrize("path", [FlowPath(), VPPath()], ids=repr)
 def test_stochastic_samplers_keep_the_marginals(sampler, path):
     model, c = ExactDenoiser(gaussian_pair(0.5), path), torch.zeros(3000, dtype=torch.long)
-    x = sample(model, c, (3000, 1), sampler, 300, **F64)
+    x = sample(model, c, (1,), sampler, 300, **F64)
     assert abs(x.mean() + 0.5) < 0.02 and abs(x.var() - 0.05) < 0.006
 
 
@@ -124,7 +126,7 @@ def test_partial_eta_lies_between():
         {"init": torch.full((500, 1), 0.3), "times": torch.linspace(0.2, 0, 11)},
     )
     for eta in (0.0, 0.5, 1.0):
-        runs = [sample(model, c, (500, 1), "ddim", seed=s, eta=eta, **start, **F64) for s in (1, 2)]
+        runs = [sample(model, c, (1,), "ddim", seed=s, eta=eta, **start, **F64) for s in (1, 2)]
         spread.append((runs[0] - runs[1]).abs().mean().item())
     assert spread[0] == 0 < spread[1] < spread[2]
 
@@ -132,12 +134,12 @@ def test_partial_eta_lies_between():
 @pytest.mark.parametrize("sampler", [*SAMPLERS])
 def test_sample_i_does_not_depend_on_the_batch(sampler):
     model, c = ExactDenoiser(fractal(depth=2), FlowPath()), torch.arange(300) % 2
-    whole = sample(model, c, (300, 2), sampler, 6, seed=5, **F64)
-    assert_close(sample(model, c, (300, 2), sampler, 6, seed=5, batch_size=97, **F64), whole, rtol=0, atol=1e-10)
+    whole = sample(model, c, (2,), sampler, 6, seed=5, **F64)
+    assert_close(sample(model, c, (2,), sampler, 6, seed=5, batch_size=97, **F64), whole, rtol=0, atol=1e-10)
     assert_close(
-        sample(model, c[250:260], (10, 2), sampler, 6, seed=5, start=250, **F64), whole[250:260], rtol=0, atol=1e-10
+        sample(model, c[250:260], (2,), sampler, 6, seed=5, start=250, **F64), whole[250:260], rtol=0, atol=1e-10
     )
-    assert not torch.equal(sample(model, c, (300, 2), sampler, 6, seed=6, **F64), whole)
+    assert not torch.equal(sample(model, c, (2,), sampler, 6, seed=6, **F64), whole)
 
 
 @pytest.mark.parametrize(
@@ -148,22 +150,22 @@ def test_rows_counted_are_rows_evaluated(sampler, per_sample):
     seen = []
     model = mlp_denoiser(2, FlowPath(), num_classes=2, width=8, depth=1)
     model.net.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    with count_rows() as rows:
-        sample(model, torch.arange(5) % 2, (5, 2), sampler, steps=9, batch_size=2, progress=False)
+    with count_nfe() as rows:
+        sample(model, torch.arange(5) % 2, (2,), sampler, steps=9, batch_size=2, progress=False)
     assert rows.total == sum(seen) == 5 * per_sample
 
 
 def test_dopri5_solves_the_ode_to_its_tolerance():
     model = ExactDenoiser(Mixture(torch.tensor([[0.7]]), torch.tensor([0.2]), torch.tensor([0])), FlowPath())
-    run = sample(model, None, (20, 1), "dopri5", steps=4, trajectory=True, **F64)
-    assert_close(run.x, 0.7 + run.trajectory[0] * math.sqrt(0.2), rtol=0, atol=1e-4)
-    assert len(run.trajectory) == 5
+    run = sample_trajectory(model, 20, (1,), "dopri5", steps=4, **F64)
+    assert_close(run.x, 0.7 + run.points[0] * math.sqrt(0.2), rtol=0, atol=1e-4)
+    assert len(run.points) == 5
 
 
 def test_sampling_leaves_the_model_as_it_was():
     model = mlp_denoiser(2, FlowPath(), width=8, depth=1)
     model.train()
-    sample(model, None, (2, 2), steps=2, progress=False)
+    sample(model, 2, (2,), steps=2, progress=False)
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
@@ -173,7 +175,7 @@ def test_divergence_is_reported():
             return x * 1e30
 
     with pytest.raises(FloatingPointError, match="samples are not finite"):
-        sample(NetworkDenoiser(Explode(), FlowPath()), None, (2, 2), "euler", 4, progress=False)
+        sample(NetworkDenoiser(Explode(), FlowPath()), 2, (2,), "euler", 4, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -182,18 +184,23 @@ def test_divergence_is_reported():
         ({"sampler": "rk4"}, "sampler = 'rk4'; allowed: 'ddim'"),
         ({"steps": 0}, "steps = 0; allowed: a whole number"),
         ({"steps": 2.5}, "steps = 2.5"),
-        ({"shape": (2,)}, "shape = (2,)"),
-        ({"shape": (0, 2), "c": None}, "shape = (0, 2)"),
+        ({"shape": ()}, "shape = (); allowed: the shape of one sample"),
+        ({"shape": (0, 2), "c": 2}, "shape = (0, 2)"),
         ({"c": torch.tensor([0, 5])}, "c contains 5; allowed: 0 to 1"),
         ({"c": torch.tensor([0.0, 1.0])}, "c is torch.float32"),
-        ({"c": torch.tensor([0])}, "c has shape (1,)"),
+        ({"c": torch.tensor([[0]])}, "c has shape (1, 1)"),
+        ({"c": 0}, "c = 0; allowed: labels [n], or the number of unconditional samples"),
+        ({"eta": 1.5}, "eta = 1.5; allowed: 0 to 1"),
+        ({"start": -1}, "start = -1; allowed: a whole number, 0 or more"),
+        ({"batch_size": 0}, "batch_size = 0; allowed: a whole number, 1 or more"),
+        ({"init": torch.zeros(3, 1)}, "init has shape (3, 1); allowed: (2, 1)"),
         ({"seed": -1}, "seed = -1"),
         ({"times": torch.tensor([0.0, 1.0])}, "strictly falling"),
         ({"times": torch.tensor([2.0, 1.0])}, "in [0, 1]"),
     ],
 )
 def test_bad_requests(arguments, words):
-    request = {"c": torch.tensor([0, 1]), "shape": (2, 1), "progress": False} | arguments
+    request = {"c": torch.tensor([0, 1]), "shape": (1,), "progress": False} | arguments
     with pytest.raises(ValueError) as caught:
         sample(ExactDenoiser(gaussian_pair(), FlowPath()), **request)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -217,4 +224,76 @@ def test_sample_takes_its_own_grid_at_any_largest_noise(sigma_max):
     for steps in (1, 18, 32):
         times = time_grid(path, steps)
         assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
-    assert sample(ExactDenoiser(fractal(depth=2), path), None, (3, 2), "euler", 4, **F64).isfinite().all()
+    assert sample(ExactDenoiser(fractal(depth=2), path), 3, (2,), "euler", 4, **F64).isfinite().all()
+
+
+class Times(ExactDenoiser):
+    "An exact model that remembers the times it was asked at."
+
+    def forward(self, x, t, c=None):
+        self.asked = [*getattr(self, "asked", []), float(t)]
+        return super().forward(x, t, c)
+
+
+@pytest.mark.parametrize("path", [FlowPath(), VPPath(), VPPath("cosine"), EDMPath(), VPPath("linear", 0.0)], ids=repr)
+@pytest.mark.parametrize("span", [None, (0.9, 0.89), (0.2, 0.0)])
+def test_dopri5_works_on_every_path_and_never_asks_outside_its_times(path, span):
+    "The exact ODE of one Gaussian keeps every point at its number of standard deviations."
+    model = Times(Mixture(torch.zeros(1, 1), torch.tensor([0.2]), torch.tensor([0])), path)
+    times = torch.tensor(span or (1.0, 0.0), dtype=torch.float64)
+    run = sample_trajectory(model, 20, (1,), "dopri5", times=times, **F64)
+    first, last = ((path.alpha(t) ** 2 * 0.2 + path.sigma(t) ** 2).sqrt() for t in times)
+    assert_close(run.x, run.points[0] * last / first, rtol=1e-3, atol=1e-3 * last.item())
+    assert times[-1] <= min(model.asked) and max(model.asked) <= times[0]
+
+
+def test_a_sixteen_bit_state_is_asked_at_exact_times():
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x, time, labels):
+            seen.append(time[0].item())
+            return x
+
+    model = NetworkDenoiser(Net(), FlowPath())
+    sample(model, 1, (2,), "euler", 1000, dtype=torch.bfloat16, progress=False)
+    assert_close(torch.tensor(seen), torch.linspace(1, 0, 1001)[:-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_every_part_keeps_the_mode_it_had(failing):
+    "Also when the model fails, and when a guided model is made from one that evaluates."
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.norm = torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(2)
+
+        def forward(self, x, time, labels):
+            assert not self.drop.training and not failing
+            return self.norm(self.drop(x))
+
+    model = NetworkDenoiser(Net(), FlowPath(), 3)
+    model.eval()
+    model.net.norm.train()
+    modes, statistics = [part.training for part in model.modules()], model.net.norm.running_mean.clone()
+    guided = ClassifierFreeGuidance(model, 2.0)
+    try:
+        sample(guided, torch.tensor([0, 1]), (2,), steps=2, progress=False)
+    except AssertionError:
+        assert failing
+    assert [part.training for part in model.modules()] == modes and guided.training
+    assert_close(model.net.norm.running_mean, statistics)
+    assert not torch.is_grad_enabled() or all(p.grad is None for p in model.parameters())
+
+
+def test_no_gradient_is_kept_while_sampling():
+    model = mlp_denoiser(2, FlowPath(), width=8, depth=1)
+    assert not sample(model, 2, (2,), steps=2, progress=False).requires_grad
+
+
+def test_keyed_noise_of_far_samples_is_not_that_of_near_ones():
+    "Blocks of 256 samples and steps of the sampler must not share a key."
+    draws = [keyed_noise(0, start, (4, 3), step) for start in (0, 256, 512, 256 * 2**20) for step in (0, 1, 255, 256)]
+    flat = torch.stack(draws).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == len(draws)

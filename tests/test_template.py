@@ -12,9 +12,9 @@ import pytest
 
 from notebooks import ROOT, cells, text
 
-NAME, NUMBER = "halfway_guidance", 32
+NAME, NUMBER = "halfway_guidance", 21
 FOLDERS = ("nbs", "tools", "tests", "guidance_nb")
-FILES = ("settings.ini", "pyproject.toml", "_quarto.yml", "setup.py")
+FILES = ("settings.ini", "pyproject.toml", "_quarto.yml", "setup.py", "README.md", "CONTRIBUTING.md", "LICENSE")
 
 
 def run(clone: Path, *command: str) -> subprocess.CompletedProcess:
@@ -48,13 +48,15 @@ def clone(tmp_path_factory) -> Path:
 
 
 def test_template_passes_the_house_checks(clone):
-    "Style, layering, export parity, the notebook itself and the contract, by the tests that hold the others."
-    files = ("style", "layering", "export", "notebooks", "colab", "guidance_contract")
-    chosen = "halfway or package_is_the_export or ruff or leaks"
-    tests = run(clone, "-m", "pytest", "-n0", "-q", "-k", chosen, *(f"tests/test_{name}.py" for name in files))
+    "Form, by what checks the others; the notebook itself and the contract, by the tests that hold the others."
+    checks = ("style", "export", "notebooks", "rhythm", "links", "layers")
+    said = run(clone, "tools/lint.py", *checks).stdout
+    assert [line for line in said.splitlines() if NAME in line] == [] and all(f"{name} " in said for name in checks)
+    files = ("notebooks", "guidance_contract")
+    tests = run(clone, "-m", "pytest", "-n0", "-q", "-k", "halfway", *(f"tests/test_{name}.py" for name in files))
     assert tests.returncode == 0, tests.stdout
     passed = int(re.search(r"(\d+) passed", tests.stdout)[1])
-    assert passed >= 40, f"only {passed} tests were found for the new page"
+    assert passed >= 30, f"only {passed} tests were found for the new page"
 
 
 def test_template_is_typed(clone):
@@ -87,7 +89,7 @@ def test_no_word_of_the_template_is_left(clone):
     assert len({cell["id"] for cell in json.loads(page)["cells"]}) == len(json.loads(page)["cells"])
 
 
-@pytest.mark.parametrize("name, number", [("Halfway", 32), ("paths", 32), ("mine", 5), ("mine", 20)])
+@pytest.mark.parametrize("name, number", [("Halfway", 21), ("paths", 21), ("mine", 5), ("mine", 20)])
 def test_names_and_numbers_that_cannot_be_are_refused_in_one_line(name, number):
     refused = run(ROOT, "tools/method.py", name, str(number))
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
@@ -108,18 +110,15 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 def test_contributing_names_what_exists():
     "Files, make targets and tests."
-    own = {"nbs/32_my_idea.ipynb", "nbs/NAME.ipynb"}  # examples
+    own = {"nbs/21_my_idea.ipynb", "nbs/NAME.ipynb"}  # examples
     quoted = re.findall(r"[`=(]((?:nbs|tools|tests|guidance_nb)/[\w/.]*)", CONTRIBUTING)
     assert len(quoted) > 10 and [name for name in quoted if name not in own and not (ROOT / name).exists()] == []
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"`?make ([a-z]+)", CONTRIBUTING.replace("make one", ""))) <= targets
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    named = re.findall(r"` in `(\w+)`", CONTRIBUTING)
-    assert len(named) >= 6 and [name for name in named if not re.search(rf"def test_\w*{name}", tests)] == []
 
 
 def test_contributing_says_what_the_claims_are():
-    from guidance_nb.guidance_variants import Claims
+    from guidance_nb.guidance import Claims
 
-    for claim in [*re.findall(r"claim `(\w+)=", CONTRIBUTING), "rows", "space"]:
+    for claim in [*re.findall(r"claim `(\w+)=", CONTRIBUTING), "nfe", "space"]:
         assert claim in Claims.__dataclass_fields__

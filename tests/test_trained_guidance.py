@@ -9,20 +9,21 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_generator
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_rows
-from guidance_nb.guidance_variants import PairGuidance
-from guidance_nb.model_guidance import AtScale, ModelGuidanceLoss
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
+from guidance_nb.engine.run import Engine
+from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
-from guidance_nb.paths import EDMPath, FlowPath, VPPath
+from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
 from guidance_nb.trained_guidance import (
     GuidanceFreeTrainingLoss,
     GuidedDistillationLoss,
     MeanFlowGuidanceLoss,
-    branch_outputs,
-    draw_scales,
+    _branch_outputs,
+    _draw_scales,
 )
-from guidance_nb.training import Checkpoints, Context, DenoisingLoss, Engine, fit, keyed_generator, train
+from guidance_nb.training import DenoisingLoss, LossContext, fit, train
 
 NULL = 3
 
@@ -51,7 +52,7 @@ class Rows(nn.Module):
         return self.y[labels]
 
 
-class Pairs(Context):
+class Pairs(LossContext):
     "Noise in opposite pairs, and the last third of the batch dropped."
 
     def noise(self, x):
@@ -62,7 +63,7 @@ class Pairs(Context):
         return torch.arange(len(x)) >= 2 * len(x) // 3
 
 
-def context(step=0, ema=None, kind=Context):
+def context(step=0, ema=None, kind=LossContext):
     return kind(keyed_generator(11, step), step, 100, ema)
 
 
@@ -146,9 +147,9 @@ def test_scale_aware_gft_by_hand():
 
 
 def test_scales_are_uniform_for_students():
-    s = draw_scales((1.0, 5.0), torch.zeros(4000, 2), context())
+    s = _draw_scales((1.0, 5.0), torch.zeros(4000, 2), context())
     assert ((s - 1) / 4).sort().values.sub(torch.linspace(0, 1, 4000)).abs().max() < 0.04
-    assert (draw_scales((2.0, 2.0), torch.zeros(5, 2), context(), reciprocal=True) == 2).all()
+    assert (_draw_scales((2.0, 2.0), torch.zeros(5, 2), context(), reciprocal=True) == 2).all()
 
 
 class Twice(Denoiser):
@@ -158,14 +159,17 @@ class Twice(Denoiser):
         super().__init__(model.path, model.num_classes)
         self.model, self.scale = model, scale
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         pair = self.model.predict(x, t, c)
-        alpha, sigma = (f(t).reshape(-1, 1) for f in (self.path.alpha, self.path.sigma))
-        return Prediction(pair.x0 + self.scale * sigma, pair.eps - self.scale * alpha)
+        alpha, sigma = (expand_time(f(t) * self.scale, x) for f in (self.path.alpha, self.path.sigma))
+        return Prediction(pair.x0 + sigma, pair.eps - alpha)
+
+    def for_rows(self, rows):
+        return Twice(self.model, self.scale[rows])
 
 
 @each_kind
-@pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, PairGuidance, Twice])
+@pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, ClassifierFreeGuidance, Twice])
 def test_distillation_by_hand(path, prediction, plain, guidance):
     "The teacher predicts velocities whatever the student predicts."
     student, teacher, (x0, c) = watch(path, prediction, scale_aware=True), watch(path).double(), batch()
@@ -224,9 +228,9 @@ def test_rows():
         (GuidedDistillationLoss(teacher), 400),
     ):
         model = watch().train()
-        with count_rows() as rows:
+        with count_nfe() as nfe:
             loss(model, x0, c, context())
-        assert rows.total == 400 + extra, loss
+        assert nfe.total == 400 + extra, loss
         assert model.training and model.net.calls[0][2:4] == (True, True)
         assert all(call[2:4] == (False, False) for call in model.net.calls[1:]) and len(model.net.calls) <= 2
 
@@ -235,11 +239,11 @@ def test_branch_outputs():
     model, (x, c) = watch(), batch(7)
     t = torch.rand(7)
     null = torch.full_like(c, NULL)
-    assert_close(branch_outputs(model, x, t, c), torch.stack([model.net(x, t, c), model.net(x, t, null)]).detach())
-    assert_close(branch_outputs(model, x, t, c, ["conditional"])[0], model.net(x, t, c).detach())
+    assert_close(_branch_outputs(model, x, t, c), torch.stack([model.net(x, t, c), model.net(x, t, null)]).detach())
+    assert_close(_branch_outputs(model, x, t, c, ["conditional"])[0], model.net(x, t, c).detach())
     for bad in ([], ["null", "conditional"], ["null", "null"], "null"):
         with pytest.raises(ValueError, match="branches = "):
-            branch_outputs(model, x, t, c, bad)
+            _branch_outputs(model, x, t, c, bad)
 
 
 MEANS = np.random.default_rng(3).normal(size=(2, 3))
@@ -390,21 +394,26 @@ def test_runs_shared_and_resumed(name, tmp_path):
     options = {"steps": 6, "batch_size": 16, "lr": 0.01, "ema": 0.9, "progress": False}
     once = train(make_model(), pickle.loads(pickle.dumps(make_loss())), (x, c), **options).model
     shared = train(
-        make_model(), make_loss(), (x, c), engine=Engine(precision="fp32", accumulate=2, cpu=True), **options
+        make_model(),
+        make_loss(),
+        (x, c),
+        engine=Engine(precision="fp32", gradient_accumulation_steps=2, cpu=True),
+        **options,
     )
     for p, q in zip(once.parameters(), shared.model.parameters()):
         assert_close(p, q, rtol=1e-3, atol=1e-4)
-    run = fit(make_model(), make_loss(), (x, c), checkpoints=Checkpoints(tmp_path, 2), **options)
+    kept = Engine(folder=tmp_path, save_every=2, precision="fp32", cpu=True)
+    run = fit(make_model(), make_loss(), (x, c), engine=kept, **options)
     for _ in range(4):
         next(run)
     run.close()
-    resumed = train(make_model(), make_loss(), (x, c), checkpoints=Checkpoints(tmp_path, 2), **options).model
+    resumed = train(make_model(), make_loss(), (x, c), engine=kept, **options).model
     assert all(torch.equal(p, q) for p, q in zip(once.parameters(), resumed.parameters()))
 
 
 def test_another_loss_does_not_resume(tmp_path):
     x, c = batch(64)
-    options = {"steps": 2, "batch_size": 16, "progress": False, "checkpoints": Checkpoints(tmp_path, 1)}
+    options = {"steps": 2, "batch_size": 16, "progress": False, "engine": Engine(folder=tmp_path, cpu=True)}
     next(fit(mlp(), MeanFlowGuidanceLoss(1.2, 0.3), (x, c), **options))
     run = fit(mlp(), MeanFlowGuidanceLoss(1.2, 0.4), (x, c), **options)
     with pytest.raises(ValueError, match="kappa"):
@@ -460,7 +469,7 @@ def test_learned_scale():
     found = []
     for s in (1.0, 2.0, 2.8):
         with torch.no_grad():
-            guided = AtScale(ema, s).x0(x, torch.tensor(t), torch.ones(41, dtype=torch.long))
+            guided = FixedScale(ema, s).x0(x, torch.tensor(t), torch.ones(41, dtype=torch.long))
         found.append((((guided - uncond) * (cond - uncond)).sum() / (cond - uncond).square().sum()).item())
     assert found[:2] == pytest.approx([1, 2], abs=0.35) and found[2] > found[1] + 0.1  # it lags at the top: 1 / scale^2
 
@@ -498,7 +507,7 @@ def test_refusals(make, message):
 def test_networks_that_do_not_fit():
     plain, aware, (x0, c) = watch(), watch(scale_aware=True), batch()
     for model, loss, message in (
-        (aware, MeanFlowGuidanceLoss(), "model.scale_aware = True"),
+        (aware, MeanFlowGuidanceLoss(), "scale_range = None; allowed: a range"),
         (aware, GuidanceFreeTrainingLoss(), "scale_range = None; allowed: a range, for model.scale_aware = True"),
         (plain, GuidanceFreeTrainingLoss(scale_range=(1.0, 2.0)), "allowed: None, for model.scale_aware = False"),
         (aware, GuidedDistillationLoss(plain), "scale_range = None; allowed: a range"),
@@ -508,5 +517,5 @@ def test_networks_that_do_not_fit():
         with pytest.raises(ValueError, match=message):
             loss(model, x0, c, context())
     for loss in (MeanFlowGuidanceLoss(), GuidanceFreeTrainingLoss(), GuidedDistillationLoss(plain)):
-        with pytest.raises(ValueError, match="c is None; allowed: labels"):
+        with pytest.raises(ValueError, match="c = None; allowed: one condition"):
             loss(plain, x0, None, context())

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_generator
 from guidance_nb.mixtures import gaussian_pair, sample_mixture
 from guidance_nb.networks import LinearClassifier, NoisyClassifier, fourier_features, mlp_denoiser
 from guidance_nb.paths import FlowPath, VPPath
-from guidance_nb.training import ClassifierLoss, Context, DenoisingLoss, batches, fit, keyed_generator, train
+from guidance_nb.training import ClassifierLoss, DenoisingLoss, LossContext, batches, fit, train
 
 
 class Point(nn.Module):
@@ -40,6 +41,16 @@ def test_adam_ema_and_cosine_by_hand():
         average = w if average is None else 0.7 * average + 0.3 * w
         assert_close(model.w.item(), w, rtol=1e-5, atol=1e-6)
         assert_close(state.ema.w.item(), average, rtol=1e-5, atol=1e-6)
+
+
+def test_a_short_run_by_default_ends_near_its_weights():
+    "The default average of 300 steps: it follows the run, where a decay of 0.999 from the start keeps its beginning."
+    ends = {}
+    for name, options in {"default": {}, "slow": {"ema": 0.999}, "warm": {"ema": 0.9999, "ema_warmup": True}}.items():
+        state = train(Point(), to_one, ONES, 300, 8, 0.02, progress=False, **options)
+        assert state.model.w.item() == pytest.approx(1, abs=0.01)
+        ends[name] = state.ema.w.item()
+    assert ends["slow"] < 0.4 and ends["default"] > 0.97 and ends["warm"] > 0.97
 
 
 def test_the_loop_can_be_left_and_gives_the_same_prefix():
@@ -73,8 +84,8 @@ def test_keyed_generators_are_unrelated():
 def test_the_plain_loss_is_the_squared_error_to_the_noise():
     model = mlp_denoiser(2, VPPath(), 3, prediction="eps", width=8, depth=1)
     x0, c = torch.randn(50, 2), torch.arange(50) % 3
-    context = Context(torch.Generator().manual_seed(0), 0, 1, None)
-    twin = Context(torch.Generator().manual_seed(0), 0, 1, None)
+    context = LossContext(torch.Generator().manual_seed(0), 0, 1, None)
+    twin = LossContext(torch.Generator().manual_seed(0), 0, 1, None)
     t, eps = twin.times(x0), twin.noise(x0)
     assert_close(DenoisingLoss()(model, x0, c, context), eps.square().mean(1))  # the untrained model predicts zero
     assert 0 <= t.min() and t.max() <= 1
@@ -99,7 +110,7 @@ def test_classifier_loss_prefers_the_truth():
 
     x0, c = sample_mixture(gaussian_pair(1.0), 200, torch.Generator().manual_seed(0))
     losses = [
-        ClassifierLoss(FlowPath())(Sure(s), x0, c, Context(torch.Generator().manual_seed(0), 0, 1, None))
+        ClassifierLoss(FlowPath())(Sure(s), x0, c, LossContext(torch.Generator().manual_seed(0), 0, 1, None))
         for s in (1, -1)
     ]
     assert losses[0].shape == (200,) and losses[0].mean() < losses[1].mean()
@@ -114,13 +125,21 @@ def test_fourier_features_are_sines_of_doubling_frequency():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: train(Point(), to_one, (torch.ones(0, 1), None), 2, progress=False), ValueError, "data is empty"),
+        (
+            lambda: train(Point(), to_one, (torch.ones(0, 1), None), 2, progress=False),
+            ValueError,
+            "samples of data = 0",
+        ),
         (
             lambda: train(Point(), to_one, (torch.full((4, 1), torch.nan), None), 2, progress=False),
             ValueError,
-            "not finite",
+            "finite floating-point",
         ),
-        (lambda: train(Point(), to_one, (torch.ones(4, 1), torch.zeros(3)), 2, progress=False), ValueError, "3 labels"),
+        (
+            lambda: train(Point(), to_one, (torch.ones(4, 1), torch.zeros(3)), 2, progress=False),
+            ValueError,
+            "labels of data = 3; allowed: 4",
+        ),
         (lambda: train(Point(), to_one, ONES, 0, progress=False), ValueError, "steps = 0"),
         (lambda: train(Point(), to_one, ONES, 2, schedule="linear", progress=False), ValueError, "schedule = 'linear'"),
         (lambda: DenoisingLoss(-0.1), ValueError, "dropout = -0.1; allowed: 0 to 1"),

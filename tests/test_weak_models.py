@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import EMBEDDINGS, Denoiser, OnPath, Prediction, count_rows
+from guidance_nb.denoisers import EMBEDDINGS, Denoiser, OnPath, Prediction, count_nfe
+from guidance_nb.images.networks import image_denoiser
 from guidance_nb.mixtures import ExactDenoiser, Mixture, gaussian_pair
-from guidance_nb.networks import NoisyClassifier, image_denoiser, mlp_denoiser
+from guidance_nb.networks import NoisyClassifier, mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import keyed_noise, sample
+from guidance_nb.samplers import sample
 from guidance_nb.weak_models import (
     CADS,
     Autoguidance,
@@ -25,29 +27,29 @@ from guidance_nb.weak_models import (
     SelfAttentionGuidance,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
+    _annealing,
+    _attention_layers,
+    _blurred_queries,
+    _gaussian_blur,
+    _identity_attention,
+    _log_ratio,
+    _mixed_scales,
+    _recorded_attention,
+    _repairing_scale,
+    _skippable_layers,
+    _skipped_layers,
+    _swapped,
     annealed_scale,
-    annealing,
-    attention_layers,
-    blurred_queries,
     carry_noise,
-    gaussian_blur,
-    identity_attention,
-    log_ratio,
-    mixed_scales,
-    recorded_attention,
-    repairing_scale,
-    skippable_layers,
-    skipped_layers,
-    swapped,
     widen,
 )
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
 BROKEN = {
-    "pag": (PerturbedAttentionGuidance, identity_attention, {}),
-    "seg": (SmoothedEnergyGuidance, blurred_queries, {"sigma": 1.0}),
-    "slg": (SkipLayerGuidance, skipped_layers, {}),
+    "pag": (PerturbedAttentionGuidance, _identity_attention, {}),
+    "seg": (SmoothedEnergyGuidance, _blurred_queries, {"sigma": 1.0}),
+    "slg": (SkipLayerGuidance, _skipped_layers, {}),
 }
 each_broken = pytest.mark.parametrize("name", BROKEN)
 
@@ -104,7 +106,7 @@ def test_autoguidance_of_two_gaussians_has_a_gaussian_score(path):
 
 def test_the_variance_law_by_quadrature():
     "d ln V / d tau = g / (v + tau) + (1 - g) / (w + tau) from a large tau, where V = tau."
-    v, w, scale = 1.2, 1.8, repairing_scale(1.0, 1.2, 1.8)
+    v, w, scale = 1.2, 1.8, _repairing_scale(1.0, 1.2, 1.8)
     y = np.linspace(math.log(1e-9), math.log(1e7), 200_001)  # tau = e^y
     tau = np.exp(y)
     slope = (scale / (v + tau) + (1 - scale) / (w + tau)) * tau
@@ -115,8 +117,8 @@ def test_the_variance_law_by_quadrature():
 
 def test_sampled_autoguidance_repairs_the_width():
     law = lambda v: ExactDenoiser(Mixture(torch.zeros(1, 1), torch.tensor([v]), torch.tensor([0])), FlowPath())  # noqa: E731
-    guided = Autoguidance(law(1.5), law(4.0), repairing_scale(0.5, 1.5, 4.0))
-    end = sample(guided, None, (1, 1), steps=200, init=torch.ones(1, 1), progress=False, dtype=torch.float64)
+    guided = Autoguidance(law(1.5), law(4.0), _repairing_scale(0.5, 1.5, 4.0))
+    end = sample(guided, 1, (1,), steps=200, init=torch.ones(1, 1), progress=False, dtype=torch.float64)
     assert end.item() ** 2 == pytest.approx(0.5, rel=5e-3)
 
 
@@ -124,22 +126,22 @@ def test_two_scales_and_their_cost(dit, batch):
     x, t, c = batch
     weak = stirred("dit-s/2", 7, width=16, depth=1, heads=2)
     own, null, poor = (m.predict(x, t, k).eps for m, k in ((dit, c), (dit, None), (weak, c)))
-    scale, cfg_scale = mixed_scales(3.0, 0.75)
+    scale, cfg_scale = _mixed_scales(3.0, 0.75)
     assert (scale, cfg_scale) == (2.5, 1.5)
     guided = Autoguidance(dit, weak, scale, cfg_scale=cfg_scale)
-    with count_rows() as rows:
+    with count_nfe() as nfe:
         assert_close(guided.predict(x, t, c).eps, 3.0 * own - 0.5 * null - 1.5 * poor)
-    assert rows.total == 12 and guided.claims.rows == 3 and not guided.claims.conditional_at_one
-    assert Autoguidance.claims.rows == 2 and Autoguidance.claims.conditional_at_one
+    assert nfe.total == 12 and guided.claims.nfe == 3 and not guided.claims.conditional_at_one
+    assert Autoguidance.claims.nfe == 2 and Autoguidance.claims.conditional_at_one
     for guided, expected in (
         (Autoguidance(dit, weak, 1.0), 4),
         (Autoguidance(dit, weak, 2.0), 8),
         (Autoguidance(dit, weak, 1.0, cfg_scale=2.0), 8),
         (Autoguidance(dit, weak, 2.0, (0.0, 0.5), cfg_scale=2.0), 2 * 3 + 2 * 2),
     ):
-        with count_rows() as rows:
+        with count_nfe() as nfe:
             guided.predict(x, t, c)
-        assert rows.total == expected
+        assert nfe.total == expected
     schedule = Autoguidance(dit, weak, lambda t: 1 + t)
     assert_close(schedule.predict(x, t, c).eps, own + t[:, None, None, None] * (own - poor))
 
@@ -194,21 +196,21 @@ def hidden(layer):
 
 
 def test_one_layer_in_plain_torch(model):
-    layer = list(attention_layers(model).values())[-1]
+    layer = list(_attention_layers(model).values())[-1]
     h = hidden(layer)
     assert_close(layer(h), attend(layer, h))
-    last = len(attention_layers(model)) - 1
-    with identity_attention(model, last):
+    last = len(_attention_layers(model)) - 1
+    with _identity_attention(model, last):
         assert_close(layer(h), attend(layer, h, identity=True))
     mean = lambda q: q.mean(1, keepdim=True).expand_as(q)  # noqa: E731
-    with blurred_queries(model, last, math.inf):
+    with _blurred_queries(model, last, math.inf):
         assert_close(layer(h), attend(layer, h, queries=mean))
-    with recorded_attention(model, last) as received:
+    with _recorded_attention(model, last) as received:
         assert_close(layer(h), attend(layer, h))
     assert_close(received[0].sum(1), torch.full((2,), 16.0).double())
     whole = layer(h)
     for sigma in (0.0, 1e-3, 0.1):
-        with blurred_queries(model, last, sigma):
+        with _blurred_queries(model, last, sigma):
             assert torch.equal(layer(h), whole)
 
 
@@ -224,14 +226,14 @@ def test_blur_against_scipy(sigma, shape):
     kernel /= kernel.sum()
     expected = ndimage.correlate1d(image.numpy(), kernel, 2, mode="mirror")
     expected = ndimage.correlate1d(expected, kernel, 3, mode="mirror")
-    assert_close(gaussian_blur(image, sigma), torch.from_numpy(expected))
+    assert_close(_gaussian_blur(image, sigma), torch.from_numpy(expected))
 
 
 def test_blur_keeps_the_ends():
     image = torch.randn(2, 3, 8, 8)
-    assert torch.equal(gaussian_blur(image, 0.0), image)
-    assert_close(gaussian_blur(image, math.inf), image.mean((2, 3), keepdim=True).expand_as(image))
-    assert_close(gaussian_blur(torch.ones_like(image), 2.0), torch.ones_like(image))
+    assert torch.equal(_gaussian_blur(image, 0.0), image)
+    assert_close(_gaussian_blur(image, math.inf), image.mean((2, 3), keepdim=True).expand_as(image))
+    assert_close(_gaussian_blur(torch.ones_like(image), 2.0), torch.ones_like(image))
 
 
 @each_broken
@@ -273,8 +275,8 @@ def test_what_was_swapped_before_comes_back():
     "Libraries put a `forward` of their own on an instance (accelerate and diffusers do)."
     layer, ours = nn.Linear(2, 2), lambda x: 5 * x
     layer.forward = ours
-    with swapped({layer: lambda x: 7 * x}):
-        with swapped({layer: lambda x: 9 * x}):
+    with _swapped({layer: lambda x: 7 * x}):
+        with _swapped({layer: lambda x: 9 * x}):
             assert layer(torch.ones(1)).item() == 9
         assert layer(torch.ones(1)).item() == 7
     assert layer.forward is ours
@@ -283,7 +285,7 @@ def test_what_was_swapped_before_comes_back():
 @each_broken
 def test_layers_are_named_in_the_error(name, model):
     method, _, options = BROKEN[name]
-    found = skippable_layers(model) if name == "slg" else attention_layers(model)
+    found = _skippable_layers(model) if name == "slg" else _attention_layers(model)
     for wrong in (99, -1, "nowhere", [0, "nowhere"]):
         with pytest.raises(ValueError, match=r"^layers = .*allowed: 0 to \d, or part of a name: ") as error:
             method(model, wrong, **options)
@@ -294,7 +296,7 @@ def test_layers_are_named_in_the_error(name, model):
 
 def test_layers_by_name_and_number_are_the_same(unet, batch):
     x, t, c = batch
-    names = list(attention_layers(unet))
+    names = list(_attention_layers(unet))
     number = next(i for i, each in enumerate(names) if "mid_block" in each)
     for method in (PerturbedAttentionGuidance, SkipLayerGuidance):
         one, other = (method(unet, which, 3.0).predict(x, t, c) for which in (number, "mid_block"))
@@ -304,12 +306,12 @@ def test_layers_by_name_and_number_are_the_same(unet, batch):
 def test_skipping_all_blocks_of_a_transformer_leaves_its_ends(dit, batch):
     "Nothing between the patches and the last layer is computed: a block that would raise is not even called."
     x, t, c = batch
-    hooks = [block.register_forward_pre_hook(lambda *_: 1 / 0) for block in skippable_layers(dit).values()]
+    hooks = [block.register_forward_pre_hook(lambda *_: 1 / 0) for block in _skippable_layers(dit).values()]
     with pytest.raises(ZeroDivisionError):
         dit.predict(x, t, c)
     for hook in hooks:
         hook.remove()
-    with skipped_layers(dit, "transformer_blocks"):
+    with _skipped_layers(dit, "transformer_blocks"):
         short = dit.output(x, t, c)
     bare = stirred("dit-s/2", width=16, depth=3, heads=2)
     bare.load_state_dict(dit.state_dict())
@@ -354,7 +356,7 @@ def test_the_guiders_of_diffusers_agree_up_to_the_meaning_of_their_scale():
 
 def test_self_attention_guidance_restated(model, batch):
     x, t, c = batch
-    layer, caught = attention_layers(model)[list(attention_layers(model))[1]], []
+    layer, caught = _attention_layers(model)[list(_attention_layers(model))[1]], []
     catch = lambda _, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
     hook = layer.register_forward_pre_hook(catch, with_kwargs=True)
     own = model.predict(x, t, c)
@@ -368,15 +370,15 @@ def test_self_attention_guidance_restated(model, batch):
     mask = mask.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert 0 < mask.mean() < 1
     wide = lambda v: v[:, None, None, None]  # noqa: E731
-    blurred = gaussian_blur(own.x0, 0.8) * mask + own.x0 * (1 - mask)
+    blurred = _gaussian_blur(own.x0, 0.8) * mask + own.x0 * (1 - mask)
     bad = model.predict(wide(1 - t) * blurred + wide(t) * own.eps, t, c)
     eps = bad.eps + 1.75 * (own.eps - bad.eps)
     got = SelfAttentionGuidance(model, 1, sigma=0.8).predict(x, t, c)
     assert_close(got.eps, eps)
     assert_close(got.x0, (x - wide(t) * eps) / wide(1 - t))
-    with count_rows() as rows:
+    with count_nfe() as nfe:
         SelfAttentionGuidance(model, 1, sigma=0.8, cfg_scale=2.0).predict(x, t, c)
-    assert rows.total == 12
+    assert nfe.total == 12
 
 
 def test_self_attention_guidance_at_the_ends(dit, batch):
@@ -397,8 +399,8 @@ def test_self_attention_guidance_at_the_ends(dit, batch):
 def test_the_direction_of_annealing():
     "t = 1 is noise: the condition is gone there, whole near the data, linear between."
     t = torch.tensor([0.0, 0.2, 0.3, 0.45, 0.6, 1.0], dtype=torch.float64)
-    assert_close(annealing(t, (0.2, 0.6)), torch.tensor([1, 1, 0.75, 0.375, 0, 0]).double())
-    assert_close(annealed_scale(8.0, (0.2, 0.6))(t), 8 * annealing(t, (0.2, 0.6)))
+    assert_close(_annealing(t, (0.2, 0.6)), torch.tensor([1, 1, 0.75, 0.375, 0, 0]).double())
+    assert_close(annealed_scale(8.0, (0.2, 0.6))(t), 8 * _annealing(t, (0.2, 0.6)))
 
 
 def test_the_noisy_question_restated():
@@ -423,7 +425,7 @@ class Echo(Denoiser):
     def __init__(self):
         super().__init__(FlowPath(), EMBEDDINGS)
 
-    def predict(self, x, t, c=None):
+    def forward(self, x, t, c=None):
         total = torch.zeros(len(x), 1).to(x) if c is None else c.flatten(1).sum(1, keepdim=True)
         return Prediction(0 * x + total, 0 * x + total)
 
@@ -433,7 +435,7 @@ def test_samples_do_not_depend_on_their_batch(dit):
     y = by_embedding.embed(torch.arange(6) % 3).detach()
     guided = CADS(ClassifierFreeGuidance(by_embedding, 3.0, (0.1, 0.9)), 0.5)
     draw = lambda c, n, start, size=None: sample(  # noqa: E731
-        guided, c, (n, 1, 8, 8), steps=4, seed=2, start=start, batch_size=size, progress=False
+        guided, c, (1, 8, 8), steps=4, seed=2, start=start, batch_size=size, progress=False
     )
     whole = draw(carry_noise(y, seed=2, draws=4), 6, 0)
     assert_close(draw(carry_noise(y, seed=2, draws=4), 6, 0, 1), whole, rtol=1e-4, atol=1e-4)
@@ -473,7 +475,7 @@ def test_the_optimal_judge_repairs_the_score(path):
     for c in (None, torch.arange(30) % 2):
         assert_close(DiscriminatorGuidance(model, judge).score(x, t, c), truth, rtol=1e-7, atol=1e-8)
     normal = lambda mean, var: torch.distributions.Normal(a * mean, (a**2 * var + s**2).sqrt()).log_prob(x)[:, 0]  # noqa: E731
-    assert_close(log_ratio(judge, x, t), normal(m, v) - normal(-0.2, w))
+    assert_close(_log_ratio(judge, x, t), normal(m, v) - normal(-0.2, w))
     edm = model.predict(x, t)  # D + w sigma^2 grad in EDM's x = x / alpha
     repaired = DiscriminatorGuidance(model, judge, 0.7).predict(x, t)
     gradient = truth + (x + a * 0.2) / (a**2 * w + s**2)
@@ -486,18 +488,18 @@ def test_judges_and_their_cost():
     for judge in (one, all_):
         nn.init.normal_(judge.net.read.weight)
         for scale, expected in ((1.0, 12), (0.0, 6)):
-            with count_rows() as rows, torch.no_grad():
+            with count_nfe() as nfe, torch.no_grad():
                 pair = DiscriminatorGuidance(model, judge, scale).predict(x, 0.4, c)
-            assert rows.total == expected and not pair.x0.requires_grad
+            assert nfe.total == expected and not pair.x0.requires_grad
     logits = all_(x, 0.4)
     picked = torch.stack([logits[i, 3 + c[i]] - logits[i, c[i]] for i in range(6)])
-    assert_close(log_ratio(all_, x, 0.4, c), picked)
-    assert_close(log_ratio(all_, x, 0.4), logits[:, 3:].exp().sum(1).log() - logits[:, :3].exp().sum(1).log())
-    assert_close(log_ratio(one, x, 0.4, c), one(x, 0.4)[:, 1] - one(x, 0.4)[:, 0])
+    assert_close(_log_ratio(all_, x, 0.4, c), picked)
+    assert_close(_log_ratio(all_, x, 0.4), logits[:, 3:].exp().sum(1).log() - logits[:, :3].exp().sum(1).log())
+    assert_close(_log_ratio(one, x, 0.4, c), one(x, 0.4)[:, 1] - one(x, 0.4)[:, 0])
     early = DiscriminatorGuidance(model, one, 1.0, (0.0, 0.3))
-    with count_rows() as rows:
+    with count_nfe() as nfe:
         early.predict(x, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), c)
-    assert rows.total == 9
+    assert nfe.total == 9
 
 
 # Another condition
@@ -536,21 +538,19 @@ def test_the_uniform_mean_is_not_the_unconditional_score():
 
 
 BAD = {
-    "weak lives on": lambda m: Autoguidance(m, OnPath(m, EDMPath()), 2.0),
-    "weak has 2 classes; allowed: those of the model, 3": lambda m: Autoguidance(
-        m, mlp_denoiser(2, FlowPath(), 2), 2.0
-    ),
+    "weak.path = EDMPath": lambda m: Autoguidance(m, OnPath(m, EDMPath()), 2.0),
+    "weak.num_classes = 2; allowed: 3": lambda m: Autoguidance(m, mlp_denoiser(2, FlowPath(), 2), 2.0),
     "scale = nan": lambda m: Autoguidance(m, m, math.nan),
     "scale = inf": lambda m: Autoguidance(m, m, 2.0, cfg_scale=math.inf),
     "interval = (1, 0)": lambda m: Autoguidance(m, m, 2.0, (1, 0)),
-    "share = -0.1; allowed: 0 to 1": lambda m: mixed_scales(2.0, -0.1),
-    "std = -1; allowed: 0 or more": lambda m: widen(gaussian_pair(), -1),
-    "v_weak = 2.0; allowed: another": lambda m: repairing_scale(1.0, 2.0, 2.0),
-    "v_u = -1.0; allowed: a positive": lambda m: repairing_scale(1.0, 2.0, -1.0),
+    "share = -0.1; allowed: 0 to 1": lambda m: _mixed_scales(2.0, -0.1),
+    "std = -1; allowed: a number, 0 or more": lambda m: widen(gaussian_pair(), -1),
+    "v_weak = 2.0; allowed: another": lambda m: _repairing_scale(1.0, 2.0, 2.0),
+    "allowed: positive numbers": lambda m: _repairing_scale(1.0, 2.0, -1.0),
     "sigma = nan; allowed: 0 or more": lambda m: SmoothedEnergyGuidance(m, 0, sigma=math.nan),
     "12 tokens; allowed: a square number": lambda m: _tokens_of_no_square(m),
-    "model takes class labels; allowed: a model of embeddings": lambda m: CADS(m),
-    "noise = -1, mixing = 1.0; allowed": lambda m: CADS(Echo(), -1),
+    "model.num_classes = 3; allowed: EMBEDDINGS": lambda m: CADS(m),
+    "noise = -1; allowed": lambda m: CADS(Echo(), -1),
     "tau = (0.9, 0.6); allowed": lambda m: CADS(Echo(), tau=(0.9, 0.6)),
     "draws = 0; allowed: a whole number": lambda m: carry_noise(torch.zeros(2, 3), draws=0),
     "allowed: [batch, 1 + draws, ...], from carry_noise": lambda m: CADS(Echo()).predict(
@@ -562,16 +562,16 @@ BAD = {
     "c has shape (4, 5); allowed: [batch, 16]": lambda m: EmbeddedLabels(m).predict(
         torch.zeros(4, 1, 8, 8).double(), 0.5, torch.zeros(4, 5).double()
     ),
-    "discriminator gives (2, 3); allowed": lambda m: log_ratio(
+    "discriminator gives (2, 3); allowed": lambda m: _log_ratio(
         NoisyClassifier(2, 3, FlowPath()), torch.zeros(2, 2), 0.5
     ),
-    "model has num_classes = -1; allowed: 2 or more": lambda m: IndependentConditionGuidance(Echo(), 2.0),
+    "model.num_classes = -1; allowed: 2 or more": lambda m: IndependentConditionGuidance(Echo(), 2.0),
 }
 
 
 def _tokens_of_no_square(model):
-    with blurred_queries(model, 0, 1.0):
-        attention_layers(model)["net.net.transformer_blocks.0.attn1"](torch.zeros(1, 12, 16).double())
+    with _blurred_queries(model, 0, 1.0):
+        _attention_layers(model)["net.net.transformer_blocks.0.attn1"](torch.zeros(1, 12, 16).double())
 
 
 @pytest.mark.parametrize("message", BAD)

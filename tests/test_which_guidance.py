@@ -10,16 +10,16 @@ from guidance_nb.comparison import load_problem, score_fractal
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.which_guidance import (
+    _KINDS,
+    _SCALES,
     FAMILY,
-    KINDS,
-    SCALES,
-    Tools,
+    _best_scales,
+    _draw_member,
+    _exact_tools,
+    _family_points,
+    _learned_tools,
+    _Tools,
     affordable_steps,
-    best_scales,
-    draw_member,
-    exact_tools,
-    family_points,
-    learned_tools,
     run_family,
 )
 
@@ -31,14 +31,14 @@ def tools():
     model, weak = (mlp_denoiser(2, FlowPath(), 2, width=8, depth=1, seed=seed) for seed in (0, 1))
     aware = mlp_denoiser(2, FlowPath(), 2, width=8, depth=1, scale_aware=True)
     names = ("model_guidance", "guidance_free_training", "distillation")
-    return Tools(model, weak, 0.9, dict.fromkeys(names, aware))
+    return _Tools(model, weak, 0.9, dict.fromkeys(names, aware))
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_no_member_overspends_or_leaves_a_step_unused(tools, name):
     member, scale, budget = FAMILY[name], FAMILY[name].scales[-1], 20
     steps = affordable_steps(member, tools, scale, budget, 4)
-    bill = lambda steps: draw_member(member, tools, scale, steps, 4)[2]  # noqa: E731
+    bill = lambda steps: _draw_member(member, tools, scale, steps, 4)[2]  # noqa: E731
     assert bill(steps) <= budget or steps == 2
     assert bill(steps + 1) > budget
 
@@ -47,9 +47,9 @@ def test_no_member_overspends_or_leaves_a_step_unused(tools, name):
 def test_committed_rows_are_of_this_code(name, scale):
     table = pd.read_csv(TABLE).set_index(["model", "member", "scale", "seed"])
     row, problem = table.loc[("exact", name, scale, 1)], load_problem("fractal")
-    tools = Tools(exact_tools(problem, 1).model, None, None, {})
-    x, c, rows = draw_member(FAMILY[name], tools, scale, int(row.steps), int(row.samples), 1)
-    assert rows == row.rows
+    tools = _Tools(_exact_tools(problem, 1).model, None, None, {})
+    x, c, rows = _draw_member(FAMILY[name], tools, scale, int(row.steps), int(row.samples), 1)
+    assert rows == row.nfe
     found = score_fractal(x, c, problem)
     for key in ("outlier_rate", "coverage", "sliced_wasserstein"):
         assert found[key] == pytest.approx(row[key], abs=0.004)  # rounding moves a few samples in a thousand
@@ -57,22 +57,22 @@ def test_committed_rows_are_of_this_code(name, scale):
 
 def test_the_table_is_complete():
     table = pd.read_csv(TABLE)
-    points = {(kind, *point, seed) for kind in KINDS for point in family_points(kind) for seed in range(3)}
+    points = {(kind, *point, seed) for kind in _KINDS for point in _family_points(kind) for seed in range(3)}
     found = list(zip(table.model, table.member, table.scale, table.seed))
     assert set(found) == points and len(found) == len(points)
-    assert (table.rows[table.steps > 2] <= 65).all()
+    assert (table.nfe[table.steps > 2] <= 65).all()
 
 
 def test_best_scales_by_loops():
     table = pd.read_csv(TABLE)
-    best = best_scales(table).set_index(["model", "member"])
+    best = _best_scales(table).set_index(["model", "member"])
 
     def mean(kind, name, scale, key):
         part = table[(table.model == kind) & (table.member == name) & (table.scale == scale)]
         assert len(part) == 3
         return part[key].mean()
 
-    for kind in KINDS:
+    for kind in _KINDS:
         least = 0.9 * mean(kind, "conditional", 1.0, "coverage")
         for name, member in FAMILY.items():
             if kind == "exact" and member.trained:
@@ -84,15 +84,15 @@ def test_best_scales_by_loops():
 
 
 def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
-    monkeypatch.setattr("guidance_nb.which_guidance.learned_tools", lambda *given: shortened)
+    monkeypatch.setattr("guidance_nb.which_guidance._learned_tools", lambda *given: shortened)
     model = mlp_denoiser(2, FlowPath(), 2, width=8, depth=1)
-    shortened = Tools(model, model, 0.9, {})
+    shortened = _Tools(model, model, 0.9, {})
     few = {name: FAMILY[name] for name in ("conditional", "projected")}
     monkeypatch.setattr("guidance_nb.which_guidance.FAMILY", few)
     file, options = tmp_path / "family.csv", {"samples": 20, "budget": 6}
     run_family(file, ("learned",), 2, **options)
     whole = pd.read_csv(file)
-    assert len(whole) == 2 * (1 + len(SCALES))
+    assert len(whole) == 2 * (1 + len(_SCALES))
     whole.drop(index=[3, 7]).to_csv(file, index=False)
     run_family(file, ("learned",), 2, **options)
     again = pd.read_csv(file).sort_values(["seed", "member", "scale"]).reset_index(drop=True)
@@ -100,14 +100,14 @@ def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
 
 
 def test_learned_tools_are_five_networks():
-    tools = learned_tools(load_problem("fractal"), steps=8)
+    tools = _learned_tools(load_problem("fractal"), steps=8)
     size = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     assert size(tools.weak) < size(tools.model) / 2
     assert all(net.scale_aware for net in tools.trained.values()) and len(tools.trained) == 3
-    first = learned_tools(load_problem("fractal"), steps=8)
+    first = _learned_tools(load_problem("fractal"), steps=8)
     assert torch.equal(first.model.net.read.weight, tools.model.net.read.weight)
 
 
 def test_an_unknown_model_is_refused():
     with pytest.raises(ValueError, match="kind = 'image'; allowed: 'exact', 'learned'"):
-        family_points("image")
+        _family_points("image")

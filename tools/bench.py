@@ -26,15 +26,17 @@ from torch import Tensor, nn
 from guidance_nb import __version__
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, choose_batching, count_rows
-from guidance_nb.flow_postprocessing import faiss_neighbours, torch_neighbours
-from guidance_nb.image_metrics import CifarResNet, extract, image_scores, resnet_extractor
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, _one_pass, count_nfe
+from guidance_nb.engine.cost import count_loss_nfe, find_chip, mfu, network_cost, training_flops
+from guidance_nb.engine.run import Engine
+from guidance_nb.images.features import CifarResNet, extract, resnet_extractor
+from guidance_nb.images.metrics import image_scores
+from guidance_nb.images.networks import image_denoiser
+from guidance_nb.metrics import nearest_neighbours
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import image_denoiser
 from guidance_nb.paths import FlowPath, VPPath
 from guidance_nb.samplers import sample
-from guidance_nb.scaling import count_step_rows, find_chip, mfu, network_cost, sampling_flops, training_flops
-from guidance_nb.training import DenoisingLoss, Engine, fit
+from guidance_nb.training import DenoisingLoss, fit
 from notebooks import ROOT
 
 RESULTS = ROOT / "nbs" / "results" / "bench.csv"
@@ -160,12 +162,12 @@ def labels(n: int) -> Tensor:
 def draw(model: Denoiser, sizes: Sizes, **options: Any) -> Any:
     "Samples by DDIM."
     usual: dict[str, Any] = {"sampler": "ddim", "steps": sizes.steps, "progress": False}
-    return sample(model, labels(sizes.samples), (sizes.samples, *sizes.shape), **(usual | options))
+    return sample(model, labels(sizes.samples), sizes.shape, **(usual | options))
 
 
 def rows_of(model: Denoiser, sizes: Sizes) -> int:
     "Rows of the network that these samples take."
-    with count_rows() as rows:
+    with count_nfe() as rows:
         draw(model, sizes)
     return rows.total
 
@@ -300,7 +302,8 @@ def batching(sizes: Sizes) -> Iterator[Pair]:
     model = build_model(sizes)
     for n in sizes.pairs:
         x = torch.randn((n, *sizes.shape), generator=torch.Generator().manual_seed(0)).to(sizes.device)
-        c, t, chosen = labels(n).to(sizes.device), torch.tensor(0.5), choose_batching("auto", x)
+        c, t = labels(n).to(sizes.device), torch.tensor(0.5)
+        chosen = "batched" if _one_pass("auto", x) else "sequential"
         times = max(1, sizes.samples // n)
 
         @torch.no_grad()
@@ -360,18 +363,26 @@ def throughput(sizes: Sizes) -> Iterator[Pair]:
 
 
 def search(sizes: Sizes) -> Iterator[Pair]:
-    "The 20 nearest neighbours by faiss against chunks of a float64 product and top-k in torch, both on the CPU."
+    "The 20 nearest neighbours by the exact search against faiss in single precision, both on the CPU."
     n, m, width = sizes.search
     generator = torch.Generator().manual_seed(0)
     queries, real = torch.randn((n, width), generator=generator), torch.randn((m, width), generator=generator)
     k = min(20, m)
-    found, exact = faiss_neighbours(queries, real, k), torch_neighbours(queries, real, k)
-    share = (found.sort(1).values == exact.sort(1).values).float().mean().item()
+
+    def by_faiss() -> Tensor:
+        import faiss
+
+        return torch.from_numpy(faiss.knn(queries.numpy(), real.numpy(), k)[1])
+
+    def exact() -> Tensor:
+        return nearest_neighbours(queries, real, k)[1]
+
+    share = (by_faiss().sort(1).values == exact().sort(1).values).float().mean().item()
     if share < 0.99:
         raise RuntimeError(f"only {share:.1%} of the neighbours agree; needed: 99 %")
     note = f"{n} queries, {m} points of {width} numbers; {share:.2%} of neighbours agree"
-    ours, other = (partial(find, queries, real, k) for find in (faiss_neighbours, torch_neighbours))
-    yield Pair("faiss/torch search", ours, other, note=note)
+    ours, other = exact, by_faiss
+    yield Pair("exact search/faiss", ours, other, note=note)
 
 
 def scoring(sizes: Sizes) -> Iterator[Pair]:
@@ -429,7 +440,7 @@ def latents(sizes: Sizes) -> Iterator[Pair]:
         same = {"network": name, "shape": sizes.latent_shape, "settings": changes}
         here = replace(sizes, batch=sizes.latent_batch, samples=sizes.latent_samples, **same)
         cost = network_cost(name, here.shape, CLASSES, **changes)
-        needed, images = training_flops(cost, count_step_rows(loss)), here.batch * here.train_steps
+        needed, images = training_flops(cost, count_loss_nfe(loss)), here.batch * here.train_steps
         runs: dict[str, Callable[[], None]] = {}
         for kind in ("eager", "compiled"):
             if cuda:
@@ -459,7 +470,7 @@ def latents(sizes: Sizes) -> Iterator[Pair]:
 
         def rates(timing: Timing, here: Sizes = here, cost: Any = cost, rows: int = rows, twice: int = twice) -> str:
             one, two = (here.samples / median(each) for each in (timing.ours, timing.other))
-            shares = (mfu(s, sampling_flops(cost, n / here.samples), peak) for s, n in ((one, rows), (two, twice)))
+            shares = (mfu(s, n / here.samples * cost.forward, peak) for s, n in ((one, rows), (two, twice)))
             told = " and ".join(f"{share:.4f}" for share in shares)
             return f"{one:.2f} and {two:.2f} images/s, {rows} rows of {twice}; MFU {told}"
 

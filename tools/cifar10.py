@@ -18,47 +18,40 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from guidance_nb.image_data import SampleFile, save_samples
-from guidance_nb.image_metrics import (
-    Extractor,
-    Features,
-    append_rows,
-    cifar_resnet,
-    measure,
-    read_rows,
-    resnet_extractor,
+from guidance_nb.cli.evaluation import (
+    baseline_row,
+    choose_metrics,
+    extract_reference_features,
+    has_facts,
+    score,
 )
-from guidance_nb.recipes import (
-    DataTable,
-    Recipe,
+from guidance_nb.cli.recipe import DataTable, Recipe, override, read_recipe
+from guidance_nb.cli.run import (
     Request,
     Trained,
-    choose_metrics,
-    draw,
-    floor_row,
-    has_facts,
+    autocast_and_compile,
+    generate,
     load_trained,
-    look_at_real,
     make_data,
     make_engine,
     make_loss,
     make_training,
-    override,
     own_device,
     postprocess,
-    prepared,
-    read_recipe,
-    score,
     train_recipe,
 )
-from guidance_nb.training import checkpoints_in, fit, latest_checkpoint
+from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.images.data import SampleFile, save_samples
+from guidance_nb.images.features import Extractor, Features, cifar_resnet, extract, resnet_extractor
+from guidance_nb.images.metrics import append_rows, read_rows
+from guidance_nb.training import fit
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 STEPS = (5, 10, 20, 50)
@@ -93,7 +86,7 @@ RUNS = {
     "base": Run("cifar10-base", checkpoints=4),
     "wide": Run(
         "cifar10-base", {"batch_size": 2}
-    ),  # the aligned loss costs two rows an image, so this is equal compute
+    ),  # the aligned loss costs two evaluations an image, so this is equal compute
     "aligned": Run("cifar10-aligned", {"scale": 2.0}),
     "mg-1.5": Run("cifar10-mg", {"scale": 1.5}, checkpoints=4),
     "mg-2": Run("cifar10-mg", {"scale": 2.0}),
@@ -127,12 +120,12 @@ class Point:
 
     @property
     def at_once(self) -> int:
-        "Network rows a sample in one evaluation."
+        "Network evaluations a sample in one step."
         return 1 if self.scale == 1 or self.classifier != "" or self.run.startswith("mg") else 2
 
     @property
-    def rows(self) -> int:
-        "Network rows that drawing costs a sample, at most."
+    def nfe(self) -> int:
+        "NFE of a sample, at most."
         return self.steps * self.at_once + 15 * len(self.corrections)
 
 
@@ -176,7 +169,7 @@ class Size:
     changes: dict[str, Any]  # to every recipe
     batch_size: int = 256
     most: int = 5_120  # samples a point, if the budget allows
-    rows: int = 2560  # rows of the network at a time in sampling
+    rows: int = 2560  # samples in one call of the network
     timed: int = 20  # steps
     bare: int = 0  # of the plan: steps of the base run when they are not to be planned
     limit: int | None = None  # real images to compare with
@@ -203,7 +196,7 @@ class Study:
     vp: bool
     deadline: float  # of this call, on the monotonic clock
     compiled: bool  # whether compiling is tried
-    classifiers: Path | None  # folder of the networks that judge; None for GUIDANCE_NB_DATA
+    classifiers: Path | None  # folder of the evaluation classifiers; None for GUIDANCE_NB_DATA
 
     def check_time(self) -> None:
         "Leave when the time of this call is up."
@@ -287,7 +280,7 @@ def time_training(recipe: Recipe, steps: int) -> tuple[float, float]:
     table = recipe.training
     options: Any = {"batch_size": table.batch_size, "lr": table.lr, "schedule": "constant", "progress": False}
     begin = time.perf_counter()
-    run = fit(model, make_loss(recipe), source, 10**6, engine=make_engine(table), **options)
+    run = fit(model, make_loss(recipe), source, 10**6, engine=make_engine(recipe), **options)
     for _ in range(3):
         next(run)
     synchronize()
@@ -305,7 +298,7 @@ def flops_of_step(recipe: Recipe) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model, _, _ = make_training(recipe, make_data(replace(recipe, data=replace(recipe.data, limit=2))))
+        model, _, _ = make_training(recipe, make_data(override(recipe, {"limit": 2})))
         x = torch.randn(2, *((1, 28, 28) if recipe.data.source == "mnist" else (3, 32, 32)))
         counter = FlopCounterMode(display=False)
         with counter:
@@ -319,13 +312,17 @@ def time_engines(size: Size, compiled: bool) -> tuple[dict[str, Any], list[dict[
     flops, loop = flops_of_step(recipe), plain_loop(recipe, size.timed)
     peak = matrix_rate() if torch.cuda.is_available() else None
     rows = [{"engine": "plain loop, fp32", "images_per_second": loop}]
-    ways: list[dict[str, Any]] = [{"precision": "fp32", "channels_last": False, "compile": False, "graphs": False}]
+    ways: list[dict[str, Any]] = [{"precision": "fp32", "channels_last": False, "compile": False, "cuda_graphs": False}]
     if torch.cuda.is_available():
-        ways += [ways[0] | {"precision": "bf16", "channels_last": last, "graphs": graphs} for graphs, last in PAIRS]
-        ways += [ways[0] | {"precision": "bf16", "channels_last": True, "compile": True, "graphs": True}] * compiled
+        ways += [
+            ways[0] | {"precision": "bf16", "channels_last": last, "cuda_graphs": graphs} for graphs, last in PAIRS
+        ]
+        ways += [
+            ways[0] | {"precision": "bf16", "channels_last": True, "compile": True, "cuda_graphs": True}
+        ] * compiled
     tried = []
     for way in ways:
-        name = ", ".join([way["precision"], *(key for key in ("channels_last", "compile", "graphs") if way[key])])
+        name = ", ".join([way["precision"], *(key.removeprefix("cuda_") for key in way if way[key] is True)])
         try:
             seconds, warm = time_training(override(recipe, way), size.timed)
         except RuntimeError as error:  # no compiler, or a device without room for the way
@@ -347,15 +344,15 @@ def time_engines(size: Size, compiled: bool) -> tuple[dict[str, Any], list[dict[
 
 
 def time_sampling(size: Size, engine: dict[str, Any], out: Path) -> dict[float, float]:
-    "Samples per second in 20 steps at scale 1, one row each, and 2, two rows, by a network of a few steps of training."
+    "Samples per second in 20 steps at scale 1, one evaluation a step, and 2, two, by a network barely trained."
     few = {"steps": 8, "save_every": 8, "keep": 1, "grid_every": 0, "warmup": 0} | engine
     list(train_recipe(override(run_recipe("base", size), few), out / "timing", progress=False))
     trained, n, speeds = load_trained(out / "timing"), 4 * size.rows, dict[float, float]()
     ask = Request(n=n, steps=20, sampler="euler", precision=engine["precision"], compile=engine["compile"])
     for scale in (1.0, 2.0):
-        here = replace(ask, scale=scale, batch_size=size.rows // (1 if scale == 1 else 2))
-        draw(trained, replace(here, n=here.batch_size, steps=2), progress=False)  # compiles
-        speeds[scale] = n / draw(trained, here, progress=False).facts["seconds"]
+        here = ask.changed(scale=scale, batch_size=size.rows // (1 if scale == 1 else 2))
+        generate(trained, here.changed(n=here.batch_size, steps=2), progress=False)  # compiles
+        speeds[scale] = n / generate(trained, here, progress=False).facts["seconds"]
     return speeds
 
 
@@ -379,7 +376,7 @@ def make_plan(study: Study) -> Plan:
     drawn = time_sampling(size, engine, study.out)
     speed, whole = 20 * drawn[1.0], 512
     pairs = min(7_680, size.most * 2)
-    cost = sum(point.rows * (2 if point.headline else 1) for point in all_points(vp))
+    cost = sum(point.nfe * (2 if point.headline else 1) for point in all_points(vp))
     paired = pairs * sum(40 if scale != 1 else 20 for scale in PAIRED)
     samples = min(size.most, int(max(0.0, PARTS["sampling"] * budget * speed - paired) / cost))
     samples = max(samples // whole * whole, 20) if samples > whole else max(samples // 10 * 10, 20)
@@ -423,7 +420,7 @@ def train_run(study: Study, plan: Plan, name: str, samples: tuple[str, ...] = ()
     if study.classifiers and recipe.method.space.startswith("resnet"):
         recipe = override(recipe, {"weights": str(study.classifiers)})
     steps, clock, start = recipe.training.steps, folder / "seconds.json", time.monotonic()
-    if checkpoints_in(folder) and latest_checkpoint(folder).name == f"step-{steps:08d}":
+    if checkpoints_in(folder) and read_checkpoint(folder).path.name == f"step-{steps:08d}":
         return
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
     planned = plan.seconds[name]
@@ -442,7 +439,7 @@ def request(study: Study, plan: Plan, point: Point, n: int, seed: int = 0) -> Re
     "What is drawn at a point; the network sees batches of one size, so that it is compiled once."
     ask = Request(n=n, scale=point.scale, steps=point.steps, sampler="euler", seed=seed, interval=(0.0, point.until))
     how = {"precision": plan.engine["precision"], "compile": plan.engine["compile"]}
-    return replace(ask, **how, batch_size=study.size.rows // point.at_once)
+    return ask.changed(**how, batch_size=study.size.rows // point.at_once)
 
 
 def make_pairs(study: Study, plan: Plan) -> tuple[str, ...]:
@@ -454,7 +451,7 @@ def make_pairs(study: Study, plan: Plan) -> tuple[str, ...]:
         if not file.exists():
             study.check_time()
             file.parent.mkdir(exist_ok=True)
-            drawn = draw(trained, request(study, plan, Point("base", scale), plan.pairs, seed=1), progress=False)
+            drawn = generate(trained, request(study, plan, Point("base", scale), plan.pairs, seed=1), progress=False)
             save_samples(file, drawn.x, drawn.c, drawn.facts)
     return tuple(files)
 
@@ -467,7 +464,7 @@ def find_run(study: Study, name: str, portion: float = 1.0) -> Trained:
 @cache
 def read_run(folder: Path, portion: float) -> Trained:
     "The same, read once."
-    last = latest_checkpoint(folder)
+    last = read_checkpoint(folder).path
     steps = int(last.name.removeprefix("step-"))
     return load_trained(last if portion == 1 else folder / f"step-{round(steps * portion):08d}")
 
@@ -475,21 +472,21 @@ def read_run(folder: Path, portion: float) -> Trained:
 def score_points(study: Study, plan: Plan) -> Iterator[dict[str, Any]]:
     "Draw what is missing, and score it in threads beside the drawing; yields rows as they are made, real images first."
     file = study.out / "cifar10.csv"
-    eyes = resnet_extractor(cifar_resnet(study.classifiers, 56))
-    real, metrics = look_at(study, eyes)
+    extractor = resnet_extractor(cifar_resnet(study.classifiers, 56))
+    real, metrics = reference_features(study, extractor)
     rows, waiting = read_rows(file)[1] if file.exists() else [], deque[tuple[Future, dict[str, Any]]]()
     for n in (plan.samples, 2 * plan.samples):
         if not any(has_facts(row, {"run": "real", "n": n}) for row in rows):
-            floor = floor_row("cifar10", real, eyes, n, metrics)
-            if floor is not None:
-                append_rows(file, [floor | {"run": "real", "device": device_name()}])
-                yield floor | {"run": "real"}
+            baseline = baseline_row("cifar10", real, extractor, n, metrics)
+            if baseline is not None:
+                append_rows(file, [baseline | {"run": "real", "device": device_name()}])
+                yield baseline | {"run": "real"}
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
         try:
             for point in all_points(study.vp):
                 study.check_time()
                 for final, about in draw_point(study, plan, point, rows):
-                    waiting.append((pool.submit(score, final, real, eyes, metrics, 1024), about))
+                    waiting.append((pool.submit(score, final, real, extractor, metrics, 1024), about))
                     rows.append(about)  # a point that two claims need is drawn once
                 while waiting and (len(waiting) > 16 or waiting[0][0].done()):
                     yield save_score(file, *waiting.popleft())
@@ -514,7 +511,7 @@ def draw_point(
         return
     trained = find_run(study, point.run, point.portion)
     classifier = find_run(study, point.classifier) if point.classifier else None
-    drawn = draw(trained, request(study, plan, point, n), classifier, progress=False)
+    drawn = generate(trained, request(study, plan, point, n), classifier, progress=False)
     keep_samples(study, drawn, point)
     spent = json.loads((study.out / "train" / point.run / "seconds.json").read_text()) * point.portion
     about |= {"training_seconds": round(spent, 1), "device": device_name()}
@@ -526,7 +523,7 @@ def draw_point(
 def correct(study: Study, plan: Plan, name: str, drawn: SampleFile) -> SampleFile:
     "Samples carried by a post-processing flow."
     flow = find_run(study, name)
-    with prepared(flow, plan.engine["precision"], plan.engine["compile"]):
+    with autocast_and_compile(flow, plan.engine["precision"], plan.engine["compile"]):
         return postprocess(flow, drawn, batch_size=study.size.rows, progress=False)
 
 
@@ -539,13 +536,13 @@ def save_score(file: Path, future: Future, about: dict[str, Any]) -> dict[str, A
     return row | about
 
 
-def look_at(study: Study, eyes: Extractor) -> tuple[Features, tuple[str, ...]]:
+def reference_features(study: Study, extractor: Extractor) -> tuple[Features, tuple[str, ...]]:
     "Features of the training images, of a part of them in a rehearsal, and the metrics they allow."
     if study.size.limit is None:
-        return look_at_real("cifar10", "train", (3, 32, 32), eyes, METRICS, progress=False)
+        return extract_reference_features("cifar10", "train", (3, 32, 32), extractor, METRICS, progress=False)
     data = read_images(run_recipe("base", study.size).data)
-    metrics = choose_metrics(data.images(torch.arange(len(data))), eyes, METRICS)
-    return measure(data.images(torch.arange(len(data))), eyes, metrics, name="cifar10 train"), metrics
+    metrics = choose_metrics(data.images(torch.arange(len(data))), extractor, METRICS)
+    return extract(data.images(torch.arange(len(data))), extractor, "cifar10 train", metrics=metrics), metrics
 
 
 def keep_samples(study: Study, drawn: SampleFile, point: Point) -> None:
@@ -562,14 +559,14 @@ def keep_samples(study: Study, drawn: SampleFile, point: Point) -> None:
 
 
 def show_table(study: Study, plan: Plan) -> None:
-    "The headline points and the floor."
+    "The headline points and the real-data baseline."
     import pandas as pd
 
     table = pd.DataFrame(read_rows(study.out / "cifar10.csv")[1])
     table = table[table.n.astype(int) == 2 * plan.samples]
     names = ["run", "scale", "until", "steps", "n"]
     names += [f"{metric}_resnet56" for metric in ("fd", "agreement", "precision", "recall")]
-    names += ["rows_per_sample", "training_seconds"]
+    names += ["nfe", "training_seconds"]
     print(table[[name for name in names if name in table]].to_string(index=False))
 
 
@@ -583,16 +580,16 @@ def export_weights(study: Study, names: list[str]) -> None:
             weights = {key: value.to(torch.bfloat16).cpu() for key, value in trained.model.state_dict().items()}
             folder.mkdir(parents=True, exist_ok=True)
             save_torch_state_dict(weights, folder, max_shard_size="15MB")
-            (folder / "recipe.json").write_text(json.dumps(asdict(trained.recipe), indent=1) + "\n")
+            (folder / "recipe.json").write_text(json.dumps(trained.recipe.model_dump(mode="json"), indent=1) + "\n")
 
 
 def carry_out(study: Study) -> None:
     "All of it, from where it stopped."
-    try:  # to find out now, not after the training, that nobody can judge
+    try:  # to find out now, not after the training, that there is no evaluation classifier
         for depth in (20, 56):
             cifar_resnet(study.classifiers, depth)
     except ValueError as error:
-        raise SystemExit(f"no judge: {error}; or --classifiers FOLDER") from None
+        raise SystemExit(f"no evaluation classifier: {error}; or --classifiers FOLDER") from None
     torch._dynamo.config.recompile_limit = 64  # there are some ten networks, each in some shapes
     plan = read_plan(study)
     print(f"plan: {plan.steps} steps of {plan.batch_size} images, {plan.engine}, {plan.samples} samples a point")

@@ -8,29 +8,29 @@ import hashlib
 import json
 from pathlib import Path
 
-from notebooks import NOTEBOOKS, cells, is_skipped, settings, text
+from notebooks import NOTEBOOKS, cells, is_skipped, settings, store, text
 
 LINK = "[Open in Colab]("
 WITHOUT = {"index", "92_api"}  # the README, and a list: there is nothing to run
 
 SLOW = "No GPU is needed; cells marked `slow` take a while."
 NEEDS = {
-    "08_image_metrics": (
+    "33_image_metrics": (
         "The two cells marked `slow` read CIFAR-10 and the weights of two classifiers from the folder "
         "`GUIDANCE_NB_DATA`, which Colab does not have: skip them there."
     ),
-    "21_image_data": "No GPU is needed; the cell marked `slow` downloads MNIST and CIFAR-10.",
+    "32_image_data": "No GPU is needed; the cell marked `slow` downloads MNIST and CIFAR-10.",
     "22_mnist": "It plots committed rows, so neither data nor a GPU is needed.",
     "23_cifar10": "It plots committed rows, so neither data nor a GPU is needed.",
-    "24_latents": "No GPU is needed; the later cells marked `slow` download MNIST and train on it.",
-    "25_stable_diffusion": "Its pipeline is tiny and random: no weights are downloaded. Cells marked `slow` train it.",
+    "34_latents": "No GPU is needed; the later cells marked `slow` download MNIST and train on it.",
+    "36_stable_diffusion": "Its pipeline is tiny and random: no weights are downloaded. Cells marked `slow` train it.",
     "26_which_guidance": "The cell marked `slow` finds its rows committed, so neither data nor a GPU is needed.",
 }
 
 INSTALL = """#| hide
 if "google.colab" in str(get_ipython()):  # there alone: the project with its data files, and what it needs
     get_ipython().system("git clone --quiet --depth 1 {git_url} {folder}")
-    get_ipython().run_line_magic("pip", 'install --quiet "{folder}[sd]" fastcore')
+    get_ipython().run_line_magic("pip", 'install --quiet "{folder}[all]" fastcore')
     get_ipython().run_line_magic("cd", "-q {folder}/nbs")"""
 
 
@@ -52,20 +52,16 @@ def install() -> str:
 def with_colab(path: Path) -> dict:
     "A notebook with the two cells in second and third place."
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    rest = notebook["cells"][1:]
+    rest, ids = notebook["cells"][1:], {}
     while rest and (text(rest[0]["source"]).startswith(LINK) or "google.colab" in text(rest[0]["source"])):
+        ids[rest[0]["cell_type"]] = rest[0]["id"]
         rest = rest[1:]
     for kind, source in (("code", install()), ("markdown", link(path))):
         cell = {"cell_type": kind, "metadata": {}, "source": source.splitlines(keepends=True)}
-        cell["id"] = hashlib.sha256(f"{path.stem} {kind} Colab".encode()).hexdigest()[:8]
+        cell["id"] = ids.get(kind) or hashlib.sha256(f"{path.stem} {kind} Colab".encode()).hexdigest()[:8]
         cell |= {"execution_count": None, "outputs": []} if kind == "code" else {}
         rest = [cell, *rest]
     return notebook | {"cells": [notebook["cells"][0], *rest]}
-
-
-def store(notebook: dict, path: Path) -> None:
-    "Write a notebook as nbdev does."
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from notebooks import ROOT
 
 TARGET = ROOT / "nbs" / "images" / "scales.png"
-SCALES = {0.0: "reference", 1.0: "conditional", 2.0: "guided", 4.0: "guided"}  # scale -> colour of its role
+SCALES = {0.0: "unconditional", 1.0: "conditional", 2.0: "guided", 4.0: "guided"}  # scale -> colour of its role
 TITLES = {0.0: "γ = 0: no condition", 1.0: "γ = 1: no guidance", 2.0: "γ = 2", 4.0: "γ = 4"}
 
 
@@ -25,25 +25,23 @@ class Panel(NamedTuple):
     right: float  # Share of the class that was asked for
     coverage: float  # Share of real points with a sample nearby
     outliers: float  # Share of samples off the data
-    rows: int  # Network rows a model costs at each evaluation
+    nfe: int  # Network evaluations that a model costs at each time
 
 
 def panels(n: int = 800) -> dict[float, Panel]:
     "Samples at every scale from the same noise, measured against the exact density."
-    from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-    from guidance_nb.metrics import bayes_judge, class_accuracy, coverage, outlier_rate, outlier_threshold
-    from guidance_nb.mixtures import ExactDenoiser, fractal, sample_mixture
-    from guidance_nb.paths import FlowPath
-    from guidance_nb.samplers import sample
+    import guidance_nb as gnb
+    from guidance_nb.metrics import class_accuracy, coverage, outlier_rate, outlier_threshold
+    from guidance_nb.mixtures import log_posterior, sample_mixture
 
-    tree, label, made = fractal(), torch.zeros(n, dtype=torch.long), {}
-    model, bar, judge = ExactDenoiser(tree, FlowPath()), outlier_threshold(tree), bayes_judge(tree)
+    tree, label, made = gnb.fractal(), torch.zeros(n, dtype=torch.long), {}
+    model, bar = gnb.ExactDenoiser(tree, gnb.FlowPath()), outlier_threshold(tree)
     real, _ = sample_mixture(tree, label, torch.Generator().manual_seed(1))
     for scale in SCALES:
-        guided = ClassifierFreeGuidance(model, scale)
-        x = sample(guided, label, (n, 2), "heun", 32, progress=False)
-        off = outlier_rate(x, judge(x).argmax(1), tree, bar)
-        share = class_accuracy(x, label, judge)
+        guided = gnb.ClassifierFreeGuidance(model, scale)
+        x = gnb.sample(guided, label, (2,), "heun", 32, progress=False)
+        off = outlier_rate(x, log_posterior(tree, x).argmax(1), tree, bar)
+        share = class_accuracy(x, label, tree)
         made[scale] = Panel(x, share, coverage(real, x, label, label), off, 1 if scale in (0, 1) else 2)
     return made
 
@@ -66,9 +64,8 @@ def draw(file: Path = TARGET) -> None:
         ax.set(xlim=(-1.95, 1.95), ylim=(-1.95, 1.95), aspect="equal")
         ax.axis("off")
         ax.set_title(TITLES[scale], fontsize=11)
-        rows = "1 network row" if panel.rows == 1 else f"{panel.rows} network rows"
         words = f"right class {panel.right:.0%}\nvariety {panel.coverage:.0%}\n"
-        words += f"off the data {panel.outliers:.0%}\ncost {rows}"
+        words += f"off the data {panel.outliers:.0%}\nNFE {panel.nfe} at each time"
         ax.text(0.5, -0.02, words, transform=ax.transAxes, ha="center", va="top", fontsize=9, linespacing=1.35)
     whole = io.BytesIO()
     fig.savefig(whole, dpi=100, metadata={"Software": None})

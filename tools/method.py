@@ -1,4 +1,4 @@
-"""Begin the notebook of a new guidance method from the template: `make method NAME=my_idea NUMBER=32`.
+"""Begin the notebook of a new guidance method from the template: `make method NAME=my_idea NUMBER=21`.
 
 Writes nbs/NUMBER_NAME.ipynb, lists the page in _quarto.yml, and says what remains. CONTRIBUTING.md explains the rest.
 """
@@ -7,8 +7,8 @@ import argparse
 import re
 import sys
 
-from colab import store, with_colab
-from notebooks import NOTEBOOKS, ROOT
+from colab import with_colab
+from notebooks import NOTEBOOKS, ROOT, store
 
 TEMPLATE = ROOT / "tools" / "template" / "NN_my_method.ipynb"
 
@@ -38,7 +38,10 @@ def begin(name: str, number: int) -> str:
     last = "          - 19_trained_guidance.ipynb\n"  # the last page of the section on the family
     listed = site.read_text(encoding="utf-8").replace(last, f"{last}          - {target.name}\n")
     site.write_text(listed, encoding="utf-8")
-    return f"""Wrote nbs/{target.name} and listed it in _quarto.yml. Now:
+    rules = ROOT / "pyproject.toml"  # where ruff is told which modules nbdev writes
+    first = '    "guidance_nb/_modidx.py",\n'
+    rules.write_text(rules.read_text(encoding="utf-8").replace(first, f'{first}    "guidance_nb/{name}.py",\n'))
+    return f"""Wrote nbs/{target.name} and listed it in _quarto.yml and pyproject.toml. Now:
 1. make lab, and replace what the page says and does; make export; make notebooks ARGS=nbs/{target.name}
 2. two lines of tests/test_guidance_contract.py hold the method to the contract:
 from guidance_nb.{name} import {class_name}

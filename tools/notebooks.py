@@ -32,6 +32,17 @@ def directives(source: str) -> dict[str, str]:
     return {name: value.strip() for name, value in found}
 
 
+def module_of(path: Path) -> str:
+    "The module that a notebook exports, or nothing."
+    sources = (text(cell["source"]) for cell in cells(path) if cell["cell_type"] == "code")
+    return next((directives(source)["default_exp"] for source in sources if "default_exp" in directives(source)), "")
+
+
+def store(notebook: dict, path: Path) -> None:
+    "Write a notebook as nbdev does."
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def is_skipped(source: str) -> bool:
     "Whether neither the tests nor a refresh run this cell; the flags are `tst_flags` of settings.ini."
     flags = directives(source)

@@ -1,0 +1,51 @@
+"""Conditions: class labels `[batch]`, embeddings `[batch, ...]`, or a mapping of such tensors; None is no condition."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+Condition: TypeAlias = Tensor | Mapping[str, Tensor]
+C = TypeVar("C", bound=Condition | None)
+
+
+def map_condition(change: Callable[[Tensor], Tensor], c: C) -> C:
+    """Change every tensor of a condition."""
+    if c is None:
+        return c
+    return {name: change(part) for name, part in c.items()} if isinstance(c, Mapping) else change(c)  # type: ignore
+
+
+def take_rows(c: C, rows: Tensor | slice) -> C:
+    """Some samples of a condition."""
+    return map_condition(lambda part: part[rows], c)
+
+
+def repeat(c: C, copies: int) -> C:
+    """A condition several times over, `[copies * batch, ...]`."""
+    return map_condition(lambda part: part.repeat(copies, *[1] * (part.ndim - 1)), c)
+
+
+def count(c: Condition) -> int:
+    """The number of samples of a condition."""
+    return len(next(iter(c.values()))) if isinstance(c, Mapping) else len(c)
+
+
+def drop_rows(c: Condition, drop: Tensor, null: Condition | None) -> Condition:
+    """Put the null condition `[1, ...]`, or zeros where there is none, in the place of whole samples."""
+    if isinstance(c, Mapping):
+        return {name: drop_rows(c[name], drop, null and null[name]) for name in c}  # type: ignore
+    where = drop.to(c.device).reshape(-1, *[1] * (c.ndim - 1))
+    blank = torch.zeros((), dtype=c.dtype, device=c.device) if null is None else null.to(c)  # type: ignore
+    if blank.ndim and blank.shape[1:] != c.shape[1:]:
+        allowed = f"[batch, ...] as the null condition {tuple(blank.shape)}"
+        raise ValueError(f"c has shape {tuple(c.shape)}; allowed: {allowed}")
+    return torch.where(where, blank, c)
+
+
+def null_rows(null: Condition | None, batch: int, device: torch.device) -> Condition:
+    """The null condition for a whole batch."""
+    if null is None:
+        raise ValueError("null is None; allowed: a null condition, given when the denoiser was made, to do without c")
+    return map_condition(lambda part: part.to(device).expand(batch, *part.shape[1:]), null)

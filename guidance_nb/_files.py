@@ -1,0 +1,144 @@
+"""Files that are written whole or not at all, the digests that identify them, and the lock of a folder."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def digest(*parts: "str | bytes | Path | Tensor | np.ndarray") -> str:
+    "SHA-256 of all parts, one after another."
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while block := file.read(2**22):
+                    found.update(block)
+        elif isinstance(part, Tensor):
+            for piece in part.detach().split(4096) if part.ndim else [part.detach()]:
+                if piece.numel():
+                    found.update(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, np.ndarray):
+            found.update(np.ascontiguousarray(part).data)
+        else:
+            found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    "SHA-256 of weights by name: names, types, shapes and numbers."
+    named = sorted(state.items())
+    return digest(*(p for key, x in named for p in (f"{key} {x.dtype} {tuple(x.shape)}", x)))
+
+
+def force_to_disk(path: Path) -> None:
+    "Wait until the disk has it."
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no such call for folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    "Remove what is there; a folder disappears under its name at once, then its files go."
+    if path.is_dir() and not path.is_symlink():
+        hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.{os.getpid()}.old")
+        if hidden != path:
+            os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    "Text in UTF-8; another encoding, and what is no regular file, is a `ValueError` that names the file."
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; allowed: a text file that is there")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; allowed: text in UTF-8") from None
+
+
+@contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    "Write under a temporary name, wait for the disk, and rename; a failure leaves what was there."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (path.parent / f".{path.name}.{os.getpid()}.{end}" for end in ("tmp", "old"))
+    remove(aside)
+    try:
+        yield aside
+        for part in [*aside.rglob("*"), aside]:
+            force_to_disk(part)
+        if not aside.is_dir() and path.is_file():
+            os.chmod(aside, path.stat().st_mode)
+        if aside.is_dir() and path.exists():
+            os.rename(path, old)
+        try:
+            os.replace(aside, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        force_to_disk(path.parent)
+        remove(old)
+    finally:
+        remove(aside)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    "Write a small file whole or not at all."
+    with write_aside(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def clean_remnants(folder: Path, pattern: str = "*") -> None:
+    "Remove what killed processes left half-written; a process that lives keeps its own."
+    for path in folder.glob(f".{pattern}.*"):
+        owner = re.search(r"\.(\d+)\.(tmp|old)$", path.name)
+        if owner and not _lives(int(owner[1])):
+            remove(path)
+
+
+def _lives(process: int) -> bool:
+    "Whether another process of this number is at work; on Windows none is, for there is no way to ask."
+    if os.name == "nt" or process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    "Let one owner at a time work, where the system has such locks; a killed owner leaves none behind."
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,103 @@
+"""Sets of points: what is refused, and the one exact search for nearest neighbours, toy and image."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoisers import check_labels
+
+SPARE = 8  # candidates beyond k; more are taken where these do not decide
+MEMORY = 2**28  # bytes that one table of distances may take
+
+
+def check_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1) -> Tensor:
+    "Samples `[n, ...]` as points `[n, d]`, float64, on the CPU, or a `ValueError` that names the argument."
+    if not isinstance(x, Tensor) or x.ndim < 2 or len(x) < at_least or not x[0].numel():
+        found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} has shape {found}; allowed: a tensor [n, ...] with n >= {at_least}")
+    points = x.detach().cpu().double().flatten(1)
+    if bad := int((~torch.isfinite(points)).any(1).sum()):
+        raise ValueError(f"{name} has {bad} samples that are not finite; allowed: finite values")
+    if dim is not None and points.shape[1] != dim:
+        raise ValueError(f"{name} has {points.shape[1]} values per sample; allowed: {dim}, as in the other set")
+    return points
+
+
+def check_classes(name: str, c: Tensor, n: int, num_classes: int | None = None) -> Tensor:
+    "n labels as int64 on the CPU; a wrong type, length or range is a `ValueError` that names the argument."
+    try:
+        labels: Any = check_labels(c, 2**31 if num_classes is None else num_classes, n)
+        return labels.cpu().long()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def moments(name: str, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    "Mean `[d]` and unbiased covariance `[d, d]` of points, float64; moments pass as they are."
+    if isinstance(x, tuple):
+        return x[0].double(), x[1].double()
+    points = check_points(name, x, at_least=2)
+    mean = points.mean(0)
+    points = points - mean
+    return mean, points.T @ points / (len(points) - 1)
+
+
+def _squares(x: Tensor, y: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    "Points of x, squared distances to all of y by a matrix product, and a bound of the rounding error `[b, 1]`."
+    centre = y.mean(0)  # a common offset would drown small distances
+    b = y - centre
+    norms = b.square().sum(1)
+    unit = (y.shape[1] + 8) * torch.finfo(torch.float64).eps
+    for part in x.split(max(1, rows)):
+        part = part.to(y)
+        a = part - centre
+        own = a.square().sum(1, keepdim=True)
+        yield part, torch.addmm(norms, a, b.T, alpha=-2) + own, unit * (own.sqrt() + norms.max().sqrt()) ** 2
+
+
+def search(
+    x: Tensor,  # Points to find neighbours of, `[n, d]`
+    y: Tensor,  # Points to search, `[m, d]`
+    k: int,  # Number of neighbours, 1 to m
+    device: str | torch.device | None = None,  # Where to search; None: where x is
+    spare: int = SPARE,  # Candidates beyond k
+) -> tuple[Tensor, Tensor]:  # Squared distances, ascending, and indices, `[n, k]` each, on the CPU
+    """The k nearest points, exactly; of equal distances the lower index comes first.
+
+    A matrix product proposes candidates; its rounding can hide small differences of distance. So candidates are
+    compared by sums of squared differences, and a row takes more of them if a point left out might be as near.
+    """
+    y = y.to(x.device if device is None else device, torch.float64)
+    size, found = min(k + spare, len(y)), []
+    for part, squares, slack in _squares(x, y, MEMORY // (8 * max(len(y), size * y.shape[1]))):
+        near = squares.topk(size, largest=False)
+        index = near.indices.sort(1).values
+        exact, order = (part[:, None] - y[index]).square().sum(2).sort(dim=1, stable=True)
+        exact, index = exact[:, :k].cpu(), index.gather(1, order)[:, :k].cpu()
+        unsure = (exact[:, -1] >= (near.values[:, -1] - slack[:, 0]).cpu()).nonzero()[:, 0]
+        if size < len(y) and len(unsure):
+            exact[unsure], index[unsure] = search(part[unsure.to(y.device)], y, k, spare=16 * spare)
+        found.append((exact, index))
+    distances, indices = zip(*found)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def inside(
+    x: Tensor,  # Points, `[n, d]`
+    y: Tensor,  # Centres of balls, `[m, d]`
+    squares: Tensor,  # Squared radii, `[m]`, float64
+    device: str | torch.device | None = None,  # Where to search; None: where x is
+) -> Tensor:  # bool `[n]`
+    "Whether a point lies in any of the closed balls, exactly."
+    y = y.to(x.device if device is None else device, torch.float64)
+    reach, found = squares.to(y.device), []
+    for part, near, slack in _squares(x, y, MEMORY // (8 * len(y))):
+        gap = near - reach
+        hit = (gap < -slack).any(1)
+        at, ball = ((gap <= slack) & ~hit[:, None]).nonzero(as_tuple=True)  # decided by differences
+        for i, j in zip(*(part_.split(max(1, MEMORY // (8 * y.shape[1]))) for part_ in (at, ball))):
+            hit[i[(part[i] - y[j]).square().sum(1) <= reach[j]]] = True
+        found.append(hit.cpu())
+    return torch.cat(found)

@@ -1,0 +1,14 @@
+"""The command line: recipes, runs, evaluation, and the commands themselves."""
+
+import sys
+
+
+def _main() -> None:
+    "The command `guidance-nb`; what it cannot import, without an extra or without memory, is one line."
+    try:
+        from guidance_nb.cli.app import main
+    except (ImportError, MemoryError, OSError) as error:
+        message = " ".join(str(error).split()) or "out of memory while loading"
+        print(f"guidance-nb: {message}", file=sys.stderr)
+        sys.exit(2)
+    main()

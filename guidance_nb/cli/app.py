@@ -1,0 +1,583 @@
+"""`guidance-nb`: thin commands over the functions of the package, which are imported when a command is given."""
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from guidance_nb import __version__
+from guidance_nb._checks import require
+from guidance_nb._extras import extra
+
+with extra("cli"):
+    import typer
+    from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from guidance_nb.cli.recipe import Recipe
+    from guidance_nb.cli.run import Trained
+    from guidance_nb.images.data import SampleFile
+
+__all__: list[str] = []
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+
+
+def parse_words(
+    words: list[str],  # What follows a command: places, and --key value, --key=value, --switch, --no-switch
+    find: Callable[[str], str],  # The full key that a name stands for
+    is_switch: Callable[[str], bool] = lambda key: False,  # Whether a key is true or false
+) -> tuple[list[str], dict[str, Any]]:  # Places, and values by key
+    "Read flags that name keys, each of them once."
+    places, flags, rest = list[str](), dict[str, Any](), deque(words)
+    while rest:
+        word = rest.popleft()
+        if not word.startswith("--"):
+            places.append(word)
+            continue
+        name, given, value = word[2:].partition("=")
+        off = name.startswith("no-") and not given
+        key = find(name.removeprefix("no-") if off else name)
+        if off or (is_switch(key) and not given and (not rest or rest[0] not in ("true", "false"))):
+            require(is_switch(key), "flag", word, f"--{key} value")
+            value = str(not off).lower()
+        elif not given:
+            fine = rest and not rest[0].startswith("--")
+            value = rest.popleft() if fine else ""
+            if not fine:
+                raise ValueError(f"{word} has no value; allowed: {word} value")
+        require(key not in flags, f"--{key}", value, f"once, and {flags.get(key)!r} was given before")
+        flags[key] = value
+    return places, flags
+
+
+def parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, dict[str, Any]]:
+    "The one place of a command and its flags, which name keys of a table of this `kind`."
+    from guidance_nb.cli.recipe import find_key, is_switch
+
+    words = [first, *context.args]
+    places, flags = parse_words(words, lambda name: find_key(name, kind), lambda key: is_switch(key, kind))
+    if len(places) != 1:
+        raise ValueError(f"unexpected {places[1]!r}; allowed: --key value" if places else "a name is missing")
+    return places[0], flags
+
+
+class Command(TyperCommand):
+    "A command whose options are given once, and not empty."
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        "Refuse what would be silently replaced or read as nothing."
+        if not {"--help", "--install-completion"} & set(args):
+            given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            names = [part.name for part in order if part.param_type_name == "option"]
+            for name in names:
+                require(names.count(name) == 1, f"--{name}", given[name], "once, and it is given twice")
+                require(given[name] != "", f"--{name}", "", "a value")
+        return super().parse_args(ctx, args)
+
+
+class KeyCommand(Command):
+    "A command that takes keys as flags; its help ends with them and, for recipes, with the recipes that there are."
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        "Write the help."
+        from guidance_nb.cli.recipe import FineTuning, Recipe, read_recipe, recipe_keys, recipe_names
+        from guidance_nb.cli.run import Request
+
+        kind: Any = {"sample": Request, "sweep": Request, "finetune": FineTuning}.get(str(self.name), Recipe)
+        keys = [f"--{name.replace('_', '-')}: {meaning}." for name, meaning in recipe_keys(kind).items()]
+        names = recipe_names(kind) if kind is not Request else []
+        known = [f"{name}: {read_recipe(name, kind=kind).title}." for name in names]
+        parts = [*(["Recipes:"] if known else []), *known, "Keys, which are flags, too:", *keys]
+        self.epilog = "\n\n".join(parts)
+        super().format_help(ctx, formatter)
+
+
+KEYS: dict[str, Any] = {
+    "cls": KeyCommand,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+
+
+def show_version(wanted: bool) -> None:
+    "Print the version and stop, if that is `wanted`."
+    if wanted:
+        typer.echo(f"guidance-nb {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it and stop.")
+    ] = False,
+) -> None:
+    "Guidance in diffusion and flow models: learn, compare and use five methods."
+
+
+def parse_numbers(name: str, text: str, kind: type = float) -> tuple[Any, ...]:
+    "Read a list of numbers of a `kind`; `name` is the option's, for the message."
+    try:
+        return tuple(kind(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        words = "numbers" if kind is float else "whole numbers"
+        raise ValueError(f"{name} = {text!r}; allowed: {words} separated by commas, such as 1,2,3") from None
+
+
+@contextmanager
+def interruptible(advice: str) -> Iterator[None]:
+    "On Ctrl-C, give the `advice` what is kept and what to do, and exit with 130."
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"guidance-nb: interrupted; {advice}", err=True)
+        raise typer.Exit(130) from None
+
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")]
+Split = Annotated[str, typer.Option(help="train or test, of mnist and cifar10.")]
+Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or the folder of a run.")]
+Classifier = Annotated[
+    str | None, typer.Option(help="Guide by this classifier checkpoint instead of by the null label.")
+]
+SampleOut = Annotated[Path, typer.Option(help="An .npz file, a .png for one picture of all, or a folder for PNGs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace samples that are there.")]
+Samples = Annotated[str, typer.Argument(help="Samples of any origin: .npz, or a folder of images.")]
+FeatureExtractor = Annotated[
+    str,
+    typer.Option("--features", help="inception-v3-compat, resnet20, resnet56, or a classifier's checkpoint."),
+]
+Weights = Annotated[str | None, typer.Option(help="Local file with the weights of a named feature extractor.")]
+RealData = Annotated[
+    str, typer.Option("--reference", help="mnist, cifar10, images (.npz, or a folder, resized), or ADM statistics.")
+]
+
+
+@app.command(cls=Command)
+def tour(
+    data: Annotated[str, typer.Option(help="Data sets, separated by commas.")] = "fractal,digits",
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the results; finished stages in it are reused.")] = Path("tour"),
+    scales: Annotated[str, typer.Option(help="Guidance scales; 1 is no guidance.")] = "1,1.5,2,3,5",
+    quick: Annotated[bool, typer.Option("--quick", help="Everything in miniature, to try the machinery.")] = False,
+) -> None:
+    "Train and compare all five methods, no guidance and the exact model on the fractal and on real digits."
+    with extra("plots"):
+        import pandas as pd
+    from guidance_nb.comparison import run_tour, summary
+
+    with interruptible("finished stages are kept, start again to continue"):
+        table = run_tour(tuple(dict.fromkeys(data.split(","))), seeds, out, parse_numbers("scales", scales), quick)
+    real = pd.read_csv(out / "baseline.csv")
+    for name in table.data.unique():
+        typer.echo(f"\n{name}\n{summary(table, real, name).to_string(index=False)}")
+    typer.echo(f"\nTables, figures and a page to read are in {out}: open {out / 'index.html'}")
+
+
+@app.command(name="train", **KEYS)
+def train_command(
+    context: typer.Context,
+    recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/RECIPE.")] = None,
+    progress: Progress = True,
+    may_change: Annotated[str, typer.Option(help="Keys that may differ from the run that is continued.")] = "",
+) -> None:
+    """Train a recipe; every key of it is also a flag, such as --steps 4000 or --method.scale 1.5.
+
+    A flag names a key in full or by its last part; guidance-nb info RECIPE lists keys, meanings and values.
+    Type it again, with the same --out, and it goes on from the last checkpoint, on a CPU bit for bit.
+
+    Example: guidance-nb train mnist-base --steps 4000 --out runs/longer
+    """
+    from guidance_nb.cli.recipe import Recipe, read_recipe
+    from guidance_nb.cli.run import check_trainable, is_main, main_only, train_recipe
+    from guidance_nb.images.latents import read_index
+
+    name, flags = parse_keys(recipe, context, Recipe)
+    chosen: Recipe = read_recipe(name, flags)
+    folder = out or Path("runs") / Path(name).stem
+    if chosen.latents is not None:
+        check_trainable(chosen)
+        read_index(chosen.latents)
+        main_only(lambda: show_cost(chosen, (), "h100", 0.35))
+    with interruptible("start again to go on from the last checkpoint"):
+        for state in train_recipe(chosen, folder, progress, tuple(may_change.split(",")) if may_change else ()):
+            last = state
+    if is_main():
+        typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; checkpoints are in {folder}")
+
+
+@app.command(name="encode", cls=Command)
+def encode_command(
+    source: Annotated[str, typer.Argument(help="A folder with one sub-folder per class, mnist or cifar10.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards; finished shards in it are kept.")],
+    vae: Annotated[str, typer.Option(help="Folder or name of a diffusers AutoencoderKL.")],
+    size: Annotated[int | None, typer.Option(help="Side of the square to crop and resize to.")] = None,
+    flip: Annotated[bool, typer.Option(help="Encode the mirror image of each picture, too.")] = True,
+    shard_rows: Annotated[int, typer.Option(help="Pictures of a shard.")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How latents are stored.")] = "float32",
+    crop: Annotated[
+        Literal["adm", "torchvision"], typer.Option(help="ADM's, or torchvision's Resize and CenterCrop.")
+    ] = "adm",
+    split: Split = "train",
+    progress: Progress = True,
+) -> None:
+    """Encode pictures into shards of latents, which recipes read as --source latents:FOLDER.
+
+    Type it again and it goes on with the first missing shard; damaged shards are made anew.
+
+    Example: guidance-nb encode imagenet/train latents-256 --vae stabilityai/sd-vae-ft-ema --size 256
+    """
+    from guidance_nb.cli.run import check_folder, is_main, main_only
+    from guidance_nb.images.latents import encode_folder
+
+    main_only(lambda: str(check_folder("out", out if out.exists() else out.parent)))
+    with interruptible("finished shards are kept, start again to go on"):
+        index = encode_folder(source, out, vae, size, flip, shard_rows, batch_size, dtype, crop, split, progress)
+    if is_main():
+        shards, pictures = len(index["shards"]), index["settings"]["pictures"]
+        typer.echo(f"{pictures} pictures in {shards} shards: {out}; train on them with --source latents:{out}")
+
+
+def show_cost(recipe: "Recipe", gpus: tuple[int, ...], chip: str, share: float) -> None:
+    "Print what a `recipe` will take on so many `gpus` of a kind `chip`, at an assumed `share` of their peak."
+    from guidance_nb.cli.run import recipe_cost
+
+    sheet = recipe_cost(recipe, gpus, chip, share)
+    typer.echo(f"an estimate, at {share:.0%} of the peak of {chip} GPUs:")
+    typer.echo(sheet.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+
+
+@app.command(**KEYS)
+def cost(
+    context: typer.Context,
+    recipe: RecipeName,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas. Default: 1,8.")] = "",
+    chip: Annotated[str, typer.Option(help="Their kind, such as h100 or a100.")] = "h100",
+    share: Annotated[float, typer.Option(help="Share of the peak that is assumed to be reached.")] = 0.35,
+) -> None:
+    """Say what training a recipe will take: operations, GPU-hours, memory; every key is also a flag, as for train.
+
+    Nothing is trained: the network is counted without memory for its weights. Communication is not in it.
+
+    Example: guidance-nb cost sit-xl2-256-mg --gpus 8,64
+    """
+    from guidance_nb.cli.recipe import Recipe, read_recipe
+
+    name, flags = parse_keys(recipe, context, Recipe)
+    show_cost(read_recipe(name, flags), parse_numbers("gpus", gpus, int), chip, share)
+
+
+@app.command(name="finetune", **KEYS)
+def finetune_command(
+    context: typer.Context,
+    recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
+    progress: Progress = True,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU although there is an accelerator.")] = False,
+) -> None:
+    """Fine-tune a Stable Diffusion pipeline on captioned pictures; every key of the recipe is also a flag.
+
+    Writes an ordinary diffusers pipeline. Type it again, with the same --out, and it goes on where it was.
+
+    Example: guidance-nb finetune sd15-aligned --data my-pictures --pipeline my-pipeline
+    """
+    from guidance_nb.cli.recipe import FineTuning, read_recipe
+    from guidance_nb.cli.run import is_main
+    from guidance_nb.interop.stable_diffusion import finetune
+
+    name, flags = parse_keys(recipe, context, FineTuning)
+    chosen = read_recipe(name, flags, FineTuning)
+    folder = out or Path("runs") / Path(name).stem
+    with interruptible("start again to go on from the last checkpoint"):
+        for state in finetune(chosen, folder, progress, cpu):
+            last = state
+    if is_main():
+        typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; the pipeline is in {folder / 'pipeline'}")
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    "Refuse a name `out` that cannot be written, or what it must not `overwrite`, before any work is done."
+    from guidance_nb.cli.run import check_folder
+    from guidance_nb.images.data import may_replace
+
+    if out.suffix.lower() in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors"):
+        raise ValueError(f"out = {str(out)!r}; allowed: a name that ends in .npz or .png, or a folder")
+    if out.exists() and not overwrite:
+        raise ValueError(f"out = {str(out)!r} is there already; allowed: another name, or --overwrite")
+    ours = out.is_file() if out.suffix == ".png" else out.is_dir() != (out.suffix == ".npz") and may_replace(out, True)
+    require(not out.exists() or ours, "out", str(out), "another name, for it holds other things than samples")
+    check_folder("out", out.parent)
+
+
+def store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None:
+    "Write samples as `out` says, a picture with so many `columns` for a .png, and tell."
+    from guidance_nb.cli.run import write_picture
+    from guidance_nb.images.data import from_uint8, save_samples
+
+    if out.suffix == ".png":
+        write_picture(from_uint8(file.x), out, columns)
+    else:
+        save_samples(out, file.x, file.c, file.facts, overwrite=overwrite)
+    rate = len(file.x) / max(file.facts["seconds"], 1e-9)
+    typer.echo(f"{len(file.x)} samples, NFE {file.facts['nfe']:g}, {rate:.3g} a second: {out}")
+
+
+@app.command(name="sample", **KEYS)
+def sample_command(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    out: SampleOut = Path("samples.npz"),
+    classifier: Classifier = None,
+    ema: Annotated[bool, typer.Option(help="Sample the moving average of the weights.")] = True,
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Draw samples from a trained model at a guidance scale, with the facts of their making.
+
+    How the scale acts follows from the method of the checkpoint; sampler and steps are the recipe's unless given.
+
+    Example: guidance-nb sample runs/mnist-base --scale 2 --n 10000 --out base.npz
+    """
+    from guidance_nb.cli.run import Request, generate, load_trained, main_only
+
+    source, flags = parse_keys(checkpoint, context, Request)
+    request = Request(**flags)
+    main_only(lambda: check_target(out, overwrite))
+    trained, guide = load_trained(source, ema), load_trained(classifier) if classifier else None
+    columns = max(1, min(10, len(trained.classes)))
+    if out.suffix == ".png" and "n" not in flags:
+        request = request.changed(n=10 * columns)
+    file = generate(trained, request, guide, progress)
+    main_only(lambda: store(out, file, overwrite, columns))
+
+
+@app.command(name="postprocess", cls=Command)
+def postprocess_command(
+    checkpoint: Checkpoint,
+    samples: Samples,
+    out: SampleOut = Path("corrected.npz"),
+    steps: Annotated[int, typer.Option(help="Steps of the correction.")] = 8,
+    sampler: Annotated[str, typer.Option(help="euler, heun or dopri5.")] = "heun",
+    scale: Annotated[float, typer.Option(help="Guidance scale of the correction itself; 1 is none.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; changes no sample.")] = 256,
+    overwrite: Overwrite = False,
+    progress: Progress = True,
+) -> None:
+    """Correct samples, ours or anybody's, with a trained postprocessing flow.
+
+    Train one first: guidance-nb train mnist-post --samples base.npz
+
+    Example: guidance-nb postprocess runs/mnist-post base.npz --out corrected.npz
+    """
+    from guidance_nb.cli.run import load_trained, main_only, postprocess
+    from guidance_nb.images.data import load_samples
+
+    def work() -> None:
+        check_target(out, overwrite)
+        trained = load_trained(checkpoint)
+        file = load_samples(samples, size=trained.shape[-1], channels=trained.shape[0])
+        corrected = postprocess(trained, file, steps, sampler, scale, batch_size, progress)
+        store(out, corrected, overwrite, 10)
+
+    main_only(work)
+
+
+@app.command(name="evaluate", cls=Command)
+def evaluate_command(
+    samples: Samples,
+    reference: RealData = "mnist",
+    features: FeatureExtractor = "inception-v3-compat",
+    metrics: Annotated[
+        str, typer.Option(help="Such as fid,is,precision; fd,kd for other features. Default: all usual ones.")
+    ] = "",
+    split: Split = "train",
+    weights: Weights = None,
+    rows: Annotated[Path | None, typer.Option(help="Table to append the row to.")] = None,
+    progress: Progress = True,
+) -> None:
+    """Score samples against real images, and say how real images themselves score.
+
+    FID belongs to Inception; other features give a Fréchet distance that carries their name, such as fd_resnet56.
+
+    Example: guidance-nb evaluate base.npz --features runs/mnist-evaluation-classifier --rows rows.csv
+    """
+    from guidance_nb.cli.evaluation import baseline_row, extract_reference_features, find_feature_extractor, score
+    from guidance_nb.cli.run import check_folder, main_only
+    from guidance_nb.engine.sampling import extract_sharded
+    from guidance_nb.images.data import load_samples
+    from guidance_nb.images.metrics import append_rows
+
+    wanted = tuple(metrics.split(",")) if metrics else None
+    if rows is not None:
+        main_only(lambda: str(check_folder("rows", rows.parent)))
+    file, extractor = load_samples(samples), find_feature_extractor(features, weights, wanted)
+    shape = tuple(file.x.shape[1:])
+    real, names = extract_reference_features(reference, split, shape, extractor, wanted, "", progress)
+    found = extract_sharded(file.x, extractor, "samples", 256, progress)
+
+    def finish() -> None:
+        row = score(file, real, extractor, names, features=found)
+        if rows is not None:
+            append_rows(rows, [row])
+        show_row(row)
+        if (baseline := baseline_row(reference, real, extractor, len(file.x), names)) is not None:
+            show_row(baseline)
+
+    main_only(finish)
+
+
+@app.command(name="sweep", **KEYS)
+def sweep_command(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder for rows.csv and curves.png; finished points are kept.")] = Path(
+        "sweep"
+    ),
+    scales: Annotated[str, typer.Option(help="Guidance scales; 1 is none.")] = "1,1.5,2,3,4",
+    steps: Annotated[str, typer.Option(help="Numbers of steps. Default: the recipe's.")] = "",
+    samplers: Annotated[str, typer.Option(help="Samplers. Default: the recipe's.")] = "",
+    reference: RealData = "mnist",
+    split: Split = "train",
+    features: FeatureExtractor = "inception-v3-compat",
+    weights: Weights = None,
+    classifier: Classifier = None,
+    correction: Annotated[str | None, typer.Option(help="Score corrected samples, too, by this checkpoint.")] = None,
+    best: Annotated[str, typer.Option(help="Column that picks the best point. Default: the Fréchet distance.")] = "",
+    progress: Progress = True,
+) -> None:
+    """Score a model over scales, steps and samplers: a table, its curves, and the best point.
+
+    Type it again and it goes on with the first missing point.
+
+    Example: guidance-nb sweep runs/mnist-base --features runs/mnist-evaluation-classifier --n 5000
+    """
+    from guidance_nb.cli.evaluation import (
+        extract_reference_features,
+        find_feature_extractor,
+        finish_sweep,
+        point_facts,
+        sweep,
+        sweep_points,
+    )
+    from guidance_nb.cli.run import Request, check_folder, complete_request, is_main, load_trained, main_only
+    from guidance_nb.images.metrics import column
+
+    source, flags = parse_keys(checkpoint, context, Request)
+    names, counts = tuple(samplers.split(",")) if samplers else (), parse_numbers("steps", steps, int)
+    points = sweep_points(Request(**flags), parse_numbers("scales", scales), counts, names)
+    main_only(lambda: str(check_folder("out", out)))
+    with interruptible("finished points are kept, start again to go on"):
+        trained, extractor = load_trained(source), find_feature_extractor(features, weights)
+        guide, repair = (load_trained(name) if name else None for name in (classifier, correction))
+        points = [complete_request(trained, point, guide) for point in points]
+        best = best or column("fd", extractor.name)
+        shape = trained.image_shape
+        real, metrics = extract_reference_features(reference, split, shape, extractor, None, best, progress)
+        for row in sweep(trained, points, real, extractor, out, guide, repair, progress, reference, metrics):
+            if is_main():
+                show_row(row)
+    if is_main():
+        same = point_facts(trained, points[0], real, guide)
+        found = finish_sweep(out, best, {key: same[key] for key in ("checkpoint", "extractor", "reference_checksum")})
+        typer.echo(f"\nbest point by {best}:")
+        show_row(found)
+
+
+@app.command(cls=Command)
+def info(
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, the folder of a run, a recipe, a sample file, or a folder of latents.")
+    ],
+) -> None:
+    """Say what a checkpoint, recipe, sample file or folder of latents is and how it was made.
+
+    A recipe is printed in full as a TOML file, each key with its meaning: a beginning for one of your own.
+
+    Example: guidance-nb info mnist-base
+    """
+    from guidance_nb.cli.load import model_names
+    from guidance_nb.cli.recipe import FineTuning, Recipe, describe_recipe, read_recipe, recipe_names
+    from guidance_nb.cli.run import load_trained
+    from guidance_nb.images.data import load_samples
+    from guidance_nb.images.latents import INDEX, read_index
+
+    path = Path(source)
+    unknown = not path.exists() and source not in model_names()
+    if source in recipe_names() or path.suffix == ".toml" or unknown:
+        kind: Any = FineTuning if source in recipe_names(FineTuning) else Recipe
+        typer.echo(describe_recipe(read_recipe(source, kind=kind)))
+    elif (path / INDEX).is_file():
+        index = read_index(path)
+        typer.echo(f"latents of {index['settings']['pictures']} pictures in {len(index['shards'])} shards")
+        facts = {key: index[key] for key in ("name", "settings", "vae")}
+        typer.echo(json.dumps(facts | {"classes": len(index["classes"])}, indent=1))
+    elif path.suffix == ".npz" or (path / "facts.json").is_file():
+        file = load_samples(path)
+        typer.echo(f"{len(file.x)} samples of shape {tuple(file.x.shape[1:])}, {'no ' if file.c is None else ''}labels")
+        typer.echo(json.dumps(file.facts, indent=1))
+    else:
+        typer.echo(describe_trained(load_trained(path)))
+
+
+def describe_trained(trained: "Trained") -> str:
+    "What a checkpoint of a `trained` network holds, as lines of text."
+    from guidance_nb.cli.recipe import describe_recipe
+
+    weights, size = sum(p.numel() for p in trained.model.parameters()), "x".join(map(str, trained.shape))
+    if trained.latents is not None:
+        size = f"{'x'.join(map(str, trained.image_shape))} from latents {size}"
+    lines = [
+        f"{trained.path}: {trained.recipe.title or trained.recipe.method.name}",
+        f"step {trained.step} of {trained.recipe.training.steps}, {weights:,} weights, images {size}",
+        f"{len(trained.classes)} classes: {', '.join(trained.classes[:10])}{', ...' * (len(trained.classes) > 10)}",
+    ]
+    return "\n".join([*lines, "", describe_recipe(trained.recipe)])
+
+
+def show_row(row: dict[str, Any]) -> None:
+    "Print the metrics of a `row` of a table, and what it takes to read them."
+    from guidance_nb.cli.evaluation import is_metric
+
+    keys = ("method", "scale", "sampler", "steps", "n", "reference", "nfe", "correction")
+    shown = {key: row[key] for key in keys if row.get(key) not in (None, "", 0) and row[key] == row[key]}
+    facts = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()]
+    values = [f"{key} {value:.4g}" for key, value in row.items() if is_metric(key) and value == value]
+    typer.echo(f"{', '.join(values)}\n  ({', '.join(facts)})")
+
+
+def main() -> None:
+    "Run the command line; exit code 2 for bad input."
+    try:
+        app()
+    except SystemExit as end:  # how a command ends, well or not
+        if not end.code:
+            leave()
+        raise
+    except MemoryError as error:
+        message = f"out of memory ({error or 'while loading'}); allow more, or close other programs"
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        message = " ".join(str(error).split())
+    except RuntimeError as error:  # of torch, where its memory ends
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if "out of memory" not in reason and "allocate memory" not in reason:
+            raise
+        message = reason if "allowed: " in reason else f"out of memory ({reason}); lower the batch size"
+    else:
+        return
+    typer.echo(f"guidance-nb: {message}", err=True)
+    leave(failed=True)
+    sys.exit(2)
+
+
+def leave(failed: bool = False) -> None:
+    "Part from other processes, if there are any; `failed` says whether they may still wait for this one."
+    if "torch.distributed" in sys.modules:
+        from guidance_nb._processes import destroy_process_group
+
+        destroy_process_group(failed)

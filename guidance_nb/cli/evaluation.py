@@ -1,0 +1,435 @@
+"""How good samples are: features, scores against real images and their baseline, sweeps, a measured weight."""
+
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guidance_nb._checks import check_choice, check_distinct, require
+from guidance_nb._extras import extra
+from guidance_nb.cli.load import own_device
+from guidance_nb.cli.recipe import Recipe
+from guidance_nb.cli.run import (
+    Request,
+    Trained,
+    complete_request,
+    generate,
+    is_main,
+    load_trained,
+    main_only,
+    postprocess,
+)
+from guidance_nb.engine.hardware import choose_precision
+from guidance_nb.engine.sampling import extract_sharded
+from guidance_nb.images.data import FILES, SampleFile, from_uint8, load_images, load_samples
+from guidance_nb.images.features import (
+    INCEPTION,
+    Extractor,
+    Features,
+    Reference,
+    check_metrics,
+    extract,
+    find_extractor,
+    read_reference,
+)
+from guidance_nb.images.metrics import append_rows, column, feature_scores, provenance, read_rows
+from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
+
+__all__ = ["score"]
+
+METRICS = ("fd", "sfd", "kd", "score", "fid", "sfid", "kid", "is", "precision", "recall", "agreement")
+HIGHER = ("precision", "recall", "agreement", "is", "score")  # better if higher; all others are distances
+
+
+def is_metric(name: str) -> bool:
+    "Whether a column of this `name` holds a metric, such as fid or recall_resnet56."
+    return name.split("_")[0] in METRICS
+
+
+def find_feature_extractor(
+    source: str,  # "inception-v3-compat", "resnet20", "resnet56", or the checkpoint of a classifier
+    weights: str | None = None,  # Local file with the weights of a named network
+    metrics: tuple[str, ...] | None = None,  # What it is for
+) -> Extractor:  # For extract
+    "The feature extractor of a name, or of a checkpoint of an evaluation classifier."
+    if not Path(source).exists():
+        return find_extractor(source, weights, metrics)
+    trained = load_trained(source).require("evaluation_classifier", "classifier")
+    require(trained.latents is None, "features", source, "a classifier of pictures, not of latents")
+    device = next(trained.model.parameters()).device
+
+    def layers(images: Tensor) -> dict[str, Tensor]:
+        x = from_uint8(images[:, : trained.shape[0]])  # grey images come with three equal channels
+        found, known = tuple(x.shape[1:]), f"{trained.shape}, which {source} was trained on"
+        require(found == trained.shape, "image shape", found, known)
+        grey = trained.shape[0] > 1 or torch.equal(images[:, :1].expand_as(images), images)
+        require(grey, "image channels", 3, f"grey images, which {source} was trained on")
+        features = trained.model.features(x, torch.zeros((), device=device))
+        return {"features": features, "logits": trained.model.head(features)}
+
+    return Extractor(trained.recipe.method.name, layers, device, trained.classes)
+
+
+def check_size(samples: tuple[int, ...], reference: tuple[int, ...]) -> None:
+    "Refuse `samples` and `reference` of other heights and widths."
+    if samples != reference:
+        sizes = " and ".join("x".join(map(str, size)) for size in (samples, reference))
+        raise ValueError(f"samples and reference have {sizes} pixels; allowed: one size, since resizing changes all")
+
+
+def load_real(
+    source: str,  # "mnist", "cifar10", a folder of images, an .npz of images, or an ADM statistics file
+    split: str = "train",  # "train" or "test", of a published data set
+    shape: tuple[int, ...] | None = None,  # Shape of the images to compare with, to whose size a folder is brought
+) -> tuple[Tensor | Reference, str]:  # Images or statistics, and a name for tables
+    "Real images to compare with."
+    path = Path(source)
+    if source in FILES:
+        data, name = load_images(source, split), f"{source} {split}"
+        x = data.images(torch.arange(len(data)))
+    elif path.suffix == ".npz" and path.is_file() and _holds_moments(path):
+        return read_reference(path), path.name
+    else:
+        square = shape[-1] if shape and shape[-1] == shape[-2] and path.is_dir() else None
+        x, name = load_samples(path, size=square).x, path.name
+    if shape:
+        check_size(tuple(shape[1:]), tuple(x.shape[2:]))
+    return x, name
+
+
+def _holds_moments(path: Path) -> bool:
+    "Whether an .npz file is meant to hold ADM's statistics: moments, or at least no images."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        return False
+    return "mu" in names or "arr_0" not in names
+
+
+def choose_metrics(
+    real: Tensor | Reference,  # What will be compared with
+    extractor: Extractor,  # The feature extractor
+    metrics: tuple[str, ...] | None = None,  # Names, or all that these two allow
+    best: str = "",  # Column that somebody will ask for
+) -> tuple[str, ...]:  # Names for score
+    "The metrics of a comparison; a column that they do not give is refused."
+    names = check_metrics(metrics, extractor.name)
+    if isinstance(real, Reference) and metrics is None:
+        lacking = set() if real.images is not None else {"kd", "precision", "recall"}
+        lacking |= set() if "spatial" in real.moments else {"sfd"}
+        names = [name for name in names if name not in lacking]
+    columns = [column(name, extractor.name) for name in names]
+    columns += [] if extractor.name == INCEPTION else [f"agreement_{extractor.name}"]
+    if best:
+        check_choice("best", best, columns)
+    return tuple(names)
+
+
+def keep_neighbours(reference: Features, n: int = 10_000, seed: int = 0) -> Features:
+    "Keep all moments of a `reference` and n rows, drawn with `seed`, for what takes all pairs, as ADM's suite does."
+    total = min((len(rows) for rows in reference.rows.values()), default=0)
+    if total <= n:
+        return reference
+    moments = {layer: reference.moment(layer) for layer in reference.rows if layer != "logits"}
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]
+    return replace(reference, rows={layer: rows[chosen] for layer, rows in reference.rows.items()}, moments=moments)
+
+
+def extract_reference_features(
+    source: str,  # See load_real
+    split: str,  # "train" or "test"
+    shape: tuple[int, ...],  # Shape of the samples
+    extractor: Extractor,  # The feature extractor
+    metrics: tuple[str, ...] | None = None,  # See choose_metrics
+    best: str = "",  # See choose_metrics
+    progress: bool = True,  # Whether to show a progress bar
+) -> tuple[Features, tuple[str, ...]]:  # Features, which only the main process needs and has; and names of metrics
+    "Features of real images, and the metrics they allow."
+    found = [Features(extractor.name)]
+
+    def look() -> tuple[str, ...]:
+        real, name = load_real(source, split, shape)
+        chosen = choose_metrics(real, extractor, metrics, best)
+        found[0] = keep_neighbours(extract(real, extractor, name, 256, progress, chosen))
+        return chosen
+
+    chosen = main_only(look)
+    return found[0], chosen
+
+
+def match_labels(file: SampleFile, extractor: Extractor) -> Tensor | None:
+    "Labels of the samples in a `file` as the `extractor` numbers its classes, by name where both have names."
+    names = file.facts.get("classes")
+    if file.c is None or not extractor.classes or not isinstance(names, list) or not names:
+        return file.c
+    require(int(file.c.max()) < len(names), "label of the samples", int(file.c.max()), f"0 to {len(names) - 1}")
+    known = {name: i for i, name in enumerate(extractor.classes)}
+    for name in names:
+        told = f"{', '.join(extractor.classes[:10])}, which {extractor.name} knows, or images without sub-folders"
+        require(name in known, "class of the samples", name, told)
+    return torch.tensor([known[name] for name in names])[file.c]
+
+
+def score(
+    file: SampleFile,  # Samples, their labels and facts
+    reference: Features,  # Features of the real images
+    extractor: Extractor,  # The feature extractor
+    metrics: tuple[str, ...] | None = None,  # Names, or all that are usual for the extractor
+    batch_size: int = 256,  # Images per call of the network
+    progress: bool = False,  # Whether to show a progress bar
+    features: Features | None = None,  # Those of the samples, see extract_sharded; None to extract them now
+) -> dict[str, Any]:  # One row of a table
+    "Score samples: all metrics, class agreement if the extractor classifies, and the facts of their making."
+    if reference.size:
+        check_size(tuple(file.x.shape[2:]), tuple(reference.size))
+    labels, facts = match_labels(file, extractor), dict(file.facts)
+    features = features or extract(file.x, extractor, "samples", batch_size, progress)
+    made = (facts.get("sampler", ""), facts.get("steps", 0), facts.get("scale", math.nan), facts.get("seed", 0))
+    row = provenance(features, reference, *made, facts.get("labels", "none" if labels is None else "as given"))
+    interval = facts.pop("interval", None)
+    if isinstance(interval, list | tuple) and tuple(interval) != (0, 1):
+        facts["interval"] = ",".join(map(str, interval))
+    row |= {name: value for name, value in facts.items() if name not in row and isinstance(value, int | float | str)}
+    row |= feature_scores(features, reference, metrics)
+    if labels is not None and extractor.name != INCEPTION and "logits" in features.rows:
+        row[f"agreement_{extractor.name}"] = (features.rows["logits"].argmax(1) == labels).double().mean().item()
+    return row
+
+
+def baseline_size(source: str, reference: Features, n: int) -> tuple[str, int]:
+    """What can stand for real images that are not in the `reference`, which came from `source`: for n samples.
+
+    The other split of a published data set, or "" for one half of the reference, and how many images there are.
+    """
+    for split, other, total in (("train", "test", 10_000), ("test", "train", 50_000)):
+        if source in FILES and reference.name == f"{source} {split}":
+            return other, min(n, total)
+    return "", min(n, min((len(rows) for rows in reference.rows.values()), default=0) // 2)
+
+
+def baseline_row(
+    source: str,  # Where the reference came from, see load_real
+    reference: Features,  # Features of the reference
+    extractor: Extractor,  # The feature extractor
+    n: int,  # Number of samples to compare with
+    metrics: tuple[str, ...] | None = None,  # As for score
+) -> dict[str, Any] | None:  # A row of method "real", or None where there are no other real images
+    "How n real images score that are not in the reference: the other split, or one half of the reference on the other."
+    other, n = baseline_size(source, reference, n)
+    order = lambda total: torch.randperm(total, generator=torch.Generator().manual_seed(0))  # noqa: E731
+    if other:
+        data = load_images(source, other)
+        chosen = order(len(data))[:n]
+        facts = {"method": "real", "labels": "as they are", "classes": list(data.classes)}
+        return score(SampleFile(data.images(chosen), data.labels[chosen], facts), reference, extractor, metrics)
+    if n < 4:
+        return None
+    whole = order(min(len(rows) for rows in reference.rows.values()))
+    one, two = reference.take(whole[:n]), reference.take(whole[n : 2 * n])
+    row = provenance(one, two, "", 0, math.nan, 0, "as they are") | {"method": "real"}
+    return row | {"reference_checksum": reference.checksum} | feature_scores(one, two, metrics)
+
+
+class MeasuredGuidanceLoss:
+    "Model-guidance with a weight moved every so many steps by an error of the moving average (arXiv 2502.12154)."
+
+    changes = True  # from step to step
+
+    def __init__(
+        self,
+        loss: ModelGuidanceLoss,  # The loss at any weight
+        measure: Callable[[Any], float],  # Error of a model; lower is better
+        every: int,  # Steps between two moves
+    ):
+        self.auto, self.measure, self.every, self.moved_at = AutoWeight(), measure, every, 0
+        self.loss = replace(loss, weight=self.auto)
+
+    def __call__(self, model: Any, x0: Tensor, c: Tensor, context: Any) -> Tensor:
+        "Per-sample losses `[batch]`."
+        step = context.step
+        if step >= max(1, self.loss.start_step) and step % self.every == 0 and step > self.moved_at:
+            self.moved_at = step
+            self.auto.update(self.measure(context.ema))
+        return self.loss(model, x0, c, context)
+
+    def state_dict(self) -> dict[str, Any]:
+        "What a checkpoint keeps."
+        return {"weight": asdict(self.auto), "moved_at": self.moved_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go on from a checkpoint."
+        self.auto, self.moved_at = AutoWeight(**state["weight"]), state["moved_at"]
+        self.loss = replace(self.loss, weight=self.auto)
+
+
+def measured_loss(recipe: Recipe, data: Any, latents: dict[str, Any] | None, loss: Any) -> MeasuredGuidanceLoss:
+    "A Model-guidance `loss` whose weight follows the Fréchet distance of samples, as `recipe`, `data`, `latents` say."
+    table = recipe.method
+    extractor = find_feature_extractor(table.auto_features)
+    metrics, best = ("fid" if extractor.name == INCEPTION else "fd",), column("fd", extractor.name)
+    blank = Trained(None, recipe, data.shape, data.classes, 0, Path("the run in training"), latents=latents)
+    source = table.auto_reference or recipe.data.source
+    real, names = extract_reference_features(source, "train", blank.image_shape, extractor, metrics, best, False)
+
+    def measure(model: Any) -> float:
+        file = generate(replace(blank, model=model), Request(n=table.auto_samples), progress=False)
+        return main_only(lambda: float(score(file, real, extractor, names)[best]))
+
+    return MeasuredGuidanceLoss(loss, measure, table.auto_every)
+
+
+# Sweeps
+
+
+def sweep_points(
+    request: Request,  # What all points share
+    scales: tuple[float, ...],  # Guidance scales
+    steps: tuple[int, ...] = (),  # Steps; empty takes those of `request`
+    samplers: tuple[str, ...] = (),  # Samplers; empty takes that of `request`
+) -> list[Request]:  # One for each combination
+    "The points of a sweep."
+    check_distinct("scales", scales)
+    for name, values in (("steps", steps), ("samplers", samplers)):
+        if values:
+            check_distinct(name, values)
+    return [
+        request.changed(scale=scale, steps=n, sampler=sampler)
+        for sampler in samplers or (request.sampler,)
+        for n in steps or (request.steps,)
+        for scale in scales
+    ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    "Whether two values are equal, as text or as numbers: 2 and 2.0 are one scale."
+    try:
+        return str(one) == str(other) or float(one) == float(other)
+    except (TypeError, ValueError):
+        return False
+
+
+def has_facts(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    "Whether a `row` of a table has the `wanted` values."
+    return all(_same(row.get(name, ""), value) for name, value in wanted.items())
+
+
+def is_done(file: Path, wanted: dict[str, Any]) -> bool:
+    "Whether a table in a `file` has a row with the `wanted` values."
+    return file.exists() and any(has_facts(row, wanted) for row in read_rows(file)[1])
+
+
+def point_facts(trained: Trained, point: Request, reference: Features, classifier: Trained | None) -> dict[str, Any]:
+    "What identifies a complete `point` of `trained`, guided by a `classifier` or not, against a `reference`."
+    facts = point.model_dump(include={"scale", "steps", "sampler", "seed", "n", "labels"})
+    facts |= {"checkpoint": trained.path, "step": trained.step, "training_seed": trained.recipe.training.seed}
+    facts |= {"classifier": classifier.path if classifier else "", "extractor": reference.extractor}
+    facts |= {"arithmetic": choose_precision(point.precision, own_device())}
+    facts |= {"channels": point.channels} if point.channels else {}
+    return facts | {"reference_checksum": reference.checksum}
+
+
+def sweep(
+    trained: Trained,  # A trained denoiser
+    points: list[Request],  # See sweep_points
+    reference: Features,  # Features of the real images; see extract_reference_features
+    extractor: Extractor,  # The feature extractor
+    out: Path,  # Folder for rows.csv; finished points in it are kept
+    classifier: Trained | None = None,  # Guide by this classifier
+    correction: Trained | None = None,  # Score the corrected samples, too
+    progress: bool = True,  # Whether to show progress bars
+    source: str = "",  # Where the reference came from, for baseline_row
+    metrics: tuple[str, ...] | None = None,  # As for score
+) -> Iterator[dict[str, Any]]:
+    "Generate and score point after point; yields the rows as they are made, that of real images first."
+    file = out / "rows.csv"
+    points = [complete_request(trained, point, classifier) for point in points]
+
+    def add_baseline() -> dict[str, Any] | None:
+        n = max(point.n for point in points)
+        wanted = {"method": "real", "n": baseline_size(source, reference, n)[1], "extractor": reference.extractor}
+        if is_done(file, wanted | {"reference_checksum": reference.checksum}):
+            return None
+        row = baseline_row(source, reference, extractor, n, metrics)
+        append_rows(file, [row] if row else [])
+        return row
+
+    def missing_parts(wanted: dict[str, Any]) -> list[str]:  # "" for the samples as drawn, and the correction
+        parts = ["", *([str(correction.path)] if correction else [])]
+        return [part for part in parts if not is_done(file, wanted | {"correction": part})]
+
+    def write(final: SampleFile, features: Features) -> dict[str, Any]:
+        row = score(final, reference, extractor, metrics, features=features)
+        append_rows(file, [row])
+        return row
+
+    if (row := main_only(add_baseline)) is not None:
+        yield row
+    for point in points:
+        wanted = point_facts(trained, point, reference, classifier)
+        if missing := main_only(partial(missing_parts, wanted)):
+            drawn = generate(trained, point, classifier, progress)
+            for part in missing:
+                final = (
+                    postprocess(correction, drawn, progress=progress and is_main()) if part and correction else drawn
+                )
+                features = extract_sharded(final.x, extractor, "samples", 256, progress)
+                yield main_only(partial(write, final, features))
+
+
+def read_curves(out: Path) -> tuple[Any, Any]:
+    "The rows of a sweep in a folder `out` as two pandas tables: points, each with its curve's name, and real images."
+    with extra("plots"):
+        import pandas as pd
+    from guidance_nb.plots import METHOD_LABELS
+
+    table = pd.read_csv(out / "rows.csv", keep_default_na=False)
+    for name in table.columns:
+        if is_metric(name) or name == "scale":
+            table[name] = pd.to_numeric(table[name], errors="coerce")
+    real, table = table[table.method == "real"], table[table.method != "real"]
+    names = table.method.replace("plain", "classifier_free_guidance")
+    for key, name in (("classifier", "classifier_guidance"), ("correction", "flow_postprocessing")):
+        if key in table:
+            names = names.mask(table[key] != "", name)
+    if len(table[["sampler", "steps"]].drop_duplicates()) > 1:
+        names = (
+            names.map(lambda name: METHOD_LABELS.get(name, name)) + ", " + table.sampler + " " + table.steps.astype(str)
+        )
+    return table.assign(curve=names), real
+
+
+def finish_sweep(
+    out: Path,  # Folder of a sweep
+    best: str,  # Column that decides
+    among: dict[str, Any] | None = None,  # Values that the best row must have, such as its checkpoint
+) -> dict[str, Any]:  # The best row
+    "Draw the curves of a sweep into curves.png and pick its best point."
+    with extra("plots"):
+        from matplotlib import pyplot
+    from guidance_nb.plots import show_curves
+
+    table, real = read_curves(out)
+    shown = [name for name in table.columns if is_metric(name)]
+    check_choice("best", best, shown)
+    size = (3.2 * len(shown), 3)
+    fig, axes = pyplot.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for ax, name in zip(axes[0], shown):
+        show_curves(table.dropna(subset=[name]), "scale", name, hue="curve", ax=ax)
+        for value in real[name].dropna() if name in real else ():
+            ax.axhline(value, color="0.6", ls="--")
+        title = "dashed: real images" if len(real) else ""
+        ax.set(xlabel="guidance scale", ylabel=name.replace("_", " "), title=title)
+    fig.savefig(out / "curves.png", dpi=120)
+    pyplot.close(fig)
+    rows = [row for row in table.dropna(subset=[best]).to_dict("records") if has_facts(row, among or {})]
+    if not rows:
+        raise ValueError(f"{out / 'rows.csv'} has no row of this sweep with {best}; allowed: at least one")
+    choose = max if best.split("_")[0] in HIGHER else min
+    return choose(rows, key=lambda row: row[best])

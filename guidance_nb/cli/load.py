@@ -1,0 +1,100 @@
+"""A trained network out of its checkpoint: what the public `load` gives, and what the command line builds on."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from guidance_nb._processes import find_processes
+from guidance_nb.engine.checkpoints import Checkpoint, load_weights, read_checkpoint
+from guidance_nb.flow_postprocessing import FlowPostprocessor
+from guidance_nb.images.networks import ImageClassifier, build_network, image_denoiser
+from guidance_nb.paths import EDMPath, FlowPath, VPPath
+from guidance_nb.paths import Path as NoisePath
+
+__all__ = ["load"]
+
+PATHS: dict[str, Callable[[], NoisePath]] = {
+    "flow": FlowPath,
+    "vp-linear": lambda: VPPath("linear"),
+    "vp-cosine": lambda: VPPath("cosine"),
+    "edm": EDMPath,
+}
+MODELS = Path(__file__).parent.parent / "models"  # trained models that come with the package, a folder each
+
+
+def own_device() -> torch.device:
+    "The accelerator of this process if there is one, else the CPU."
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    find_processes(device)  # where there are several, this points each at its own card
+    return device
+
+
+def model_names() -> list[str]:
+    "Names of the trained models that come with the package."
+    return sorted(path.parent.name for path in MODELS.glob("*/checkpoint.json"))
+
+
+def make_model(
+    recipe: Any,  # A `Recipe`, or anything with the same attributes
+    shape: tuple[int, ...],  # Shape of one sample
+    num_classes: int,  # Number of classes
+) -> Any:  # A NetworkDenoiser, an ImageClassifier or a FlowPostprocessor
+    "The untrained network of a recipe, the same on every call."
+    network, method, seed = recipe.network, recipe.method, recipe.training.seed
+    path = PATHS[network.path]()
+    if method.name in ("classifier", "evaluation_classifier"):
+        return ImageClassifier(network.name, shape, num_classes, path, seed=seed, **network.settings)
+    if method.name == "flow_postprocessing":
+        net = build_network(network.name, shape, num_classes, seed=seed, **network.settings)
+        return FlowPostprocessor(shape, num_classes, dropout=method.dropout, net=net)
+    options: dict[str, Any] = {"scale_aware": is_scale_aware(recipe), "seed": seed, **network.settings}
+    return image_denoiser(network.name, shape, path, num_classes, network.prediction, **options)
+
+
+def is_scale_aware(recipe: Any) -> bool:
+    "Whether a guidance scale is an input of the network of a `recipe`."
+    return recipe.method.name == "model_guidance" and bool(recipe.method.scale_range)
+
+
+def open_checkpoint(
+    source: str | Path,  # A checkpoint, a folder of them, whose newest intact one is taken, or a name of model_names
+) -> Checkpoint:  # One that holds a recipe
+    "Find and check the checkpoint of a trained network."
+    folder = Path(source)
+    if not folder.exists() and (names := model_names()):
+        near = difflib.get_close_matches(str(source), names, 1, 0.4) or names
+        if str(source) not in names:
+            raise ValueError(f"model = {str(source)!r}; allowed: the folder of a run, or {', '.join(near)}")
+        folder = MODELS / str(source)
+    saved = read_checkpoint(folder)
+    if not {"recipe", "shape", "classes"} <= set(saved.metadata):
+        raise ValueError(f"{saved.path} holds no recipe; allowed: checkpoints of `guidance-nb train`")
+    return saved
+
+
+def restore(
+    saved: Checkpoint,  # See open_checkpoint
+    recipe: Any,  # Its recipe, as for make_model
+    ema: bool = True,  # Whether to take the moving average of the weights
+) -> Any:  # The network on the accelerator if there is one, in evaluation mode, its weights without gradients
+    "Rebuild a trained network."
+    model = make_model(recipe, tuple(saved.metadata["shape"]), len(saved.metadata["classes"]))
+    load_weights(model, saved.ema if ema else saved.model, str(saved.path))
+    return model.to(own_device()).eval().requires_grad_(False)
+
+
+def load(
+    source: str | Path,  # The folder of a run, a checkpoint in it, or a model that comes with the package
+    ema: bool = True,  # Whether to take the moving average of the weights
+) -> nn.Module:  # A `NetworkDenoiser` on the accelerator if there is one; a classifier or flow if one was trained
+    "A trained network by folder or name, ready to be guided and sampled from."
+    saved = open_checkpoint(source)
+    tables = {
+        name: SimpleNamespace(**part) for name, part in saved.metadata["recipe"].items() if isinstance(part, dict)
+    }
+    return restore(saved, SimpleNamespace(**tables), ema)

@@ -1,0 +1,471 @@
+"""A training run as a small file: keys with types, ranges and meanings, and one reader for all kinds of run."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from guidance_nb._checks import check_choice, require
+from guidance_nb._extras import extra
+from guidance_nb.images.networks import IMAGE_NETWORKS
+from guidance_nb.samplers import Sampler
+
+with extra("cli"):
+    import tomli
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        ConfigDict,
+        Field,
+        ValidationError,
+        ValidationInfo,
+        field_validator,
+        model_validator,
+    )
+    from pydantic.fields import FieldInfo
+
+__all__ = ["FineTuning", "Recipe", "read_recipe"]
+
+R = TypeVar("R", bound="Table")
+
+
+class Table(BaseModel):
+    "Keys with values of a known type and range; what does not fit is a `ValueError` of one line."
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_explain(type(self), error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        "A list may be text with commas, a table may be its first key alone, and a truth value is no number."
+        name = str(info.field_name)
+        hint = cls.model_fields[name].annotation
+        if (inner := _table(hint)) and not isinstance(value, Mapping | Table):
+            return {next(iter(inner.model_fields)): value}
+        if get_origin(hint) is tuple and isinstance(value, str):
+            value = [part for part in map(str.strip, value.strip("[]").split(",")) if part]
+        truths = [part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, bool)]
+        require(hint is bool or not truths, name, value, _allowed(cls.model_fields[name]))
+        return value
+
+    def changed(self: R, **values: Any) -> R:
+        "The same with other values, which are checked like the first."
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | values)
+
+
+def _table(hint: Any) -> type[Table] | None:
+    return hint if isinstance(hint, type) and issubclass(hint, Table) else None
+
+
+def _allowed(field: FieldInfo) -> str:
+    "What a key may be, in words."
+    hint: Any = field.annotation
+    if type(None) in get_args(hint):  # a value that may be missing
+        hint = get_args(hint)[0]
+    parts = get_args(hint)
+    if get_origin(hint) is dict:
+        return "a table"
+    if get_origin(hint) is Literal:
+        return ", ".join(map(repr, parts))
+    if get_origin(hint) is tuple:
+        return f"a list of {'texts' if str in parts else 'numbers'}"
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words = next((kinds[part] for part in (hint, *parts) if part in kinds), "a value")
+    shapes = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
+    ends = {end: getattr(rule, end) for rule in field.metadata for end in shapes if hasattr(rule, end)}
+    if {"ge", "le"} <= ends.keys():
+        return f"{words}, {ends['ge']} to {ends['le']}"
+    return ", ".join([words, *(shapes[end].format(value) for end, value in ends.items())])
+
+
+def _explain(kind: type[Table], error: ValidationError) -> str:
+    "The first thing that is wrong, in one line."
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return _unknown(name, list(kind.model_fields))
+    if first["type"] != "value_error":
+        return f"{name} = {first['input']!r}; allowed: {_allowed(kind.model_fields[name])}"
+    told = str(first["ctx"]["error"])
+    inner = name in kind.model_fields and _table(kind.model_fields[name].annotation)
+    return f"{name}.{told}" if inner and re.match(r"[\w.]+ = ", told) else told
+
+
+def _unknown(name: str, keys: list[str]) -> str:
+    near = difflib.get_close_matches(name.split(".")[-1], {key.split(".")[-1]: 0 for key in keys}, 1, 0.5)
+    likely = [key for key in keys if near and key.split(".")[-1] == near[0]]
+    hint = f"did you mean {' or '.join(likely)}?" if likely else f"allowed: {', '.join(keys)}"
+    return f"unknown key {name!r}; {hint}"
+
+
+def key(default: Any, meaning: str, **rules: Any) -> Any:
+    "A key of a table: its default, its meaning and the range of its values."
+    return Field(default, description=meaning, **rules)
+
+
+def _rising(values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    fine = len(values) == 2 and values[0] <= values[1]
+    require(fine, str(info.field_name), list(values), "two numbers, the lower first")
+    return values
+
+
+def _rising_or_empty(values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    return values and _rising(values, info)
+
+
+Pair = Annotated[tuple[float, ...], AfterValidator(_rising)]
+Range = Annotated[tuple[float, ...], AfterValidator(_rising_or_empty)]
+Schedule = Literal["cosine", "constant"]
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
+SEED: dict[str, Any] = {"ge": 0, "lt": 2**63}
+
+
+class DataTable(Table):
+    "What is learned."
+
+    source: str = key("mnist", '"mnist", "cifar10", a folder with one sub-folder per class, or "latents:FOLDER"')
+    size: int = key(0, "Edge in pixels that images of a folder are brought to, or of latents; 0 keeps theirs", ge=0)
+    flip: bool = key(False, "Whether to mirror images at random")
+    limit: int = key(0, "Use so many images only; 0 uses all", ge=0)
+    vae: str = key("", "For latents: folder or name of the autoencoder that decodes; empty takes the one that encoded")
+
+
+class UNetSettings(Table):
+    "Settings of the U-Nets."
+
+    widths: tuple[int, ...] = key((), "Channels of each level")
+    blocks: int = key(1, "Residual blocks of each level", ge=1, le=64)
+    attention: tuple[int, ...] = key((), "Sides in pixels of the feature maps that get attention")
+    head: int = key(64, "Channels of an attention head", ge=1)
+    film: bool = key(True, "Whether time and class also scale the features, not only shift them")
+    dropout: float = key(0.0, "Dropout inside the residual blocks", ge=0, le=1)
+    patch: int = key(1, "Side of the patches that become the channels of one pixel", ge=1)
+
+
+class DiTSettings(Table):
+    "Settings of the transformers."
+
+    width: int = key(384, "Width of the tokens", ge=1)
+    depth: int = key(12, "Blocks", ge=1, le=256)
+    heads: int = key(6, "Attention heads", ge=1)
+    patch: int = key(2, "Side of the patches that become tokens", ge=1)
+    dropout: float = key(0.0, "Dropout inside the blocks", ge=0, le=1)
+
+
+class NetworkTable(Table):
+    "What learns it."
+
+    name: str = key("unet-small", 'A key of `IMAGE_NETWORKS`, or "linear" for a classifier')
+    path: Literal["flow", "vp-linear", "vp-cosine", "edm"] = key("flow", "How noise is mixed in")
+    prediction: Literal["velocity", "eps", "x0", "v", "edm"] = key("velocity", "What the network predicts")
+    settings: dict[str, Any] = key({}, "Changes of the network's settings, such as dropout")
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> "NetworkTable":
+        check_choice("name", self.name, ["linear", *IMAGE_NETWORKS])
+        require(self.name != "linear" or not self.settings, "settings", self.settings, "none for 'linear'")
+        try:
+            found = (UNetSettings if self.name.startswith("unet") else DiTSettings)(**self.settings)
+        except ValueError as error:
+            raise ValueError(f"settings.{error}".replace("settings.unknown", "network.settings: unknown")) from None
+        self.settings.update({name: getattr(found, name) for name in found.model_fields_set})
+        return self
+
+
+Method = Literal[
+    "plain", "aligned_loss", "model_guidance", "classifier", "evaluation_classifier", "flow_postprocessing"
+]
+
+
+class MethodTable(Table):
+    "The loss it trains by."
+
+    name: Method = key("plain", "The loss; classifiers see noisy images, evaluation classifiers clean ones")
+    dropout: float = key(0.1, "Probability of training without the label, for losses with label dropout", ge=0, le=1)
+    scale: float = key(2.0, 'Guidance scale trained for ("aligned_loss", "model_guidance" without `scale_range`)')
+    anchor: float = key(0.0, 'Weight of the unconditional term of "aligned_loss"', ge=0)
+    scale_range: Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
+    guided_share: float = key(
+        0.5, 'Share of a scale-aware "model_guidance" trained at a drawn scale, the rest at 1', ge=0, le=1
+    )
+    unconditional: Literal["null", "contrastive", "uniform"] = key("null", 'What "model_guidance" guides away from')
+    interval: Pair = key((0.0, 0.75), 'Times at which "model_guidance" guides')
+    start_step: int = key(0, 'Step at which "model_guidance" begins to guide', ge=0)
+    auto_every: int = key(
+        0, 'Steps between moves of the weight of "model_guidance" by a measured error; 0 keeps it', ge=0
+    )
+    auto_samples: int = key(1000, "Samples of each such measurement", ge=4)
+    auto_features: str = key("inception-v3-compat", "Their feature extractor: a name, or an evaluation classifier")
+    auto_reference: str = key("", "Real images to compare them with, as for `evaluate`; empty takes the data's source")
+    samples: tuple[str, ...] = key((), 'Sample files "flow_postprocessing" learns to correct')
+    neighbours: int = key(20, 'Real neighbours per sample, for "flow_postprocessing"', ge=1)
+    space: Literal["pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56"] = key(
+        "pixels", "Where neighbours are near"
+    )
+    weights: str = key("", "Folder of the weights of `space`")
+
+
+class LoopTable(Table):
+    "For how long, and with what care."
+
+    steps: int = key(2000, "Optimiser steps", ge=1)
+    batch_size: int = key(128, "Images per optimiser step, over all processes together", ge=1)
+    lr: float = key(1e-3, "Peak learning rate of AdamW", gt=0, le=1)
+    schedule: Schedule = key("cosine", "Decay of the learning rate")
+    warmup: int = key(0, "Steps of linear warm-up", ge=0)
+    weight_decay: float = key(0.0, "Weight decay of AdamW", ge=0)
+    clip: float = key(0.0, "Largest norm of the gradient; 0 does not clip", ge=0)
+    ema: float = key(0.999, "Decay of the moving average of the weights", ge=0, lt=1)
+    ema_warmup: bool = key(True, "Whether the decay rises to `ema`, min(ema, (1 + n) / (10 + n)), for short runs")
+    seed: int = key(0, "Seed of weights, data order, times, noise and dropout", **SEED)
+    precision: Precision = key("fp32", "Arithmetic; auto is bf16 where the hardware is made for it")
+    gradient_accumulation_steps: int = key(1, "Micro-batches per optimiser step", ge=1)
+    gradient_checkpointing: bool = key(
+        False, "Whether to forget activations and compute them again: less memory, more time"
+    )
+    save_every: int = key(500, "Steps between checkpoints", ge=1)
+    keep: int = key(2, "Newest checkpoints to keep", ge=1)
+
+
+class TrainingTable(LoopTable):
+    "For how long, and with what care."
+
+    compile: bool = key(False, "Whether to compile the network")
+    cuda_graphs: bool = key(False, "Whether to record a step as a CUDA graph; without dropout inside the network")
+    channels_last: bool = key(False, "Whether to store feature maps channels last")
+    grid_every: int = key(0, "Steps between grids of samples; 0 draws none", ge=0)
+    tracker: str = key("", 'A tracker of Accelerate, such as "tensorboard"')
+
+
+class SamplingTable(Table):
+    "How it is sampled, unless the call says otherwise."
+
+    sampler: Sampler = key("heun", "Sampler")
+    sampler_steps: int = key(18, "Steps of the sampler", ge=1)
+    guidance_scale: float = key(1.0, "Guidance scale; 1 is none")
+    guided_channels: int = key(0, "Guide the first channels only, 3 as in DiT's code; 0 guides all", ge=0)
+
+
+class Recipe(Table):
+    "All that decides a training run, and how its model is sampled by default."
+
+    title: str = key("", "What this is, in one line")
+    data: DataTable = DataTable()
+    network: NetworkTable = NetworkTable()
+    method: MethodTable = MethodTable()
+    training: TrainingTable = TrainingTable()
+    sampling: SamplingTable = SamplingTable()
+
+    @property
+    def latents(self) -> Path | None:
+        "Where its latents are; None for pictures."
+        kind, found, folder = self.data.source.partition(":")
+        return Path(folder) if found and kind == "latents" else None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Recipe":
+        method, networks = self.method, list(IMAGE_NETWORKS)
+        if method.name not in ("classifier", "evaluation_classifier"):
+            check_choice("network.name", self.network.name, networks)
+        measured = method.name == "model_guidance" and not method.scale_range
+        require(measured or not method.auto_every, "method.auto_every", method.auto_every,
+                "0, except for model_guidance without scale_range")  # fmt: skip
+        late = method.name == "model_guidance" and method.start_step >= self.training.steps
+        require(not late, "method.start_step", method.start_step, f"below training.steps = {self.training.steps}")
+        if self.latents is not None:
+            clean = method.name not in ("evaluation_classifier", "flow_postprocessing")
+            require(clean, "method.name", method.name, "methods that need no clean pictures, for latents")
+            told = "real images, such as ADM's statistics, for latents"
+            require(method.auto_reference or not method.auto_every, "method.auto_reference", "", told)
+        return self
+
+
+class CaptionedTable(Table):
+    "What is learned."
+
+    source: str = key("", "Folder of captioned pictures")
+    column: str = key("text", "Column of the captions, where there is a table")
+    size: int = key(0, "Edge in pixels to crop and resize to; 0 wants pictures of one size", ge=0)
+    flip: bool = key(False, "Whether to mirror pictures at random")
+    crop: Literal["adm", "torchvision"] = key("adm", "How pictures are cropped")
+
+
+class PipelineTable(Table):
+    "What learns it."
+
+    name: str = key("", "Folder or Hub name of a Stable Diffusion pipeline")
+    lora_rank: int = key(0, "Rank of LoRA; 0 trains all weights", ge=0)
+    lora_layers: tuple[str, ...] = key(
+        ("to_q", "to_k", "to_v", "to_out.0"), "How the names of the layers end that get it"
+    )
+
+
+class FineTuningMethodTable(Table):
+    "The loss it trains by."
+
+    name: Literal["plain", "aligned_loss", "model_guidance"] = key("plain", "The loss")
+    dropout: float = key(0.1, 'Probability of training without the caption ("plain", "model_guidance")', ge=0, le=1)
+    scale: float = key(7.5, 'Guidance scale trained for; for "plain" the one suggested for sampling')
+    two_stage: bool = key(False, 'Whether "aligned_loss" keeps the activations of one branch at a time')
+    scale_range: Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
+    interval: Pair = key((0.0, 1.0), 'Times at which "model_guidance" guides')
+
+
+class FineTuningLoopTable(LoopTable):
+    "For how long, and with what care."
+
+    steps: int = key(1000, "Optimiser steps", ge=1)
+    batch_size: int = key(16, "Pictures per optimiser step, over all processes together", ge=1)
+    lr: float = key(1e-5, "Peak learning rate of AdamW", gt=0, le=1)
+    schedule: Schedule = key("constant", "Decay of the learning rate")
+    clip: float = key(1.0, "Largest norm of the gradient; 0 does not clip", ge=0)
+    precision: Precision = key("auto", "Arithmetic; auto is bf16 where the hardware is made for it")
+
+
+class GridTable(Table):
+    "Pictures before and after."
+
+    prompts: tuple[str, ...] = key((), "Prompts of the grid; none draws no grid")
+    grid_scales: tuple[float, ...] = key((1.0, 2.0, 4.0, 7.5), "Its guidance scales")
+    grid_steps: int = key(50, "Its steps of DDIM", ge=1)
+    clip_model: str = key("", "Folder or name of a CLIP that scores it")
+
+
+class FineTuning(Table):
+    "All that decides a fine-tuning run of a text-to-image pipeline."
+
+    title: str = key("", "What this is, in one line")
+    data: CaptionedTable = CaptionedTable()
+    pipeline: PipelineTable = PipelineTable()
+    method: FineTuningMethodTable = FineTuningMethodTable()
+    training: FineTuningLoopTable = FineTuningLoopTable()
+    grid: GridTable = GridTable()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "FineTuning":
+        aware = bool(self.method.scale_range)
+        require(not aware or not self.pipeline.lora_rank, "pipeline.lora_rank", self.pipeline.lora_rank,
+                "0 for a scale-aware network, whose new input is trained")  # fmt: skip
+        return self
+
+
+FOLDERS: dict[type[Table], Path] = {Recipe: Path(__file__).parent / "recipe_files"}
+FOLDERS[FineTuning] = FOLDERS[Recipe] / "finetuning"
+
+
+def _fields(kind: type[Table]) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in kind.model_fields.items():
+        inner = _table(field.annotation)
+        yield from ((f"{name}.{part}", each) for part, each in inner.model_fields.items()) if inner else [(name, field)]
+
+
+def recipe_keys(
+    kind: type[Table] = Recipe,  # Recipe or FineTuning
+) -> dict[str, str]:
+    "Every key of a recipe, `table.key`, with its meaning."
+    choices = {name: f": {_allowed(field)}" for name, field in _fields(kind) if get_origin(field.annotation) is Literal}
+    return {name: f"{field.description}{choices.get(name, '')}" for name, field in _fields(kind)}
+
+
+def find_key(
+    name: str,  # "training.lr", "lr", or "settings.dropout" for a change of the network's settings
+    kind: type[Table] = Recipe,  # Recipe or FineTuning
+) -> str:  # The full key, `table.key`
+    "The key a name stands for; an unknown or ambiguous name is a `ValueError` with the nearest keys."
+    keys, name = list(recipe_keys(kind)), name.replace("-", "_")
+    if name in keys:
+        return name
+    if "network.settings" in keys and name.removeprefix("network.").startswith("settings."):
+        return f"network.{name.removeprefix('network.')}"
+    found = [key for key in keys if key.split(".")[-1] == name or key.startswith(f"{name}.")]
+    if len(found) == 1 or (found and found[0].startswith(f"{name}.")):  # a table's name is short for its first key
+        return found[0]
+    raise ValueError(f"{name} is in several tables; allowed: {', '.join(found)}" if found else _unknown(name, keys))
+
+
+def is_switch(
+    name: str,  # A full key, see find_key
+    kind: type[Table] = Recipe,  # Recipe, FineTuning or another table
+) -> bool:
+    "Whether a key is true or false."
+    setting = UNetSettings.model_fields.get(name.removeprefix("network.settings."))
+    fields = dict(_fields(kind)) | ({name: setting} if setting and name.startswith("network.settings.") else {})
+    return name in fields and fields[name].annotation is bool
+
+
+def override(
+    recipe: R,  # A recipe
+    changes: Mapping[str, Any],  # Values by key, as text or typed; a table of keys is as good
+) -> R:  # The changed recipe
+    "Replace values of a recipe by key, and check the whole."
+    tables = recipe.model_dump()
+    for name, value in changes.items():
+        inner = _table(type(recipe).model_fields[name].annotation) if name in type(recipe).model_fields else None
+        parts = {f"{name}.{part}": each for part, each in value.items()} if inner and isinstance(value, Mapping) else {}
+        for full, each in (parts or ({} if inner and value == {} else {name: value})).items():
+            table, *rest = find_key(full, type(recipe)).split(".", 2)
+            if not rest:
+                tables[table] = each
+            elif len(rest) == 1:
+                tables[table][rest[0]] = each
+            else:
+                tables[table]["settings"][rest[1]] = each
+    return type(recipe)(**tables)
+
+
+def recipe_names(
+    kind: type[Table] = Recipe,  # Recipe or FineTuning
+) -> list[str]:
+    "Names of the recipes that come with the package."
+    return sorted(path.stem for path in FOLDERS[kind].glob("*.toml"))
+
+
+def read_recipe(
+    source: str | Path,  # A name out of recipe_names, or a TOML file
+    changes: Mapping[str, Any] | None = None,  # Values that replace those of the file, by key
+    kind: type[R] = Recipe,  # type: ignore[assignment]  # Recipe or FineTuning
+) -> R:  # The recipe
+    "Read a recipe; unknown names and keys, and values out of range, are a `ValueError` of one line."
+    names = recipe_names(kind)
+    path = FOLDERS[kind] / f"{source}.toml" if str(source) in names else Path(source)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(source), names, 3, 0.4) or names
+        raise ValueError(f"recipe = {str(source)!r}; allowed: a TOML file, or a name such as {', '.join(near)}")
+    try:
+        tables = tomli.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"recipe {path} is not TOML: {error}") from None
+    return override(override(kind(), tables), changes or {})
+
+
+def describe_recipe(
+    recipe: Table,  # A recipe
+) -> str:  # TOML, with the meaning of every key
+    "A recipe in full, defaults included, as a TOML file."
+    tables, meanings, lines = recipe.model_dump(), recipe_keys(type(recipe)), list[str]()
+
+    def write(name: str, value: Any, meaning: str = "") -> None:
+        shown = json.dumps(value, ensure_ascii=False)  # agrees with TOML for all that a recipe holds
+        lines.append(f"{name} = {shown}  # {meaning}" if meaning else f"{name} = {shown}")
+
+    for table, values in tables.items():
+        if not isinstance(values, dict):
+            write(table, values, meanings[table])
+            continue
+        lines += ["", f"[{table}]"]
+        inner = values.pop("settings", None)
+        for name, value in values.items():
+            write(name, value, meanings[f"{table}.{name}"])
+        if inner is not None:
+            lines += ["", f"[{table}.settings]  # {meanings[f'{table}.settings']}"]
+            for name, value in inner.items():
+                write(name, value)
+    return "\n".join(lines)

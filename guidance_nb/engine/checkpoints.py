@@ -1,0 +1,188 @@
+"""A checkpoint: a folder `step-00001000` of three safetensors files and a record with their checksums.
+
+It is written whole or not at all, and nothing in it can run code when it is read.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from guidance_nb._checks import differences
+from guidance_nb._files import digest, remove, write_aside
+
+__all__ = ["Checkpoint", "read_checkpoint"]
+
+FORMAT = 2  # Version of the layout of a checkpoint
+NAMES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is incomplete or whose content is not what was written."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that was checked; tensors are read when they are asked for."""
+
+    path: Path  # Its folder
+    record: dict[str, Any]  # What `checkpoint.json` holds
+
+    @property
+    def step(self) -> int:
+        """Number of steps done."""
+        return self.record["step"]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the caller of `fit` wrote down, such as a recipe."""
+        return self.record["metadata"]
+
+    @cached_property
+    def model(self) -> dict[str, Tensor]:
+        """Weights of the model, for `load_state_dict`."""
+        return _read_tensors(self.path / NAMES[0])
+
+    @cached_property
+    def ema(self) -> dict[str, Tensor]:
+        """Weights of the moving average, for `load_state_dict`; sample from these."""
+        return _read_tensors(self.path / NAMES[1])
+
+    @cached_property
+    def optimizer(self) -> dict[str, Tensor]:
+        """Moments of AdamW, named `exp_avg/weight`, `exp_avg_sq/weight`, `step/weight`."""
+        return _read_tensors(self.path / NAMES[2])
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, weights that are shared under each of their names."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shared = file.metadata() or {}
+    return tensors | {name: tensors[kept] for name, kept in shared.items() if kept in tensors}
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run, intact or not, newest first."""
+    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def seal_record(record: Mapping[str, Any]) -> str:
+    """The text of `checkpoint.json`: the record with a checksum of itself."""
+    body = {key: value for key, value in record.items() if key != "checksum"}
+    return json.dumps(body | {"checksum": digest(json.dumps(body, sort_keys=True))}, indent=1, sort_keys=True)
+
+
+def write_checkpoint(folder: Path, record: dict[str, Any], parts: tuple[Any, nn.Module, dict]) -> Path:
+    """Write model, average and moments whole or not at all; an `OSError` leaves older checkpoints as they are."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file, save_model
+
+    target, name = folder / f"step-{record['step']:08d}", ""
+    older = next((path.name for path in checkpoints_in(folder) if path != target), "")
+    files = {}
+    try:
+        with write_aside(target) as aside:
+            aside.mkdir()
+            for name, part in zip(NAMES, parts):
+                if isinstance(part, dict):
+                    save_file(part, aside / name)
+                else:  # weights that are shared are written once
+                    save_model(part, str(aside / name))
+                files[name] = {"bytes": (aside / name).stat().st_size, "sha256": digest(aside / name)}
+            name = "checkpoint.json"
+            (aside / name).write_text(seal_record(record | {"format": FORMAT, "files": files}), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"os error (\d+)", str(error))  # what safetensors says of the system's errors
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        reason = os.strerror(number) if number else str(error)
+        left = f"the previous checkpoint ({older}) is intact" if older else "there is no earlier checkpoint"
+        message = f"could not write {target / name}: {reason}; {left}"
+        raise (OSError(number, message) if number else OSError(message)) from None
+    return target
+
+
+def prune_checkpoints(newest: Path, keep: int) -> None:
+    """Remove all but the newest up to this one; later ones can only be damaged, or the run had gone on from them."""
+    found = checkpoints_in(newest.parent)
+    for path in set(found) - set(found[found.index(newest) :][:keep]):
+        remove(path)
+
+
+def _check(path: Path) -> dict[str, Any]:
+    """The record of a checkpoint, compared with its checksums."""
+    try:
+        text = (path / "checkpoint.json").read_text(encoding="utf-8")
+        record = json.loads(text)
+        intact = text == seal_record(record)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: checkpoint.json is missing") from None
+    except (ValueError, AttributeError):
+        intact = False
+    if not intact:
+        raise DamagedCheckpoint(f"{path}: checkpoint.json is not what was written")
+    if record["format"] != FORMAT:
+        by = record.get("versions", {}).get("guidance_nb", "unknown")
+        raise ValueError(f"{path} has format {record['format']} (guidance_nb {by}); allowed: format {FORMAT}")
+    for name, written in record["files"].items():
+        if not (path / name).is_file():
+            raise DamagedCheckpoint(f"{path}: {name} is missing")
+        if (size := (path / name).stat().st_size) != written["bytes"]:
+            raise DamagedCheckpoint(f"{path}: {name} has {size} bytes instead of {written['bytes']}")
+        if digest(path / name) != written["sha256"]:
+            raise DamagedCheckpoint(f"{path}: {name} is not what was written (wrong checksum)")
+    return record
+
+
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Check and open a checkpoint, or the newest intact one of a run; warns about damaged ones passed over."""
+    path, problems = Path(path), []
+    if path.name.startswith("step-") or (path / "checkpoint.json").exists():
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is not a folder; allowed: a checkpoint, or the folder of a run")
+        return Checkpoint(path, _check(path))
+    for candidate in checkpoints_in(path):
+        try:
+            return Checkpoint(candidate, _check(candidate))
+        except DamagedCheckpoint as error:
+            problems.append(str(error))
+            warnings.warn(f"damaged checkpoint skipped: {error}", stacklevel=3)
+    if problems:
+        raise DamagedCheckpoint(f"no intact checkpoint is left in {path} ({problems[0]}); allowed: another folder")
+    raise FileNotFoundError(f"{path} holds no checkpoint; allowed: a folder with step-00001000 or the like")
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load weights, or name the first that does not fit."""
+    from guidance_nb.engine.hardware import shard_like
+
+    state = module.state_dict()
+    own, found = ({name: tuple(value.shape) for name, value in part.items()} for part in (state, tensors))
+    for name in sorted({*own, *found}):
+        if own.get(name) != found.get(name):
+            a, b = (f"shape {shapes[name]}" if name in shapes else "nothing" for shapes in (found, own))
+            raise ValueError(f"{source} has {a} for {name!r}, this network {b}; allowed: the network of the checkpoint")
+    module.load_state_dict({name: shard_like(value, state[name]) for name, value in tensors.items()})
+
+
+def find_changes(checkpoint: Checkpoint, settings: dict, metadata: dict, may_change: tuple[str, ...]) -> list[dict]:
+    """How a run differs from its checkpoint, if all of that may change; else a `ValueError` that names the first."""
+    record, changes = checkpoint.record, []
+    longer = settings["schedule"] == "constant" and settings["steps"] >= checkpoint.step
+    for old, new in ((record["settings"], settings), (record["metadata"], metadata)):
+        for key, was, now in differences(old, json.loads(json.dumps(new))):
+            if not any(f"{key}.".startswith(f"{name}.") for name in may_change) and not (key == "steps" and longer):
+                allowed = f"{was!r}, another folder, or {key!r} in may_change"
+                raise ValueError(f"{checkpoint.path} has {key} = {was!r}, this run {now!r}; allowed: {allowed}")
+            changes.append({"step": checkpoint.step, "key": key, "was": was, "now": now})
+    return changes

@@ -1,0 +1,255 @@
+"""What a run will cost before it starts: FLOPs, memory, hours and money, counted rather than guessed."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._extras import extra
+from guidance_nb._random import keyed_generator
+from guidance_nb.denoisers import Denoiser, count_nfe
+from guidance_nb.engine.run import checkpoint_gradients
+from guidance_nb.images.networks import build_network
+from guidance_nb.networks import mlp_denoiser
+from guidance_nb.paths import FlowPath
+from guidance_nb.samplers import Sampler, sample
+from guidance_nb.training import LossContext
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["cost_sheet", "launch_file"]
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What one sample passing through a network once costs; a multiply-add counts as two FLOPs."""
+
+    weights: int  # Number of weights
+    forward: float  # FLOPs of a sample forward
+    backward: float  # FLOPs of a sample backward, both gradients, nothing computed twice
+    activations: float  # Bytes that a sample keeps for the backward pass
+    copies: float = 0.0  # Bytes kept whatever the number of samples: weights cast to lower precision
+    gradient_checkpointing: bool = False  # Whether the activations are those of gradient checkpointing
+
+
+def kept_bytes(net: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes of all tensors that a forward pass keeps, each storage counted once, the network's own weights aside."""
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        if x.untyped_storage()._cdata not in own:
+            found[x.untyped_storage()._cdata] = x  # kept alive, so that no storage takes its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        run()
+    return sum(x.untyped_storage().nbytes() for x in found.values())
+
+
+def count_network(
+    build: Callable[[], nn.Module],
+    inputs: Callable[[int], tuple],
+    precision: Literal["fp32", "bf16"] = "bf16",
+    gradient_checkpointing: bool = False,
+) -> NetworkCost:
+    """Count FLOPs and bytes of any network that answers with one tensor; nothing is computed or allocated.
+
+    `inputs(n)` makes the arguments of its `forward` for n samples; activations are kept in `precision`.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    check_choice("precision", precision, ("fp32", "bf16"))
+    with torch.device("meta"):
+        net, args = build(), inputs(2)
+        with FlopCounterMode(display=False) as forward:
+            y = net(*args)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+    with FakeTensorMode():
+        net = build()
+        if gradient_checkpointing:
+            checkpoint_gradients(net)
+        kept = []
+        for n in (1, 2):
+            with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+                kept.append(kept_bytes(net, lambda args=inputs(n): net(*args)))  # type: ignore[misc]
+    there, back = (float(mode.get_total_flops()) / 2 for mode in (forward, backward))
+    weights, each = sum(p.numel() for p in net.parameters()), kept[1] - kept[0]
+    return NetworkCost(weights, there, back, float(each), float(max(0, kept[0] - each)), gradient_checkpointing)
+
+
+@cache
+def _count_named(name: str, shape: tuple[int, ...], classes: int, options: tuple, changes: tuple) -> NetworkCost:
+    aware, *how = options
+
+    def inputs(n: int) -> tuple:
+        scales = (torch.ones(n),) if aware else ()
+        return torch.zeros(n, *shape), torch.zeros(n), torch.zeros(n, dtype=torch.long), *scales
+
+    return count_network(lambda: build_network(name, shape, classes, aware, **dict(changes)), inputs, *how)
+
+
+def network_cost(
+    name: str,
+    shape: Sequence[int],
+    num_classes: int,
+    scale_aware: bool = False,
+    precision: Literal["fp32", "bf16"] = "bf16",
+    gradient_checkpointing: bool = False,
+    **changes: Any,
+) -> NetworkCost:
+    """Cost of one of `IMAGE_NETWORKS` by name, for images or latents of `shape`; counted once."""
+    plain = tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in sorted(changes.items()))
+    return _count_named(name, tuple(shape), num_classes, (scale_aware, precision, gradient_checkpointing), plain)
+
+
+def dit_flops(width: int, depth: int, tokens: int, values: int) -> int:
+    """FLOPs of a DiT forward, counted by hand, eq. (1); `values` are the numbers in a patch."""
+    d, n = width, tokens
+    return 2 * (depth * (12 * n * d**2 + 2 * n**2 * d + 6 * d**2) + 2 * n * values * d + 3 * d**2 + 256 * d)
+
+
+@dataclass(frozen=True)
+class LossNFE:
+    """Network function evaluations per training sample, the mean over a run."""
+
+    trained: float  # With a backward pass
+    asked: float  # Without: teachers and the like
+
+
+@torch.enable_grad()
+def count_loss_nfe(
+    loss: Callable[..., Tensor],
+    model: Any = None,
+    data: tuple[Tensor, Tensor | None] | None = None,
+    steps: int = 1,
+) -> LossNFE:
+    """Count the evaluations that a loss takes by calling it on a tiny model, at 64 of the steps of a run.
+
+    `model` and `data` default to a perceptron and random points with ten classes.
+    """
+    aware = getattr(loss, "scale_range", None) is not None
+    model = mlp_denoiser(2, FlowPath(), 10, width=4, depth=1, scale_aware=aware) if model is None else model
+    x, c = (torch.zeros(1024, 2), torch.arange(1024) % 10) if data is None else data
+    average, trained, total = copy.deepcopy(model), 0, 0
+
+    def note(net: nn.Module, args: tuple, y: Any) -> None:
+        nonlocal trained
+        trained += len(args[0]) * torch.is_grad_enabled()
+
+    hook = getattr(model, "net", model).register_forward_hook(note)
+    tried = sorted({int((i + 0.5) * steps / 64) for i in range(64)}) if steps > 1 else range(64)
+    for step in tried:
+        with count_nfe() as evaluations:
+            loss(model, x, c, LossContext(keyed_generator(step), step, max(steps, 64), average))
+        total += evaluations.total
+    hook.remove()
+    n = len(tried) * len(x)
+    return LossNFE(trained / n, (total - trained) / n)
+
+
+def training_flops(cost: NetworkCost, nfe: LossNFE) -> float:
+    """FLOPs per training sample, eq. (2), what gradient checkpointing computes again included."""
+    again = cost.forward if cost.gradient_checkpointing else 0.0
+    return nfe.trained * (cost.forward + cost.backward + again) + nfe.asked * cost.forward
+
+
+def count_sample_nfe(sampler: Sampler, steps: int, guide: Callable[[Any], Denoiser] | None = None) -> float:
+    """Count the evaluations that a sample takes by drawing one from a toy, with `guide` around the model."""
+    model = mlp_denoiser(2, FlowPath(), 10, width=4, depth=1)
+    with count_nfe() as evaluations:
+        sample(guide(model) if guide else model, torch.zeros(1).long(), (2,), sampler, steps, progress=False)
+    return float(evaluations.total)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a data sheet says of an accelerator."""
+
+    peak: float  # FLOP/s of dense bf16 matrix products
+    memory: float  # Bytes
+    bandwidth: float  # Bytes/s between memory and chip
+    link: float  # Bytes/s to the other chips of a machine, in one direction
+
+
+CHIPS: dict[str, Chip] = {  # NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, sparsity taken out
+    "a100": Chip(312e12, 80e9, 2.039e12, 300e9),
+    "h100": Chip(989e12, 80e9, 3.35e12, 450e9),
+    "h200": Chip(989e12, 141e9, 4.8e12, 450e9),
+}
+
+
+def find_chip(name: str) -> Chip:
+    """One of `CHIPS`, also by what a GPU calls itself."""
+    found = [key for key in CHIPS if key in name.lower() and "pcie" not in name.lower()]
+    require(len(found) == 1, "chip", name, f"{', '.join(map(repr, CHIPS))}, or a `Chip` of your own")
+    return CHIPS[found[0]]
+
+
+def mfu(images_per_second: float, flops_per_image: float, peak: float, gpus: int = 1) -> float:
+    """Model FLOP utilisation, eq. (3), of a speed measured over all GPUs; above 1 one of the numbers is wrong."""
+    for name, value in {"images_per_second": images_per_second, "flops_per_image": flops_per_image}.items():
+        require(0 <= value < math.inf, name, value, "a finite number, 0 or more")
+    require(0 < peak < math.inf, "peak", peak, "a positive number")
+    share = images_per_second * flops_per_image / (check_whole("gpus", gpus, 1) * peak)
+    require(share <= 1, "mfu", float(f"{share:.3g}"), "at most 1, so the count, the clock or the peak is wrong")
+    return share
+
+
+def memory_per_gpu(cost: NetworkCost, trained: float, gpus: int = 1, sharded: bool = False) -> dict[str, float]:
+    """Bytes of training per GPU by what they are for, eq. (4), for `trained` samples with gradients in one pass."""
+    weights = 4.0 * cost.weights
+    share = weights / gpus if sharded else weights
+    parts = {"weights": share, "gradients": share, "moments": 2 * share, "average": weights}
+    return parts | {"copies": cost.copies, "activations": trained * cost.activations}
+
+
+def cost_sheet(
+    cost: NetworkCost,
+    nfe: LossNFE,
+    steps: int,
+    batch_size: int,
+    gradient_accumulation_steps: int = 1,
+    gpus: Sequence[int] = (1, 8),
+    chip: str | Chip = "h100",
+    share: float = 0.35,
+    sharded: bool = False,
+) -> "pd.DataFrame":
+    """GPU-hours and memory of a training run, eqs. (2) to (4), at an assumed MFU `share`, one row a number of GPUs."""
+    with extra("plots"):
+        import pandas as pd
+
+    require(0 < share <= 1, "share", share, "above 0, at most 1")
+    check_whole("gradient_accumulation_steps", gradient_accumulation_steps, 1)
+    found = find_chip(chip) if isinstance(chip, str) else chip
+    needed = training_flops(cost, nfe)
+    hours = steps * batch_size * needed / (share * found.peak) / 3600
+    table = []
+    for n in gpus:
+        passes = check_whole("gpus", n, 1) * gradient_accumulation_steps
+        allowed = f"a multiple of {n} GPUs x {gradient_accumulation_steps} passes"
+        require(batch_size % passes == 0, "batch_size", batch_size, allowed)
+        at_once = batch_size // passes
+        memory = sum(memory_per_gpu(cost, nfe.trained * at_once, n, sharded).values())
+        row = {"gpus": n, "samples_at_once": at_once, "tflop_per_sample": needed / 1e12}
+        row |= {"eflop": steps * batch_size * needed / 1e18, "gpu_hours": hours, "hours": hours / n}
+        table.append(row | {"memory_gb": memory / 1e9, "fits": memory <= 0.9 * found.memory})
+    return pd.DataFrame(table)
+
+
+def launch_file(name: str) -> Path:
+    """A configuration that comes with the package, for `accelerate launch --config_file`."""
+    folder = Path(__file__).parent / "launch_files"
+    check_choice("name", name, sorted(path.stem for path in folder.glob("*.yaml")))
+    return folder / f"{name}.yaml"

@@ -1,0 +1,136 @@
+"""Where a run takes place: device, precision, other processes and sharding, found and done by Accelerate."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from guidance_nb._checks import check_choice, require
+from guidance_nb._extras import extra
+from guidance_nb.training import LossContext
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from guidance_nb.engine.run import Engine
+
+__all__: list[str] = []
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def choose_precision(precision: Precision, device: torch.device) -> Precision:
+    """Resolve `auto`: bf16 on GPUs and CPUs with units for it (AMX), fp32 elsewhere."""
+    if device.type == "cpu":
+        require(precision != "fp16", "precision", precision, "'auto', 'fp32', 'bf16' on a CPU")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    amx = device.type == "cpu" and hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
+    return "bf16" if amx else "fp32"
+
+
+def check_compiler() -> None:
+    """Compile something tiny, so that a missing compiler is found before the training and not within it."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(f"compile = True, but torch.compile does not work here ({reason}); allowed: False") from None
+
+
+def check_tracker(tracker: str | None, folder: str | os.PathLike | None) -> None:
+    """Refuse a tracker that is not installed, or has no place to write."""
+    if tracker is not None:
+        with extra("engine"):
+            from accelerate.tracking import get_available_trackers
+
+        check_choice("tracker", tracker, [*sorted(str(name) for name in get_available_trackers()), None])
+        require(folder is not None, "tracker", tracker, "None without a folder, which takes the log")
+
+
+def open_accelerator(engine: "Engine") -> "Accelerator":
+    """Find the device, the precision and the other processes, and set up how they share the work."""
+    with extra("engine"):
+        from accelerate import Accelerator
+    with extra("engine"):
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    cpu = engine.cpu or (launched > 1 and not torch.accelerator.is_available())
+    state = PartialState(cpu=cpu)
+    if state.num_processes != launched or (cpu and state.device.type != "cpu"):
+        found = f"{state.num_processes} of {launched} processes (WORLD_SIZE) on {state.device}"
+        raise RuntimeError(f"Accelerate has {found}; allowed: all of them, with the engine before other uses of it")
+    precision = choose_precision(engine.precision, state.device).replace("fp32", "no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # a run after another may use another precision
+    check_tracker(engine.tracker, engine.folder)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=cpu,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=engine.find_unused_parameters)],
+        log_with=engine.tracker,
+        project_dir=engine.folder,
+    )
+    _prepare_sharding(accelerator, engine)
+    return accelerator
+
+
+def _prepare_sharding(accelerator: "Accelerator", engine: "Engine") -> None:
+    """Set FSDP2 up where it is asked for, and refuse what does not work with it, and other ways to divide a model."""
+    with extra("engine"):
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    state: Any = accelerator.state
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.num_processes > 1
+    if wanted and getattr(state, "fsdp_plugin", None) is None:  # on CPUs, and after a run in another precision
+        PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        found = f"{kind}{' with fsdp_version = 1' if kind == 'FSDP' else ''}"
+        raise RuntimeError(f"distributed_type = {found}; allowed: data parallelism, or FSDP with fsdp_version = 2")
+    if accelerator.is_fsdp2:
+        require(accelerator.mixed_precision != "fp16", "precision", "fp16", "'fp32', 'bf16' with FSDP2")
+        for name in ("channels_last", "compile"):
+            require(not getattr(engine, name), name, True, "False with FSDP2")
+        plugin = state.fsdp_plugin
+        plugin.mixed_precision_policy, plugin.cpu_ram_efficient_loading = MixedPrecisionPolicy(), False
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a part; every process must ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def shard_like(x: Tensor, like: Any) -> Tensor:
+    """The part of a whole tensor that belongs here, if `like` is such a part."""
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+class LossModule(nn.Module):
+    """A model and its loss as one module, for Accelerate: `forward(x0, c, context)` gives losses `[batch]`."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.rule = model, (loss,)  # a tuple, so that networks inside a loss are not taken for ours
+        lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+        outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        blocks = [block for part in outer for block in part if block is not None and list(block.parameters())]
+        self._no_split_modules = sorted({type(block).__name__ for block in blocks})  # the units of FSDP
+
+    def forward(self, x0: Tensor, c: Any, context: LossContext) -> Tensor:
+        """Per-sample losses `[batch]`."""
+        return self.rule[0](self.model, x0, c, context)

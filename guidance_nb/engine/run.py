@@ -1,0 +1,456 @@
+"""The loop of `fit` for long runs: kept, resumed bit for bit, on any device, in any precision, by many processes."""
+
+import copy
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._conditions import Condition, map_condition, take_rows
+from guidance_nb._files import clean_remnants, digest, locked
+from guidance_nb._processes import on_main
+from guidance_nb._random import has_dropout, keyed_generator, keyed_global_rng
+from guidance_nb.engine.checkpoints import (
+    Checkpoint,
+    checkpoints_in,
+    find_changes,
+    load_weights,
+    prune_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)  # fmt: skip
+from guidance_nb.engine.graphs import StepGraph
+from guidance_nb.engine.hardware import (
+    LossModule,
+    Precision,
+    check_compiler,
+    choose_precision,
+    full_tensor,
+    open_accelerator,
+    shard_like,
+)  # fmt: skip
+from guidance_nb.engine.interrupts import stop_signals, stopped_by, uninterrupted
+from guidance_nb.training import Data, FetchData, LossContext, State, batches, ema_decay, learning_rate, update_ema
+
+__all__ = ["Engine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Where a run is kept and how it is carried out: `fit(..., engine=Engine(folder="run"))`. Accelerate does the work.
+
+    `metadata` is JSON-able, such as a recipe. What makes a run what it is (settings of `fit`, the loss, the data,
+    metadata) must be the same when it is resumed; `may_change` names the keys that may differ, "a.b" for b inside a.
+    """
+
+    folder: str | os.PathLike | None = None  # Holds a folder `step-00001000` for each checkpoint; None keeps nothing
+    save_every: int = 1000  # Steps between two checkpoints; one is also written at the end
+    keep: int = 3  # Number of checkpoints to keep
+    resume: bool = True  # Whether to go on from the newest; if not, the folder must hold none
+    metadata: dict[str, Any] = field(default_factory=dict)  # Whatever describes the run
+    may_change: tuple[str, ...] = ()  # Keys that may differ at a resume; the checkpoints record what did
+    precision: Precision = "auto"  # "auto" is bf16 where the hardware multiplies it, else fp32
+    gradient_accumulation_steps: int = 1  # Passes per optimiser step; each sees an equal share of the batch
+    compile: bool = False  # Whether to compile the network (`torch.compile`, in place)
+    channels_last: bool = False  # Whether images and convolutions are kept channels last, as tensor cores prefer
+    gradient_checkpointing: bool = False  # Whether blocks forget activations and compute them again (diffusers' alone)
+    cuda_graphs: bool = False  # Whether a step is recorded once as a CUDA graph and replayed
+    clip: float | None = None  # Largest norm of the gradient; None for no clipping
+    warmup: int = 0  # Steps of linear warm-up of the learning rate
+    weight_decay: float = 0.0  # Decoupled weight decay
+    tracker: str | None = None  # An Accelerate tracker, such as "tensorboard", that logs into the folder
+    log_every: int = 50  # Steps between two logs
+    cpu: bool = False  # Whether to stay on the CPU although there is an accelerator
+    find_unused_parameters: bool = False  # Whether some weights take no part in the loss; for several processes
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        for name in ("save_every", "keep", "gradient_accumulation_steps", "log_every"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("warmup", self.warmup)
+        require(self.clip is None or 0 < self.clip < math.inf, "clip", self.clip, "None or a positive number")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number, 0 or more")
+        _check_json("metadata", self.metadata)
+
+    def __call__(
+        self, model: nn.Module, loss: Callable, data: Data, settings: dict, progress: bool, description: str
+    ) -> Generator[State, None, None]:
+        """The loop of `fit`; `settings` are its other arguments."""
+        with ExitStack() as held:
+            run = Run(self, model, loss, data, settings, held)
+            if run.step >= settings["steps"]:  # nothing is left to do
+                yield run.state()
+                return
+            show = progress and run.accelerator.is_main_process
+            bar = tqdm(total=settings["steps"], initial=run.step, desc=description, unit=" steps", disable=not show)
+            with bar, closing(run.batches(data)) as source, stop_signals(), save_on_interrupt(run), memory_hint(run):
+                for x, c in source:
+                    with uninterrupted():
+                        run.train_step(x, c)
+                    bar.set_postfix_str(f"loss {run.shown:.4g}", refresh=False)
+                    bar.update(1)
+                    yield run.state()
+                    with uninterrupted():
+                        run.log()
+                        if run.step % self.save_every == 0 or run.step == settings["steps"]:
+                            run.save()
+
+
+class DeferredLoss:
+    """The loss of a step; a GPU sends it on its way, and it is waited for when somebody asks."""
+
+    def __init__(self, value: Tensor, step: int):
+        self.value, self.step, self.sent = value.detach().to("cpu", non_blocking=value.is_cuda), step, None
+        if value.is_cuda:
+            self.sent = torch.cuda.Event()
+            self.sent.record()
+
+    def __float__(self) -> float:
+        if self.sent is not None:
+            self.sent.synchronize()
+        return self.value.item()
+
+
+class Run:
+    """What a run holds between two steps, and what it can do."""
+
+    def __init__(self, engine: Engine, model: Any, loss: Callable, data: Data, settings: dict, held: ExitStack):
+        self.engine, self.model, self.loss = engine, model, loss
+        self.folder = None if engine.folder is None else Path(engine.folder)
+        if engine.compile:
+            check_compiler()
+        self.accelerator: Any = open_accelerator(engine)
+        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
+        self.sharded, self.scaler = self.accelerator.is_fsdp2, self.accelerator.scaler
+        passes, size, steps = engine.gradient_accumulation_steps, settings["batch_size"], settings["steps"]
+        shares = f"a multiple of {self.world} processes x {passes} passes"
+        require(size % (self.world * passes) == 0, "batch_size", size, shares)
+        check_whole("warmup", engine.warmup, 0, steps - 1)
+        extra = {name: getattr(engine, name) for name in ("clip", "warmup", "weight_decay")}
+        self.settings = settings | extra | {"loss": describe_loss(loss), "data": describe_data(data, self.folder)}
+        self.dropout = has_dropout(model)
+        parts = [part for part in getattr(loss, "__dict__", {}).values() if isinstance(part, nn.Module)]
+        for part in (model, *parts):
+            part.to(self.device)
+        if engine.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if engine.gradient_checkpointing:
+            checkpoint_gradients(model)
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), settings["lr"], weight_decay=engine.weight_decay, fused=True
+        )
+        self.module, self.stepper = self.accelerator.prepare(LossModule(model, loss), self.optimizer)
+        self.weights, self.kept = [*model.parameters()], [*self.average.parameters()]
+        self.step, self.saved = 0, 0  # steps done, and step of the newest checkpoint
+        self.path: Path | None = None  # the newest checkpoint
+        self.changes: list[dict] = []  # what differed at resumes
+        self.whole = True  # False while weights, moments and average are not of one step
+        self.value: DeferredLoss | None = None  # loss of the last step
+        self.shown = math.nan  # the newest loss that is known without waiting
+        self.eager = 0  # steps in this call that were not replayed
+        self.graph: StepGraph | None = None
+        self.decay: float | Tensor = 0.0  # of the average, at the coming step
+        if engine.cuda_graphs:
+            check_graphs(self)
+        if self.folder is not None:
+            self.resume(held)
+        if engine.compile:  # in place: names of weights and copies of the model stay plain
+            for part in (model, self.average):  # the average, too, for some losses ask it at every step
+                getattr(part, "net", part).compile()
+        if engine.tracker is not None:
+            self.accelerator.init_trackers("log")
+        self.clock = (self.step, time.perf_counter())
+
+    def state(self) -> State:
+        """What the caller gets."""
+        return State(self.step, self.value or math.nan, self.model, self.average)
+
+    def batches(self, data: Data) -> Generator[tuple[Tensor, Condition | None], None, None]:
+        """This process's share of the batches that are left."""
+        size, share = self.settings["batch_size"], self.settings["batch_size"] // self.world
+        first = self.accelerator.process_index * share
+        rows = slice(first, first + share) if share < size else None
+        return batches(data, size, self.settings["seed"], self.settings["steps"], self.step, rows)
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """Data where the run takes place, images channels last if the engine says so."""
+        if self.device.type == "cuda" and x.device.type == "cpu":
+            x = x.pin_memory()  # from other memory the copy waits for the step before it, and the loop with it
+        x = x.to(self.device, non_blocking=True)
+        return x.to(memory_format=torch.channels_last) if self.engine.channels_last and x.ndim == 4 else x
+
+    def train_step(self, x: Tensor, c: Condition | None) -> None:
+        """One optimiser step: passes, clipping, AdamW, average."""
+        if not self.model.training:
+            self.model.train()
+        self.set_rates()
+        if self.engine.cuda_graphs and self.eager >= 3:
+            value = self.replay(x, c)
+        else:
+            self.stepper.zero_grad(set_to_none=True)
+            values = [self.forward_backward(x, c, n) for n in range(self.engine.gradient_accumulation_steps)]
+            value = values[0] if len(values) == 1 else torch.stack(values).mean()
+            value = self.accelerator.reduce(value, reduction="mean")
+        loss, last = DeferredLoss(value, self.step), self.step + 1 == self.settings["steps"]
+        self.shown = self.check(self.value if loss.sent is not None and not last else loss)  # a GPU one step late
+        if not self.engine.cuda_graphs or self.eager < 3:
+            self.whole = False
+            self.update()
+            self.eager += 1
+        self.step, self.value, self.whole = self.step + 1, loss, True
+
+    def set_rates(self) -> None:
+        """Set learning rate and decay of the coming step; a recorded step reads them from the device."""
+        s = self.settings
+        rate = learning_rate(self.step, s["lr"], s["schedule"], s["steps"], self.engine.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        decay = ema_decay(self.step, s["ema"], s["ema_warmup"])
+        self.decay = self.decay.fill_(decay) if isinstance(self.decay, Tensor) else decay
+
+    def forward_backward(
+        self, x: Tensor, c: Condition | None, number: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Forward and backward for one pass's part of the share; processes exchange gradients in the last pass."""
+        passes, seed = self.engine.gradient_accumulation_steps, self.settings["seed"]
+        process = self.accelerator.process_index
+        size, rows, total = len(x) // passes, None, None
+        if passes * self.world > 1:
+            first = process * len(x) + number * size
+            rows, total = slice(first, first + size), self.settings["batch_size"]
+            own = slice(number * size, (number + 1) * size)
+            x, c = x[own], take_rows(c, own)
+        if generator is None:
+            place = self.device if self.device.type == "cuda" else "cpu"
+            generator = keyed_generator(seed, 0, self.step, device=place)
+        context = LossContext(generator, self.step, self.settings["steps"], self.average, rows, total)
+        with ExitStack() as stack:
+            if number + 1 < passes:
+                stack.enter_context(self.accelerator.no_sync(self.module))
+            if self.dropout:
+                stack.enter_context(keyed_global_rng(self.device, seed, 4, self.step, process, number))
+            with self.accelerator.autocast() if self.sharded else nullcontext():  # else it has wrapped the module
+                value = self.module(self.to_device(x), map_condition(self.to_device, c), context).mean()
+            self.accelerator.backward(value if passes == 1 else value / passes)
+        return value.detach()
+
+    def update(self) -> None:
+        """Clip the gradient, step, move the average; Accelerate clips where it has to scale or gather first."""
+        if self.engine.clip is not None:
+            asks = self.sharded or self.scaler is not None
+            clip = self.accelerator.clip_grad_norm_ if asks else nn.utils.clip_grad_norm_
+            clip(self.weights, self.engine.clip)
+        self.stepper.step()
+        weights = [full_tensor(p.detach()) for p in self.weights] if self.sharded else self.weights
+        if isinstance(self.decay, Tensor):  # as a graph reads it
+            with torch.no_grad():
+                for kept, new in zip(self.kept, weights):
+                    kept.lerp_(new, 1 - self.decay)
+        else:
+            update_ema(self.kept, weights, self.decay)
+        for kept, new in zip(self.average.buffers(), self.model.buffers()):
+            kept.copy_(new)
+
+    def replay(self, x: Tensor, c: Condition | None) -> Tensor:
+        """The step as a CUDA graph, recorded if it is the first."""
+        self.graph = self.graph or StepGraph(self, x, c)
+        self.whole = False
+        return self.graph.replay(x, c, keyed_generator(self.settings["seed"], 0, self.step))
+
+    def check(self, loss: DeferredLoss | None) -> float:
+        """The loss, or a refusal to go on with one that is not finite."""
+        if loss is None:
+            return math.nan
+        if not math.isfinite(value := float(loss)):
+            good = f"; last good checkpoint: {self.path}" if self.path else ""
+            hint = f"lower lr = {self.settings['lr']} or check the data{good}"
+            raise FloatingPointError(f"loss = {value} at step {loss.step}; {hint}")
+        return value
+
+    def log(self) -> None:
+        """Tell the tracker, if it is time."""
+        if self.engine.tracker is not None and self.step % self.engine.log_every == 0:
+            (since, then), now = self.clock, time.perf_counter()
+            speed = (self.step - since) * self.settings["batch_size"] / (now - then)
+            rate = self.optimizer.param_groups[0]["lr"]
+            values = {"loss": float(self.value or math.nan), "lr": float(rate), "samples per second": speed}
+            self.accelerator.log(values, step=self.step)
+            self.clock = (self.step, now)
+
+    def everywhere(self, action: Callable[[], Any]) -> Any:
+        """What the main process finds, in every process; or its error."""
+        return on_main(action, self.accelerator.process_index, self.world)
+
+    def save(self, together: bool = True) -> None:
+        """Write a checkpoint of this step and remove old ones; `together` all processes share the writer's errors."""
+        if self.folder is None or self.step == self.saved or (self.sharded and not together):
+            return  # what is divided can only be gathered together
+        import guidance_nb
+
+        loss, folder, main = self.check(self.value), self.folder, self.accelerator.is_main_process
+        record = {
+            "step": self.step, "loss": loss, "settings": self.settings, "metadata": self.engine.metadata,
+            "changes": self.changes, "loss_state": loss_state(self.loss),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "versions": {"guidance_nb": guidance_nb.__version__, "torch": torch.__version__,
+                         "python": platform.python_version()},
+            "hardware": {"device": str(self.device), "processes": self.world, "precision": self.engine.precision},
+        }  # fmt: skip
+        state = self.optimizer.state
+        moments = {f"{key}/{name}": value for name, p in self.model.named_parameters() if p in state
+                   for key, value in state[p].items()}  # fmt: skip
+        model: Any = self.model
+        if self.sharded:  # all processes give, the main one keeps
+            whole = [{k: full_tensor(v) for k, v in part.items()} for part in (model.state_dict(), moments)]
+            model, moments = ({k: v.cpu().clone() for k, v in part.items()} if main else {} for part in whole)
+        moments = {name: value.contiguous() for name, value in moments.items()}
+
+        def write() -> Path:
+            path = write_checkpoint(folder, record, (model, self.average, moments))
+            prune_checkpoints(path, self.engine.keep)
+            return path
+
+        if together:
+            self.path = self.everywhere(write)
+        elif main:
+            self.path = write()
+        self.saved = self.step
+
+    def resume(self, held: ExitStack) -> None:
+        """Take the folder, and put the run where its newest intact checkpoint left it, if there is one."""
+        folder, engine = Path(self.engine.folder or ""), self.engine
+
+        def find() -> Checkpoint | None:
+            loss_state(self.loss)  # finds out now, not at the first checkpoint, that it cannot be written
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(folder / ".lock", wait=False))
+            except BlockingIOError:
+                raise ValueError(f"folder = {folder}; allowed: another folder, for a run is at work in it") from None
+            clean_remnants(folder, "step-*")
+            if not (paths := checkpoints_in(folder)):
+                return None
+            require(engine.resume, "folder", f"{folder} with {paths[0].name}", "an empty folder with resume=False")
+            found = read_checkpoint(folder)
+            return found
+
+        found = self.everywhere(find)
+        if found is None:
+            return
+        changes = find_changes(found, self.settings, engine.metadata, engine.may_change)
+        self.changes = found.record["changes"] + changes
+        load_weights(self.model, found.model, f"{found.path}/model.safetensors")
+        load_weights(self.average, found.ema, f"{found.path}/ema.safetensors")
+        weights = dict(self.model.named_parameters())
+        for key, value in found.optimizer.items():  # laid out in memory as the weights are
+            kind, name = key.split("/", 1)
+            p = weights[name]
+            fresh = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
+            self.optimizer.state[p][kind] = fresh.detach().copy_(shard_like(value, fresh))
+        if hasattr(self.loss, "load_state_dict"):
+            self.loss.load_state_dict(found.record["loss_state"])
+        if self.scaler is not None and found.record["scaler"]:
+            self.scaler.load_state_dict(found.record["scaler"])
+        self.step, self.saved, self.path = found.step, found.step, found.path
+        self.value = DeferredLoss(torch.tensor(found.record["loss"], dtype=torch.float64), found.step - 1)
+
+
+def _check_json(name: str, value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is no JSON ({error}); allowed: numbers, texts, lists, dicts") from None
+
+
+def loss_state(loss: Callable) -> Any:
+    """What a loss remembers between steps, if it has a `state_dict`."""
+    return _check_json("loss.state_dict()", loss.state_dict()) if hasattr(loss, "state_dict") else None
+
+
+def describe_loss(loss: Callable) -> dict[str, Any]:
+    """Name and plain settings of a loss, for the comparison at a resume."""
+    plain = {k: v for k, v in getattr(loss, "__dict__", {}).items() if isinstance(v, bool | int | float | str | tuple)}
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    return json.loads(json.dumps({"name": name, **plain}, default=repr))
+
+
+def describe_data(data: Data, folder: Path | None) -> dict[str, Any]:
+    """Size and digest of data, for the comparison at a resume; fetched data gives its own, if it has a `digest()`."""
+    if isinstance(data, FetchData):
+        identity = data.digest() if folder is not None and hasattr(data, "digest") else None
+        return {"size": len(data), "digest": identity}
+    if callable(data):
+        return {"size": None, "digest": None}
+    x, c = data
+    parts = [x, *(c.values() if isinstance(c, Mapping) else [] if c is None else [c])]
+    return {"size": [*x.shape], "digest": None if folder is None else digest(*parts)[:16]}
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Let blocks keep their inputs alone and compute the rest again in the backward pass."""
+    known: list[Any] = [part for part in model.modules() if hasattr(part, "enable_gradient_checkpointing")]
+    require(known, "gradient_checkpointing", True, "False for this network, which is none of diffusers")
+    for part in known:
+        part.enable_gradient_checkpointing()
+
+
+def check_graphs(run: Run) -> None:
+    """Refuse a run that cannot be recorded, in one line."""
+    rules = {
+        "on a CPU": run.device.type == "cuda",
+        "with several processes": run.world == 1,
+        "with gradient_accumulation_steps above 1": run.engine.gradient_accumulation_steps == 1,
+        "with precision = 'fp16'": run.scaler is None,
+        "with dropout inside the network": not run.dropout,
+        "with a loss that changes from step to step": not getattr(run.loss, "changes", False),
+    }
+    for where, fine in rules.items():
+        require(fine, "cuda_graphs", True, f"False {where}")
+
+
+@contextmanager
+def save_on_interrupt(run: Run) -> Iterator[None]:
+    """Keep what is done when the caller stops or a signal comes, unless weights and average were caught apart."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        if run.whole:
+            run.save(together=False)
+            if run.path and (signal := stopped_by()) and run.accelerator.is_main_process:
+                tqdm.write(f"stopped by {signal} after step {run.step}; checkpoint: {run.path}", file=sys.stderr)
+        raise
+    finally:
+        for tracker in getattr(run.accelerator, "trackers", []):
+            tracker.finish()
+
+
+@contextmanager
+def memory_hint(run: Run) -> Iterator[None]:
+    """Say in one line which knobs to turn when memory runs out; still a `torch.OutOfMemoryError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+            raise
+        engine, batch = run.engine, run.settings["batch_size"]
+        precision, passes = choose_precision(engine.precision, run.device), engine.gradient_accumulation_steps
+        knobs = [f"a smaller batch_size than {batch}", f"gradient_accumulation_steps = {2 * passes}"]
+        knobs += ["precision = 'bf16'"] if precision == "fp32" else []
+        knobs += [] if engine.gradient_checkpointing else ["gradient_checkpointing = True"]
+        told = f"out of memory at step {run.step} with {batch // (run.world * passes)} samples at once in {precision}"
+        knobs = [*knobs, "or more processes"]
+        raise torch.OutOfMemoryError(f"{told} ({reason.rstrip('.')}); allowed: {', '.join(knobs)}") from None

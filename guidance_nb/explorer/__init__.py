@@ -1,0 +1,93 @@
+"""Guidance in your hands: exact samples of five methods over the exact density, moved by sliders.
+
+`explorer_page` writes a page for a browser, whose program, form and style are the .js, .html and .css files beside this
+module; `explore` shows the same in Jupyter, with a model of your own if you like.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from guidance_nb._checks import require
+from guidance_nb.denoisers import Denoiser
+from guidance_nb.explorer._live import LiveView
+from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, Scene, example_scenes, settings_of
+from guidance_nb.plots import COLOURS, METHOD_LABELS
+
+__all__ = ["Scene", "explore", "explorer_page"]
+
+# In the order in which they are read; the last one, page.js, puts the page into its place.
+_PROGRAM = ("mixture", "guidance", "sampling", "numbers", "picture", "report", "page")
+
+_DARK_COLOURS = {
+    "classifier_guidance": "#FF9454",
+    "classifier_free_guidance": "#56B4F9",
+    "aligned_loss": "#2FD3A5",
+    "model_guidance": "#F0A3D0",
+    "flow_postprocessing": "#F5C04A",
+}
+
+_FALLBACK = """Here stands a page to play with: sliders for the guidance of five methods, over exact densities. It needs
+JavaScript; the figures and numbers further down show a part of it without."""
+
+_CHECKED: list[tuple[str, str, int, dict[str, float]]] = [
+    ("classifier_free_guidance", "heun", 32, {"scale": 3}),
+    ("classifier_free_guidance", "euler", 16, {"scale": 5.5, "first": 0.2, "last": 0.6}),
+    ("classifier_guidance", "heun", 16, {"scale": 2, "sharpness": 2.5}),
+    ("aligned_loss", "heun", 16, {"sampling": 3, "training": 1.5}),
+    ("aligned_loss", "euler", 32, {"sampling": 4, "training": 2, "anchored": 0}),
+    ("model_guidance", "heun", 8, {"weight": 0.75}),
+    ("flow_postprocessing", "heun", 16, {"scale": 4, "neighbours": 7}),
+]
+
+
+def _asset(name: str) -> str:
+    "The text of a file beside this module."
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _program() -> str:
+    return "\n".join(_asset(f"{name}.js") for name in _PROGRAM)
+
+
+def _checked_runs(scenes: Mapping[str, Scene]) -> list[dict[str, Any]]:
+    "States of the page and where four samples end, for the browser to repeat: every method on every scene."
+    runs = []
+    for name, scene in scenes.items():
+        for i, (method, sampler, steps, own) in enumerate(_CHECKED):
+            settings, c = settings_of(method, **own), i % scene.mixture.num_classes
+            state = {"scene": name, "c": c, "method": method, "sampler": sampler, "steps": steps, "settings": settings}
+            end = scene.run(c, method, settings, sampler, steps).x[:4]
+            runs.append({"state": state, "end": end.flatten().tolist()})
+    return runs
+
+
+def explorer_page(scenes: Mapping[str, Scene] | None = None) -> str:
+    """The interactive page as HTML without outside parts, to be put into any page; on three example data sets."""
+    scenes = example_scenes() if scenes is None else scenes
+    require(scenes, "scenes", scenes, "one or more")
+    page = {
+        "scenes": {name: scene.pack() for name, scene in scenes.items()},
+        "controls": CONTROLS,
+        "methods": METHOD_CONTROLS,
+        "labels": {name: METHOD_LABELS[name] for name in METHOD_CONTROLS},
+        "colours": {name: [COLOURS[name], _DARK_COLOURS[name]] for name in METHOD_CONTROLS},
+        "css": _asset("page.css"),
+        "html": _asset("page.html"),
+        "checks": _checked_runs(scenes),
+    }
+    data = json.dumps(page, ensure_ascii=False).replace("</", "<\\/")  # so that no text of ours ends the script
+    host = f'<div class="guidance-explorer"><p>{_FALLBACK}</p></div>'
+    return f"{host}\n<script>\n(() => {{\nconst PAGE = {data};\n{_program()}}})();\n</script>"
+
+
+def explore(scenes: Mapping[str, Scene] | None = None, model: Denoiser | None = None) -> Any:
+    """Live sliders, a box of ipywidgets to be the last line of a cell; `model` takes the place of the exact one."""
+    scenes = example_scenes() if scenes is None else scenes
+    require(scenes, "scenes", scenes, "one or more")
+    for name, scene in scenes.items():
+        classes = scene.mixture.num_classes
+        fine = model is None or model.num_classes == classes
+        require(fine, "classes of model", model and model.num_classes, f"{classes}, as scene {name!r}")
+    return LiveView(scenes, model).box

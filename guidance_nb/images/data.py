@@ -1,0 +1,563 @@
+"""MNIST, CIFAR-10 or any folder of images: checked files, keyed flips, and sample files that round-trip."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._extras import extra
+from guidance_nb._files import digest, read_text, write_aside
+from guidance_nb._random import keyed_generator
+
+with extra("images"):
+    from PIL import Image, ImageOps
+
+__all__ = ["ImageData", "from_uint8", "load_images", "load_samples", "save_samples", "to_uint8"]
+
+Crop = Literal["adm", "torchvision"]
+Facts = dict[str, Any]  # What JSON can hold
+
+
+def from_uint8(
+    x: Tensor,  # Grey levels, uint8, any shape
+) -> Tensor:  # Floats in [-1, 1], same shape
+    "Grey levels as numbers in [-1, 1]: x = u / 127.5 - 1."
+    require(x.dtype == torch.uint8, "type of x", x.dtype, "torch.uint8")
+    return x.float() / 127.5 - 1
+
+
+def to_uint8(
+    x: Tensor,  # Floats, meant to be in [-1, 1], any shape
+) -> Tensor:  # Grey levels, uint8, same shape
+    "Nearest grey levels, u = round(127.5 x + 127.5); values outside [-1, 1] are clipped."
+    require(x.is_floating_point(), "type of x", x.dtype, "floating-point values in [-1, 1]")
+    require(x.isfinite().all(), "values of x that are not finite", int((~x.isfinite()).sum()), "none")
+    if x.numel() and x.min() >= 0 and x.max() > 2:
+        raise ValueError(f"x is in [{x.min():.3g}, {x.max():.3g}]; allowed: [-1, 1] (from_uint8 converts grey levels)")
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass
+class ImageData:
+    "Labelled images as `fit` reads them: whole batches by index, flips keyed, values in [-1, 1]."
+
+    pixels: Tensor | Callable[[Tensor], Tensor]  # uint8 `[n, channels, height, width]`, or a function of indices
+    labels: Tensor  # Class indices `[n]`
+    classes: tuple[str, ...]  # Names of the classes
+    shape: tuple[int, int, int]  # Channels, height, width
+    flip: bool = False  # Whether `fetch` mirrors a random half of the images
+    name: str = "images"  # Where they come from, for tables
+
+    @property
+    def num_classes(self) -> int:
+        "Number of classes, also those a subset has no image of."
+        return len(self.classes)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pixels, Tensor):
+            found, wanted = (self.pixels.dtype, *self.pixels.shape), (torch.uint8, len(self), *self.shape)
+            require(found == wanted, "pixels", found, f"{wanted}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def digest(self) -> str:
+        "What identifies the data at a resume: pixels in memory, or names, sizes and times of files; and labels."
+        files = [Path(file) for file in getattr(self.pixels, "paths", ())]
+        facts = [[*file.parts[-2:], file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        pixels = [self.pixels] if isinstance(self.pixels, Tensor) else []
+        return digest(json.dumps([facts, self.classes]), *pixels, self.labels)[:16]
+
+    def images(self, indices: Tensor) -> Tensor:
+        "The images as stored, uint8 `[b, channels, height, width]`, never flipped."
+        return self.pixels[indices] if isinstance(self.pixels, Tensor) else self.pixels(indices)
+
+    def fetch(self, indices: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        "Rows `rows` of the batch `indices`, in [-1, 1], with labels; flips are drawn for the whole batch."
+        mine = indices[rows]
+        x = from_uint8(self.images(mine))
+        if self.flip:
+            flips = torch.rand(len(indices), generator=generator)[rows] < 0.5
+            x = torch.where(flips[:, None, None, None], x.flip(3), x)
+        return x, self.labels[mine]
+
+
+def balanced_subset(
+    data: ImageData,  # Data to choose from
+    per_class: int,  # Images of each class
+    seed: int = 0,  # Seed of the choice
+) -> ImageData:  # `per_class * num_classes` images, class after class
+    "As many images of every class, chosen by seed."
+    check_whole("per_class", per_class, 1, int(data.labels.bincount(minlength=data.num_classes).min()))
+    chosen = []
+    for label in range(data.num_classes):
+        members = (data.labels == label).nonzero()[:, 0]
+        chosen.append(members[torch.randperm(len(members), generator=keyed_generator(seed, 4, label))[:per_class]])
+    indices = torch.cat(chosen)
+    pixels = data.pixels[indices] if isinstance(data.pixels, Tensor) else lambda i: data.images(indices[i])
+    return replace(data, pixels=pixels, labels=data.labels[indices])
+
+
+FILES = {  # bytes and md5 of the files as published; for CIFAR-10 torchvision has the same md5s
+    "mnist": {
+        "MNIST/raw/train-images-idx3-ubyte": (47_040_016, "6bbc9ace898e44ae57da46a324031adb"),
+        "MNIST/raw/train-labels-idx1-ubyte": (60_008, "a25bea736e30d166cdddb491f175f624"),
+        "MNIST/raw/t10k-images-idx3-ubyte": (7_840_016, "2646ac647ad5339dbf082846283269ea"),
+        "MNIST/raw/t10k-labels-idx1-ubyte": (10_008, "27ae3e4e09519cfbb04c329615203637"),
+    },
+    "cifar10": {
+        "cifar-10-batches-py/batches.meta": (158, "5ff9c542aee3614f3951f8cda6e48888"),
+        "cifar-10-batches-py/data_batch_1": (31_035_704, "c99cafc152244af753f735de768cd75f"),
+        "cifar-10-batches-py/data_batch_2": (31_035_320, "d4bba439e000b95fd0a9bffe97cbabec"),
+        "cifar-10-batches-py/data_batch_3": (31_035_999, "54ebc095f3ab1f0389bbae665268c751"),
+        "cifar-10-batches-py/data_batch_4": (31_035_696, "634d18415352ddfa80567beed471001a"),
+        "cifar-10-batches-py/data_batch_5": (31_035_623, "482c414d41f54cd18b22e5b47cb7c3cb"),
+        "cifar-10-batches-py/test_batch": (31_035_526, "40351d587109b95175f43aff81a1287e"),
+    },
+}
+
+
+def check_files(source: str, root: Path, advice: str) -> list[str]:
+    "Names of the missing files of a published data set; truncated and altered ones are refused by name."
+    missing = []
+    for name, (size, md5) in FILES[source].items():
+        path = root / name
+        if not path.is_file():
+            missing.append(name)
+            continue
+        blob = path.read_bytes()
+        if len(blob) != size:
+            raise ValueError(f"{path} is damaged: {len(blob):,} bytes instead of {size:,}; allowed: {advice}")
+        if hashlib.md5(blob, usedforsecurity=False).hexdigest() != md5:
+            raise ValueError(f"{path} is damaged: its md5 is not {md5}; allowed: {advice}")
+    return missing
+
+
+def download_files(source: str, root: Path) -> None:
+    "Let torchvision download into a folder aside, check the files, and move each into place whole."
+    from http.client import HTTPException
+
+    with extra("images"):
+        from torchvision import datasets
+
+    kind: Any = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[source]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside:
+            kind(aside, download=True)
+            if missing := check_files(source, Path(aside), "try again"):
+                raise ValueError(f"the download of {source} lacks {missing[0]}; allowed: try again")
+            for name in FILES[source]:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(aside) / name, root / name)
+    except (OSError, RuntimeError, EOFError, HTTPException) as error:  # no network, no space, wrong md5
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{source} could not be downloaded to {root} ({reason}); allowed: try again, or set GUIDANCE_NB_DATA to a "
+            "folder that holds it"
+        ) from None
+
+
+def find_files(source: str, root: str | Path | None = None, download: bool = True) -> Path:
+    "The folder of a data set, checked: `root`, else GUIDANCE_NB_DATA, never written to, else a cache to download to."
+    given = os.environ.get("GUIDANCE_NB_DATA") if root is None else None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guidance_nb"
+    folder = Path(root or given or cache).expanduser()
+    advice = "replace it, or unset GUIDANCE_NB_DATA to download" if given else "delete it and load again to download it"
+    missing = check_files(source, folder, advice)
+    if missing and download and not given:
+        download_files(source, folder)
+        missing = check_files(source, folder, advice)
+    if missing:
+        advice = "set GUIDANCE_NB_DATA to a folder that has it, or unset it to download" if given else "download=True"
+        raise ValueError(f"{folder / missing[0]} is missing; allowed: {advice}")
+    return folder
+
+
+def read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    "Images `[n, channels, height, width]`, labels `[n]` and class names of checked files, through torchvision."
+    with extra("images"):
+        from torchvision import datasets
+        from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    if source == "mnist":  # the raw files themselves: the class prefers an unchecked processed copy if there is one
+        stem = str(root / "MNIST" / "raw" / ("train" if split == "train" else "t10k"))
+        x, labels = read_image_file(f"{stem}-images-idx3-ubyte"), read_label_file(f"{stem}-labels-idx1-ubyte")
+        return x[:, None], labels.long(), tuple("0123456789")
+    cifar = datasets.CIFAR10(str(root), train=split == "train")
+    x = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return x, torch.tensor(cifar.targets), tuple(cifar.classes)
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def image_files(folder: Path) -> list[Path]:
+    "The images below a folder, without hidden names (.DS_Store, ._a.png, .ipynb_checkpoints); only regular files."
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}); allowed: a folder that can") from None
+
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = (Path(root, name) for name in sorted(names) if not name.startswith("."))
+        found += (path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
+    for path in found:
+        require(path.is_file(), "image", str(path), "a regular file, so replace or delete it")
+    return sorted(found)
+
+
+def crop_image(image: Image.Image, size: int) -> Image.Image:
+    "ADM's crop to a square: halve by boxes while at least twice too large, then bicubic, antialiased, then the centre."
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def resize_crop(image: Image.Image, size: int) -> Image.Image:
+    "torchvision's Resize and CenterCrop to a square: bilinear with antialiasing, then the centre."
+    with extra("images"):
+        from torchvision.transforms.functional import center_crop, resize
+
+    return center_crop(resize(image, size), [size, size])
+
+
+CROPS: dict[Crop, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_image, "torchvision": resize_crop}
+ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
+
+
+def as_shown(file: Image.Image, channels: int) -> Image.Image:
+    "A PIL image as viewers show it, in RGB or grey: upright, and what is transparent on white."
+    require(not file.mode.startswith(("I", "F")), "mode", file.mode, "8 bits per channel")
+    image = ImageOps.exif_transpose(file)
+    if "A" in file.getbands() or "transparency" in file.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def read_image(path: str | Path, channels: int, size: int | None = None, crop: Crop = "adm") -> Tensor:
+    "An image file as uint8 `[channels, height, width]`, cropped to `size`; a damaged one is named."
+    require(Path(path).is_file(), "image", str(path), "a regular file that is there")
+    try:
+        with Image.open(path) as file:
+            image = as_shown(file, channels)
+    except Exception as error:  # decoders of damaged files raise errors of many kinds
+        reason = " ".join(str(error).split()).replace(f" {str(path)!r}", "")
+        raise ValueError(f"{path} cannot be read ({reason}); allowed: an image file, so replace or delete it") from None
+    array = np.array(image if size is None else CROPS[crop](image, size))
+    return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1).contiguous()
+
+
+def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
+    "Height and width as shown, and the mode, of an image file, without decoding it."
+    require(Path(path).is_file(), "image", str(path), "a regular file that is there")
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size if turned else image.size[::-1], image.mode
+    except Exception:  # decoders of damaged files raise errors of many kinds
+        raise ValueError(f"{path} is no image file; allowed: replace or delete it") from None
+
+
+def common_size(paths: Sequence[str | Path]) -> tuple[int, int]:
+    "The one height and width of all images, from their headers; names two files that differ."
+    with ThreadPoolExecutor() as pool:
+        sizes = [size for size, _ in pool.map(read_header, paths)]
+    for path, size in zip(paths, sizes):
+        if size != sizes[0]:
+            a, b = (f"{width}x{height}" for height, width in (sizes[0], size))
+            raise ValueError(f"{paths[0]} is {a} and {path} is {b}; allowed: images of one size, or give size")
+    return sizes[0]
+
+
+CACHE_BYTES = 2**28  # image folders that decode to at most this much, 256 MiB, are kept once decoded
+
+
+class ImageFiles:
+    "Image files decoded when asked for, by a pool of threads; small sets are remembered."
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],  # Image files
+        shape: tuple[int, int, int],  # Channels, height, width of the result
+        size: int | None,  # Side to crop and resize to, or None
+        crop: Crop = "adm",  # How to do so
+    ):
+        self.paths, self.shape, self.size, self.crop = [str(path) for path in paths], shape, size, crop
+        small = len(paths) * shape[0] * shape[1] * shape[2] <= CACHE_BYTES
+        self.cache = torch.empty(len(paths), *shape, dtype=torch.uint8) if small else None
+        self.known = torch.zeros(len(paths), dtype=torch.bool)
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        "The images `[b, channels, height, width]`, uint8."
+        if self.cache is None:
+            return self.decode(indices)
+        new = indices[~self.known[indices]].unique()
+        if len(new):
+            self.cache[new] = self.decode(new)
+            self.known[new] = True
+        return self.cache[indices]
+
+    def decode(self, indices: Tensor) -> Tensor:
+        "Read and decode, without the memory."
+
+        def one(i: int) -> Tensor:
+            image = read_image(self.paths[i], self.shape[0], self.size, self.crop)
+            require(image.shape == self.shape, f"shape of {self.paths[i]}", tuple(image.shape), f"{self.shape}")
+            return image
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            images = list(pool.map(one, indices.tolist()))
+        return torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
+
+
+def class_folders(folder: Path) -> list[str]:
+    "Sorted names of the sub-folders that are not hidden."
+    return sorted(entry.name for entry in folder.glob("*") if entry.is_dir() and not entry.name.startswith("."))
+
+
+def folder_images(folder: Path, split: str, size: int | None, channels: int, flip: bool, crop: Crop) -> ImageData:
+    "A folder of class sub-folders; labels follow the sorted names, as torchvision's `ImageFolder` has it."
+    if class_folders(folder / split):
+        folder = folder / split
+    else:
+        require(split == "train", "split", split, f"'train', or a sub-folder of {folder} that holds class folders")
+    classes = class_folders(folder)
+    require(classes, "class folders", f"none in {folder}", "one sub-folder of images per class")
+    files = [(path, label) for label, name in enumerate(classes) for path in image_files(folder / name)]
+    paths, labels = [path for path, _ in files], torch.tensor([label for _, label in files], dtype=torch.long)
+    for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
+        require(count, f"images in {folder / name}", count, "at least one per class, or delete the folder")
+    shape = (channels, *(common_size(paths) if size is None else (size, size)))
+    return ImageData(ImageFiles(paths, shape, size, crop), labels, tuple(classes), shape, flip, str(folder))
+
+
+def load_images(
+    source: str | Path,  # "mnist", "cifar10", or a folder with one sub-folder per class
+    split: str = "train",  # "train" or "test"; for a folder, the sub-folder of this name if there is one
+    root: str | Path | None = None,  # Where MNIST and CIFAR-10 are; default: GUIDANCE_NB_DATA, else the user's cache
+    size: int | None = None,  # Side to crop and resize the images of a folder to
+    flip: bool = False,  # Whether `fetch` mirrors a random half of the images
+    download: bool = True,  # Whether to download MNIST or CIFAR-10 if missing; never into GUIDANCE_NB_DATA
+    channels: Literal[1, 3] | None = None,  # For a folder: 3 for RGB, the default, or 1 for grey
+    crop: Crop = "adm",  # For a folder: how to crop and resize, as ADM or as torchvision does
+) -> ImageData:  # With checked files
+    "MNIST, CIFAR-10 or a folder of images; missing and damaged files are named."
+    if size is not None:
+        check_whole("size", size, 1)
+    require(channels in (None, 1, 3), "channels", channels, "1, 3")
+    check_choice("crop", crop, CROPS)
+    if source not in FILES:
+        require(Path(source).is_dir(), "source", str(source), "'mnist', 'cifar10', or a folder of class sub-folders")
+        return folder_images(Path(source), split, size, channels or 3, flip, crop)
+    check_choice("split", split, ("train", "test"))
+    x, labels, classes = read_published(str(source), find_files(str(source), root, download), split)
+    if size not in (None, x.shape[2]) or channels not in (None, x.shape[1]):
+        raise ValueError(f"size = {size}, channels = {channels}; allowed: {x.shape[2]}, {x.shape[1]}, as stored")
+    return ImageData(x, labels, classes, (x.shape[1], x.shape[2], x.shape[3]), flip, str(source))
+
+
+class SampleFile(NamedTuple):
+    "Samples as they lie on disk."
+
+    x: Tensor  # uint8 `[n, channels, height, width]`
+    c: Tensor | None  # Labels `[n]`, int64, if there are any
+    facts: Facts  # What is known of them
+
+
+FORMAT = "guidance_nb samples 1"
+FACTS = "facts.json"
+
+
+def may_replace(path: Path, overwrite: bool) -> bool:
+    "Whether replacing what is there loses nothing but samples of ours, with `overwrite` of anybody."
+    if path.is_file():
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = set(archive.namelist())
+        except zipfile.BadZipFile:
+            return False
+        return overwrite or {"arr_0.npy", "facts.npy"} <= names <= {"arr_0.npy", "arr_1.npy", "facts.npy"}
+    files = [p for p in path.rglob("*") if not p.is_dir() and p != path / FACTS]
+    if overwrite:
+        return all(p.suffix.lower() in IMAGE_SUFFIXES for p in files)
+    ours = all(re.fullmatch(r"(\d{4,}/)?\d{6,}\.png", p.relative_to(path).as_posix()) for p in files)
+    return not any(path.iterdir()) or (ours and _record(path) is not None)
+
+
+def _record(folder: Path) -> Facts | None:
+    "What `save_samples` wrote beside its images, or None for a folder made elsewhere."
+    try:
+        found = json.loads(read_text(folder / FACTS))
+        return found if found["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save_samples(
+    path: str | Path,  # A name that ends in .npz, or a folder for PNG files
+    x: Tensor,  # Samples `[n, channels, height, width]`: floats in [-1, 1], or uint8
+    c: Tensor | None = None,  # Labels `[n]`
+    facts: Facts | None = None,  # What to remember of them: seed, scale, command
+    overwrite: bool = False,  # Whether to replace a file or folder that this function did not write
+) -> Path:  # `path`
+    "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders."
+    path = Path(path)
+    other = path.suffix.lower() in (".npy", ".pt", ".zip", ".png", ".jpg", ".jpeg", ".webp", ".safetensors")
+    require(not other, "path", str(path), "a name that ends in .npz, or a folder")
+    fine = x.ndim == 4 and x.shape[1] in (1, 3) and x.numel()
+    require(fine, "shape of x", tuple(x.shape), "[n, 1 or 3, height, width], not empty")
+    if c is not None:
+        fine = not c.is_floating_point() and c.shape == x.shape[:1] and bool((c >= 0).all())
+        require(fine, "c", f"{c.dtype} {tuple(c.shape)}", f"{len(x)} whole numbers, 0 or more, one per sample")
+    require(isinstance(facts, dict | None), "facts", facts, "a dict")
+    try:
+        text = json.dumps(facts or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"facts cannot be written as JSON ({error}); allowed: text, numbers, lists, dicts") from None
+    images = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    labels = None if c is None else c.cpu().long().numpy()
+    if path.exists() and (path.is_dir() == (path.suffix == ".npz") or not may_replace(path, overwrite)):
+        advice = "another name" if overwrite else "another name, or overwrite=True if these are samples"
+        raise ValueError(f"{path} exists and save_samples did not write all of it; allowed: {advice}")
+    with write_aside(path) as aside:
+        if path.suffix == ".npz":
+            arrays: Any = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
+            with open(aside, "wb") as file:
+                np.savez(file, **arrays)
+        else:
+            _write_folder(aside, images, labels, text)
+    return path
+
+
+def _write_folder(folder: Path, images: np.ndarray, labels: np.ndarray | None, text: str) -> None:
+    "PNG files and what is known of them, with a checksum of the pixels, for decoders pass over some kinds of damage."
+    folders = [folder] * len(images) if labels is None else [folder / f"{label:04d}" for label in labels]
+    for name in {*folders}:
+        name.mkdir(parents=True, exist_ok=True)
+    record = {"format": FORMAT, "shape": images.shape, "sha256": _pixels_digest(images, labels)}
+    (folder / FACTS).write_text(json.dumps(record | {"facts": json.loads(text)}, indent=1), encoding="utf-8")
+
+    def write(i: int) -> None:
+        image = Image.fromarray(images[i] if images.shape[3] == 3 else images[i, :, :, 0])
+        image.save(folders[i] / f"{i:06d}.png")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(len(images))))
+
+
+def _pixels_digest(images: np.ndarray, labels: np.ndarray | None) -> str:
+    return digest(images, b"" if labels is None else labels)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
+    try:
+        require(path.is_file(), "kind of file", "none", "a regular file that is there")
+        require(zipfile.is_zipfile(path), "kind of file", "no complete zip archive", "an .npz archive")
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}
+    except Exception as error:  # a damaged archive raises errors of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read ({reason}); allowed: an .npz file of numbers") from None
+
+
+def load_npz(path: Path) -> SampleFile:
+    "Samples in ADM's layout; whatever is wrong with the file is said in one line."
+    arrays = read_arrays(path)
+    require("arr_0" in arrays, f"arrays of {path}", ", ".join(arrays) or "none", "arr_0, the images")
+    x, c = arrays["arr_0"], arrays.get("arr_1")
+    if x.dtype != np.uint8:
+        span = f" in [{x.min():.3g}, {x.max():.3g}]" if x.size and np.issubdtype(x.dtype, np.number) else ""
+        raise ValueError(f"{path}: arr_0 is {x.dtype}{span}; allowed: uint8 (to_uint8 converts floats in [-1, 1])")
+    first = ", channels first" if x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3) else ""
+    if x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
+        raise ValueError(f"{path}: arr_0 has shape {x.shape}{first}; allowed: [n, height, width, 1 or 3], not empty")
+    if c is not None and (c.shape != x.shape[:1] or not np.issubdtype(c.dtype, np.integer) or (c < 0).any()):
+        raise ValueError(f"{path}: arr_1 is {c.dtype} {c.shape}; allowed: {len(x)} whole numbers, 0 or more")
+    try:
+        facts = json.loads(str(arrays.get("facts", "{}")))
+    except ValueError:
+        facts = None
+    require(isinstance(facts, dict), f"facts of {path}", str(arrays.get("facts"))[:60], "JSON of a table, or none")
+    labels = None if c is None else torch.from_numpy(c.astype(np.int64))
+    return SampleFile(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), labels, facts)
+
+
+def load_folder(path: Path, size: int | None = None, channels: int | None = None) -> SampleFile:
+    "Samples from a folder that `save_samples` wrote or that was made elsewhere."
+    files = image_files(path)
+    depths = {len(file.relative_to(path).parts) for file in files}
+    found = "images at several depths" if depths else "no images"
+    require(depths in ({1}, {2}), f"content of {path}", found, "all images in it, or all in its sub-folders")
+    record = _record(path)
+    if record is None:
+        return _folder_made_elsewhere(files, depths == {2}, size, channels)
+    return _folder_of_ours(path, files, depths == {2}, record)
+
+
+def _decode(files: list[Path], size: int | None, channels: int) -> Tensor:
+    shape = (channels, *(common_size(files) if size is None else (size, size)))
+    return ImageFiles(files, shape, size).decode(torch.arange(len(files)))
+
+
+def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Facts) -> SampleFile:
+    "File names are the numbers of samples, folder names the labels; all must be there, and unchanged."
+    try:
+        (count, _, _, channels), promised, facts = record["shape"], record["sha256"], dict(record["facts"])
+        files = sorted(files, key=lambda file: int(file.stem))
+        c = torch.tensor([int(file.parent.name) for file in files]) if by_class else None
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path / FACTS} is damaged, or a name is no number; allowed: as written") from None
+    require(len(files) == count, f"images in {path}", len(files), f"all {count}, so write it anew")
+    x = _decode(files, None, channels)
+    same = _pixels_digest(x.permute(0, 2, 3, 1).numpy(), None if c is None else c.numpy()) == promised
+    require(same, f"images and labels in {path}", "others than were written", "unchanged, so write it anew")
+    return SampleFile(x, c, facts)
+
+
+def _folder_made_elsewhere(files: list[Path], by_class: bool, size: int | None, channels: int | None) -> SampleFile:
+    "Labels follow the sorted names of the sub-folders, which the facts remember; grey stays grey if all are."
+    if channels is None:
+        with ThreadPoolExecutor() as pool:
+            channels = 1 if {mode for _, mode in pool.map(read_header, files)} <= {"1", "L"} else 3
+    x = _decode(files, size, channels)
+    if not by_class:
+        return SampleFile(x, None, {})
+    names = [file.parent.name for file in files]
+    classes = sorted({*names})
+    return SampleFile(x, torch.tensor([classes.index(name) for name in names]), {"classes": classes})
+
+
+def load_samples(
+    path: str | Path,  # An .npz file in ADM's layout, or a folder of images
+    size: int | None = None,  # Side wanted: images of a folder made elsewhere are resized, other files must have it
+    channels: int | None = None,  # Channels wanted, 1 or 3
+) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
+    "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
+    path = Path(path)
+    if size is not None:
+        check_whole("size", size, 1)
+    require(channels in (None, 1, 3), "channels", channels, "1, 3")
+    require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")
+    found = load_folder(path, size, channels) if path.is_dir() else load_npz(path)
+    _, stored, *sides = found.x.shape
+    require(size is None or sides == [size, size], f"size of the images of {path}", tuple(sides), f"{size}x{size}")
+    require(channels in (None, stored), f"channels of {path}", stored, f"{channels}, as asked for")
+    return found

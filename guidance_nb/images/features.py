@@ -1,0 +1,454 @@
+"""Feature extractors: what networks see in images, on which image metrics and neighbours are computed."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guidance_nb._checks import check_choice, require
+from guidance_nb._extras import extra
+from guidance_nb._files import digest, read_text
+from guidance_nb._points import moments
+from guidance_nb.images.data import read_arrays, to_uint8
+
+__all__ = ["Extractor", "extract", "feature_space"]
+
+INCEPTION = "inception-v3-compat"
+LAYERS = {"fd": "features", "sfd": "spatial", "score": "logits", "kd": "features"}
+LAYERS |= {"precision": "features", "recall": "features"}  # metric -> layer
+QUOTED = {"fid": "fd", "sfid": "sfd", "is": "score", "kid": "kd"}  # these names belong to Inception
+FeatureFunction = Callable[[Tensor], Tensor | dict[str, Tensor]]
+
+
+def check_images(name: str, images: Tensor, at_least: int = 1) -> Tensor:
+    "Refuse what is not a set of uint8 images with a `ValueError` that names the argument."
+    kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+    require(kind == torch.uint8, f"type of {name}", kind, "a torch.uint8 tensor (to_uint8 converts from [-1, 1])")
+    fine = images.ndim == 4 and images.shape[1] in (1, 3) and min(images.shape[2:])
+    require(fine, f"shape of {name}", tuple(images.shape), "[n, 1 or 3, height, width]")
+    require(len(images) >= at_least, f"images in {name}", len(images), f"{at_least} or more")
+    return images
+
+
+@dataclass(frozen=True)
+class Extractor:
+    "A feature function with a name: uint8 images `[n, 3, h, w]` to features `[n, f]`, or to a dict of layers of these."
+
+    name: str  # Columns carry it
+    network: FeatureFunction
+    device: str | torch.device = "cpu"
+    classes: tuple[str, ...] = ()  # Names of the classes of a layer "logits", where they have names
+
+    def __post_init__(self) -> None:
+        fine = self.name == INCEPTION or re.fullmatch(r"[a-z][a-z0-9_]*", self.name)
+        require(fine, "name", self.name, "small letters, digits and _, since columns carry it")
+
+
+@dataclass(frozen=True)
+class Features:
+    "What an extractor makes of a set of images: rows per layer, moments per layer, and where they come from."
+
+    extractor: str
+    rows: dict[str, Tensor] = field(default_factory=dict)  # layer -> [n, f]
+    moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> mean [f], covariance [f, f]
+    name: str = "images"
+    n: int | None = None
+    checksum: str = ""
+    size: tuple[int, ...] = ()
+
+    def moment(self, layer: str) -> tuple[Tensor, Tensor]:
+        "Mean and unbiased covariance of a layer in float64, computed once."
+        if layer not in self.moments:
+            self.moments[layer] = moments(layer, self.rows[layer])
+        return self.moments[layer]
+
+    def take(self, indices: Tensor) -> "Features":
+        "The features of some of the images, with moments of their own."
+        rows = {layer: values[indices] for layer, values in self.rows.items()}
+        return Features(self.extractor, rows, {}, f"{len(indices)} of {self.name}", len(indices), "", self.size)
+
+
+@dataclass(frozen=True)
+class Reference(Features):
+    "A statistics file: moments of Inception's layers, and perhaps some of the images behind them."
+
+    images: Tensor | None = None
+
+
+def checksum(data: Tensor | Path) -> str:
+    "The first 16 digits of the SHA-256 of images or of a file, which identify them in a table."
+    return digest(*((str(tuple(data.shape)), data) if isinstance(data, Tensor) else (data,)))[:16]
+
+
+def read_reference(
+    path: str | Path,  # `.npz` in the layout of ADM's evaluation suite
+    n: int | None = None,  # Number of images behind the moments, which the file does not say
+) -> Reference:
+    "Read an ADM reference: mu, sigma, for sFID mu_s, sigma_s, and for neighbours arr_0 (arXiv 2105.05233)."
+    path = Path(path)
+    found, known = read_arrays(path), {}
+    needed = "mu, sigma (mu_s, sigma_s for sfid; arr_0 for kid, precision, recall)"
+    require({"mu", "sigma"} <= set(found), f"keys of {path}", ", ".join(found) or "none", needed)
+    for layer, f, end in (("features", 2048, ""), ("spatial", 2023, "_s")):
+        if "mu" + end in found and "sigma" + end in found:
+            mean, cov = found["mu" + end], found["sigma" + end]
+            fine = mean.shape == (f,) and cov.shape == (f, f) and np.isfinite(mean.sum() + cov.sum())
+            require(fine, f"mu{end}, sigma{end} of {path}", (mean.shape, cov.shape), f"[{f}] and its square, finite")
+            known[layer] = torch.from_numpy(mean).double(), torch.from_numpy(cov).double()
+    images = found.get("arr_0")
+    if images is None:
+        return Reference(INCEPTION, {}, known, path.name, n, checksum(path))
+    fine = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
+    require(fine, f"arr_0 of {path}", f"{images.dtype} {images.shape}", "uint8 [n, height, width, 3]")
+    pictures, size = torch.from_numpy(images).permute(0, 3, 1, 2), images.shape[1:3]
+    return Reference(INCEPTION, {}, known, path.name, n, checksum(path), size, pictures)
+
+
+def check_metrics(metrics: Sequence[str] | None, extractor: str) -> list[str]:
+    "Names without reference to Inception; without names, the usual ones. FID of anything but Inception is refused."
+    if metrics is None:
+        return [*LAYERS] if extractor == INCEPTION else ["fd", "kd", "precision", "recall"]
+    names, known = [metrics] if isinstance(metrics, str) else list(metrics), [*QUOTED, *LAYERS]
+    require(names, "metrics", names, f"some of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"metric = {name!r}; allowed: {', '.join(known)}{hint}")
+        ours = name not in QUOTED or extractor == INCEPTION
+        require(ours, f"metric of {extractor}", name, f"{QUOTED.get(name)!r}, since {name!r} is Inception's")
+    return list(dict.fromkeys(QUOTED.get(name, name) for name in names))
+
+
+def extract(
+    images: Tensor | Features,  # uint8 `[n, 1 or 3, h, w]`, a statistics file, or features, which come back
+    extractor: str | Extractor | None = None,  # A name or an extractor; without it "inception-v3-compat"
+    name: str = "images",  # What the set is called in the table, such as "cifar10 train"
+    batch_size: int = 64,  # Images per call of the network
+    progress: bool = False,  # Show a progress bar
+    metrics: Sequence[str] | None = None,  # What it is for, to compute nothing else
+    weights: str | Path | None = None,  # File with the weights, for a name
+) -> Features:  # Rows in the order of the images, float32, on the CPU
+    "One pass of a network over a set of images, grey ones in three channels; do it once for a reference."
+    named = extractor.name if isinstance(extractor, Extractor) else extractor or INCEPTION
+    if isinstance(images, Features):
+        named = named if extractor else images.extractor
+        seen = f"seen by {images.extractor}"
+        require(images.extractor == named, name, seen, f"features of {named}")
+        return _complete(images, extractor, batch_size, progress, metrics, weights)
+    check_images(name, images)
+    return _pass(images, find_extractor(extractor or INCEPTION, weights, metrics), name, batch_size, progress)
+
+
+def _complete(
+    images: Features, extractor: Any, batch_size: int, progress: bool, metrics: Any, weights: Any
+) -> Features:
+    "A statistics file with rows of its images, where a metric needs rows."
+    if not isinstance(images, Reference):
+        return images
+    wanted = check_metrics(metrics, INCEPTION)
+    for layer in {LAYERS[metric] for metric in wanted if metric in ("fd", "sfd")} - {*images.moments}:
+        raise ValueError(f"{images.name} has no moments of {layer}; needed for sfid: mu_s, sigma_s")
+    if images.images is not None and {"kd", "precision", "recall"} & set(wanted):
+        network = find_extractor(extractor or INCEPTION, weights, wanted)
+        images.rows.update(_pass(images.images, network, images.name, batch_size, progress).rows)
+    return images
+
+
+def _pass(images: Tensor, extractor: Extractor, name: str, batch_size: int, progress: bool) -> Features:
+    from tqdm.auto import tqdm
+
+    parts: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), tqdm(total=len(images), disable=not progress, unit="image", desc=name) as bar:
+        for batch in images.split(batch_size):
+            out = extractor.network(batch.to(extractor.device).expand(-1, 3, -1, -1))
+            layers = out if isinstance(out, dict) else {"features": out}
+            for layer, rows in layers.items():
+                fine = rows.ndim == 2 and len(rows) == len(batch)
+                require(fine, f"features of {extractor.name}", tuple(rows.shape), f"[{len(batch)}, f]")
+                parts.setdefault(layer, []).append(rows.float().cpu())
+            bar.update(len(batch))
+    found = {layer: torch.cat(values) for layer, values in parts.items()}
+    for layer, values in found.items():
+        bad = int((~torch.isfinite(values)).any(1).sum())
+        require(not bad, f"images of {name} whose {layer} are not finite", bad, f"none, of {extractor.name}")
+    return Features(extractor.name, found, {}, name, len(images), checksum(images), tuple(images.shape[2:]))
+
+
+def find_extractor(
+    extractor: str | Extractor,  # "inception-v3-compat", "resnet20", "resnet56", or an Extractor
+    weights: str | Path | None = None,  # File with the weights, for a name
+    metrics: Sequence[str] | None = None,  # What it is for, to compute no other layer
+) -> Extractor:
+    "The feature extractor of a name."
+    if isinstance(extractor, Extractor):
+        return extractor
+    names = [INCEPTION, "resnet20", "resnet56"]
+    if extractor not in names:
+        near = (difflib.get_close_matches(extractor, names, n=1, cutoff=0.3) or [INCEPTION])[0]
+        raise ValueError(f"extractor = {extractor!r}; allowed: {', '.join(names)}; did you mean {near}?")
+    wanted = check_metrics(metrics, extractor)
+    if extractor == INCEPTION:
+        return inception(weights, sorted({LAYERS[metric] for metric in wanted}))
+    return resnet_extractor(cifar_resnet(weights, int(extractor[-2:])))
+
+
+def best_device() -> str:
+    "CUDA where there is one."
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the name ends with the SHA-256 it must have
+
+
+def inception_weights(weights: str | Path | None = None) -> Path:
+    "Find the weights of Inception: as given, in GUIDANCE_NB_INCEPTION, or in torch's cache, downloaded once."
+    if given := weights or os.environ.get("GUIDANCE_NB_INCEPTION"):
+        path = Path(given).expanduser()
+        path = path / INCEPTION_FILE if path.is_dir() else path
+        require(path.is_file(), "weights", f"{path}, no such file", f"{INCEPTION_FILE}, torch-fidelity release v0.2.0")
+        return path
+    with extra("images"):
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=path.stem[-8:], progress=False)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                "Inception's weights are not here: take another extractor (resnet56, or a classifier you trained), or "
+                f"get {INCEPTION_FILE} from torch-fidelity's release v0.2.0 on GitHub and name it by weights= or "
+                f"GUIDANCE_NB_INCEPTION; the download failed ({error})"
+            ) from None
+    return path
+
+
+@cache
+def spatial_extractor() -> str:  # The name under which torch-fidelity knows it
+    "Register with torch-fidelity Inception with sFID's layer: 7 channels of Mixed_6d, 7 x 17 x 17 = 2,023 numbers."
+    with extra("images"):
+        from torch_fidelity import register_feature_extractor
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class InceptionMixed6d(FeatureExtractorInceptionV3):
+        features_list: list[str]
+        seen: Tensor
+
+        def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
+            super().__init__(name, features_list, **options)
+            self.Mixed_6d.register_forward_hook(lambda module, args, out: setattr(self, "seen", out[:, :7].flatten(1)))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            wanted = self.features_list
+            try:  # the parent stops at the last layer it is asked for, and "768" follows Mixed_6d
+                self.features_list = [layer for layer in wanted if layer != "mixed_6d_7"] or ["768"]
+                found = dict(zip(self.features_list, super().forward(x)), mixed_6d_7=self.seen.float())
+            finally:
+                self.features_list = wanted
+            return tuple(found[layer] for layer in wanted)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return (*FeatureExtractorInceptionV3.get_provided_features_list(), "mixed_6d_7")
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:  # so "fid" with this extractor is sFID
+            parent = FeatureExtractorInceptionV3.get_default_feature_layer_for_metric(metric)
+            return "mixed_6d_7" if metric == "fid" else parent
+
+    register_feature_extractor("inception-v3-compat-mixed6d", InceptionMixed6d)
+    return "inception-v3-compat-mixed6d"
+
+
+INCEPTION_LAYERS = {"features": "2048", "spatial": "mixed_6d_7", "logits": "logits_unbiased"}
+
+
+def inception(
+    weights: str | Path | None = None,  # See inception_weights
+    layers: Sequence[str] = ("features", "spatial", "logits"),  # Which to compute
+    name: str = INCEPTION,  # Other weights than the ones behind FID need another name, which columns then carry
+    device: str | torch.device | None = None,  # CUDA where there is one
+) -> Extractor:
+    "The network of FID: Inception-v3 with TensorFlow's weights, by torch-fidelity, all layers in one pass."
+    with extra("images"):
+        from torch_fidelity.utils import create_feature_extractor
+
+    path = inception_weights(weights)
+    theirs = name != INCEPTION or checksum(path).startswith(INCEPTION_FILE[-12:-4])
+    require(theirs, "weights", f"{path}, which are not FID's", f"{INCEPTION_FILE}, or a name= of their own")
+    if name != INCEPTION:
+        torch.load(path, map_location="cpu", weights_only=True)  # refuses code before torch-fidelity unpickles it
+    layers = [layer for layer in INCEPTION_LAYERS if layer in layers]
+    kind = spatial_extractor() if "spatial" in layers else INCEPTION
+    wanted, device = [INCEPTION_LAYERS[layer] for layer in layers], device or best_device()
+    options = {"cuda": False, "feature_extractor_weights_path": str(path), "verbose": False}
+    network = create_feature_extractor(kind, wanted, **options).to(device)
+
+    def features(images: Tensor) -> dict[str, Tensor]:
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if images.is_cuda else nullcontext()
+        with exact:  # TF32 would change the third digit of a feature
+            return dict(zip(layers, network(images)))
+
+    return Extractor(name, features, device)
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # means and deviations of the channels, in [0, 1]
+
+
+def normalise(images: Tensor) -> Tensor:
+    "uint8 images `[n, 3, h, w]` as networks trained on ImageNet's statistics want them."
+    mean, deviation = torch.tensor(IMAGENET, device=images.device)[..., None, None]
+    return (images.float() / 255 - mean) / deviation
+
+
+class _Block(nn.Module):
+    "Two convolutions and a shortcut without weights: subsample, then pad with zero channels."
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.stride, self.pad = stride, (out - width) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(short + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class CifarResNet(nn.Module):
+    "ResNet of `depth` layers for 32x32 images, option-A shortcuts; uint8 images in, logits out (arXiv 1512.03385)."
+
+    def __init__(self, depth: int = 56) -> None:
+        super().__init__()
+        self.depth = depth
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        more = range((depth - 2) // 6 - 1)
+        self.layer1 = nn.Sequential(_Block(16, 16, 1), *(_Block(16, 16, 1) for _ in more))
+        self.layer2 = nn.Sequential(_Block(16, 32, 2), *(_Block(32, 32, 1) for _ in more))
+        self.layer3 = nn.Sequential(_Block(32, 64, 2), *(_Block(64, 64, 1) for _ in more))
+        self.linear = nn.Linear(64, 10)
+
+    def layers(self, images: Tensor) -> dict[str, Tensor]:
+        "Pooled features `[n, 64]` and logits `[n, 10]`."
+        x = F.relu(self.bn1(self.conv1(normalise(images))))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        features = x.mean((2, 3))
+        return {"features": features, "logits": self.linear(features)}
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)["logits"]
+
+
+def cifar_resnet(
+    path: str | Path | None = None,  # File, or folder to look in; without it GUIDANCE_NB_DATA/classifiers
+    depth: int = 56,  # 20 or 56
+    device: str | torch.device | None = None,  # CUDA where there is one
+) -> CifarResNet:  # A classifier of CIFAR-10; resnet_extractor makes its features an Extractor
+    "Load a ResNet trained on CIFAR-10, without executing what the file may hold."
+    check_choice("depth", depth, (20, 56))
+    wanted = f"resnet{depth}-*.th"
+    folder = os.environ.get("GUIDANCE_NB_DATA")
+    require(path or folder, "path", path, f"{wanted}, or GUIDANCE_NB_DATA with it in classifiers/")
+    place = Path(path).expanduser() if path is not None else Path(folder or "") / "classifiers"
+    file = next(iter(sorted(place.glob(wanted))), place) if place.is_dir() else place
+    require(file.is_file(), "path", f"{file}, no {wanted} there", "the file or the folder that holds it")
+    stated = re.search(r"-([0-9a-f]{8})$", file.stem)
+    if stated and not checksum(file).startswith(stated[1]):
+        raise ValueError(f"{file} is damaged: its name and its SHA-256 disagree; fetch it again")
+    network = CifarResNet(depth)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        network.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    except Exception as error:
+        raise ValueError(f"{file} does not hold a ResNet-{depth}: {str(error).splitlines()[0]}") from None
+    return network.eval().requires_grad_(False).to(device or best_device())
+
+
+def resnet_extractor(network: CifarResNet) -> Extractor:
+    "Features of a CIFAR ResNet; a Frechet distance on them is not FID."
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    return Extractor(f"resnet{network.depth}", network.layers, next(network.parameters()).device, classes)
+
+
+def load_dinov2(path: str | Path) -> Any:
+    "DINOv2 with registers (arXiv 2304.07193, 2309.16588) from a local folder; nothing is downloaded."
+    file, allowed = Path(path) / "config.json", "a folder with config.json and model.safetensors"
+    require(file.is_file(), "path", f"{path}, which has no config.json", allowed)
+    kind = json.loads(read_text(file)).get("model_type")
+    require(kind == "dinov2_with_registers", f"model in {path}", kind, f"{allowed} of a 'dinov2_with_registers'")
+    with extra("dinov2"):
+        from safetensors import SafetensorError
+        from transformers import Dinov2WithRegistersModel
+
+    try:
+        read: Any = Dinov2WithRegistersModel.from_pretrained
+        model, report = read(path, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds damaged weights ({error}); allowed: {allowed}") from error
+    missing = sorted(set(report["missing_keys"]) - {"embeddings.mask_token"})
+    require(not missing, f"missing weights in {path}", missing[:1], "none")
+    return model.eval().requires_grad_(False)
+
+
+def dinov2_extractor(
+    path: str | Path,  # Folder with the weights, see load_dinov2
+    size: int = 224,  # Height and width the network sees; a multiple of its patch size
+    device: str | torch.device | None = None,  # CUDA where there is one
+) -> Extractor:  # Layers "features", the class token, and "patches", the mean of the patch tokens
+    "Features of DINOv2: images resized bicubically with antialiasing and normalised; register tokens take no part."
+    network, device = load_dinov2(path), device or best_device()
+    patch, first = network.config.patch_size, 1 + network.config.num_register_tokens
+    require(size >= 1 and size % patch == 0, "size", size, f"a multiple of the patch size {patch}")
+    network = network.to(device)
+
+    def features(images: Tensor) -> dict[str, Tensor]:
+        # Normalised first: resizing is linear, and keeps a constant.
+        x = F.interpolate(normalise(images), (size, size), mode="bicubic", antialias=True)
+        tokens = network(pixel_values=x).last_hidden_state  # class, registers, patches
+        return {"features": tokens[:, 0], "patches": tokens[:, first:].mean(1)}
+
+    return Extractor("dinov2", features, device)
+
+
+Space = Literal["pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56"]
+SPACES: tuple[Space, ...] = ("pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56")
+
+
+def feature_space(
+    name: Space,  # "dinov2" is its class token
+    path: str | Path | None = None,  # Where the weights are
+    batch_size: int = 64,  # Images per call of the network
+    progress: bool = False,  # Show a progress bar
+    **options: Any,  # Those of dinov2_extractor
+) -> Literal["pixels"] | Callable[[Tensor], Tensor]:  # From images in [-1, 1] to features `[n, f]`
+    "Where neighbours are sought: pixels, or what an extractor makes of images as a file would hold them."
+    check_choice("space", name, SPACES)
+    if name == "pixels":
+        return name
+    if name.startswith("resnet"):
+        extractor = find_extractor(name, path)
+    else:
+        require(path is not None, f"weights of {name!r}", path, "a folder of DINOv2 with registers")
+        extractor = dinov2_extractor(path or "", **options)
+    layer = "patches" if name == "dinov2-patches" else "features"
+
+    def features(x: Tensor) -> Tensor:
+        images = to_uint8(x.clamp(-1, 1))
+        return extract(images, extractor, f"{name} features", batch_size, progress).rows[layer]
+
+    return features

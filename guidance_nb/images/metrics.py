@@ -1,0 +1,266 @@
+"""FID and other numbers that are quoted for images, each with what it leaves unsaid: network, reference and N."""
+
+import csv
+import io
+import math
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guidance_nb import __version__
+from guidance_nb._checks import check_number, check_whole, require
+from guidance_nb._extras import extra
+from guidance_nb._files import locked, read_text, write_file
+from guidance_nb._points import check_classes
+from guidance_nb.images.features import (
+    INCEPTION,
+    LAYERS,
+    QUOTED,
+    Extractor,
+    FeatureFunction,
+    Features,
+    Reference,
+    best_device,
+    check_images,
+    check_metrics,
+    extract,
+    find_extractor,
+)
+from guidance_nb.metrics import frechet, nearest_neighbours, precision_recall
+
+__all__ = ["class_agreement", "copy_share", "image_baseline", "image_scores"]
+
+
+def kernel_distance(
+    a: Tensor,  # Features `[n, f]`
+    b: Tensor,  # Features `[m, f]`
+) -> float:  # Squared; its expectation does not depend on n and m, and it may be negative
+    "Unbiased squared MMD with the kernel (x y / f + 1)^3 by torch-fidelity (arXiv 1801.01401)."
+    with extra("images"):
+        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    size = min(1000, len(a), len(b))
+    require(size >= 2, "images of the smaller set", size, "2 or more")
+    subsets = 1 if len(a) == len(b) == size else 100  # all subsets of the whole are the whole
+    return kid_features_to_metric(a, b, kid_subset_size=size, kid_subsets=subsets, verbose=False)[KEY_METRIC_KID_MEAN]
+
+
+def class_score(logits: Tensor) -> float:
+    "How sure and how varied a classifier's labels are, by torch-fidelity in ten splits (arXiv 1606.03498)."
+    with extra("images"):
+        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+    return isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
+
+
+def column(metric: str, extractor: str) -> str:
+    "The name of a number: the quoted one for Inception, for every other network one that carries it."
+    if extractor != INCEPTION:
+        return f"{metric}_{extractor}"
+    return next((quoted for quoted, ours in QUOTED.items() if ours == metric), metric)
+
+
+def _check_sets(samples: Features, reference: Features, metrics: list[str]) -> None:
+    "Refuse sets that cannot be compared with a `ValueError`; those that are too small, the metrics refuse."
+    one, other = samples.extractor, reference.extractor
+    require(one == other, "extractors of samples and reference", f"{one} and {other}", "one extractor")
+    for metric in metrics:
+        layer, label = LAYERS[metric], column(metric, one)
+        for role, each in (("samples", samples), ("reference", reference))[: 1 if metric == "score" else 2]:
+            if layer not in each.rows and not (metric in ("fd", "sfd") and layer in each.moments):
+                have = ", ".join(sorted({*each.rows, *each.moments})) or "none"
+                raise ValueError(f"{role} ({each.name}) has layers {have}; {label} needs rows of {layer}")
+
+
+def feature_scores(
+    samples: Features,  # Of generated images
+    reference: Features,  # Of real images
+    metrics: Sequence[str] | None = None,  # Names, or all that are usual for the extractor
+    k: int = 3,  # Neighbour that sets the radius for precision and recall
+) -> dict[str, float]:  # Column -> value
+    "The metrics of two sets of features."
+    names, values = check_metrics(metrics, samples.extractor), {}
+    _check_sets(samples, reference, names)
+    for metric in names:
+        layer = LAYERS[metric]
+        if metric in ("fd", "sfd"):
+            values[metric] = frechet(samples.moment(layer), reference.moment(layer))
+        elif metric == "score":
+            values[metric] = class_score(samples.rows[layer])
+        elif metric == "kd":
+            values[metric] = kernel_distance(samples.rows[layer], reference.rows[layer])
+        elif metric not in values:
+            found = precision_recall(reference.rows[layer], samples.rows[layer], k, best_device())
+            values["precision"], values["recall"] = found
+    for metric, value in values.items():
+        require(math.isfinite(value), column(metric, samples.extractor), value, "features with a finite score")
+    return {column(metric, samples.extractor): values[metric] for metric in names}
+
+
+def image_scores(
+    samples: Tensor | Features,  # Generated images, uint8 `[n, 1 or 3, h, w]`, or their features
+    reference: Tensor | Features,  # Real images, their features, or a statistics file
+    extractor: str | Extractor | None = None,  # Name or Extractor; without it that of features, "inception-v3-compat"
+    metrics: Sequence[str] | None = None,  # fid, sfid, is, kid, precision, recall; of other networks fd, kd, ...
+    weights: str | Path | None = None,  # Local file with the extractor's weights
+    k: int = 3,  # Neighbour that sets the radius for precision and recall
+    batch_size: int = 64,  # Images per call of the network
+    progress: bool = False,  # Show progress bars
+) -> dict[str, float]:  # Column -> value; columns of other networks than Inception carry their name
+    "Score generated images against real ones; every image passes the network once."
+    sides = []
+    for role, each in (("samples", samples), ("reference", reference)):
+        sides.append(each.size if isinstance(each, Features) else tuple(check_images(role, each).shape[2:]))
+    same = not all(sides) or sides[0] == sides[1]
+    require(same, "sizes of samples and reference", sides, "one size, since resizing changes all")
+    seen = (each.extractor for each in (samples, reference) if isinstance(each, Features))
+    extractor = extractor or next(seen, INCEPTION)
+    wanted = check_metrics(metrics, extractor if isinstance(extractor, str) else extractor.name)
+    if isinstance(samples, Tensor) and isinstance(reference, Tensor):
+        extractor = find_extractor(extractor, weights, wanted)  # once for both
+    options: Any = {"batch_size": batch_size, "progress": progress, "metrics": wanted, "weights": weights}
+    real = extract(reference, extractor, "reference", **options)
+    return feature_scores(extract(samples, extractor, "samples", **options), real, wanted, k)
+
+
+def image_baseline(
+    real: Tensor | Features,  # Real images, their features, or a statistics file with images
+    n: int | None = None,  # Size of each half: that of the samples to compare with; without it half of all
+    extractor: str | Extractor | None = None,  # Name or Extractor, as for image_scores
+    metrics: Sequence[str] | None = None,  # As for image_scores
+    weights: str | Path | None = None,  # Local file with the extractor's weights
+    k: int = 3,  # Neighbour that sets the radius for precision and recall
+    seed: int = 0,  # Of the random halves
+    batch_size: int = 64,  # Images per call of the network
+) -> dict[str, float]:  # Column with `_baseline` -> value
+    "The real-data baseline: the metrics between two random, disjoint sets of real images of the same size."
+    if isinstance(real, Reference):
+        require(real.images is not None, f"images in {real.name}", "none", "arr_0, since moments have no halves")
+        real = real.images  # type: ignore[assignment]
+    features = extract(real, extractor, "real", batch_size, metrics=metrics, weights=weights)
+    total = min((len(rows) for rows in features.rows.values()), default=0)
+    n = total // 2 if n is None else n
+    require(1 <= n <= total // 2, "n", n, f"1 to {total // 2}, for two disjoint sets of {total} images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    a, b = features.take(order[:n]), features.take(order[n : 2 * n])
+    return {f"{name}_baseline": value for name, value in feature_scores(a, b, metrics, k).items()}
+
+
+def class_agreement(
+    images: Tensor,  # uint8, `[n, 1 or 3, h, w]`
+    labels: Tensor,  # The classes that were asked for, `[n]`
+    classifier: FeatureFunction | Extractor,  # uint8 images `[n, 3, h, w]` -> logits `[n, num_classes]`
+    batch_size: int = 256,  # Images per call of the classifier
+) -> tuple[float, Tensor]:  # Share of all, and per class `[num_classes]`, NaN for a class nobody asked for
+    "Share of the images in which an evaluation classifier sees the class that was asked for."
+    if not isinstance(classifier, Extractor):
+        parameter = next(classifier.parameters(), None) if isinstance(classifier, nn.Module) else None
+        classifier = Extractor("classifier", classifier, "cpu" if parameter is None else parameter.device)
+    rows = extract(images, classifier, "images", batch_size).rows
+    logits = rows.get("logits", rows.get("features", torch.empty(0, 0)))
+    c = check_classes("labels", labels, len(images), logits.shape[1])
+    right = (logits.argmax(1) == c).double()
+    hits, asked = (torch.zeros(logits.shape[1], dtype=torch.float64).index_add(0, c, v) for v in (right, right * 0 + 1))
+    return right.mean().item(), hits / asked
+
+
+def nearest_images(
+    images: Tensor,  # uint8, `[n, channels, h, w]`
+    train: Tensor,  # uint8, `[m, channels, h, w]`
+    k: int = 2,  # Neighbours
+) -> tuple[Tensor, Tensor]:  # Distances `[n, k]`, root mean square in grey levels, ascending; and indices `[n, k]`
+    "The nearest training images in pixels, exactly."
+    check_images("images", images)
+    check_images("train", train, at_least=k)
+    shapes = tuple(images.shape[1:]), tuple(train.shape[1:])
+    require(shapes[0] == shapes[1], "shapes of images and train", shapes, "equal shapes")
+    distance, index = nearest_neighbours(images, train, k, device=best_device())
+    return distance / math.sqrt(images[0].numel()), index
+
+
+def copy_share(
+    images: Tensor,  # uint8, `[n, channels, h, w]`
+    train: Tensor,  # uint8, `[m, channels, h, w]`
+    ratio: float = 1 / 3,  # Of the distances to the nearest and the second nearest, below which an image is a copy
+) -> tuple[float, float]:  # Share of copies, and mean distance to the nearest in grey levels
+    "Share of the images far closer to one training image than to any other, and the mean distance."
+    check_number("ratio", ratio, 0, 1)
+    near, second = nearest_images(images, train)[0].T
+    return (near <= ratio * second).double().mean().item(), near.mean().item()
+
+
+def balanced_labels(n: int, num_classes: int) -> Tensor:
+    "The label policy of this package, 0, 1, ..., 0, 1, ...: every class equally often, up to one."
+    return torch.arange(check_whole("n", n, 1)) % check_whole("num_classes", num_classes, 1)
+
+
+PROVENANCE = (
+    "n", "reference", "reference_n", "reference_checksum", "extractor", "sampler", "steps", "scale", "labels", "seed",
+    "command", "guidance_nb", "torch", "torch_fidelity", "hardware",
+)  # fmt: skip
+
+
+def provenance(
+    samples: Features | Tensor | int,  # What was scored, or how many
+    reference: Features,  # Against what
+    sampler: str,  # Name of the sampler
+    steps: int,  # Its steps
+    scale: float,  # Guidance scale; 1 is none
+    seed: int,  # Seed of the samples
+    labels: str = "balanced",  # How labels were chosen
+    extractor: str | None = None,  # Name; without it that of the reference
+    command: str | None = None,  # Without it that of this process
+) -> dict[str, Any]:  # Column -> value, for append_rows
+    "What a number means nothing without."
+    n = samples if isinstance(samples, int) else samples.n if isinstance(samples, Features) else len(samples)
+    cuda = torch.cuda.is_available()
+    hardware = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    source = reference.name, reference.n, reference.checksum
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    versions = __version__, torch.__version__, version("torch-fidelity")
+    made = (sampler, steps, scale, labels, seed, command)
+    values = (n, *source, extractor or reference.extractor, *made, *versions, hardware)
+    return dict(zip(PROVENANCE, values))
+
+
+def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
+    "Read a table of rows with provenance, or refuse it with a `ValueError`."
+    lines = list(csv.reader(io.StringIO(read_text(Path(path)), newline="")))
+    if not lines:  # an empty file is a table that nothing was written to yet
+        return [*PROVENANCE], []
+    columns = lines[0]
+    missing = [key for key in PROVENANCE if key not in columns]
+    if missing or len(set(columns)) < len(columns):
+        found = f"lacks {', '.join(missing)}" if missing else "has a column twice"
+        raise ValueError(f"{path} is not a table of image metrics: it {found}; allowed: a table that append_rows wrote")
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(columns):
+            raise ValueError(f"{path} is damaged: line {number} has {len(line)} values, the header {len(columns)}")
+    return columns, [dict(zip(columns, line)) for line in lines[1:]]
+
+
+def append_rows(
+    path: str | Path,  # Table, `.csv`; made if it is not there
+    rows: Sequence[dict[str, Any]],  # Each with the keys of provenance and any further columns
+) -> None:
+    "Append rows to a table: columns are united, what is there stays, and a crash leaves the old table or the new one."
+    path = Path(path)
+    for row in rows:
+        missing = [key for key in PROVENANCE if key not in row]
+        require(not missing, "missing keys of a row", ", ".join(missing), "none that provenance() returns")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        columns, old = read_rows(path) if path.exists() else (list(PROVENANCE), [])
+        columns += [key for key in dict.fromkeys(key for row in rows for key in row) if key not in columns]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+        write_file(path, text.getvalue())

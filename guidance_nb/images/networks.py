@@ -1,0 +1,308 @@
+"""Networks for images, by name: U-Nets and transformers of `diffusers` behind one contract, and classifiers."""
+
+import math
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guidance_nb._checks import require
+from guidance_nb._extras import extra
+from guidance_nb.denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
+from guidance_nb.networks import fourier_features
+from guidance_nb.paths import Path, expand_time
+
+__all__ = ["IMAGE_NETWORKS", "ImageClassifier", "build_network", "image_denoiser"]
+
+
+class Conditioning(nn.Module):
+    "What is asked of an image network as one vector: the label's and, if scale-aware, the scale's (arXiv 2502.12154)."
+
+    def __init__(
+        self,
+        width: int,  # Length of the vector
+        num_classes: int = 0,  # Number of classes; label `num_classes` is the null label
+        scale_aware: bool = False,  # Whether a guidance scale is asked for, too
+    ):
+        super().__init__()
+        self.label = nn.Embedding(num_classes + 1, width)
+        self.scale: nn.Sequential | None = None
+        if scale_aware:
+            last = nn.Linear(width, width)
+            nn.init.normal_(last.weight, std=2e-4)
+            nn.init.zeros_(last.bias)
+            self.scale = nn.Sequential(nn.Linear(16, width), nn.SiLU(), last)
+
+    def forward(self, labels: Tensor, scale: Tensor | None = None) -> Tensor:
+        "The vectors `[batch, width]` of labels `[batch]` and scales `[batch]`."
+        h = self.label(labels)
+        if self.scale is None or scale is None:
+            return h
+        return h + self.scale(fourier_features(scale / 8))  # scales up to 8 lie within one slow period
+
+
+def _check_counts(**counts: int | Sequence[int]) -> None:
+    "Refuse what is not a whole number above 0, or a list of them."
+    for name, value in counts.items():
+        listed = value if isinstance(value, Sequence) else [value]
+        fine = listed and all(type(n) is int and n >= 1 for n in listed)
+        require(fine, name, value, "whole numbers above 0")
+
+
+def _check_shape(shape: Sequence[int], factor: int, why: str, dropout: float) -> tuple[int, ...]:
+    "Refuse what is not the shape of an image, or one that a network cannot take, with a `ValueError`."
+    _check_counts(shape=shape)
+    require(len(shape) == 3, "shape", tuple(shape), "(channels, height, width)")
+    fine = shape[1] % factor == shape[2] % factor == 0
+    require(fine, "shape", tuple(shape), f"height and width divisible by {factor}, for {why}")
+    require(0 <= dropout < 1, "dropout", dropout, "from 0 to below 1")
+    return tuple(shape)
+
+
+def _check_input(x: Tensor, shape: tuple[int, ...]) -> None:
+    allowed = f"[batch, {', '.join(map(str, shape))}]"
+    require(x.shape[1:] == shape, "shape of x", tuple(x.shape), allowed)
+
+
+def _zero(net: nn.Module, *ends: str) -> None:
+    "Zero the weights of the parts whose name ends so."
+    for name, part in net.named_modules():
+        if name.endswith(ends):
+            for weight in part.parameters():
+                nn.init.zeros_(weight)
+
+
+class UNet(nn.Module):
+    """ADM's U-Net (arXiv 2105.05233) by `diffusers`: `net(x, time, labels)`, or `net(x, time, labels, scale)`.
+
+    Residual blocks with FiLM, h <- norm(h) (1 + gamma) + beta, whose last convolutions start at zero as ADM's do.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],  # (channels, height, width) of an image
+        num_classes: int = 0,  # Number of classes; label `num_classes` is the null label
+        scale_aware: bool = False,  # Whether a guidance scale is a fourth input
+        patch: int = 1,  # Side of the patches that become the channels of one pixel
+        dropout: float = 0.0,  # Dropout inside the residual blocks
+        *,
+        widths: Sequence[int],  # Channels of each level; every next level halves the map
+        blocks: int,  # Residual blocks of a level on the way down; one more on the way up
+        attention: Sequence[int] = (),  # Heights of the maps with attention; any also puts it in the middle
+        head: int = 64,  # Channels of an attention head
+        film: bool = True,  # Whether the conditioning scales and shifts, or is merely added
+    ):
+        with extra("diffusers"):
+            from diffusers import UNet2DModel
+
+        super().__init__()
+        _check_counts(patch=patch, widths=widths, blocks=blocks, head=head)
+        factor, why = patch * 2 ** (len(widths) - 1), f"patch {patch} and {len(widths)} levels"
+        self.shape, self.patch = _check_shape(shape, factor, why, dropout), patch
+        fine = not any(width % 4 or (attention and width % head) for width in widths)
+        require(fine, "widths", widths, f"multiples of 4, and of head = {head} where there is attention")
+        self.ask = Conditioning(4 * widths[0], num_classes, scale_aware)
+        kinds = ["Attn" * (shape[1] // patch >> level in attention) for level in range(len(widths))]
+        groups = math.gcd(32, math.gcd(*widths) // 4)  # of four channels at least
+        body: Any = UNet2DModel  # untyped: diffusers says Module of none of its models
+        self.net = body(
+            in_channels=shape[0] * patch**2,
+            out_channels=shape[0] * patch**2,
+            block_out_channels=tuple(widths),
+            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+            layers_per_block=blocks,
+            add_attention=bool(attention),
+            attention_head_dim=head,
+            dropout=dropout,
+            norm_num_groups=groups,
+            attn_norm_num_groups=groups,
+            resnet_time_scale_shift="scale_shift" if film else "default",
+            class_embed_type="identity",
+        )
+        _zero(self.net, "conv2", "to_out.0", "conv_out")
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
+        "Output `[batch, channels, height, width]`."
+        _check_input(x, self.shape)
+        patches = nn.functional.pixel_unshuffle(x, self.patch)
+        y = self.net(patches, 1000 * time, self.ask(labels, scale), return_dict=False)[0]
+        return nn.functional.pixel_shuffle(y, self.patch)
+
+
+class _Given(nn.Module):
+    "Stands for an embedder whose work is done: hands back the conditioning."
+
+    def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: Any = None) -> Tensor:
+        return class_labels
+
+
+class DiT(nn.Module):
+    """The transformer of DiT and SiT (arXiv 2212.09748) by `diffusers`: `net(x, time, labels)`, or with `scale`.
+
+    Its embedders are ours, and it is initialised as the paper says: every block starts as the identity.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],  # (channels, height, width) of an image or a latent; square
+        num_classes: int = 0,  # Number of classes; label `num_classes` is the null label
+        scale_aware: bool = False,  # Whether a guidance scale is a fourth input
+        width: int = 384,  # Width of the tokens
+        depth: int = 12,  # Number of blocks
+        heads: int = 6,  # Number of attention heads
+        patch: int = 2,  # Side of the patches that become tokens
+        dropout: float = 0.0,  # Dropout inside the blocks
+    ):
+        with extra("diffusers"):
+            from diffusers import DiTTransformer2DModel
+            from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+        super().__init__()
+        _check_counts(width=width, depth=depth, heads=heads, patch=patch)
+        self.shape = _check_shape(shape, patch, f"patch {patch}", dropout)
+        require(shape[1] == shape[2], "shape", tuple(shape), "square images")
+        require(width % (4 * heads) == 0, "width", width, f"multiples of 4 and of heads = {heads}")
+        self.sines, self.clock = Timesteps(256, True, 0), TimestepEmbedding(256, width)
+        self.ask = Conditioning(width, num_classes, scale_aware)
+        body: Any = DiTTransformer2DModel
+        self.net = body(
+            in_channels=shape[0],
+            sample_size=shape[1],
+            patch_size=patch,
+            num_layers=depth,
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            dropout=dropout,
+            num_embeds_ada_norm=1,
+        )
+        given = _Given()
+        for block in self.net.transformer_blocks:
+            block.norm1.emb = given
+        for name, weight in self.net.named_parameters():
+            nn.init.zeros_(weight) if name.endswith("bias") else nn.init.xavier_uniform_(weight.flatten(1))
+        _zero(self.net, "norm1.linear", "proj_out_1", "proj_out_2")
+        for weight in (self.clock.linear_1.weight, self.clock.linear_2.weight, self.ask.label.weight):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
+        "Output `[batch, channels, height, width]`."
+        _check_input(x, self.shape)
+        asked = self.clock(self.sines(1000 * time).to(x.dtype)) + self.ask(labels, scale)
+        return self.net(x, time, asked, return_dict=False)[0]
+
+
+_UNET = {"head": 64, "film": True, "attention": (), "dropout": 0.0, "patch": 1}
+_CIFAR10 = {"widths": (128, 256, 256, 256), "film": False, "attention": (16,), "dropout": 0.1}
+IMAGE_NETWORKS: dict[str, dict[str, Any]] = {
+    "unet-tiny": _UNET | {"widths": (16,), "blocks": 1, "patch": 4},
+    "unet-small": _UNET | {"widths": (32, 64), "blocks": 1, "patch": 2},
+    "unet-mnist": _UNET | {"widths": (128, 256), "blocks": 2},
+    "unet-cifar10": _UNET | _CIFAR10 | {"blocks": 2},
+    "unet-cifar10-deep": _UNET | _CIFAR10 | {"blocks": 4},
+} | {
+    f"dit-{size}/{patch}": {"width": width, "depth": depth, "heads": heads, "dropout": 0.0, "patch": patch}
+    for size, width, depth, heads in (("s", 384, 12, 6), ("b", 768, 12, 12), ("l", 1024, 24, 16), ("xl", 1152, 28, 16))
+    for patch in (2, 4, 8)
+}
+
+
+def _settings(name: str, allowed: Collection[str], changes: dict[str, Any]) -> dict[str, Any]:
+    "The settings of a name with some changed; unknown names are answered with the nearest known one."
+
+    def known(what: str, word: str, words: Collection[str]) -> str:
+        near = get_close_matches(str(word), words, 1)
+        if word not in words:
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(words)}"
+            raise ValueError(f"{what} = {word!r}; {hint}")
+        return word
+
+    settings = IMAGE_NETWORKS.get(known("name", name, allowed), {})
+    return settings | {known("setting", key, settings): value for key, value in changes.items()}
+
+
+def build_network(
+    name: str,  # One of `IMAGE_NETWORKS`
+    shape: Sequence[int],  # (channels, height, width) of an image
+    num_classes: int,  # Number of classes; label `num_classes` is the null label
+    scale_aware: bool = False,  # Whether the network takes a guidance scale
+    seed: int = 0,  # Seed of the initial weights
+    **changes: Any,  # Settings that differ from those of the name
+) -> nn.Module:  # `net(x, time, labels)`, or `net(x, time, labels, scale)` if scale-aware
+    "A network for images by name, with its own seed for the weights."
+    settings = _settings(name, IMAGE_NETWORKS, changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return (UNet if "widths" in settings else DiT)(shape, num_classes, scale_aware, **settings)
+
+
+def image_denoiser(
+    name: str,  # One of `IMAGE_NETWORKS`
+    shape: Sequence[int],  # (channels, height, width) of an image
+    path: Path,  # Path to train on
+    num_classes: int,  # Number of classes
+    prediction: Parametrisation = "velocity",  # What the network predicts
+    scale_aware: bool = False,  # Whether the network takes a guidance scale
+    seed: int = 0,  # Seed of the initial weights
+    **changes: Any,  # Settings that differ from those of the name
+) -> NetworkDenoiser:  # An untrained model
+    "A denoiser of images by the name of its network."
+    net = build_network(name, shape, num_classes, scale_aware, seed, **changes)
+    return NetworkDenoiser(net, path, num_classes, prediction, scale_aware=scale_aware)
+
+
+class UNetEncoder(UNet):
+    "The way down of a `UNet`, pooled: `encoder(x, time)` gives `[batch, widths[-1]]`; same arguments as `UNet`."
+
+    def __init__(self, shape: Sequence[int], **settings: Any):
+        super().__init__(shape, **settings)
+        self.width = settings["widths"][-1]
+        self.norm = nn.GroupNorm(self.net.conv_norm_out.num_groups, self.width)
+        del self.ask, self.net.up_blocks, self.net.conv_norm_out, self.net.conv_out
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        "Features `[batch, widths[-1]]`."
+        sines = self.net.time_proj(1000 * time).to(x.dtype)
+        h, time = self.net.conv_in(nn.functional.pixel_unshuffle(x, self.patch)), self.net.time_embedding(sines)
+        for block in self.net.down_blocks:
+            h, _ = block(hidden_states=h, temb=time)
+        return nn.functional.silu(self.norm(self.net.mid_block(h, time))).mean((2, 3))
+
+
+class ImageClassifier(nn.Module):
+    "Logits `[batch, num_classes]` of noisy images, `classifier(x, t)`; U-Nets see x alpha / (alpha^2 + sigma^2)."
+
+    def __init__(
+        self,
+        name: str,  # "linear" (arXiv 2503.10638), or the U-Net of `IMAGE_NETWORKS` whose encoder to use
+        shape: Sequence[int],  # (channels, height, width) of an image
+        num_classes: int,  # Number of classes
+        path: Path,  # Path of the noisy data
+        seed: int = 0,  # Seed of the initial weights
+        **changes: Any,  # Settings that differ from those of the name
+    ):
+        super().__init__()
+        self.path, self.num_classes = path, num_classes
+        known = ["linear", *(key for key, value in IMAGE_NETWORKS.items() if "widths" in value)]
+        settings = _settings(name, known, changes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = UNetEncoder(shape, **settings) if settings else None
+            self.head = nn.Linear(self.encoder.width if self.encoder else math.prod(shape) + 1, num_classes)
+        if self.encoder:
+            _zero(self, "head")
+
+    def features(self, x: Tensor, t: Tensor | float) -> Tensor:
+        "What the last layer sees, `[batch, features]`: pooled maps, or for the linear one the pixels and the time."
+        t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
+        record_nfe(len(x))
+        if self.encoder is None:
+            return torch.cat([x.flatten(1), t[:, None]], 1).to(self.head.weight.dtype)
+        scaled = x * expand_time(self.path.alpha(t) / (self.path.alpha(t) ** 2 + self.path.sigma(t) ** 2), x)
+        return self.encoder(scaled.to(self.head.weight.dtype), t.to(self.head.weight.dtype))
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        "Logits `[batch, num_classes]` at noisy images `x` `[batch, channels, height, width]`, time `t`."
+        return self.head(self.features(x, t)).to(x.dtype)

@@ -1,0 +1,137 @@
+"""How the networks of diffusers are called: names of conditions, Flux's patches, the scale that some take."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from guidance_nb._checks import require
+
+Network: TypeAlias = Any  # A network of diffusers, or one wrapped by peft
+Pipeline: TypeAlias = Any  # A pipeline of diffusers
+Scheduler: TypeAlias = Any  # A scheduler of diffusers
+Autoencoder: TypeAlias = Any  # An AutoencoderKL
+
+CONDITIONS = {
+    "UNet2DModel": ("class_labels",),
+    "DiTTransformer2DModel": ("class_labels",),
+    "UNet2DConditionModel": ("encoder_hidden_states",),
+    "SD3Transformer2DModel": ("encoder_hidden_states", "pooled_projections"),
+    "FluxTransformer2DModel": ("encoder_hidden_states", "pooled_projections"),
+}
+
+
+def network_family(
+    net: Network,  # A network of diffusers, or one wrapped by peft
+) -> str:  # A key of `CONDITIONS`
+    "The class whose calling convention a network follows; a `ValueError` for any other."
+    plain = net.get_base_model() if hasattr(net, "get_base_model") else net
+    names = [kind.__name__ for kind in type(plain).__mro__]
+    family = next((family for family in CONDITIONS if family in names), "")
+    require(family, "network", names[0], f"{', '.join(CONDITIONS)}, or `from_callable`")
+    return family
+
+
+def condition_names(
+    net: Network,  # A network of diffusers
+) -> tuple[str, ...]:  # Names of its conditions
+    "The tensors a network is conditioned on."
+    names = CONDITIONS[network_family(net)]
+    sized = net.config.get("addition_embed_type") == "text_time"  # SDXL
+    return (*names, "text_embeds", "time_ids") if sized else names
+
+
+def takes_labels(
+    net: Network,  # A network of diffusers
+) -> bool:
+    "Whether conditions are class indices."
+    return condition_names(net) == ("class_labels",)
+
+
+def name_conditions(
+    net: Network,  # A network of diffusers
+    c: Tensor | Mapping[str, Tensor],  # Conditions, by name where there are several
+) -> dict[str, Tensor]:
+    "Conditions by the names the network gives them."
+    names, found = condition_names(net), ["a tensor"] if isinstance(c, Tensor) else sorted(c)
+    if isinstance(c, Tensor) and len(names) == 1:
+        return {names[0]: c}
+    words = f"tensors by name, {', '.join(names)}" if len(names) > 1 else f"a tensor, or {{{names[0]!r}: tensor}}"
+    require(found == sorted(names), "c", ", ".join(found), words)
+    assert isinstance(c, Mapping)
+    return {name: c[name] for name in names}
+
+
+def latent_channels(
+    net: Network,  # A network of diffusers
+) -> int:  # Channels of the data
+    "Channels of the noisy data a network takes."
+    patch = 4 if network_family(net) == "FluxTransformer2DModel" else 1
+    return net.config.in_channels // patch
+
+
+def to_patches(
+    x: Tensor,  # Latents, `[batch, channels, height, width]`
+) -> tuple[Tensor, Tensor]:  # Tokens `[batch, patches, 4 channels]`, positions `[patches, 3]`
+    "Latents as the row of 2 x 2 patches that Flux sees."
+    b, channels, height, width = x.shape
+    require(height % 2 == width % 2 == 0, "shape of x", tuple(x.shape), "even height and width, for patches of 2 x 2")
+    tokens = x.reshape(b, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    positions = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(x)
+    return tokens.reshape(b, -1, 4 * channels), positions
+
+
+def from_patches(
+    tokens: Tensor,  # `[batch, patches, 4 channels]`
+    shape: torch.Size,  # Shape of the latents
+) -> Tensor:  # Latents, `[batch, channels, height, width]`
+    "The inverse of `to_patches`."
+    b, channels, height, width = shape
+    grid = tokens.reshape(b, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(shape)
+
+
+def embed_scale(
+    scale: Tensor,  # Guidance scales `[batch]`
+    width: int,  # Even width of the embedding
+) -> Tensor:  # `[batch, width]`
+    "Sines and cosines of 1000 (scale - 1), as the pipelines of Stable Diffusion feed them to its network."
+    half = width // 2
+    rates = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=scale.device))
+    angles = 1000 * (scale.float() - 1)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def takes_scale(
+    net: Network,  # A network of diffusers
+) -> bool:
+    "Whether the guidance scale is an input of the network."
+    return bool(net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim"))
+
+
+def call_network(
+    net: Network,  # A network of diffusers
+    x: Tensor,  # Noisy data as the network sees it, `[batch, channels, height, width]`
+    time: Tensor,  # What it is told of time, `[batch]`
+    conditions: Mapping[str, Tensor],  # By name
+    scale: Tensor | None = None,  # Guidance scales `[batch]`, for networks that take them
+) -> Tensor:  # Prediction of the clean data, noise or velocity, shape of `x`
+    "One evaluation in the calling convention of the network's family; sizes and labels keep their precision."
+    family, dtype, keep = network_family(net), next(net.parameters()).dtype, ("time_ids", "class_labels")
+    given: dict[str, Any] = {key: c if key in keep else c.to(dtype) for key, c in conditions.items()}
+    data = x.to(dtype)
+    if family == "FluxTransformer2DModel":
+        data, positions = to_patches(data)
+        text = positions.new_zeros(given["encoder_hidden_states"].shape[1], 3)
+        given |= {"img_ids": positions, "txt_ids": text, "guidance": scale}
+        return from_patches(net(data, timestep=time / 1000, **given, return_dict=False)[0], x.shape).to(x.dtype)
+    if family == "UNet2DConditionModel":
+        added = {name: given.pop(name) for name in list(given) if name != "encoder_hidden_states"}
+        given |= {"added_cond_kwargs": added} if added else {}
+        if scale is not None:
+            given["timestep_cond"] = embed_scale(scale, net.config.time_cond_proj_dim).to(dtype)
+    y = net(data, timestep=time, **given, return_dict=False)[0]
+    return y[:, : x.shape[1]].to(x.dtype)  # a learned variance, in further channels, is left alone

@@ -1,0 +1,251 @@
+"""Captioned pictures, and what of them is computed once: latents, and an embedding for each distinct caption."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._extras import extra
+from guidance_nb._files import digest, read_text, weights_digest, write_file
+from guidance_nb._processes import find_processes, in_all_processes, on_main
+from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
+from guidance_nb.images.latents import (
+    LatentData,
+    encode_folder,
+    find_shard,
+    load_latents,
+    open_shard,
+    write_shard,
+)
+from guidance_nb.interop._networks import Pipeline
+from guidance_nb.interop.diffusers import PipelineParts
+from guidance_nb.interop.text_denoiser import check_pipeline
+
+__all__: list[str] = []
+
+TABLES = ("metadata.jsonl", "metadata.csv")
+
+
+def read_table(
+    path: Path,  # metadata.jsonl or metadata.csv
+) -> list[dict[str, Any]]:  # Its rows
+    "Rows of a table of captions; what cannot be read is a `ValueError` that names file and line."
+    text, rows = read_text(path), []
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    for number, line in enumerate(text.split("\n") if path.suffix != ".csv" else [], 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is no JSON ({error}); allowed: one object a line") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise ValueError(f"{path} row {number} has no file_name; allowed: one for every row")
+    return rows
+
+
+def find_captions(
+    folder: Path,  # Pictures, in sub-folders or not
+    column: str = "text",  # Column of the captions, where there is a table
+) -> dict[Path, str]:  # Caption of each picture, in the order of their names
+    "The captions of a folder; a picture without one, and a row without a picture, is named."
+    pictures = image_files(folder)
+    table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if table is None:
+        beside = {path: path.with_suffix(".txt") for path in pictures}
+        found: dict[Path, Any] = {path: read_text(text) for path, text in beside.items() if text.is_file()}
+    else:
+        found = {folder / row["file_name"]: row.get(column) for row in read_table(table)}
+    if missing := sorted(found.keys() - set(pictures)):
+        raise ValueError(f"{missing[0]} is in {table} but not in the folder; allowed: rows of pictures that are there")
+    require(pictures, "pictures", f"none in {folder}", "a folder with captioned pictures")
+    for path in pictures:
+        if not isinstance(caption := found.get(path), str) or not caption.strip():
+            where = path.with_suffix(".txt").name if table is None else f"a row of {table.name} with {column!r}"
+            raise ValueError(f"{path} has no caption; allowed: {where}")
+    return {path: found[path].strip() for path in pictures}
+
+
+@dataclass
+class DatasetPictures:
+    "Pictures of a `datasets.Dataset`, decoded and cropped when asked for."
+
+    dataset: Any  # What is indexed by number and gives rows
+    column: str  # Column of the pictures
+    size: int | None  # Side to crop and resize to; None wants pictures of one size
+    crop: Crop  # A key of `CROPS`
+    name: str  # What to call the data in messages
+
+    def one(self, i: int) -> Tensor:
+        "Picture i, uint8 `[3, height, width]`."
+        with extra("images"):
+            from torchvision.transforms.functional import pil_to_tensor
+
+        try:
+            picture = as_shown(self.dataset[i][self.column], 3)
+        except Exception as error:  # decoders of damaged files raise errors of many kinds
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"picture {i} of {self.name} cannot be read ({reason}); allowed: pictures") from None
+        return pil_to_tensor(picture if self.size is None else CROPS[self.crop](picture, self.size))
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        "The pictures `[b, 3, height, width]`, uint8."
+        found = [self.one(i) for i in indices.tolist()]
+        for i, picture in zip(indices.tolist(), found):
+            if picture.shape != found[0].shape:
+                a, b = ("x".join(map(str, x.shape[:0:-1])) for x in (found[0], picture))
+                told = f"picture {indices[0]} of {self.name} is {a} and picture {i} is {b}"
+                raise ValueError(f"{told}; allowed: pictures of one size, or give size")
+        return torch.stack(found)
+
+
+def load_captioned(
+    source: Any,  # A folder of captioned pictures, or a `datasets.Dataset`
+    size: int | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
+    crop: Crop = "adm",  # A key of `CROPS`
+    column: str = "text",  # Column of the captions
+    pictures: str = "image",  # Column of the pictures, of a `datasets.Dataset`
+) -> ImageData:  # Pictures with one class for each distinct caption
+    "Captioned pictures, decoded when asked for; missing captions, unreadable and unlike pictures are named."
+    check_choice("crop", crop, CROPS)
+    if size is not None:
+        check_whole("size", size, 1)
+    pixels: Any
+    if hasattr(source, "column_names"):
+        name = f"dataset {getattr(source, '_fingerprint', '')}".strip()
+        for wanted in (column, pictures):
+            check_choice(f"column of {name}", wanted, source.column_names)
+        captions = list(source[column])
+        for i, caption in enumerate(captions):
+            said = isinstance(caption, str) and caption.strip()
+            require(said, f"caption of picture {i} of {name}", caption, "text, not empty")
+        pixels = DatasetPictures(source, pictures, size, crop, name)
+        shape: Any = tuple(pixels.one(0).shape) if size is None else (3, size, size)
+    else:
+        require(Path(source).is_dir(), "source", str(source), "a folder of captioned pictures, or a datasets.Dataset")
+        found, name = find_captions(Path(source), column), str(source)
+        paths, captions = [str(path) for path in found], list(found.values())
+        shape = (3, *(common_size(paths) if size is None else (size, size)))
+        pixels = ImageFiles(paths, shape, size, crop)
+    captions = [caption.strip() for caption in captions]
+    number = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
+    labels = torch.tensor([number[caption] for caption in captions], dtype=torch.long)
+    return ImageData(pixels, labels, tuple(number), shape, name=name)
+
+
+def _texts_digest(captions: Sequence[str]) -> str:
+    return digest(json.dumps(["", *captions]))
+
+
+def cache_text(
+    pipeline: Pipeline,  # A Stable Diffusion pipeline
+    captions: Sequence[str],  # Distinct captions
+    out: str | Path,  # Folder of the shards; whole ones in it are kept
+    shard_rows: int = 1024,  # Captions of a shard
+    dtype: str = "float32",  # How numbers are stored: "float32" or "float16"
+    batch_size: int = 64,  # Captions at a time
+) -> None:
+    "Embeddings of the null prompt and of captions, computed once, on all processes if there are several."
+    out, texts, parts = Path(out), ["", *captions], PipelineParts(pipeline.unet, pipeline)
+    settings = {"captions": _texts_digest(captions), "dtype": dtype, "shard_rows": shard_rows}
+    settings |= {"encoder": weights_digest(pipeline.text_encoder.state_dict())}
+    rank, world = find_processes(next(pipeline.text_encoder.parameters()).device)
+
+    def make(number: int) -> dict[str, Any]:
+        path, first = out / f"text-{number:05d}.safetensors", number * shard_rows
+        if kept := find_shard(path, settings):
+            return kept
+        rows = texts[first : first + shard_rows]
+        batches = [parts.encode(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        embedded = torch.cat([c.to("cpu", getattr(torch, dtype)) for c in batches])  # type: ignore[union-attr]
+        return write_shard(path, embedded, torch.arange(first, first + len(rows)), settings)
+
+    numbers = range(rank, -(-len(texts) // shard_rows), world)
+    made = in_all_processes(lambda: [make(number) for number in numbers], world)
+    shards = sorted((shard for part in made for shard in part), key=lambda shard: shard["file"])
+    index = json.dumps({"settings": settings, "shards": shards}, indent=1)
+    on_main(partial(write_file, out / "text.json", index), rank, world)
+
+
+@dataclass
+class CaptionedLatents:
+    "Latents with text embeddings as `fit` reads them: whole batches by index, posterior draws keyed."
+
+    latents: LatentData  # Latents, labelled by the number of their caption
+    text: list[Tensor]  # Embeddings of each shard, mapped from its file; row 0 is the null prompt's
+    shard_rows: int  # Embeddings of a shard
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        "Channels, height, width of a latent."
+        return self.latents.shape
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        "Distinct captions."
+        return self.latents.classes
+
+    @property
+    def null(self) -> Tensor:
+        "Embedding of the null prompt, `[1, tokens, width]`."
+        return self.rows(torch.zeros(1, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def digest(self) -> str:
+        "What identifies the data at a resume."
+        return self.latents.digest()
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        "Embeddings by number `[b, tokens, width]`, float32; caption k is number k + 1."
+        places = zip((numbers // self.shard_rows).tolist(), (numbers % self.shard_rows).tolist())
+        return torch.stack([self.text[shard][row] for shard, row in places]).float()
+
+    def fetch(self, indices: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        "Rows `rows` of the batch `indices`, as latents with text embeddings."
+        x, labels = self.latents.fetch(indices, generator, rows)
+        return x, self.rows(labels + 1)
+
+
+def cache_captioned(
+    source: Any,  # A folder of captioned pictures, a `datasets.Dataset`, or what load_captioned gave
+    out: str | Path,  # Folder for latents and embeddings; what is whole in it is kept
+    pipeline: Pipeline,  # A Stable Diffusion pipeline
+    size: int | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
+    flip: bool = False,  # Whether to encode mirror images, too; they belie captions with "left" and "right"
+    crop: Crop = "adm",  # A key of `CROPS`
+    column: str = "text",  # Column of the captions
+    batch_size: int = 8,  # Pictures at a time
+    progress: bool = True,  # Whether to show a progress bar
+) -> CaptionedLatents:
+    "Encode pictures and captions once; goes on where it was interrupted."
+    check_pipeline(pipeline)
+    data = source if isinstance(source, ImageData) else load_captioned(source, size, crop, column)
+    how: dict[str, Any] = {"flip": flip, "shard_rows": 1024, "batch_size": batch_size, "crop": crop}
+    encode_folder(data, Path(out) / "latents", pipeline.vae, **how, progress=progress)
+    cache_text(pipeline, data.classes, Path(out) / "text")
+    return load_cached(out, flip)
+
+
+def load_cached(
+    folder: str | Path,  # What cache_captioned wrote
+    flip: bool = False,  # Whether to take the mirror image of a random half
+) -> CaptionedLatents:
+    "Latents and embeddings of a folder; missing, truncated and foreign files are named."
+    latents, text = load_latents(Path(folder) / "latents", flip), Path(folder) / "text"
+    finished = (text / "text.json").is_file()
+    require(finished, "embeddings", f"none in {text}", "a folder that `cache_captioned` has finished")
+    index = json.loads(read_text(text / "text.json"))
+    if index["settings"]["captions"] != _texts_digest(latents.classes):
+        raise ValueError(f"{text} has embeddings of other captions than the latents; allowed: both of one run")
+    shards = [open_shard(text / entry["file"])[0]["moments"] for entry in index["shards"]]
+    return CaptionedLatents(latents, shards, index["settings"]["shard_rows"])

@@ -1,0 +1,252 @@
+"""Any network or pipeline of diffusers as a denoiser, with its encoders and its decoder."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guidance_nb._checks import require
+from guidance_nb._conditions import Condition, drop_rows, null_rows
+from guidance_nb._extras import extra
+from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
+from guidance_nb.images.latents import undo_scaling
+from guidance_nb.interop._networks import (
+    Autoencoder,
+    Network,
+    Pipeline,
+    Scheduler,
+    call_network,
+    condition_names,
+    latent_channels,
+    name_conditions,
+    network_family,
+    takes_labels,
+    takes_scale,
+)
+from guidance_nb.interop.schedulers import SchedulerFacts, path_from_scheduler
+from guidance_nb.paths import clamp_time
+
+__all__ = ["DiffusersDenoiser", "from_diffusers"]
+
+
+@contextmanager
+def opening(
+    name: str,  # What is opened
+    source: str | Path,  # Its folder or name
+) -> Iterator[None]:
+    "Put into one line what another library says of something that it cannot open."
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{name} = {str(source)!r} cannot be opened ({reason}); allowed: a folder or name") from None
+
+
+def open_pipeline(
+    source: Pipeline | str | Path,  # A pipeline, or its folder or name on the Hub
+) -> Pipeline:  # A pipeline, on the CPU if it is opened here
+    "A pipeline of `diffusers`; one that cannot be opened is a `ValueError`."
+    if not isinstance(source, str | Path):
+        return source
+    with extra("diffusers"):
+        from diffusers import DiffusionPipeline
+
+    with opening("pipeline", source):
+        return DiffusionPipeline.from_pretrained(str(source))
+
+
+def own_network(
+    pipeline: Pipeline,  # A pipeline of diffusers
+) -> Network:  # Its U-Net or transformer
+    "The network a pipeline denoises with."
+    net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    require(net is not None, "pipeline", type(pipeline).__name__, "one with a unet or a transformer")
+    return net
+
+
+def has_encoder(
+    pipeline: Pipeline,  # A pipeline of diffusers
+) -> bool:
+    "Whether a pipeline can encode prompts."
+    return any(getattr(pipeline, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
+
+
+@torch.no_grad()
+def decode_latents(
+    vae: Autoencoder,  # An AutoencoderKL, or None where the data are the images
+    latents: Tensor,  # Latents as the network sees them, `[n, channels, height, width]`
+) -> Tensor:  # Images, in [-1, 1] up to what the decoder exceeds
+    "Images of latents: undo the pipeline's scaling, then decode."
+    if vae is None:
+        return latents
+    x = undo_scaling(vae.config, latents).to(next(vae.parameters()))
+    return vae.decode(x, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class PipelineParts:
+    "What surrounds a network: encoders, decoder, sizes. Copies of a model share it."
+
+    net: Network  # The network
+    pipeline: Pipeline = None  # The pipeline it came with, if it did
+    size: int | None = None  # Edge of the images in pixels; None for the pipeline's own
+    options: dict[str, Any] = field(default_factory=dict)  # Further arguments of the pipeline's `encode_prompt`
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineParts":
+        return self
+
+    @property
+    def vae(self) -> Autoencoder:
+        "The autoencoder, or None."
+        return getattr(self.pipeline, "vae", None)
+
+    @property
+    def factor(self) -> int:
+        "Pixels for one latent, along an edge."
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        "Shape of one sample."
+        own = self.net.config.get("sample_size") or getattr(self.pipeline, "default_sample_size", 128)
+        edge = own if self.size is None else self.size // self.factor
+        return latent_channels(self.net), edge, edge
+
+    def encode(self, prompts: Sequence[str | int], blank: bool = False) -> Condition:
+        "Conditions of prompts or classes; `blank` ones are zeros where the pipeline wants it so."
+        if takes_labels(self.net):
+            return self._encode_classes(prompts)
+        name = type(self.pipeline).__name__
+        require(has_encoder(self.pipeline), "text encoder", f"None in {name}", "conditions made elsewhere")
+        found = dict(zip(condition_names(self.net), self._encode_text([str(prompt) for prompt in prompts])))
+        if blank and self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            found = {name: torch.zeros_like(c) for name, c in found.items()}
+        if "time_ids" in condition_names(self.net):
+            edge = self.shape[-1] * self.factor
+            sizes = torch.tensor([edge, edge, 0, 0, edge, edge], dtype=torch.float32)
+            found["time_ids"] = sizes.to(found["text_embeds"].device).expand(len(prompts), -1)
+        return found if len(found) > 1 else next(iter(found.values()))
+
+    def _encode_classes(self, classes: Sequence[str | int]) -> Tensor:
+        known = getattr(self.pipeline, "labels", {})
+        for name in classes:
+            require(
+                not isinstance(name, str) or name in known, "class", name, f"an index, or one of {len(known)} names"
+            )
+        return torch.tensor([known[name] if isinstance(name, str) else int(name) for name in classes])
+
+    @torch.no_grad()
+    def _encode_text(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        "Text, and pooled text where there is one, by `encode_prompt`, whose form differs from pipeline to pipeline."
+        family, device = network_family(self.net), next(self.net.parameters()).device
+        encode = self.pipeline.encode_prompt
+        if family == "FluxTransformer2DModel":
+            return encode(prompts, None, device, **self.options)[:2]
+        if family == "SD3Transformer2DModel":
+            return encode(prompts, None, None, device, 1, False, **self.options)[::2]
+        if "text_embeds" in condition_names(self.net):  # SDXL
+            return encode(prompts, None, device, 1, False, **self.options)[::2]
+        return encode(prompts, device, 1, False, **self.options)[:1]
+
+
+def find_null(
+    net: Network,  # A network of diffusers
+    null: int | Condition | None,  # What stands for no condition: a label, or a condition `[1, ...]`
+) -> tuple[int, Condition | None]:  # Number of classes or `EMBEDDINGS`, and the null condition
+    "How many classes a network has, and what stands for none of them."
+    if not takes_labels(net):
+        for c in [] if null is None else [null] if isinstance(null, int | Tensor) else null.values():
+            shape = tuple(c.shape) if isinstance(c, Tensor) else c
+            fine = isinstance(c, Tensor) and c.is_floating_point() and len(c) == 1
+            require(fine, "null", shape, "the condition [1, ...] of an empty prompt, or None")
+        return EMBEDDINGS, null  # type: ignore[return-value]
+    if network_family(net) == "DiTTransformer2DModel":
+        label = net.config.num_embeds_ada_norm
+        for module in net.modules():
+            if type(module).__name__ == "LabelEmbedding":
+                module.dropout_prob = 0.0  # it would drop labels by itself in training, each block its own
+        return label, torch.tensor([label])
+    rows = net.config.num_class_embeds or 0
+    require(null is None or null == rows - 1, "null", null, f"None, or the last of the network's {rows} labels")
+    return (rows, None) if null is None else (rows - 1, torch.tensor([rows - 1]))
+
+
+class DiffusersDenoiser(NetworkDenoiser):
+    "A network of diffusers as a denoiser, for sampling, guidance and training; made by `from_diffusers`."
+
+    def __init__(
+        self,
+        parts: PipelineParts,  # The network and what surrounds it
+        facts: SchedulerFacts,  # What its scheduler says
+        null: int | Condition | None = None,  # What stands for no condition: a label, or a condition `[1, ...]`
+        guidance: float | None = None,  # Fixed scale for a network that takes one; None makes it scale-aware
+    ):
+        classes, null = find_null(parts.net, null)
+        aware = takes_scale(parts.net) and guidance is None
+        super().__init__(parts.net, facts.path, classes, facts.prediction, facts.sigma_data, aware, null)
+        self.parts, self.facts, self.guidance = parts, facts, guidance if takes_scale(parts.net) else None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        "Shape of one sample."
+        return self.parts.shape
+
+    def encode(self, prompts: Sequence[str | int]) -> Condition:
+        "Conditions of prompts, or of classes by name or index."
+        return self.parts.encode(prompts)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        "Images of samples, in [-1, 1] up to what the decoder exceeds."
+        return decode_latents(self.parts.vae, latents)
+
+    def network_condition(self, c: Condition | None, drop: Tensor | None, x: Tensor) -> Condition:
+        "The condition of every row, the null condition where there is none."
+        if c is not None and (drop is None or (self.null is None and not drop.any())):
+            return c
+        blank = null_rows(self.null, len(x), x.device)
+        return blank if c is None or drop is None else drop_rows(c, drop, self.null)
+
+    def output(
+        self, x: Tensor, t: Tensor | float, c: Condition | None = None,
+        drop: Tensor | None = None, scale: float | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        "Raw network output, shape of `x`; arguments as in `NetworkDenoiser.output`."
+        t, clock, channels = check_inputs(x, t, c, self.num_classes), self.facts.clock, self.shape[0]
+        t = clamp_time(self.path, t) if self.prediction == "eps" else t
+        require(
+            x.ndim == 4 and x.shape[1] == channels, "shape of x", tuple(x.shape), f"[batch, {channels}, height, width]"
+        )
+        named = name_conditions(self.net, self.network_condition(c, drop, x)) if self.num_classes else {}
+        asked: Any = (1.0 if scale is None else scale) if self.scale_aware else self.guidance
+        if asked is not None:
+            asked = torch.as_tensor(asked, dtype=torch.float32, device=x.device).expand(len(x))
+        if self.scale_aware and (c is None or drop is not None):
+            asked = torch.zeros_like(asked) if c is None else asked.masked_fill(drop, 0.0)
+        data, time = self.network_inputs(x, t) if clock is None else (x, clock(t).to(x.device).expand(len(x)))
+        record_nfe(len(x))
+        return self.facts.sign * call_network(self.net, data, time, named, asked).to(x.dtype)
+
+
+def from_diffusers(
+    source: Pipeline
+    | Network
+    | str
+    | Path,  # A pipeline (DDPM, DiT, Stable Diffusion, SDXL, SD3, Flux), its folder or name, or a network alone
+    scheduler: Scheduler = None,  # Scheduler (or SchedulerFacts) of a network alone; of a pipeline None takes its own
+    null: str | int | Condition | None = "",  # The null prompt, label or condition `[1, ...]`; None for none
+    size: int | None = None,  # Edge of the images in pixels; None for the pipeline's own
+    guidance: float | None = None,  # Fixed scale, for networks that have the scale as an input
+    **options: Any,  # Further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`
+) -> DiffusersDenoiser:  # With `shape`, `encode(prompts)`, `decode_latents(latents)`
+    "A model of diffusers as a denoiser: with path, prediction and clock of its scheduler, for any guidance."
+    pipeline = None if isinstance(source, nn.Module) else open_pipeline(source)
+    parts = PipelineParts(source if pipeline is None else own_network(pipeline), pipeline, size, options)
+    scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
+    facts = scheduler if isinstance(scheduler, SchedulerFacts) else path_from_scheduler(scheduler)
+    if isinstance(null, str):
+        null = parts.encode([null], blank=not null) if null or has_encoder(pipeline) else None
+    return DiffusersDenoiser(parts, facts, null, guidance)

@@ -1,0 +1,110 @@
+"""Pictures of networks over guidance scales, and how well CLIP finds them to agree with their prompts."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from guidance_nb._checks import require
+from guidance_nb._extras import extra
+from guidance_nb._files import write_aside
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.denoisers import NetworkDenoiser, count_nfe
+from guidance_nb.images.data import to_uint8
+from guidance_nb.interop._networks import Pipeline
+from guidance_nb.interop.diffusers import from_diffusers, opening
+from guidance_nb.interop.schedulers import scheduler_times
+from guidance_nb.model_guidance import FixedScale
+from guidance_nb.samplers import sample
+
+__all__: list[str] = []
+
+Clip: TypeAlias = tuple[Any, Any] | str | Path  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
+
+
+def load_clip(
+    source: Clip,  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
+) -> tuple[Any, Any]:  # Model and processor
+    "A CLIP of `transformers`; one that cannot be loaded is a `ValueError`."
+    if not isinstance(source, str | Path):
+        return source
+    with extra("sd"):
+        from transformers import CLIPModel, CLIPProcessor
+
+    with opening("clip", source):
+        return CLIPModel.from_pretrained(str(source)).eval(), CLIPProcessor.from_pretrained(str(source))
+
+
+@torch.no_grad()
+def clip_score(
+    images: Tensor,  # `[n, 3, height, width]`, in [-1, 1] or uint8
+    prompts: Sequence[str],  # One a picture
+    clip: Clip,  # See load_clip
+    batch_size: int = 32,  # Pictures at a time
+) -> Tensor:  # `[n]`, 0 to 100
+    "Agreement of pictures with texts, eq. (4) (arXiv 2104.08718, with the factor of torchmetrics)."
+    with extra("images"):
+        from torchvision.transforms.functional import to_pil_image
+
+    require(len(images) == len(prompts), "prompts", f"{len(prompts)} for {len(images)} images", "one an image")
+    model, processor = load_clip(clip)
+    levels, scores = images if images.dtype == torch.uint8 else to_uint8(images.cpu().clamp(-1, 1)), []
+    for i in range(0, len(prompts), batch_size):
+        pictures, texts = [to_pil_image(x.cpu()) for x in levels[i : i + batch_size]], list(prompts[i : i + batch_size])
+        inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, truncation=True)
+        found = model(**inputs.to(model.device))
+        cosine = torch.cosine_similarity(found.image_embeds.float(), found.text_embeds.float())
+        scores.append(100 * cosine.clamp(min=0).cpu())
+    return torch.cat(scores)
+
+
+def compare_scales(
+    models: Mapping[str, NetworkDenoiser],  # Networks by name, such as "before" and "after"
+    prompts: Sequence[str],  # Prompts
+    pipeline: Pipeline,  # Encodes the prompts and decodes the latents
+    scales: Sequence[float] = (1.0, 2.0, 4.0, 7.5),  # Guidance scales; 1 is none
+    *,
+    clip: Clip | None = None,  # See load_clip; None leaves the score out
+    steps: int = 50,  # Steps of DDIM on the times of the pipeline's scheduler
+    seed: int = 0,  # Picture i depends on (seed, i) alone, and not on model and scale
+    size: int | None = None,  # Edge in pixels; None for the pipeline's own
+    progress: bool = True,  # Whether to show a progress bar
+) -> tuple[Tensor, list[dict[str, Any]]]:  # Pictures `[models, scales, prompts, 3, height, width]`, uint8, and a table
+    "Pictures of several networks over guidance scales from the same noise, with CLIP score and NFE."
+    around = from_diffusers(pipeline, null=None, size=size)
+    conditions, times = around.encode(prompts), scheduler_times(pipeline.scheduler, steps)
+    rows, pictures = [], []
+    jobs = [(name, float(scale)) for name in models for scale in scales]
+    for name, scale in tqdm(jobs, disable=not progress, unit=" grids"):
+        guided = (FixedScale if models[name].scale_aware else ClassifierFreeGuidance)(models[name], scale)
+        with count_nfe() as counted:
+            latents = sample(guided, conditions, around.shape, "ddim", times=times, seed=seed, progress=False)
+        pictures.append(to_uint8(around.decode_latents(latents).cpu().clamp(-1, 1).float()))
+        row = {"model": name, "scale": scale, "steps": len(times) - 1, "seed": seed, "n": len(prompts)}
+        row["nfe"] = counted.total / len(prompts)
+        if clip is not None:
+            row["clip_score"] = clip_score(pictures[-1], prompts, clip).mean().item()
+        rows.append(row)
+    return torch.stack(pictures).unflatten(0, (len(models), len(scales))), rows
+
+
+def save_grid(
+    pictures: Tensor,  # See compare_scales
+    table: list[dict[str, Any]],  # See compare_scales
+    out: Path,  # Folder for grid.png and grid.csv
+) -> None:
+    "Write a grid, one row for each model and scale and one column for each prompt, and its table."
+    with extra("images"):
+        from torchvision.transforms.functional import to_pil_image
+        from torchvision.utils import make_grid
+
+    with write_aside(out / "grid.csv") as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    with write_aside(out / "grid.png") as aside:
+        to_pil_image(make_grid(pictures.flatten(0, 2), nrow=pictures.shape[2])).save(aside, "PNG")

@@ -1,0 +1,108 @@
+"""Trained networks as folders for the Hub, with a page that says what they are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from guidance_nb._checks import check_choice
+from guidance_nb._extras import extra
+from guidance_nb.denoisers import NetworkDenoiser, Parametrisation
+from guidance_nb.images.networks import build_network
+from guidance_nb.interop.schedulers import TablePath
+from guidance_nb.paths import EDMPath, FlowPath, VPPath
+from guidance_nb.paths import Path as GaussianPath
+
+with extra("diffusers"):
+    from huggingface_hub import ModelCard, PyTorchModelHubMixin
+
+__all__ = ["HubDenoiser", "TrainingFacts"]
+
+PATHS: dict[str, Callable[..., GaussianPath]] = {kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)}
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    "What a model card says of a training run."
+
+    method: str = "an unknown method"  # Name of the loss, such as "plain" or "model_guidance"
+    steps: int = 0  # Optimiser steps
+    samples: int = 0  # Samples seen, steps times batch size
+    data: str = ""  # What was learned
+    scale: float = 1.0  # Guidance scale to sample with; 1 where none is needed or it is built in
+    guidance: str = "model"  # Expression that makes the guided model of `model`
+    imports: str = ""  # An import that `guidance` needs
+    sampler: str = "heun"  # Sampler
+    sampler_steps: int = 32  # Its steps
+
+
+def path_to_json(
+    path: GaussianPath,  # One of `PATHS`
+) -> dict[str, Any]:  # Its kind and settings
+    "A path as plain values."
+    return {"kind": check_choice("path", type(path).__name__, PATHS), **asdict(path)}
+
+
+def path_from_json(
+    values: dict[str, Any],  # Kind and settings
+) -> GaussianPath:
+    "The inverse of `path_to_json`."
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return PATHS[check_choice("path kind", str(settings.pop("kind", None)), PATHS)](**settings)
+
+
+CARD = (Path(__file__).parent / "cards" / "network.txt").read_text(encoding="utf-8")
+
+
+class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
+    "A `NetworkDenoiser` with a network by name, that `save_pretrained` writes and `from_pretrained` reads."
+
+    def __init__(
+        self,
+        network: str,  # A key of `IMAGE_NETWORKS`
+        shape: Sequence[int],  # (channels, height, width) of an image
+        num_classes: int,  # Number of classes
+        path: dict[str, Any],  # By path_to_json
+        prediction: Parametrisation = "velocity",  # What the network predicts
+        scale_aware: bool = False,  # Whether it takes a guidance scale
+        settings: dict[str, Any] | None = None,  # Settings that differ from those of the name
+        facts: dict[str, Any] | None = None,  # TrainingFacts as a dictionary
+        sigma_data: float = 0.5,  # Standard deviation of the data, used by `edm` alone
+    ):
+        net = build_network(network, tuple(shape), num_classes, scale_aware, **(settings or {}))
+        super().__init__(net, path_from_json(path), num_classes, prediction, sigma_data, scale_aware)
+        self.network, self.shape, self.facts = network, tuple(shape), TrainingFacts(**(facts or {}))
+
+    @classmethod
+    def from_denoiser(
+        cls,
+        model: NetworkDenoiser,  # A trained model with one of the networks by name
+        network: str,  # Its name, a key of `IMAGE_NETWORKS`
+        shape: Sequence[int],  # (channels, height, width) of an image
+        settings: dict[str, Any] | None = None,  # Settings that differ from those of the name
+        facts: TrainingFacts = TrainingFacts(),  # For the model card
+    ) -> "HubDenoiser":  # The same model, ready for `save_pretrained(folder)`
+        "A trained network in the form that can be written to a folder."
+        new = cls(
+            network, list(shape), model.num_classes, path_to_json(model.path), model.prediction,
+            scale_aware=model.scale_aware, settings=settings, facts=asdict(facts), sigma_data=model.sigma_data,
+        )  # fmt: skip
+        new.load_state_dict(model.state_dict())
+        return new.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        "Read a folder or a repository of the Hub; missing or unexpected weights are an error."
+        return super().from_pretrained(*args, **{"strict": True, **kwargs})
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        "The card: method, scale convention, samples seen, and how to sample."
+        words = asdict(self.facts) | {
+            "data": f" of {self.facts.data}" if self.facts.data else "",
+            "built_in": ", which is an input of the network" if self.scale_aware else "",
+            "null": f" and label {self.num_classes} for none of them" if self.num_classes else "",
+            "imports": self.facts.imports + "\n" if self.facts.imports else "",
+        }
+        named = {"network": self.network, "prediction": self.prediction, "path": self.path, "shape": self.shape}
+        classes = {"num_classes": self.num_classes, "classes": max(self.num_classes, 1)}
+        return ModelCard(CARD.format(**words, **named, **classes))

@@ -1,0 +1,141 @@
+"""Fine-tune Stable Diffusion by the plain, aligned or Model-guidance loss, from a recipe to an ordinary pipeline."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guidance_nb._checks import require
+from guidance_nb._files import weights_digest
+from guidance_nb._processes import find_processes
+from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.cli.recipe import FineTuning, FineTuningMethodTable
+from guidance_nb.engine.run import Engine
+from guidance_nb.interop.captions import CaptionedLatents, cache_captioned, load_captioned
+from guidance_nb.interop.diffusers import open_pipeline
+from guidance_nb.interop.grids import compare_scales, save_grid
+from guidance_nb.interop.text_denoiser import (
+    TextDenoiser,
+    TwoStageAlignedLoss,
+    load_text_denoiser,
+    pipeline_card,
+    save_lora,
+    save_pipeline,
+)
+from guidance_nb.model_guidance import ModelGuidanceLoss, mg_weight_from_scale
+from guidance_nb.training import DenoisingLoss, State, fit
+
+__all__ = ["finetune"]
+
+MAY_CHANGE = (  # at a resume
+    "recipe.title", "recipe.data.source", "recipe.pipeline.name", "recipe.grid", "recipe.training.steps",
+    "recipe.training.precision", "recipe.training.gradient_accumulation_steps",
+    "recipe.training.gradient_checkpointing", "recipe.training.save_every", "recipe.training.keep",
+)  # fmt: skip
+
+
+def finetuning_loss(
+    method: FineTuningMethodTable,  # A recipe's method
+) -> Callable[..., Tensor]:  # For fit
+    "The loss of a recipe."
+    if method.name == "plain":
+        return DenoisingLoss(method.dropout)
+    if method.name == "aligned_loss":
+        return (TwoStageAlignedLoss if method.two_stage else AlignedLoss)(method.scale)
+    settings: dict[str, Any] = {"dropout": method.dropout, "interval": method.interval}
+    if method.scale_range:
+        return ModelGuidanceLoss(scale_range=(method.scale_range[0], method.scale_range[1]), **settings)
+    return ModelGuidanceLoss(mg_weight_from_scale(method.scale), **settings)
+
+
+@contextmanager
+def add_memory_hint(
+    recipe: FineTuning,  # A recipe
+) -> Iterator[None]:
+    "Add the keys of fine-tuning to the advice when memory runs out."
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        doubled = recipe.method.name == "aligned_loss" and not recipe.method.two_stage
+        keys = ["two_stage = true"] if doubled else []
+        keys += [] if recipe.pipeline.lora_rank else ["lora_rank = 16"]
+        keys += [] if recipe.training.gradient_checkpointing else ["gradient_checkpointing = true"]
+        raise torch.OutOfMemoryError(f"{reason}; of the recipe: {', '.join([*keys, 'a smaller size'])}") from None
+
+
+def prepare_data(
+    recipe: FineTuning,  # A recipe
+    folder: str | Path,  # Folder of the cache
+    progress: bool = True,  # Whether to show a progress bar
+) -> CaptionedLatents:
+    "Latents and embeddings of a recipe; the pipeline that makes them is gone afterwards."
+    data = recipe.data
+    require(recipe.pipeline.name, "pipeline", "", "a folder or name, as --pipeline FOLDER")
+    require(data.source, "data", "", "a folder of captioned pictures, as --data FOLDER")
+    pictures = load_captioned(data.source, data.size or None, data.crop, data.column)
+    pipeline = open_pipeline(recipe.pipeline.name).to("cuda" if torch.cuda.is_available() else "cpu")
+    return cache_captioned(pictures, folder, pipeline, flip=data.flip, crop=data.crop, progress=progress)
+
+
+def finetune(
+    recipe: FineTuning,  # A recipe
+    out: str | Path,  # Folder of the run: cache, checkpoints, and at last pipeline, lora and grid
+    progress: bool = True,  # Whether to show progress bars
+    cpu: bool = False,  # Whether to stay on the CPU although there is an accelerator
+) -> Iterator[State]:
+    "Encode, train with checkpoints, go on from the newest, and write the pipeline; yields as `fit` does."
+    out, loss, loop = Path(out), finetuning_loss(recipe.method), recipe.training
+    with add_memory_hint(recipe):
+        data = prepare_data(recipe, out / "cache", progress)
+        model = load_text_denoiser(
+            recipe.pipeline.name, data.null, lora_rank=recipe.pipeline.lora_rank, seed=loop.seed,
+            lora_layers=recipe.pipeline.lora_layers, scale_aware=bool(recipe.method.scale_range),
+        )  # fmt: skip
+        metadata = {"recipe": recipe.model_dump(), "data": data.latents.index["settings"]}
+        metadata["weights"] = weights_digest(model.net.state_dict())
+        engine = Engine(
+            folder=out, save_every=loop.save_every, keep=loop.keep, metadata=metadata, may_change=MAY_CHANGE,
+            precision=loop.precision, gradient_accumulation_steps=loop.gradient_accumulation_steps,
+            gradient_checkpointing=loop.gradient_checkpointing, clip=loop.clip or None, warmup=loop.warmup,
+            weight_decay=loop.weight_decay, cpu=cpu,
+        )  # fmt: skip
+        how: dict[str, Any] = {key: getattr(loop, key) for key in ("batch_size", "lr", "schedule", "ema", "seed")}
+        for state in fit(model, loss, data, loop.steps, **how, progress=progress, engine=engine):
+            yield state
+        finish(recipe, out, state.ema, data.null, progress)
+
+
+def finish(
+    recipe: FineTuning,  # A recipe
+    out: Path,  # Folder of the run
+    model: TextDenoiser,  # The trained network
+    null: Tensor,  # Embedding of the null prompt
+    progress: bool = True,  # Whether to show a progress bar
+) -> None:
+    "Write pipeline, LoRA and the grid before and after, in the main process."
+    device, grid = next(model.parameters()).device, recipe.grid
+    if find_processes(device)[0]:
+        return
+    pipeline, name = open_pipeline(recipe.pipeline.name), recipe.method.name
+    card = pipeline_card(
+        "scale-aware" if model.scale_aware else name, steps=recipe.training.steps,
+        samples=recipe.training.steps * recipe.training.batch_size, base=recipe.pipeline.name,
+        data=Path(recipe.data.source).name,
+        scale=1.0 if name == "model_guidance" and not model.scale_aware else recipe.method.scale,
+    )  # fmt: skip
+    save_pipeline(model, pipeline, out / "pipeline", card)
+    if recipe.pipeline.lora_rank:
+        save_lora(model, out / "lora")
+    if not grid.prompts:
+        return
+    pipeline.to(device)
+    models = {"before": load_text_denoiser(recipe.pipeline.name, null).to(device), "after": model}
+    pictures, table = compare_scales(
+        models, grid.prompts, pipeline, grid.grid_scales, clip=grid.clip_model or None, steps=grid.grid_steps,
+        seed=recipe.training.seed, size=recipe.data.size or None, progress=progress,
+    )  # fmt: skip
+    save_grid(pictures, table, out)

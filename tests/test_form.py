@@ -1,0 +1,117 @@
+"The form of the project is sound, as `make lint` says, and the checks behind it see what they are for."
+
+import ast
+import json
+
+import pytest
+
+import lint
+from colab import install
+from counts import code_lines, validation_lines
+
+
+@pytest.mark.parametrize("name", lint.CHECKS)
+def test_lint(name):
+    assert list(lint.CHECKS[name]()) == []
+
+
+def written(tmp_path, *sources: str) -> lint.Path:
+    "A notebook of code cells, as nbdev stores one."
+    cells = [
+        {
+            "cell_type": "code",
+            "execution_count": None,
+            "id": f"{n:08}",
+            "metadata": {},
+            "outputs": [],
+            "source": [source],
+        }
+        for n, source in enumerate(sources)
+    ]
+    path = tmp_path / "00_x.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ('#| exports\ndef f(\n    x: int,  # pixels\n) -> int:\n    "Double."', None),
+        ('#| exports\ndef f(x: int) -> int:\n    "Double."', "what `x` is"),
+        ('#| exports\nclass A:\n    "A thing."\n    def __init__(self, x: int) -> None: ...', "what `x` is"),
+        ("#| exports\nclass A:\n    pass", "no docstring"),
+        ("def shown(x):\n    return x", None),
+        ("import os\nprint(os.sep)", "something else besides"),
+    ],
+)
+def test_unexplained_code_is_found(tmp_path, source, problem):
+    found = list(lint.code_problems(written(tmp_path, source)))
+    assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
+
+
+def test_badly_stored_notebooks_are_found(tmp_path):
+    path = written(tmp_path, "print('/home/me/x')", "x = '\t'", "#| slow\nprint(1)")
+    found = " ".join(lint.stored_problems(path))
+    assert all(words in found for words in ("somebody's machine", "#2 has a control character", "#3 is not run"))
+
+
+@pytest.mark.parametrize(
+    ("source", "places"),
+    [
+        ("from ..paths import Path", [("guidance_nb.paths", "top ")]),
+        ("def f():\n    with extra('images'):\n        import sklearn", [("sklearn", "function images")]),
+        ("if TYPE_CHECKING:\n    from . import cost", [("guidance_nb.engine", "types ")]),
+    ],
+)
+def test_imports_are_found_where_they_stand(source, places):
+    found = lint.imports(ast.parse(source), "engine.cost", False)
+    assert [(target, where) for _, target, _, where in found] == places
+
+
+@pytest.mark.parametrize(
+    ("root", "extra", "good"),
+    [("sklearn", "images", True), ("sklearn", "cli", True), ("sklearn", "plots", False), ("fastcore", "dev", False)],
+)
+def test_imports_of_others_want_their_extra(root, extra, good):
+    assert (list(lint.foreign_problems("x.py:1", root, "function", extra)) == []) == good
+
+
+def test_code_and_validation_are_counted():
+    source = '''"""A module."""
+def check_it(x):
+    "Refuse."
+    if x < 0:  # never
+        raise ValueError
+
+def double(x):
+    require(x > 0, "x", x, "positive")
+
+    if x > 9:
+        raise ValueError(
+            "large"
+        )
+    return 2 * x
+'''
+    tree = ast.parse(source)
+    lines = code_lines(source, tree)
+    assert lines == {2, 4, 5, 7, 8, 10, 11, 12, 13, 14}
+    assert lines & validation_lines(tree) == lines - {7, 14}
+
+
+def test_the_colab_cell_installs_there_and_nowhere_else():
+    asked: list[str] = []
+
+    class Shell:
+        def __str__(self) -> str:
+            return self.place
+
+        def system(self, line: str) -> None:
+            asked.append(line)
+
+        def run_line_magic(self, name: str, line: str) -> None:
+            asked.append(f"%{name} {line}")
+
+    shell = Shell()
+    for shell.place in ("<ipykernel.zmqshell.Shell>", "<google.colab._shell.Shell>"):
+        exec(install(), {"get_ipython": lambda: shell})
+    assert [line.split()[0] for line in asked] == ["git", "%pip", "%cd"] and '[all]"' in asked[1]

@@ -1,0 +1,142 @@
+"""What the package weighs, counted from its source: `python tools/counts.py`.
+
+Public names are those in `__all__` of the modules whose name does not begin with an underscore. Code lines hold neither
+blanks nor comments nor docstrings. Validation is what only refuses input: a `raise` with the condition above it, a call
+of `require` or of a `check_...`, and those functions themselves. `Any` counts where it stands in annotations.
+"""
+
+import argparse
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from notebooks import ROOT
+
+PACKAGE = ROOT / "guidance_nb"
+CHECKS = ("require", "check_")
+SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    "Dotted name, without the package's, to file; what nbdev looks names up in is no module."
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and name != "_modidx":
+            found[name] = path
+    return found
+
+
+def is_private(name: str) -> bool:
+    return any(part.startswith("_") for part in name.split("."))
+
+
+def public_names(tree: ast.Module) -> list[str]:
+    "The names of `__all__`."
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and getattr(target, "id", "") == "__all__" and node.value:
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def docstring_lines(tree: ast.Module) -> set[int]:
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | Function) and ast.get_docstring(node, clean=False) is not None:
+            found |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return found
+
+
+def code_lines(source: str, tree: ast.Module) -> set[int]:
+    "Numbers of the lines that hold code."
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in SKIPPED:
+            found |= set(range(token.start[0], token.end[0] + 1))
+    return found - docstring_lines(tree)
+
+
+def is_check(node: ast.AST) -> bool:
+    "Whether a statement only refuses: `raise ...`, `require(...)`, `self.check_it(...)`, `x = check_number(...)`."
+    if isinstance(node, ast.Raise):
+        return True
+    call = getattr(node, "value", None) if isinstance(node, ast.Expr | ast.Assign | ast.AnnAssign) else None
+    if not isinstance(call, ast.Call):
+        return False
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    return name.lstrip("_").startswith(CHECKS)
+
+
+def validation_lines(tree: ast.Module) -> set[int]:
+    "Numbers of the lines that only refuse input."
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        whole = isinstance(node, ast.If) and not node.orelse and all(map(is_check, node.body))
+        if whole or is_check(node) or (isinstance(node, Function) and node.name.lstrip("_").startswith(CHECKS)):
+            found |= set(range(node.lineno, (node.end_lineno or 0) + 1))  # type: ignore[attr-defined]
+    return found
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
+    for node in ast.walk(tree):
+        if isinstance(node, Function):
+            yield node.name, node
+
+
+@dataclass
+class Weight:
+    "What one module, or all of them, weigh."
+
+    public: int = 0
+    lines: int = 0
+    validation: int = 0
+    longest: tuple[int, str] = (0, "")  # Lines of code of the longest function, and its name
+    any: int = 0  # How often `Any` stands in it
+
+    def __add__(self, other: "Weight") -> "Weight":
+        sums = (getattr(self, name) + getattr(other, name) for name in ("public", "lines", "validation"))
+        return Weight(*sums, max(self.longest, other.longest), self.any + other.any)
+
+
+def weigh(name: str, path: Path) -> Weight:
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    lines = code_lines(source, tree)
+    bodies = [
+        (len({n for n in lines if node.body[0].lineno <= n <= (node.end_lineno or 0)}), f"{name}.{function}")
+        for function, node in functions(tree)
+    ]
+    return Weight(
+        0 if is_private(name) else len(public_names(tree)),
+        len(lines),
+        len(lines & validation_lines(tree)),
+        max(bodies, default=(0, "")),
+        sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree)),
+    )
+
+
+def weights(package: Path = PACKAGE) -> dict[str, Weight]:
+    return {name: weigh(name, path) for name, path in modules(package).items()}
+
+
+LINE = "{:<28} {:>7} {:>7} {:>11} {:>5} {:>8}  {}"
+
+
+def show(name: str, weight: Weight) -> str:
+    share = f"{weight.validation} {weight.validation / max(1, weight.lines):>5.1%}"
+    return LINE.format(name, weight.public, weight.lines, share, weight.any, *weight.longest)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", nargs="?", type=Path, default=PACKAGE, help="another copy of guidance_nb")
+    found = weights(parser.parse_args().package)
+    print(LINE.format("module", "public", "lines", "validation", "Any", "longest", "function"))
+    print(*(show(name, weight) for name, weight in found.items()), sep="\n")
+    print(show("all", sum(found.values(), Weight())))
