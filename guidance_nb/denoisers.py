@@ -209,7 +209,7 @@ def check_inputs(
 
 # %% ../nbs/01_denoisers.ipynb #77c334e6
 class _NFECount:
-    "Number of network rows evaluated while the counter was open, in `total`."
+    "Network evaluations made while the counter was open, in `total`: one a sample, each time it passes a network."
 
     total: int = 0
 
@@ -220,14 +220,14 @@ _open_counters: list[_NFECount] = []
 def record_nfe(
     rows: int,  # Number of samples about to pass through a network once
 ) -> None:
-    "Report network rows to every open counter; a leaf calls this next to its network."
+    "Report network evaluations to every open counter; a model calls this next to its network."
     for counter in _open_counters:
         counter.total += rows
 
 
 @contextmanager
 def count_nfe() -> Iterator[_NFECount]:
-    "Count the network rows evaluated inside a `with` block."
+    "Count the network evaluations inside a `with` block, over all samples."
     counter = _NFECount()
     _open_counters.append(counter)
     try:
