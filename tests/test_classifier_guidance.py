@@ -118,6 +118,17 @@ def test_shift_is_the_published_one(path):
     np.testing.assert_allclose(pair.x0, (x.numpy() - sigma * new_eps) / alpha, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("path", [FlowPath(), VPPath("cosine")], ids=str)
+def test_a_gradient_at_pure_noise_is_that_of_a_little_before(path):
+    "Where no signal is left, clean data moves by sigma^2 / alpha at a noise-to-signal ratio of a thousand."
+    x0, eps, g = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = path.time_at(torch.tensor(1e3, dtype=torch.float64))
+    pair = shift_prediction(Prediction(x0, eps), g, path, torch.ones((), dtype=torch.float64), "score")
+    expected = x0 + path.sigma(before) ** 2 / path.alpha(before) * g
+    np.testing.assert_allclose(pair.x0, expected, rtol=1e-10)
+    np.testing.assert_allclose(pair.eps, eps - path.sigma(before) * path.alpha(torch.ones(())) / path.alpha(before) * g)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("time", [0.0, 1.0])
 def test_ends_of_the_path_are_finite(path, time):

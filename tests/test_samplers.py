@@ -12,7 +12,7 @@ from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import SAMPLERS, sample, sample_trajectory, time_grid
+from guidance_nb.samplers import SAMPLERS, sample, sample_trajectory, solve_adaptively, time_grid
 
 F64 = {"progress": False, "dtype": torch.float64}
 
@@ -297,3 +297,17 @@ def test_keyed_noise_of_far_samples_is_not_that_of_near_ones():
     draws = [keyed_noise(0, start, (4, 3), step) for start in (0, 256, 512, 256 * 2**20) for step in (0, 1, 255, 256)]
     flat = torch.stack(draws).flatten(1)
     assert len(torch.unique(flat, dim=0)) == len(draws)
+
+
+@pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0), (0.3, 0.2)])
+def test_an_adaptive_solver_never_asks_outside_its_times(times):
+    "Its first guess of a step is long where the field hardly moves, and would look beyond the last time."
+    asked, span = [], torch.tensor(times, dtype=torch.float64)
+
+    def field(t, x):
+        asked.append(float(t))
+        return torch.cos(3 * t) + 0 * x
+
+    end = solve_adaptively(field, torch.full((1, 1), 1e3, dtype=torch.float64), span)[-1]
+    assert min(times) <= min(asked) and max(asked) <= max(times)
+    assert_close(end.item(), 1e3 + (math.sin(3 * times[1]) - math.sin(3 * times[0])) / 3, rtol=1e-5, atol=0)
