@@ -29,7 +29,7 @@ function guidedVelocity(mix, terms, x, o, c, method, s) {
   if (method === "classifier_guidance") {
     const late = Math.min(t, 1 / (1 + 1e-3));
     const g = classifierGradient(mix, late < t ? termsAt(mix, late) : terms, x, o, c, s.sharpness);
-    const push = s.scale * late / (1 - late);
+    const push = s.scale * (late * late + late * (1 - t)) / (1 - late);
     return none.map((v, j) => v - push * g[j]);
   }
   if (method === "aligned_loss") {
