@@ -5,18 +5,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from weights import stir
 
 from guidance_nb.images.data import from_uint8
 from guidance_nb.images.features import cifar_resnet, dinov2_extractor, extract, feature_space, load_dinov2
-
-
-def rough(net, seed=0):
-    "Give every weight a value, for networks that start at zero."
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.add_(0.1 * torch.randn(weight.shape, generator=g))
-    return net
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +21,7 @@ def weights(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.Dinov2WithRegistersModel(config)
-    rough(model)
+    stir(model, seed=0)
     folder = tmp_path_factory.mktemp("dinov2")
     model.save_pretrained(folder)
     return folder

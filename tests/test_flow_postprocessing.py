@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from weights import stir
 
 from guidance_nb.denoisers import count_nfe
 from guidance_nb.flow_postprocessing import (
@@ -295,19 +296,10 @@ def test_the_parts_of_fit_are_fit(clouds):
     assert pair_data(x, y, k=4).num_classes == 0
 
 
-def rough(net, seed=0):
-    "Give every weight a value, for networks that start at zero."
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.add_(0.1 * torch.randn(weight.shape, generator=g))
-    return net
-
-
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16)])
 def test_image_network_by_name(shape):
     "Batches do not matter, the scale is the caller's, the state rebuilds it, and nothing is clamped."
-    model = rough(FlowPostprocessor(shape, 4, net="unet-tiny", dropout=0.1))
+    model = stir(FlowPostprocessor(shape, 4, net="unet-tiny", dropout=0.1), seed=0)
     g = torch.Generator().manual_seed(1)
     x, c = 2 * torch.randn(7, *shape, generator=g), torch.arange(7) % 4
     with count_nfe() as nfe:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from weights import stir
 
 from guidance_nb.images.networks import IMAGE_NETWORKS, ImageClassifier, build_network, image_denoiser
 from guidance_nb.networks import LinearClassifier, NoisyClassifier
@@ -27,14 +28,6 @@ SHAPE = (3, 32, 32)
 
 def small(name: str, classes: int = 5, scale_aware: bool = False, seed: int = 0) -> nn.Module:
     return build_network(name, SHAPE, classes, scale_aware, seed, **SMALL[name])
-
-
-def stir(net: nn.Module, size: float = 0.1) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight += size * torch.randn(weight.shape, generator=generator).to(weight)
-    return net
 
 
 def question(n: int = 4, classes: int = 5, shape: tuple = SHAPE) -> tuple[torch.Tensor, ...]:

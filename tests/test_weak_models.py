@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from weights import stir
 
 from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
@@ -60,12 +61,7 @@ def seed():
 
 
 def stirred(name: str, seed: int = 0, **changes):
-    model = image_denoiser(name, (1, 8, 8), FlowPath(), 3, **changes).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    return model.double()
+    return stir(image_denoiser(name, (1, 8, 8), FlowPath(), 3, **changes).eval(), 0.2, seed).double()
 
 
 @pytest.fixture(scope="module")
