@@ -1,10 +1,17 @@
 "What all tests share."
 
 import os
+import tempfile
 from pathlib import Path
 
 # Two workers on few cores: threads of their own would only slow each other down. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# PyTorch keeps what it compiled by source, not by the instructions that ATEN_CPU_CAPABILITY allows: kernels for one
+# processor then fail, or give inf, on the other that the variable imitates.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = f"torchinductor-{os.getuid() if hasattr(os, 'getuid') else 'user'}-{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), cache))
 
 import hypothesis
 import pytest
