@@ -228,8 +228,10 @@ class PairDraws:
         return self.neighbours.flatten().bincount(minlength=len(self.real)).double() / self.neighbours.numel()
 
     def displacement(self) -> Tensor:
-        "Root mean square of how far the samples are carried, the unit s of eq. (2)."
-        return (self.real[self.neighbours[:, 0]] - self.generated).square().mean().sqrt()
+        "Root mean square over all pairs of how far a sample is carried, eq. (2)."
+        columns = self.neighbours.T  # one neighbour a sample at a time: little memory
+        squares = [(self.real[j] - self.generated).square().mean() for j in columns]
+        return torch.stack(squares).mean().sqrt()
 
 # %% ../nbs/14_flow_postprocessing.ipynb #c9f389ca
 def pair_data(

@@ -208,6 +208,12 @@ def test_the_unit_of_the_velocity_is_the_size_of_the_displacements():
     torch.testing.assert_close(post.velocity(generated, torch.zeros(50)), 3 * at_rest)
 
 
+def test_copies_of_real_samples_are_carried_to_their_other_neighbours():
+    real = torch.tensor([[0.0], [1.0], [5.0]])
+    unit = pair_data(real, real, k=2).displacement()  # 0 and 1, 0 and 1, 0 and 4
+    torch.testing.assert_close(unit, torch.tensor(18 / 6).sqrt())
+
+
 def test_memorisation_report_by_hand():
     training = torch.tensor([[0.0], [10.0]])
     fresh, samples = torch.tensor([[1.0], [11.0], [8.0]]), torch.tensor([[0.05], [10.0], [3.0]])
@@ -285,8 +291,8 @@ def test_the_parts_of_fit_are_fit(clouds):
     whole = FlowPostprocessor.fit(x, y, c, d, k=4, width=16, depth=1, seed=3, **arguments)
     pairs = pair_data(x, y, c, d, k=4)
     flow = FlowPostprocessor.from_pairs(pairs, width=16, depth=1, seed=3)
-    nearest = y[brute_force(x, y, 1, c, d)[:, 0]]
-    torch.testing.assert_close(flow.spread, (nearest - x).square().mean().sqrt())
+    paired = y[brute_force(x, y, 4, c, d)]
+    torch.testing.assert_close(flow.spread, (paired - x[:, None]).square().mean().sqrt())
     parts = train(flow, PairLoss(), pairs, seed=3, **arguments).ema
     for one, other in zip(whole.state_dict().values(), parts.state_dict().values()):
         assert torch.equal(one, other)
