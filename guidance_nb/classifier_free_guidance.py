@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ClassifierFreeGuidance', 'scale_from_ho_salimans', 'dit_channel_scales', 'tilt_variance', 'ode_variance',
-           'sde_variance', 'two_class_map', 'TwoClassLaw', 'two_class_law']
+           'sde_variance', 'two_class_map', 'two_class_law']
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #f66ea402
 import math
@@ -44,12 +44,8 @@ def dit_channel_scales(
     return torch.cat([torch.full((guided,), float(scale)), torch.ones(channels - guided)])[None, :, None, None]
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #700af9b9
-def _check_variances(
-    v_c: float,  # Variance of the conditional Gaussian
-    v_u: float,  # Variance of the unconditional Gaussian
-    scale: float,  # Guidance scale
-) -> None:
-    "Refuse variances that are not positive and finite, and a scale that is not finite, with a `ValueError`."
+def _check_variances(v_c: float, v_u: float, scale: float) -> None:
+    "Raise a `ValueError` unless both variances are positive and all is finite."
     check_scale(scale)
     for name, v in (("v_c", v_c), ("v_u", v_u)):
         require(0 < v < math.inf, name, v, "a positive, finite number")
@@ -78,8 +74,7 @@ def ode_variance(
     _check_variances(v_c, v_u, scale)
     if start is None:
         return v_c**scale * v_u ** (1 - scale)
-    if not 0 < start < math.inf:
-        raise ValueError(f"start = {start}; allowed: a positive noise-to-signal ratio, or None for infinity")
+    require(0 < start < math.inf, "start", start, "a positive number, or None")
     return start**2 * (v_c / (v_c + start**2)) ** scale * (v_u / (v_u + start**2)) ** (1 - scale)
 
 
@@ -118,7 +113,7 @@ def two_class_map(
     return torch.from_numpy(solution.y[:, -1].copy())
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #bb648044
-class TwoClassLaw(NamedTuple):
+class _TwoClassLaw(NamedTuple):
     "Where guided samples of one of two Gaussian classes end, in standard deviations z from its mean."
 
     shift: float  # Mean of z; 0 without guidance
@@ -132,7 +127,7 @@ def two_class_law(
     ratio: float,  # Class mean over class standard deviation, m / s
     start: float = 0.0,  # m / sqrt(s^2 + noise_to_signal^2) where sampling starts, 0 for infinite noise
     log_odds: float = 0.0,  # log p(+) / p(-)
-) -> TwoClassLaw:  # By quadrature
+) -> _TwoClassLaw:  # By quadrature
     "The law of guided ODE samples of two Gaussian classes +-m, eq. (9), started at z ~ N(-start, 1), x ~ N(0, V)."
     normal = torch.distributions.Normal(-start, torch.ones((), dtype=torch.float64))
     z = torch.linspace(-9, 9, 1801, dtype=torch.float64) - start
@@ -140,4 +135,4 @@ def two_class_law(
     shift = (weights * end).sum()
     std = (weights * (end - shift) ** 2).sum().sqrt()
     midpoint = two_class_map(torch.tensor([-ratio]), scale, start, ratio, log_odds)
-    return TwoClassLaw(shift.item(), std.item(), end[900].item(), normal.cdf(midpoint).item())
+    return _TwoClassLaw(shift.item(), std.item(), end[900].item(), normal.cdf(midpoint).item())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'METHOD_LABELS', 'show_density', 'show_points', 'show_trajectories', 'show_field', 'show_images',
-           'show_curves']
+           'show_toy', 'show_digits', 'show_curves']
 
 # %% ../nbs/07_plots.ipynb #2e5daca3
 import math
@@ -18,15 +18,17 @@ from torch import Tensor
 
 from ._checks import check_choice, check_whole, require
 from ._extras import extra
-from .mixtures import Mixture, log_prob
+from .metrics import coverage, outlier_rate, outlier_threshold
+from .mixtures import Mixture, log_prob, sample_mixture
 from .paths import FlowPath, Path
 from .samplers import Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 else:
-    Axes = DataFrame = object  # the site evaluates annotations without importing them
+    Axes = Figure = DataFrame = object  # the site evaluates annotations without importing them
 
 # %% ../nbs/07_plots.ipynb #cda0f459
 COLOURS = {
@@ -216,6 +218,47 @@ def show_images(
     ax = _axes(ax)
     ax.imshow(make_grid(images, nrow=columns, padding=1, pad_value=1.0).permute(1, 2, 0).numpy())
     ax.axis("off")
+    return ax
+
+# %% ../nbs/07_plots.ipynb #5a0c41d2
+def show_toy(
+    rows: dict[str, dict[float, Tensor]],  # Model -> scale -> samples `[n, 2]`
+    c: Tensor,  # The classes asked for, `[n]`, the same in every panel
+    mixture: Mixture,  # The distribution that the samples should follow
+) -> "Figure":  # The figure, as wide as a page
+    "Show samples of a plane by model and guidance scale over the density."
+    with extra("plots"):
+        import matplotlib.pyplot as plt
+    real = sample_mixture(mixture, c, torch.Generator().manual_seed(0))
+    threshold, columns = outlier_threshold(mixture), len(next(iter(rows.values())))
+    size = {"figsize": (7.2, 2.65 * len(rows)), "layout": "constrained"}
+    fig, axes = plt.subplots(len(rows), columns, squeeze=False, **size)
+    for line, (name, samples) in zip(axes, rows.items()):
+        line[0].set_ylabel(name)
+        for ax, (scale, x) in zip(line, samples.items()):
+            _frame(show_points(x, c, show_density(mixture, ax=ax)), 1.9)
+            outliers = outlier_rate(x, c, mixture, threshold)
+            covered = coverage(real[0], x, real[1], c)
+            label = f"outliers {outliers:.0%}, coverage {covered:.0%}"
+            ax.set(title=f"scale {scale:g}", xlabel=label)
+    return fig
+
+
+def show_digits(
+    rows: dict[str, Tensor],  # Label -> images `[columns, channels, h, w]`
+) -> "Axes":  # The axes, as wide as a page
+    "Show images in labelled rows, one for each guidance scale."
+    with extra("plots"):
+        import matplotlib.pyplot as plt
+    columns = len(next(iter(rows.values())))
+    size = (7.2, 6.6 / columns * len(rows))
+    ax = plt.subplots(figsize=size, layout="constrained")[1]
+    show_images(torch.cat(list(rows.values())), columns, ax)
+    ax.axis("on")
+    height = len(ax.images[0].get_array()) / len(rows)
+    ax.set_yticks([height * (k + 0.5) for k in range(len(rows))], list(rows))
+    ax.tick_params(length=0)
+    ax.set(xticks=[], frame_on=False)
     return ax
 
 # %% ../nbs/07_plots.ipynb #a36893e6

@@ -10,10 +10,10 @@ from scipy.stats import norm
 from torch import nn
 
 from guidance_nb._checks import check_choice, check_scale
-from guidance_nb.classifier_guidance import ClassifierGuidance, class_gradient, classifier_report
+from guidance_nb.classifier_guidance import ClassifierGuidance, class_gradient
 from guidance_nb.denoisers import Denoiser, Prediction
 from guidance_nb.guidance import shift_prediction
-from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture, gaussian_pair, sample_mixture
+from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture, gaussian_pair
 from guidance_nb.networks import LinearClassifier, NoisyClassifier
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.samplers import sample, sample_trajectory
@@ -194,25 +194,6 @@ def test_mean_shifts_add_up():
     twice = ClassifierGuidance(first, judge, 3.0, "mean_shift", "conditional")
     once = ClassifierGuidance(base, judge, 3.0, "mean_shift")
     torch.testing.assert_close(twice.mean_shift(x, t, c), once.mean_shift(x, t, c))
-
-
-def test_report_against_counting(mixture):
-    path = VPPath()
-    row = classifier_report(ExactClassifier(mixture, path), mixture, path, [0.3], n=20_000).iloc[0]
-    assert row["gradient_error"] == 0 and row["accuracy"] == row["exact_accuracy"]
-    assert row["calibration_error"] < 0.02
-    grid = np.linspace(-6, 6, 4001)
-    alpha, sigma = (f(torch.tensor(0.3, dtype=torch.float64)).item() for f in (path.alpha, path.sigma))
-    joint = np.stack([density(grid, alpha, sigma, np.nonzero(LABELS == c)[0]) for c in (0, 1)])
-    assert abs(row["accuracy"] - np.trapezoid(joint.max(0), grid)) < 4 * 0.5 / math.sqrt(20_000)
-
-
-def test_report_on_points_has_no_exact_columns(mixture):
-    data = sample_mixture(mixture, 64)
-    table = classifier_report(LinearClassifier(1, 2), data, FlowPath(), [0.1, 0.9])
-    assert list(table) == ["t", "accuracy", "calibration_error", "gradient"] and len(table) == 2
-    again = classifier_report(LinearClassifier(1, 2), data, FlowPath(), [0.1, 0.9])
-    assert table.equals(again)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, True, torch.tensor([1.0, float("nan")])])

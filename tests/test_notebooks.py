@@ -88,13 +88,15 @@ def test_stale_numbers_of_interactive_pages_are_found():
     assert len(stale(page, far)) == len(stale(page, printed("<script></script>"))) == 1
 
 
-def drawn(height: int = 60, colour: str = "green", size: tuple[int, int] = (500, 280)) -> list[dict]:
+def drawn(
+    height: int = 60, colour: str = "green", size: tuple[int, int] = (500, 280), sharpness: int = 1
+) -> list[dict]:
     "A notebook of one cell that drew a curve in a frame."
     image = Image.new("RGB", size, "white")
     draw, file = ImageDraw.Draw(image), io.BytesIO()
     draw.rectangle((40, 10, 480, 240), outline="black")
     draw.line((40, 240, 200, 240 - height, 480, 240 - height), fill=colour, width=2)
-    image.save(file, "PNG")
+    image.resize((size[0] * sharpness, size[1] * sharpness)).save(file, "PNG")
     output = {"output_type": "display_data", "data": {"image/png": base64.b64encode(file.getvalue()).decode()}}
     return [{"cell_type": "code", "source": ["plt.show()"], "outputs": [output]}]
 
@@ -102,6 +104,7 @@ def drawn(height: int = 60, colour: str = "green", size: tuple[int, int] = (500,
 def test_stale_figures_are_found():
     "A curve may neither change its height or colour nor disappear; other edges of its pixels are no matter."
     assert stale(drawn(), drawn(colour="#108810")) == []
+    assert stale(drawn(), drawn(sharpness=2)) == []
     for other in (drawn(100), drawn(colour="red"), drawn(colour="white"), drawn(size=(500, 320)), printed("none")):
         assert len(stale(drawn(), other)) == 1
 

@@ -138,8 +138,9 @@ def test_what_is_too_large_is_found(size, figure, image, problem):
 def test_heavy_pages_are_found():
     "Many files, each of them small enough."
     images = {f"{i}.png": MAX_FIGURE for i in range(MAX_PAGE // MAX_FIGURE)}
-    assert size_problems("a.ipynb", 0, [], images) == []
-    (found,) = size_problems("a.ipynb", 1, [], images)
+    rest = MAX_PAGE % MAX_FIGURE
+    assert size_problems("a.ipynb", rest, [], images) == []
+    (found,) = size_problems("a.ipynb", rest + 1, [], images)
     assert "the page" in found
 
 

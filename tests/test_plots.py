@@ -190,3 +190,27 @@ def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_toy_figure_counts_outliers_and_coverage():
+    "Half of the samples are moved away, so half are outliers; each label stands where it belongs."
+    mixture, c = gaussian_pair(1.0, 0.01, dim=2), torch.arange(400) % 2
+    x, _ = sample_mixture(mixture, c, torch.Generator().manual_seed(5))
+    moved = x + torch.tensor([0.0, 1.0]) * (torch.arange(400) < 200)[:, None]
+    fig = plots.show_toy({"exact": {1.0: x, 2.0: moved}, "learned": {1.0: moved, 2.0: x}}, c, mixture)
+    outliers = [ax.get_xlabel().split("%")[0] for ax in fig.axes]
+    assert outliers == ["outliers 0", "outliers 50", "outliers 50", "outliers 0"]
+    assert [ax.get_title() for ax in fig.axes] == ["scale 1", "scale 2"] * 2
+    assert [ax.get_ylabel() for ax in fig.axes] == ["exact", "", "learned", ""]
+    colours = {to_rgb(points.get_facecolor()[0][:3]) for points in fig.axes[0].collections}
+    assert colours == {to_rgb("tab:orange"), to_rgb("tab:blue")}
+
+
+def test_the_digits_figure_has_a_labelled_row_for_each_scale():
+    rows = {f"scale {k}": torch.full((3, 1, 4, 4), k / 2 - 1) for k in (1, 2, 4)}
+    ax = plots.show_digits(rows)
+    assert [text.get_text() for text in ax.get_yticklabels()] == list(rows)
+    grey = ax.images[0].get_array()
+    assert grey.shape[:2] == (3 * 5 + 1, 3 * 5 + 1)
+    for place, k in zip(ax.get_yticks(), (1, 2, 4)):
+        assert grey[int(place), 3, 0] == pytest.approx(min(k / 4, 1))

@@ -227,8 +227,9 @@ def equation_problems(path: Path) -> Iterator[str]:
 def exercise_problems(path: Path) -> Iterator[str]:
     "A question and its answer in words, folded; then the answer as a folded cell that asserts and prints nothing."
     found = cells(path)
-    start = next((n for n, cell in enumerate(found) if text(cell["source"]).startswith("## Exercises")), len(found))
-    rest = found[start:]
+    heads = [n for n, cell in enumerate(found) if re.match("##? ", text(cell["source"]))]
+    start = next((n for n in heads if text(found[n]["source"]).startswith("## Exercises")), len(found))
+    rest = found[start : next((n for n in heads if n > start), len(found))]
     for number, (question, answer) in enumerate(zip(rest[::2], rest[1::2]), 1):
         source, flags = text(answer["source"]), directives(text(answer["source"]))
         folded = re.search(r"\n\n<details>\n<summary>.+</summary>\n\n.+\n\n</details>$", text(question["source"]), re.S)

@@ -19,7 +19,7 @@ import yaml
 
 from notebooks import NOTEBOOKS, ROOT, cells, directives, settings, text
 
-MAX_NOTEBOOK, MAX_FIGURE, MAX_PAGE = 300_000, 60_000, 1_500_000  # bytes; a page is a notebook and the files it shows
+MAX_NOTEBOOK, MAX_FIGURE, MAX_PAGE = 900_000, 150_000, 2_000_000  # bytes; a page is a notebook and the files it shows
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[(`[^`\n]+`)\]\([^)\s]*\)")
 REGISTRIES = ("pypi.org", "anaconda.org", "npmjs.com", "conda-forge.org")  # name a package instead

@@ -6,6 +6,8 @@ first two kinds as well. A second run on the same machine changes no byte.
 """
 
 import argparse
+import base64
+import io
 import os
 import subprocess
 import sys
@@ -17,12 +19,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same sums in the same order, whatever
 from execnb.nbio import nb2dict, read_nb, write_nb
 from execnb.shell import CaptureShell
 from nbdev.clean import clean_nb
+from PIL import Image
 
 from fresh import stale
 from notebooks import NOTEBOOKS, ROOT, cells, directives, is_skipped, text
 
-FIGURES = """from matplotlib_inline.backend_inline import set_matplotlib_formats
-set_matplotlib_formats("png", dpi=100, metadata={"Software": None})"""
+FIGURES = """import matplotlib
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+set_matplotlib_formats("retina", metadata={"Software": None})
+matplotlib.rcParams["figure.dpi"] = 100"""  # shown at 100 dots an inch and stored at 200, for sharp screens
+COLOURS = 128  # of a stored figure: a third of the bytes, and no difference to the eye
 
 
 def merge_streams(outputs: list[dict]) -> list[dict]:
@@ -34,6 +40,14 @@ def merge_streams(outputs: list[dict]) -> list[dict]:
         else:
             merged.append(out)
     return merged
+
+
+def smaller(png: str) -> str:
+    "A figure with a palette of its own, in base64 as before."
+    file = io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def execute(path: Path, flagged: bool) -> tuple[dict, str]:
@@ -60,6 +74,8 @@ def execute(path: Path, flagged: bool) -> tuple[dict, str]:
     for number, cell in enumerate(clean["cells"], 1):
         if cell["cell_type"] == "code":
             cell["outputs"] = merge_streams(cell["outputs"])
+            for data in (out["data"] for out in cell["outputs"] if "image/png" in out.get("data", {})):
+                data["image/png"] = smaller(text(data["image/png"]))
             errors = [text(o["text"]) for o in cell["outputs"] if o.get("name") == "stderr"]
             if errors:  # a warning carries paths of this machine, and the reader would stumble over it
                 return clean, f"{path.relative_to(ROOT)}: cell #{number} wrote to stderr:\n{errors[0]}"
