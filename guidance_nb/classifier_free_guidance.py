@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_scale, require
+from ._checks import check_number, check_scale, require
 from .denoisers import Prediction, guide
 from .guidance import Claims, Guidance
 
@@ -104,9 +104,8 @@ def two_class_map(
     from scipy.special import expit
 
     check_scale(scale)
-    if not (0 <= start < math.inf and 0 <= ratio < math.inf and math.isfinite(log_odds)):
-        given = f"ratio = {ratio}, start = {start}, log_odds = {log_odds}"
-        raise ValueError(f"{given}; allowed: finite numbers, the first two 0 and above")
+    for name, value, low in (("ratio", ratio, 0), ("start", start, 0), ("log_odds", log_odds, -math.inf)):
+        check_number(name, value, low=low)
     slope = lambda r, z: 2 * (scale - 1) * expit(-2 * r * (r + z) - log_odds)  # noqa: E731
     nodes = z.double().cpu().numpy()
     solution = solve_ivp(slope, (start, ratio), nodes, method="DOP853", rtol=1e-10, atol=1e-10)
