@@ -293,7 +293,7 @@ def test_classifier_guidance_under_bf16(runs):
 
 def test_a_missing_compiler_is_bad_input(runs, monkeypatch):
     def fails() -> None:
-        raise RuntimeError("compile = True, but torch.compile does not work here (no g++); allowed: False")
+        raise ValueError("compile = True; allowed: False, for torch.compile does not work here (no g++)")
 
     monkeypatch.setattr("guidance_nb.cli.run.check_compiler", fails)
     with (

@@ -325,7 +325,7 @@ def time_engines(size: Size, compiled: bool) -> tuple[dict[str, Any], list[dict[
         name = ", ".join([way["precision"], *(key.removeprefix("cuda_") for key in way if way[key] is True)])
         try:
             seconds, warm = time_training(override(recipe, way), size.timed)
-        except RuntimeError as error:  # no compiler, or a device without room for the way
+        except (RuntimeError, ValueError) as error:  # no compiler, or a device without room for the way
             print(f"{name}: not possible here ({str(error).strip().splitlines()[0]})")
             continue
         tried.append(way)

@@ -22,7 +22,7 @@ from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpo
 from guidance_nb.cli.recipe import SEED, Pair, Precision, Recipe, Table, find_key, key, override
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
 from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
-from guidance_nb.engine.hardware import check_compiler, check_tracker, choose_precision
+from guidance_nb.engine.hardware import check_compiler, check_tracker, choose_precision, compile_network
 from guidance_nb.engine.run import Engine
 from guidance_nb.engine.sampling import sample_sharded
 from guidance_nb.flow_postprocessing import FlowPostprocessor, PairDraws, PairLoss, pair_data
@@ -217,7 +217,7 @@ def check_trainable(recipe: Recipe) -> None:
     if recipe.method.name == "flow_postprocessing" and not recipe.method.samples:
         raise ValueError(f"method.samples is empty; allowed: {wanted}")
     if recipe.training.compile:
-        require_compiler()
+        check_compiler()
 
 
 def check_fits(recipe: Recipe, data: Any) -> None:
@@ -238,14 +238,6 @@ def check_fits(recipe: Recipe, data: Any) -> None:
 
 def _physical_memory() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-
-
-def require_compiler() -> None:
-    "Refuse to compile where that does not work with a `ValueError`: it is the choice of a recipe or a flag."
-    try:
-        check_compiler()
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
 
 
 def make_training(recipe: Recipe, data: Any) -> tuple[Any, Any, tuple[str, ...]]:
@@ -486,9 +478,9 @@ def autocast_and_compile(trained: Trained, precision: Precision, compile: bool) 
     device = next(trained.model.parameters()).device
     low = choose_precision(precision, device) == "bf16"
     net = getattr(trained.model, "net", trained.model)
-    if compile and net._compiled_call_impl is None:
-        require_compiler()
-        net.compile()
+    if compile and not any(part._compiled_call_impl for part in net.modules()):
+        check_compiler()
+        compile_network(net)
     with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
         yield
 

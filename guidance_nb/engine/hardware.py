@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -39,7 +40,26 @@ def check_compiler() -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"compile = True, but torch.compile does not work here ({reason}); allowed: False") from None
+        raise ValueError(f"compile = True; allowed: False, for torch.compile does not work here ({reason})") from None
+
+
+def outer_lists(model: nn.Module) -> list[list[nn.Module]]:
+    """The lists of a network that are in no other list, such as that of its blocks; only parts with weights."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return [[part for part in parts if part is not None and list(part.parameters())] for parts in outer]
+
+
+def compile_network(net: nn.Module) -> None:
+    """Compile in place: the blocks of a network of equal ones, the first of which serves all; others as a whole."""
+
+    def equal(blocks: list[nn.Module]) -> bool:
+        kinds = {(type(block), *(p.shape for p in block.parameters())) for block in blocks}
+        return len(kinds) == 1 < len(blocks) and any(blocks[0].children())
+
+    lists = outer_lists(net)
+    for part in chain(*lists) if lists and all(map(equal, lists)) else [net]:
+        part.compile()
 
 
 def check_tracker(tracker: str | None, folder: str | os.PathLike | None) -> None:
@@ -56,7 +76,6 @@ def open_accelerator(engine: "Engine") -> "Accelerator":
     """Find the device, the precision and the other processes, and set up how they share the work."""
     with extra("engine"):
         from accelerate import Accelerator
-    with extra("engine"):
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
@@ -126,10 +145,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]):
         super().__init__()
         self.model, self.rule = model, (loss,)  # a tuple, so that networks inside a loss are not taken for ours
-        lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-        outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-        blocks = [block for part in outer for block in part if block is not None and list(block.parameters())]
-        self._no_split_modules = sorted({type(block).__name__ for block in blocks})  # the units of FSDP
+        self._no_split_modules = sorted({type(part).__name__ for parts in outer_lists(model) for part in parts})  # FSDP
 
     def forward(self, x0: Tensor, c: Any, context: LossContext) -> Tensor:
         """Per-sample losses `[batch]`."""

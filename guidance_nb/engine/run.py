@@ -37,6 +37,7 @@ from guidance_nb.engine.hardware import (
     Precision,
     check_compiler,
     choose_precision,
+    compile_network,
     full_tensor,
     open_accelerator,
     shard_like,
@@ -63,7 +64,7 @@ class Engine:
     may_change: tuple[str, ...] = ()  # Keys that may differ at a resume; the checkpoints record what did
     precision: Precision = "auto"  # "auto" is bf16 where the hardware multiplies it, else fp32
     gradient_accumulation_steps: int = 1  # Passes per optimiser step; each sees an equal share of the batch
-    compile: bool = False  # Whether to compile the network (`torch.compile`, in place)
+    compile: bool = False  # Whether to compile the network, or each of its equal blocks (`torch.compile`, in place)
     channels_last: bool = False  # Whether images and convolutions are kept channels last, as tensor cores prefer
     gradient_checkpointing: bool = False  # Whether blocks forget activations and compute them again (diffusers' alone)
     cuda_graphs: bool = False  # Whether a step is recorded once as a CUDA graph and replayed
@@ -169,7 +170,7 @@ class Run:
             self.resume(held)
         if engine.compile:  # in place: names of weights and copies of the model stay plain
             for part in (model, self.average):  # the average, too, for some losses ask it at every step
-                getattr(part, "net", part).compile()
+                compile_network(getattr(part, "net", part))
         if engine.tracker is not None:
             self.accelerator.init_trackers("log")
         self.clock = (self.step, time.perf_counter())
@@ -344,8 +345,7 @@ class Run:
             if not (paths := checkpoints_in(folder)):
                 return None
             require(engine.resume, "folder", f"{folder} with {paths[0].name}", "an empty folder with resume=False")
-            found = read_checkpoint(folder)
-            return found
+            return read_checkpoint(folder)
 
         found = self.everywhere(find)
         if found is None:

@@ -47,8 +47,7 @@ def _check_counts(**counts: int | Sequence[int]) -> None:
     "Refuse what is not a whole number above 0, or a list of them."
     for name, value in counts.items():
         listed = value if isinstance(value, Sequence) else [value]
-        fine = listed and all(type(n) is int and n >= 1 for n in listed)
-        require(fine, name, value, "whole numbers above 0")
+        require(listed and all(type(n) is int and n >= 1 for n in listed), name, value, "whole numbers above 0")
 
 
 def _check_shape(shape: Sequence[int], factor: int, why: str, dropout: float) -> tuple[int, ...]:
@@ -62,8 +61,7 @@ def _check_shape(shape: Sequence[int], factor: int, why: str, dropout: float) ->
 
 
 def _check_input(x: Tensor, shape: tuple[int, ...]) -> None:
-    allowed = f"[batch, {', '.join(map(str, shape))}]"
-    require(x.shape[1:] == shape, "shape of x", tuple(x.shape), allowed)
+    require(x.shape[1:] == shape, "shape of x", tuple(x.shape), f"[batch, {', '.join(map(str, shape))}]")
 
 
 def _zero(net: nn.Module, *ends: str) -> None:
@@ -178,9 +176,9 @@ class DiT(nn.Module):
             dropout=dropout,
             num_embeds_ada_norm=1,
         )
-        given = _Given()
+        self.net.pos_embed.register_forward_hook(lambda embed, args, tokens: tokens.contiguous())  # as later blocks see
         for block in self.net.transformer_blocks:
-            block.norm1.emb = given
+            block.norm1.emb = _Given()
         for name, weight in self.net.named_parameters():
             nn.init.zeros_(weight) if name.endswith("bias") else nn.init.xavier_uniform_(weight.flatten(1))
         _zero(self.net, "norm1.linear", "proj_out_1", "proj_out_2")
