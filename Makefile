@@ -1,7 +1,7 @@
 # Needs Python 3.10 to 3.13, git and make; everything else goes into .venv.
 #   PYTHON=python3.12   the Python that .venv is made with
 #   TORCH_INDEX=URL     another index for torch and torchvision, such as the one with CPU-only builds
-#   ARGS="..."          passed on to the command behind tour, test, lint, bench, cifar10 and notebooks
+#   ARGS="..."          passed on to the command behind tour, test, lint, bench, cifar10, gpu and notebooks
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 METADATA := settings.ini pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test lint bench cifar10 lab method notebooks export docs clean
+.PHONY: help tour test lint bench cifar10 gpu lab method notebooks export docs clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
@@ -32,6 +32,9 @@ cifar10: .venv/installed ## measure the papers' claims on CIFAR-10: one GPU, ARG
 
 method: .venv/created ## begin a method's notebook: NAME=my_idea NUMBER=21
 	@$(BIN)/python tools/method.py $(NAME) $(NUMBER)
+
+gpu: .venv/installed-dev ## all that wants a GPU, in a quarter of an hour: ARGS="--budget MINUTES"
+	@$(BIN)/python tools/gpu.py $(ARGS)
 
 lab: .venv/installed-dev ## edit the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs

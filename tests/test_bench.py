@@ -9,7 +9,6 @@ import torch
 import bench
 from bench import QUICK, Pair, Timing, append, check_same, count_units, describe, main, measure
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.engine.cost import dit_flops, network_cost
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.training import DenoisingLoss
 
@@ -138,38 +137,3 @@ def test_every_benchmark_runs_prints_and_saves(tmp_path, capsys):
     }
     missed = [row["benchmark"] for row in rows if row["verdict"] == "MISSED"]
     assert f"{len(missed)} MISSED" in printed and all(name in printed.splitlines()[-1] for name in missed)
-
-
-def test_what_wants_a_gpu_runs_at_tiny_size_anywhere(monkeypatch, tmp_path, capsys):
-    "Eager and compiled training with MFU, and sampling by MG against CFG; only the device is missing."
-    real, compiled = torch.compile, []
-
-    def eager(function, **options):
-        compiled.append(function)
-        return real(function, backend="eager")
-
-    monkeypatch.setattr(torch, "compile", eager)
-    main(["--quick", "--anywhere", "--device", "cpu", "--only", "latents", "--out", str(tmp_path / "rows.csv")])
-    assert len(compiled) == 3  # the test of the compiler, the network, its average
-    with open(tmp_path / "rows.csv") as file:
-        rows = {row["benchmark"]: row for row in csv.DictReader(file)}
-    kinds = ("eager mfu", "compiled mfu", "compiled/not, speed", "mg/cfg, speed")
-    assert list(rows) == [f"dit-s/4 {kind}" for kind in kinds]
-    for kind in kinds[:2]:
-        row = rows[f"dit-s/4 {kind}"]
-        cost = network_cost("dit-s/4", (4, 8, 8), 10, width=32, depth=2, heads=2)
-        tflop = (cost.forward + cost.backward) / 1e12
-        assert cost.forward == dit_flops(32, 2, 4, 64)
-        assert f"{tflop:.4g} TFLOP an image, a multiply-add as two, of 1000 TFLOP/s" in row["note"]
-        assert abs(float(row["ratio"]) - 4 * tflop / 1000 / float(row["ours_seconds"])) < 1e-4
-        assert row["goal"] == ">= 0.35"
-    sampled = rows["dit-s/4 mg/cfg, speed"]
-    assert "8 rows of 16" in sampled["note"] and sampled["goal"] == ">= 1.9"
-    with pytest.raises(SystemExit):
-        main(["--anywhere", "--only", "latents"])
-    assert "allowed with --quick only" in capsys.readouterr().err
-
-
-def test_the_share_of_the_peak_is_that_of_the_ideal_time():
-    row = describe(Pair("mfu", print, print, 0.35, True, ideal=0.5), Timing([1.0, 2.0, 1.25], [0.0, 0.0, 0.0]))
-    assert (row["ratio"], row["verdict"]) == ("0.4000", "met")

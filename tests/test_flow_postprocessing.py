@@ -273,18 +273,6 @@ def test_ties_go_to_the_lower_index():
         assert (_neighbours(x, y, k).numpy() == expected).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_search_and_correction_on_a_gpu(clouds):
-    x, y, c, d = clouds
-    expected = brute_force(x, y, 5, c, d)
-    assert (_neighbours(x, y, 5, c, d, device="cuda").numpy() == expected).all()
-    assert (_neighbours(x.cuda(), y.cuda(), 5, c.cuda(), d.cuda()).numpy() == expected).all()
-    model = FlowPostprocessor(4, 3)
-    torch.nn.init.normal_(model.net.read.weight)
-    there = model(x, c)
-    torch.testing.assert_close(model.cuda()(x, c, batch_size=40), there, atol=1e-4, rtol=1e-4)
-
-
 def test_the_parts_of_fit_are_fit(clouds):
     x, y, c, d = clouds
     arguments = {"steps": 5, "batch_size": 32, "ema": 0.5, "progress": False}

@@ -27,7 +27,6 @@ from guidance_nb import __version__
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, _one_pass, count_nfe
-from guidance_nb.engine.cost import count_loss_nfe, find_chip, mfu, network_cost, training_flops
 from guidance_nb.engine.run import Engine
 from guidance_nb.images.features import CifarResNet, extract, resnet_extractor
 from guidance_nb.images.metrics import image_scores
@@ -58,12 +57,6 @@ class Sizes:
     depth: int = 56  # of the network that scores
     scored: tuple[int, ...] = (2_000,)  # numbers of images
     settings: dict[str, Any] = field(default_factory=dict)  # changes of the network's settings
-    latents: tuple[str, ...] = ("dit-b/2", "dit-xl/2")  # networks on latents, which want a GPU
-    latent_shape: tuple[int, int, int] = (4, 32, 32)
-    latent_batch: int = 64
-    latent_samples: int = 64
-    peak: float = 0.0  # FLOP/s at most; 0 for the data sheet of the GPU
-    anywhere: bool = False  # also run what wants a GPU, to try the machinery
     device: str = "cpu"
     seconds: float = 10.0  # of timing per row, more if the least number of rounds takes longer
     rounds: tuple[int, int] = (4, 40)  # least and most; even
@@ -74,8 +67,7 @@ LONG = replace(CPU, scored=(2_000, 10_000), seconds=40.0)
 CUDA = replace(CPU, network="unet-mnist", samples=256, batch=256, train_steps=8, device="cuda")
 QUICK = replace(
     CPU, network="unet-tiny", samples=4, steps=4, batch=8, train_steps=1, pairs=(2, 4), search=(20, 50, 6), depth=20,
-    scored=(64,), seconds=0.0, rounds=(2, 2), settings={}, latents=("dit-s/4",), latent_shape=(4, 8, 8), latent_batch=4,
-    latent_samples=2, peak=1e15,
+    scored=(64,), seconds=0.0, rounds=(2, 2), settings={},
 )  # fmt: skip
 
 
@@ -89,7 +81,6 @@ class Pair:
     goal: float | None = None  # None for a row that only reports
     at_least: bool = False  # The ratio is one of speeds and has to reach the goal, instead of one of times
     expected: float = 1.0  # Time of ours in units of the other's that the ratio is relative to
-    ideal: float | None = None  # Seconds that ours would take at the peak of the chip: the ratio is their share (MFU)
     note: str | Callable[["Timing"], str] = ""
 
 
@@ -102,8 +93,6 @@ class Timing:
 
     def ratios(self, pair: Pair) -> list[float]:
         "One ratio per round: of times to the expected ones, or of speeds."
-        if pair.ideal is not None:
-            return [pair.ideal / a for a in self.ours]
         found = [a / b / pair.expected for a, b in zip(self.ours, self.other)]
         return [1 / each for each in found] if pair.at_least else found
 
@@ -428,57 +417,6 @@ def gpu(sizes: Sizes) -> Iterator[Pair]:
     yield Pair("compiled/not, speed", run(precision="bf16", compile=True), half, at_least=True, note=note)
 
 
-def latents(sizes: Sizes) -> Iterator[Pair]:
-    "On a GPU: SiT on random latents in bf16; MFU and memory of training, eager and compiled; sampling MG against CFG."
-    if sizes.device != "cuda" and not sizes.anywhere:
-        return
-    cuda, loss = sizes.device == "cuda", DenoisingLoss(0.1)
-    peak = sizes.peak or find_chip(hardware(sizes.device)).peak
-    options: dict[str, Any] = {"precision": "bf16" if cuda else "fp32", "cpu": not cuda}
-    changes = {"width": 32, "depth": 2, "heads": 2} if sizes.latents == QUICK.latents else {}
-    for name in sizes.latents:
-        same = {"network": name, "shape": sizes.latent_shape, "settings": changes}
-        here = replace(sizes, batch=sizes.latent_batch, samples=sizes.latent_samples, **same)
-        cost = network_cost(name, here.shape, CLASSES, **changes)
-        needed, images = training_flops(cost, count_loss_nfe(loss)), here.batch * here.train_steps
-        runs: dict[str, Callable[[], None]] = {}
-        for kind in ("eager", "compiled"):
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if cuda else 0
-            engine = Engine(compile=kind == "compiled", **options)
-            run = ahead(start_training(build_model(here), loss, here, engine), here)
-            run()
-            used = torch.cuda.max_memory_allocated() - before if cuda else 0
-            memory, runs[kind] = f"{used / 2**30:.1f} GiB" if cuda else "memory not measured", run
-
-            def note(timing: Timing, memory: str = memory, images: int = images, needed: float = needed) -> str:
-                speed = images / median(timing.ours)
-                count = f"{needed / 1e12:.4g} TFLOP an image, a multiply-add as two, of {peak / 1e12:.4g} TFLOP/s"
-                share = f"MFU {mfu(speed, needed, peak):.4f}: {count}"
-                return f"{speed:.0f} images/s, batch {sizes.latent_batch}, {memory}; {share}"
-
-            yield Pair(f"{name} {kind} mfu", run, lambda: None, 0.35, True, ideal=images * needed / peak, note=note)
-        yield Pair(f"{name} compiled/not, speed", runs["compiled"], runs["eager"], at_least=True)
-        model = build_model(here)
-        rows, twice = rows_of(model, here), rows_of(ClassifierFreeGuidance(model, SCALE), here)
-
-        def images_of(view: Denoiser, here: Sizes = here) -> Any:
-            with torch.autocast(here.device, torch.bfloat16, enabled=cuda):
-                return draw(view, here)
-
-        def rates(timing: Timing, here: Sizes = here, cost: Any = cost, rows: int = rows, twice: int = twice) -> str:
-            one, two = (here.samples / median(each) for each in (timing.ours, timing.other))
-            shares = (mfu(s, n / here.samples * cost.forward, peak) for s, n in ((one, rows), (two, twice)))
-            told = " and ".join(f"{share:.4f}" for share in shares)
-            return f"{one:.2f} and {two:.2f} images/s, {rows} rows of {twice}; MFU {told}"
-
-        check_same(images_of(model), images_of(ClassifierFreeGuidance(model, 1.0)))
-        sides = partial(images_of, model), partial(images_of, ClassifierFreeGuidance(model, SCALE))
-        yield Pair(f"{name} mg/cfg, speed", *sides, 1.9, True, note=rates)
-
-
 BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Pair]]] = {
     "sampling": sampling,
     "model-guidance": model_guidance,
@@ -490,7 +428,6 @@ BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Pair]]] = {
     "search": search,
     "scoring": scoring,
     "gpu": gpu,
-    "latents": latents,
 }
 
 
@@ -583,7 +520,6 @@ def main(arguments: list[str] | None = None) -> None:
     how.add_argument("--quick", action="store_true", help="tiny sizes: runs the machinery, the numbers mean nothing")
     how.add_argument("--long", action="store_true", help="more rounds, and scoring of 10,000 images")
     parser.add_argument("--seconds", type=float, help="of timing per row")
-    parser.add_argument("--anywhere", action="store_true", help="with --quick: also what wants a GPU, on any device")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="table to append to; without it nbs/results/bench.csv, if not --quick")
     chosen = parser.parse_args(arguments)
@@ -592,10 +528,6 @@ def main(arguments: list[str] | None = None) -> None:
         small = {"network", "samples", "batch", "train_steps", "device"}
         changes = {"device": "cuda"} if chosen.quick else {key: getattr(CUDA, key) for key in small}
         sizes = replace(sizes, **changes)
-    if chosen.anywhere:
-        if not chosen.quick:
-            parser.error("--anywhere is allowed with --quick only: without a GPU the numbers mean nothing")
-        sizes = replace(sizes, anywhere=True)
     if chosen.seconds is not None:
         sizes = replace(sizes, seconds=chosen.seconds)
     rows = run_all(chosen.only or list(BENCHMARKS), sizes)
