@@ -295,7 +295,8 @@ class NetworkDenoiser(Denoiser):
                 )
         inputs = (*self.network_inputs(x, t), self.network_condition(c, drop, x))
         if self.scale_aware:
-            asked = torch.as_tensor(1.0 if scale is None else scale).to(inputs[0]).expand(len(x))
+            given = inputs[0].new_ones(()) if scale is None else torch.as_tensor(scale)
+            asked = given.to(inputs[0]).expand(len(x))
             blank = torch.ones(len(x), device=x.device) if c is None else 0 * asked if drop is None else drop
             inputs = (*inputs, torch.where(blank.bool(), torch.zeros_like(asked), asked))  # type: ignore
         record_nfe(len(x))

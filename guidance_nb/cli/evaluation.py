@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_distinct, require
 from guidance_nb._extras import extra
-from guidance_nb.cli.load import own_device
+from guidance_nb.cli.load import model_names, own_device
 from guidance_nb.cli.recipe import Recipe
 from guidance_nb.cli.run import (
     Request,
@@ -58,7 +58,7 @@ def find_feature_extractor(
     metrics: tuple[str, ...] | None = None,  # What it is for
 ) -> Extractor:  # For extract
     "The feature extractor of a name, or of a checkpoint of an evaluation classifier."
-    if not Path(source).exists():
+    if not Path(source).exists() and source not in model_names():
         return find_extractor(source, weights, metrics)
     trained = load_trained(source).require("evaluation_classifier", "classifier")
     require(trained.latents is None, "features", source, "a classifier of pictures, not of latents")

@@ -424,8 +424,9 @@ def override(
 def recipe_names(
     kind: type[Table] = Recipe,  # Recipe or FineTuning
 ) -> list[str]:
-    "Names of the recipes that come with the package."
-    return sorted(path.stem for path in FOLDERS[kind].glob("*.toml"))
+    "Names of the recipes that come with the package; models/NAME is the one that the shipped model NAME comes from."
+    found = [path.relative_to(FOLDERS[kind]) for end in ("*.toml", "models/*.toml") for path in FOLDERS[kind].glob(end)]
+    return sorted(path.with_suffix("").as_posix() for path in found)
 
 
 def read_recipe(

@@ -112,6 +112,19 @@ def write_checkpoint(folder: Path, record: dict[str, Any], parts: tuple[Any, nn.
     return target
 
 
+def write_weights(saved: Checkpoint, target: Path, metadata: Mapping[str, Any]) -> None:
+    """Write the moving average alone, in half precision, as a folder that is read like a checkpoint."""
+    from safetensors.torch import save_file
+
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in saved.ema.items()}
+    with write_aside(target) as aside:
+        aside.mkdir()
+        save_file(weights, aside / NAMES[1])
+        files = {NAMES[1]: {"bytes": (aside / NAMES[1]).stat().st_size, "sha256": digest(aside / NAMES[1])}}
+        record = saved.record | {"metadata": dict(metadata), "files": files}
+        (aside / "checkpoint.json").write_text(seal_record(record), encoding="utf-8")
+
+
 def prune_checkpoints(newest: Path, keep: int) -> None:
     """Remove all but the newest up to this one; later ones can only be damaged, or the run had gone on from them."""
     found = checkpoints_in(newest.parent)

@@ -257,9 +257,10 @@ class Run:
         self.stepper.step()
         weights = [full_tensor(p.detach()) for p in self.weights] if self.sharded else self.weights
         if isinstance(self.decay, Tensor):  # as a graph reads it
-            with torch.no_grad():
-                for kept, new in zip(self.kept, weights):
-                    kept.lerp_(new, 1 - self.decay)
+            with torch.no_grad():  # a few kernels for all weights together
+                ahead = torch._foreach_sub(weights, self.kept)
+                torch._foreach_mul_(ahead, 1 - self.decay)
+                torch._foreach_add_(self.kept, ahead)
         else:
             update_ema(self.kept, weights, self.decay)
         for kept, new in zip(self.average.buffers(), self.model.buffers()):
