@@ -20,7 +20,13 @@ from typing import Any
 
 import torch
 
-from guidance_nb.cli.evaluation import baseline_row, extract_reference_features, find_feature_extractor, has_facts, score
+from guidance_nb.cli.evaluation import (
+    baseline_row,
+    extract_reference_features,
+    find_feature_extractor,
+    has_facts,
+    score,
+)
 from guidance_nb.cli.load import MODELS
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import Request, generate, load_trained, make_data, train_recipe
@@ -221,7 +227,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder of the runs")
     parser.add_argument("--workers", type=int, default=1, help="trainings beside each other")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which every training is left")
-    parser.add_argument("--budget", type=float, default=0.0, help="seconds that all trainings may take; 0 for the whole")
+    parser.add_argument(
+        "--budget", type=float, default=0.0, help="seconds that all trainings may take; 0 for the whole"
+    )
     parser.add_argument("--samples", type=int, default=5000, help="samples of a point of the curve")
     parser.add_argument("--portions", default="1,2,3,4,6,8", help="eighths of the training at which they are drawn")
     parser.add_argument("--cuda-graphs", action="store_true", help="record the steps as CUDA graphs")

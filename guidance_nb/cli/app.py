@@ -140,7 +140,7 @@ def interruptible(advice: str) -> Iterator[None]:
 RecipeName = Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")]
 Split = Annotated[str, typer.Option(help="train or test, of mnist and cifar10.")]
 Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
-Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, or the folder of a run.")]
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, the folder of a run, or a name of guidance-nb models.")]
 Classifier = Annotated[
     str | None, typer.Option(help="Guide by this classifier checkpoint instead of by the null label.")
 ]
@@ -342,7 +342,7 @@ def sample_command(
 
     How the scale acts follows from the method of the checkpoint; sampler and steps are the recipe's unless given.
 
-    Example: guidance-nb sample runs/mnist-base --scale 2 --n 10000 --out base.npz
+    Example: guidance-nb sample mnist-cfg --scale 3 --out digits.png
     """
     from guidance_nb.cli.run import Request, generate, load_trained, main_only
 
@@ -523,6 +523,20 @@ def info(
         typer.echo(json.dumps(file.facts, indent=1))
     else:
         typer.echo(describe_trained(load_trained(path)))
+
+
+@app.command(cls=Command)
+def models() -> None:
+    """List the trained models that come with the package, each with what it is and how large.
+
+    Example: guidance-nb models
+    """
+    from guidance_nb.cli.load import MODELS, model_names
+
+    for name in model_names():
+        title = json.loads((MODELS / name / "checkpoint.json").read_text())["metadata"]["recipe"]["title"]
+        size = sum(file.stat().st_size for file in (MODELS / name).iterdir()) / 1e6
+        typer.echo(f"{name:24} {size:4.1f} MB  {title.split(';')[0]}")
 
 
 def describe_trained(trained: "Trained") -> str:

@@ -69,7 +69,7 @@ def open_checkpoint(
     if not folder.exists() and (names := model_names()):
         near = difflib.get_close_matches(str(source), names, 1, 0.4) or names
         if str(source) not in names:
-            raise ValueError(f"model = {str(source)!r}; allowed: the folder of a run, or {', '.join(near)}")
+            raise ValueError(f"model = {str(source)!r}; allowed: a folder that is there, or {', '.join(near)}")
         folder = MODELS / str(source)
     saved = read_checkpoint(folder)
     if not {"recipe", "shape", "classes"} <= set(saved.metadata):
@@ -85,14 +85,29 @@ def restore(
     "Rebuild a trained network."
     model = make_model(recipe, tuple(saved.metadata["shape"]), len(saved.metadata["classes"]))
     load_weights(model, saved.ema if ema else saved.model, str(saved.path))
+    return _ready(model)
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    "On the accelerator if there is one, in evaluation mode, its weights without gradients."
     return model.to(own_device()).eval().requires_grad_(False)
 
 
 def load(
-    source: str | Path,  # The folder of a run, a checkpoint in it, or a model that comes with the package
-    ema: bool = True,  # Whether to take the moving average of the weights
-) -> nn.Module:  # A `NetworkDenoiser` on the accelerator if there is one; a classifier or flow if one was trained
-    "A trained network by folder or name, ready to be guided and sampled from."
+    source: str
+    | Path,  # A model of the package, such as "mnist-cfg", a run or checkpoint, a diffusers folder, a Hub name
+    ema: bool = True,  # Whether to take the moving average of the weights, of a run
+) -> nn.Module:  # A `Denoiser` on the accelerator if there is one; a classifier or flow if one was trained
+    "A trained network by name or folder, ready to be guided and sampled from; nothing is unpickled."
+    folder = Path(source)
+    if (folder / "model_index.json").is_file():
+        from guidance_nb.interop.diffusers import from_diffusers
+
+        return _ready(from_diffusers(folder))
+    if (folder / "config.json").is_file() or (not folder.exists() and str(source).count("/") == 1):
+        from guidance_nb.interop.hub import open_pretrained
+
+        return _ready(open_pretrained(str(source)))
     saved = open_checkpoint(source)
     tables = {
         name: SimpleNamespace(**part) for name, part in saved.metadata["recipe"].items() if isinstance(part, dict)

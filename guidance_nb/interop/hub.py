@@ -7,7 +7,7 @@ from typing import Any
 
 from guidance_nb._checks import check_choice
 from guidance_nb._extras import extra
-from guidance_nb.denoisers import NetworkDenoiser, Parametrisation
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Parametrisation
 from guidance_nb.images.networks import build_network
 from guidance_nb.interop.schedulers import TablePath
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
@@ -106,3 +106,18 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
         named = {"network": self.network, "prediction": self.prediction, "path": self.path, "shape": self.shape}
         classes = {"num_classes": self.num_classes, "classes": max(self.num_classes, 1)}
         return ModelCard(CARD.format(**words, **named, **classes))
+
+
+def open_pretrained(
+    source: str,  # A folder or a name on the Hub
+) -> Denoiser:
+    "A network that `HubDenoiser` wrote, or else a pipeline of diffusers; what is neither is a `ValueError`."
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from guidance_nb.interop.diffusers import from_diffusers, opening
+
+    with opening("model", source):
+        try:
+            return HubDenoiser.from_pretrained(source)
+        except (OSError, TypeError, EntryNotFoundError):  # nothing of that name, or another kind of model
+            return from_diffusers(source)

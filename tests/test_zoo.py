@@ -1,0 +1,104 @@
+"""The trained models that come with the package: each is whole, known by name, and does what its card says."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import guidance_nb as gnb
+from guidance_nb.cli.load import MODELS, load, model_names
+from guidance_nb.cli.recipe import override, read_recipe
+from guidance_nb.cli.run import load_trained
+from guidance_nb.engine.checkpoints import DamagedCheckpoint
+from guidance_nb.images.data import from_uint8, load_images
+from guidance_nb.interop.hub import HubDenoiser
+
+NAMES = {
+    "mnist-aligned", "mnist-aligned-anchored", "mnist-cfg", "mnist-classifier", "mnist-classifier-linear",
+    "mnist-evaluation", "mnist-mg", "mnist-mg-aware", "mnist-post",
+}  # fmt: skip
+DENOISERS = sorted(name for name in NAMES if load_trained(name).recipe.method.name in
+                   ("plain", "aligned_loss", "model_guidance"))  # fmt: skip
+SAMPLE = [sys.executable, "-c", "from guidance_nb.cli.app import main; main()"]
+
+
+def test_all_models_are_there_and_small():
+    assert set(model_names()) == NAMES
+    assert sum(file.stat().st_size for file in MODELS.rglob("*.*")) <= 15e6
+    assert {file.name for file in MODELS.rglob("*.*") if file.is_file()} == {
+        "README.md", "checkpoint.json", "ema.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_model_comes_from_the_recipe_of_its_name_and_its_card_tells_it(name):
+    trained, card = load_trained(name), (MODELS / name / "README.md").read_text()
+    recipe, free = read_recipe(f"models/{name}"), {"method.samples": (), "cuda_graphs": False}
+    assert override(trained.recipe, free) == override(recipe, {"method.samples": ()})
+    assert trained.step == recipe.training.steps
+    assert f"{trained.step * recipe.training.batch_size:,} images seen" in card and "CC BY-SA 3.0" in card
+    model = load(name)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_digit_is_recognised_in_what_is_drawn(name):
+    "At the scale that a model is for; with weights that were never trained one in ten digits is."
+    classifier, c = load("mnist-evaluation"), torch.arange(30) % 10
+    trained = load_trained(name)
+    scale = None if trained.recipe.method.name == "plain" else trained.scale
+    model = gnb.ClassifierFreeGuidance(trained.model, 2.0) if scale is None else gnb.load(name)
+    if trained.model.scale_aware:
+        model = gnb.FixedScale(model, scale)
+    elif "aligned" in name:
+        model = gnb.ClassifierFreeGuidance(model, scale)
+    x = gnb.sample(model, c, (1, 28, 28), steps=8, seed=0, progress=False)
+    seen = classifier(x, torch.zeros(())).argmax(1)
+    assert (seen == c).double().mean() >= 0.8
+
+
+def test_the_evaluation_classifier_knows_test_images(data):
+    images = load_images("mnist", "test")
+    x = from_uint8(images.images(torch.arange(0, 10_000, 20)))
+    right = load("mnist-evaluation")(x, torch.zeros(())).argmax(1) == images.labels[::20]
+    assert right.double().mean() >= 0.97
+
+
+def test_a_digit_on_the_command_line(tmp_path):
+    words = ["sample", "mnist-cfg", "--scale", "3", "--n", "10", "--steps", "4", "--out", str(tmp_path / "d.png")]
+    done = subprocess.run([*SAMPLE, *words, "--no-progress"], capture_output=True, text=True, check=True)
+    assert "10 samples, NFE 8" in done.stdout and (tmp_path / "d.png").stat().st_size > 1000
+    listed = subprocess.run([*SAMPLE, "models"], capture_output=True, text=True, check=True).stdout
+    assert all(name in listed for name in NAMES)
+
+
+def test_bad_models_are_one_line(tmp_path):
+    for wrong, words in {"mnist-cgf": "model = 'mnist-cgf'; allowed: a folder that is there, or mnist-cfg"}.items():
+        with pytest.raises(ValueError, match=words):
+            load(wrong)
+    shutil.copytree(MODELS / "mnist-evaluation", tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(DamagedCheckpoint, match="ema.safetensors has .* bytes instead of"):
+        load(tmp_path / "damaged")
+    record = json.loads((MODELS / "mnist-evaluation" / "checkpoint.json").read_text())
+    (tmp_path / "damaged" / "checkpoint.json").write_text(json.dumps(record | {"format": 1}))
+    with pytest.raises(DamagedCheckpoint, match="checkpoint.json is not what was written"):
+        load(tmp_path / "damaged")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="^model = .*foreign' cannot be opened") as error:
+        load(tmp_path / "foreign")
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_folder_is_loaded_as_it_was(tmp_path):
+    trained = load_trained("mnist-cfg")
+    HubDenoiser.from_denoiser(trained.model, "unet-small", (1, 28, 28)).save_pretrained(tmp_path / "hub")
+    x, c = torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
+    assert_close(load(tmp_path / "hub")(x, 0.5, c).x0, trained.model(x, 0.5, c).x0)
