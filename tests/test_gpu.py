@@ -69,25 +69,22 @@ def test_a_recorded_run_is_the_same_run(loss):
     assert ends[0][0] == ends[1][0] and all(map(torch.equal, ends[0][1], ends[1][1]))
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_compiled_recorded_run_is_near_the_plain_run(name):
-    "Of image networks in fp32: one after another, each way of running it from the same weights."
-    ends = {}
-    for way in ({}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}):
+@pytest.mark.parametrize(("name", "compiled"), [("unet-tiny", False), ("dit-s/2", False), ("dit-s/2", True)])
+def test_a_recorded_run_of_images_is_near_the_plain_run(name, compiled):
+    "In fp32, from the same weights; compiling a U-Net takes too long for a test."
+    losses = []
+    for engine in (Engine(precision="fp32"), Engine(precision="fp32", cuda_graphs=True, compile=compiled)):
         model, _, _, _ = image_model(name)
         data = torch.randn(32, 3, 16, 16, generator=keyed_generator(0)), torch.arange(32) % 5
-        engine = Engine(precision="fp32", **way)
         states = [*fit(model, DenoisingLoss(), data, 8, 16, lr=1e-4, ema=0.9, engine=engine, progress=False)]
-        ends[len(way)] = [float(state.loss) for state in states]
-    assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
-    assert_close(ends[2], ends[0], rtol=1e-4, atol=1e-5)
+        losses.append([float(state.loss) for state in states])
+    assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
-@pytest.mark.parametrize("name", SMALL)
-def test_a_compiled_network_is_the_network(name, precision, tolerance):
-    "As far from float64 on the CPU as the uncompiled one is, and near it; gradients, too."
-    model, x, t, c = image_model(name)
+def test_a_compiled_network_is_the_network(precision, tolerance):
+    "Outputs and gradients; and it is as far from float64 on the CPU as the network is that is not compiled."
+    model, x, t, c = image_model("dit-s/2")
     exact = copy.deepcopy(model).double()
     eager = copy.deepcopy(model).cuda()
     compiled = copy.deepcopy(eager)
@@ -133,7 +130,7 @@ def test_search_and_correction_on_a_gpu():
     x, y = torch.randn(150, 4, generator=generator), torch.randn(260, 4, generator=generator)
     c, d = torch.arange(150) % 3, torch.arange(260) % 3
     distance = torch.cdist(x.double(), y.double()).masked_fill(c[:, None] != d, torch.inf)
-    expected = distance.argsort(1, stable=True)[:, :5]
+    expected = distance.argsort(dim=1, stable=True)[:, :5]
     assert torch.equal(_neighbours(x, y, 5, c, d, device="cuda"), expected)
     assert torch.equal(_neighbours(x.cuda(), y.cuda(), 5, c.cuda(), d.cuda()), expected)
     model = stir(FlowPostprocessor(4, 3))
