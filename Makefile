@@ -49,7 +49,7 @@ notebooks: export ## execute the notebooks and store their outputs
 
 docs: export ## build the site into _docs/ (needs Quarto 1.9)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.9: https://quarto.org/docs/download/" >&2; exit 1; }
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/tools" $(BIN)/nbdev_docs
 
 clean: ## remove what was built; keeps .venv
 	rm -rf _proc _docs build dist guidance_nb.egg-info nbs/nbdev.yml .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -360,9 +360,9 @@ def estimate_ratios(
     for t in times:
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
         cond, plain = model.predict_pair(model.path.interpolate(x0, eps, t), t, c)
-        both, square = cond.eps * plain.eps, plain.eps**2
-        of = lambda y: torch.stack([y[c == k].mean(0) for k in range(model.num_classes)])  # noqa: E731
-        ratios.append(of(both) / of(square))
+        products = cond.eps * plain.eps, plain.eps**2
+        both, square = (torch.stack([y[c == k].mean(0) for k in range(model.num_classes)]) for y in products)
+        ratios.append(both / square)
     return RatioTable(times, torch.stack(ratios))
 
 # %% ../nbs/15_guidance_variants.ipynb #67be6bf5

@@ -136,8 +136,8 @@ def _anderson_step(
     x, f = points[-1], residuals[-1].flatten(1)
     if len(points) == 1:
         return x + residuals[-1]
-    change = lambda history: torch.stack([(b - a).flatten(1) for a, b in zip(history, history[1:])], 2)  # noqa: E731
-    dx, df = change(points), change(residuals)  # [n, d, m]
+    pairs = (zip(history, history[1:]) for history in (points, residuals))
+    dx, df = (torch.stack([(b - a).flatten(1) for a, b in pair], 2) for pair in pairs)  # [n, d, m]
     size = df.norm(dim=1, keepdim=True).clamp(min=torch.finfo(f.dtype).tiny)
     dx, df = dx / size, df / size
     ridge = 10 * torch.finfo(f.dtype).eps * torch.eye(df.shape[2], dtype=f.dtype, device=f.device)

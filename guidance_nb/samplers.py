@@ -194,25 +194,28 @@ def solve_adaptively(
 
     low, high = times.min().item(), times.max().item()
     land = {"step_t": times[-1:].to(x.device)}  # end on the last time, not past it and back by interpolation
-    field = lambda t, x: velocity(t.cpu().clamp(low, high), x)  # noqa: E731, its first guess of a step looks beyond
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        return velocity(t.cpu().clamp(low, high), x)  # its first guess of a step looks beyond
+
     return odeint(field, x, times.to(x.device), rtol=tolerance, atol=tolerance, method="dopri5", options=land)
 
 
 def _integrate_adaptively(model: Denoiser, x: Tensor, c: Condition | None, times: Tensor, seen: _Callback) -> Tensor:
     "Solve the probability-flow ODE by the angle, eq. (5)."
     path = model.path
-    radius = lambda t: (path.alpha(t) ** 2 + path.sigma(t) ** 2).sqrt()  # noqa: E731
+    radii = torch.hypot(path.alpha(times), path.sigma(times))
 
     def turn(angle: Tensor, y: Tensor) -> Tensor:
         t = path.time_at(torch.tan(angle)).clamp(times[-1], times[0])
-        x0, eps = model(y * radius(t), t, c)
+        x0, eps = model(y * torch.hypot(path.alpha(t), path.sigma(t)), t, c)
         return angle.cos() * eps - angle.sin() * x0
 
     angles = torch.atan2(path.sigma(times), path.alpha(times))
-    points = solve_adaptively(turn, x / radius(times[0]), angles)
+    points = solve_adaptively(turn, x / radii[0], angles)
     for number, (t, point) in enumerate(zip(times, points)):
-        seen(number, t, point * radius(t))
-    return points[-1] * radius(times[-1])
+        seen(number, t, point * radii[number])
+    return points[-1] * radii[-1]
 
 # %% ../nbs/03_samplers.ipynb #ec342abb
 @torch.no_grad()

@@ -258,8 +258,8 @@ def _skipped_layers(
     layers: _Layers,  # Which, see _choose_layers
 ) -> AbstractContextManager[None]:  # A `with` block
     "Whole layers left out, as in the skip-layer guidance of Stable Diffusion 3.5."
-    same = lambda hidden_states, *_, **__: hidden_states  # noqa: E731
-    return _swapped(dict.fromkeys(_choose_layers(_skippable_layers(model), layers), same))
+    chosen = _choose_layers(_skippable_layers(model), layers)
+    return _swapped(dict.fromkeys(chosen, lambda hidden_states, *_, **__: hidden_states))
 
 # %% ../nbs/17_weak_models.ipynb #9b265bec
 class _Perturbed(Denoiser):

@@ -49,6 +49,12 @@ def config() -> dict:
         (lambda c: c["format"].update(commonmark="default"), "keep-md"),
         (lambda c: c["project"].update({"output-dir": "_site"}), "output-dir"),
         (lambda c: c.update(bibliography="missing.bib"), "missing.bib"),
+        (lambda c: c["website"].update(favicon="images/gone.svg"), "gone.svg"),
+        (lambda c: c["website"]["open-graph"].update(image="images/gone.png"), "gone.png"),
+        (lambda c: c["website"].pop("page-navigation"), "page-navigation"),
+        (lambda c: c["website"].pop("page-footer"), "page-footer"),
+        (lambda c: c["website"]["sidebar"].pop("tools"), "repository"),
+        (lambda c: c["format"]["html"]["theme"].pop("dark"), "themes"),
     ],
 )
 def test_inconsistent_config_is_found(change, problem):
@@ -79,7 +85,9 @@ def test_broken_formulas_and_citations_are_found(pandoc, source, warns):
         ('<a href="c.ipynb">x</a>', "c.ipynb leads nowhere"),
         ('<a href="b.ipynb#gone">x</a>', "b.ipynb#gone leads nowhere"),
         ('<a href="SITE/b.html#there">x</a>', None),
-        ('<a href="SITE/b.html#Thing.method">x</a>', "leads nowhere"),
+        ('<a href="SITE/b.html#there.method">x</a>', "leads nowhere"),
+        ('<a href="SITE/b.html#_there">x</a>', "leads nowhere"),
+        ('<h2 id="here">x</h2><span id="here"></span>', "is there twice"),
         ('<a href="GIT/blob/main/tools/pages.py">x</a>', None),
         ('<a href="GIT/blob/main/tools/gone.py">x</a>', "leads nowhere"),
         ('<a href="COLAB/nbs/00_paths.ipynb">x</a>', None),
@@ -175,3 +183,35 @@ def test_markdown_shows_what_the_site_shows():
     front, source = markdown(shown)
     assert front == {"title": "A"}
     assert all(word in source for word in ("prose", "output", "shown")) and "hidden" not in source
+
+
+EXPORTED = """import os
+
+
+class Ring:
+    "A ring."
+
+    def turn(self): ...
+
+
+def roll(ring): ...
+"""
+
+
+def test_source_is_shown_once_with_anchors_and_folded_imports():
+    "As nbdev runs it: no box, an anchor for each name and method, imports folded, equations beside their numbers."
+    from execnb.nbio import dict2nb
+    from nbdev.processors import FilterDefaults
+
+    def code(source: str) -> dict:
+        return {"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "execution_count": None}
+
+    first = {"cell_type": "markdown", "metadata": {}, "source": "# Rings\n\n> Round.\n\nSo\n$$a=b.\\tag{1}$$\nfollows."}
+    imports, _, rest = EXPORTED.partition("\n\n\n")
+    nb = dict2nb({"cells": [first, code(f"#| exports\n{imports}"), code(f"#| exports\n{rest}")], "metadata": {}})
+    FilterDefaults()(nb)
+    _, source = markdown(nb.cells)
+    assert "show_doc" not in source and source.count("class Ring") == 1
+    assert all(f"[]{{#{name}}}" in source for name in ("ring", "ring.turn", "roll"))
+    assert "#| code-fold: true" in nb.cells[-3].source and "code-fold" not in nb.cells[-1].source
+    assert "$$a=b.$$" in source and "[(1)]{.number}" in source and "\\tag" not in source

@@ -10,6 +10,7 @@ import argparse
 import ast
 import copy
 import difflib
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +31,7 @@ import colab
 import pages
 import readme
 from counts import PACKAGE, Weight, is_private, modules, public_names, weights
-from notebooks import NOTEBOOKS, ROOT, cells, directives, is_skipped, module_of, settings, text
+from notebooks import NOTEBOOKS, ROOT, cells, directives, is_skipped, module_of, settings, store, text
 
 LIMITS = {  # of the package, only ever lowered; tools/counts.py says how they are counted. The goals stand behind
     "public names": 227,  # 200
@@ -59,7 +61,14 @@ GROUPS = {
     "live": "live plots",
 }  # extras that bring others
 
-SOURCES = ("nbs", "tools", "tests", "setup.py", "guidance_nb")
+SOURCES = ("tools", "tests", "setup.py", "guidance_nb")
+TAUGHT_WIDTH, WIDTH = 80, 100  # of code that a taught page, or another, shows; ruff's width is the package's own
+# Pages whose shown code is wider still, and how many of its lines; numbers only fall, and a page leaves at 0.
+WIDE = {
+    "10_classifier_guidance": 70, "11_classifier_free_guidance": 83, "12_aligned_loss": 81, "13_model_guidance": 82,
+    "14_flow_postprocessing": 86, "20_comparison": 29, "22_mnist": 23, "23_cifar10": 55, "26_which_guidance": 33,
+    "index": 3,
+}  # fmt: skip
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
 METHODS = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 14]
 TAUGHT = {name: float(path.stem[:2]) for path in NOTEBOOKS if (name := module_of(path))}
@@ -99,12 +108,60 @@ def generated_files() -> list[Path]:
     return [path for path in PACKAGE.glob("*.py") if mark.search(path.read_text(encoding="utf-8"))]
 
 
+def halves(folder: Path) -> Iterator[tuple[Path, Path, int]]:
+    "Copies of the notebooks with one kind of code alone, exported or shown, and how wide that may be."
+    for path in NOTEBOOKS:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        for kind, width in (("kept", 120), ("shown", 120 if path.stem in WIDE else width_of(path))):
+            part = [cell for cell in code if is_shown(text(cell["source"])) == (kind == "shown")]
+            copied = folder / str(width) / kind / path.name
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            store(notebook | {"cells": part}, copied)
+            yield path, copied, width
+
+
+def is_exported(source: str) -> bool:
+    return bool(EXPORTS & set(directives(source)))
+
+
+def is_shown(source: str) -> bool:
+    "Whether only the page has this code, for readers to see."
+    return not is_exported(source) and "hide" not in directives(source)
+
+
+def width_of(path: Path) -> int:
+    return TAUGHT_WIDTH if path in BOOK else WIDTH
+
+
+def wide_lines(path: Path) -> int:
+    "Lines of shown code beyond its width; alternative texts are one line each, as Quarto wants them."
+    shown = [source for _, source in sources(path, "code") if is_shown(source)]
+    lines = [line for source in shown for line in source.splitlines() if not line.startswith("#| fig-")]
+    return sum(len(line) > width_of(path) for line in lines)
+
+
+def format_notebooks(*flags: str) -> Iterator[str]:
+    "Let ruff format the notebooks, each kind of code in its own width; with --check nothing is written."
+    with tempfile.TemporaryDirectory() as folder:
+        parts = list(halves(Path(folder)))
+        for width in sorted({width for _, _, width in parts}):
+            where = f"{folder}/{width}"
+            command = ("-m", "ruff", "format", "--config", str(ROOT / "pyproject.toml"), f"--line-length={width}")
+            yield from (line.replace(f"{where}/", "nbs: ") for line in lines_of(*command, "--quiet", *flags, where))
+        for path, copied, _ in [] if flags else parts:
+            notebook, done = json.loads(path.read_text(encoding="utf-8")), {c["id"]: c for c in cells(copied)}
+            notebook["cells"] = [done.get(cell["id"], cell) for cell in notebook["cells"]]
+            store(notebook, path)
+
+
 @check
 def style() -> Iterator[str]:
     "ruff, on all that is written by hand; and no name in the package that only a notebook has."
     concise = ("--output-format", "concise", "--quiet")
-    yield from lines_of("-m", "ruff", "check", *concise, *SOURCES)
+    yield from lines_of("-m", "ruff", "check", *concise, "nbs", *SOURCES)
     yield from lines_of("-m", "ruff", "format", "--check", *concise[:2], *SOURCES)
+    yield from format_notebooks("--check", *concise[:2])
     yield from lines_of("-m", "ruff", "check", "--isolated", "--select", "F821", *concise, "guidance_nb")
     command = [sys.executable, "-m", "ruff", "check", "--show-files", "guidance_nb"]
     seen = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split())
@@ -178,12 +235,17 @@ def unexplained(function: ast.FunctionDef, docstring: str, lines: list[str]) -> 
 
 
 def code_problems(path: Path) -> Iterator[str]:
-    "Imports have cells of their own, for building the site runs such cells; what is public explains itself."
+    "Imports have cells of their own; what is public explains itself; no line of shown code is too wide or excused."
+    if (wide := wide_lines(path)) > WIDE.get(path.stem, 0):
+        yield f"{wide} lines of shown code have more than {width_of(path)} characters; python tools/lint.py --fix"
+    excused = sum("# noqa" in source for _, source in sources(path, "code"))
+    if excused and path.stem not in WIDE:
+        yield f"# noqa in {excused} cells"
     for number, source in sources(path, "code"):
         tree, lines = ast.parse(source), source.splitlines()
         if {isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body} == {True, False}:
             yield from [] if "TYPE_CHECKING" in source else [f"cell #{number} imports, and does something else besides"]
-        for node in tree.body if EXPORTS & set(directives(source)) else ():
+        for node in tree.body if is_exported(source) else ():
             if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
                 continue
             docstring = ast.get_docstring(node) or ""
@@ -308,9 +370,46 @@ def references() -> Iterator[str]:
             yield f"references.bib: {key} has no link, or no page cites it"
 
 
+def said(source: str, is_code: bool) -> Iterator[str]:
+    "What a page or a module says in words: prose without names and formulas; comments and strings of several words."
+    if not is_code:
+        source = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$", "", pages.FENCE.sub("", source), flags=re.DOTALL)
+        yield re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "", source))
+        return
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and " " in token.string):
+            yield re.sub(r"`[^`]*`", "", token.string)
+
+
+def spoken() -> Iterator[tuple[str, str]]:
+    "Every file that speaks to a reader, and what it says."
+    for path in NOTEBOOKS:
+        for kind in ("markdown", "code"):
+            parts = (said(source, kind == "code") for _, source in sources(path, kind))
+            yield f"nbs/{path.name}", "\n\n".join(words for part in parts for words in part)
+    for path in sorted(set(PACKAGE.rglob("*.py")) - set(generated_files())):
+        yield path.relative_to(ROOT).as_posix(), "\n".join(said(path.read_text(encoding="utf-8"), True))
+    yield "CONTRIBUTING.md", "\n".join(said((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), False))
+
+
+def home_made(words: str, listed: dict[str, str]) -> Iterator[str]:
+    "The home-made words in a text, with what stands around them and the field's words."
+    for pattern, standard in listed.items():
+        for found in re.finditer(rf"\b({pattern})\b", words, re.IGNORECASE):
+            around = " ".join(words[max(0, found.start() - 30) : found.end() + 30].split())
+            yield f'{found[0]!r} in "{around}"; say: {standard}'
+
+
 @check
 def glossary() -> Iterator[str]:
-    "The functions of the glossary's tables are public."
+    "The field's words, as tools/words.yml lists them; the functions of the glossary's tables are public."
+    listed = yaml.safe_load((ROOT / "tools" / "words.yml").read_text(encoding="utf-8"))
+    counted: dict[str, list[str]] = {}
+    for name, words in spoken():
+        counted.setdefault(name, []).extend(home_made(words, listed["words"]))
+    for name, found in counted.items():
+        if len(found) > (most := (listed["left"] or {}).get(name, 0)):
+            yield from (f"{name} ({len(found)}, at most {most}): {line}" for line in found)
     path = next(path for path in NOTEBOOKS if path.stem == "90_glossary")
     known = {name for file in modules().values() for name in public_names(ast.parse(file.read_text(encoding="utf-8")))}
     for line in re.findall(r"^\|.+\|$", prose(path), re.MULTILINE):
@@ -442,8 +541,9 @@ def size() -> Iterator[str]:
 
 def fix() -> None:
     "Write what can be written."
+    print(*format_notebooks(), sep="\n", end="")
     for command in (
-        ("-m", "ruff", "check", "--fix", "--quiet", *SOURCES),
+        ("-m", "ruff", "check", "--fix", "--quiet", "nbs", *SOURCES),
         ("-m", "ruff", "format", "--quiet", *SOURCES),
         ("-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"),
         ("tools/colab.py",),

@@ -1,0 +1,163 @@
+"What the taught modules say to a wrong input: one line that names the argument, its value and what is allowed."
+
+import math
+import re
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from guidance_nb import (
+    denoisers,
+    guidance,
+    guidance_variants,
+    mixtures,
+    networks,
+    paths,
+    plots,
+    power_tilt,
+    samplers,
+    trained_guidance,
+    training,
+    weak_models,
+)
+
+NAN = math.nan
+FIVE = torch.randn(5, 2)
+LABELS = torch.tensor([0, 1, 2, 1, 0])
+FLOW = paths.FlowPath()
+PAIR = mixtures.gaussian_pair()
+MODEL = mixtures.ExactDenoiser(PAIR, FLOW)
+TREE = mixtures.fractal(depth=1)
+GRID = torch.tensor([0.1, 0.5, 0.9])
+
+
+class Tell(nn.Module):
+    def forward(self, x, time, labels):
+        return x * 0
+
+
+TELL = denoisers.NetworkDenoiser(Tell(), FLOW, num_classes=3)
+
+
+@cache
+def dit():
+    from guidance_nb.images.networks import image_denoiser
+
+    return image_denoiser("dit-s/2", (1, 8, 8), FLOW, 3, width=16, depth=3, heads=2)
+
+
+def one(mean: float, variance: float) -> mixtures.Mixture:
+    return mixtures.Mixture(torch.full((1, 1), mean), torch.full((1,), variance), torch.tensor([0]))
+
+
+def train(loss, *data, steps: int = 5):
+    return training.train(nn.Linear(1, 1), loss, data, steps, 4, progress=False)
+
+
+FOUNDATIONS = [
+    (lambda: paths.check_time(torch.tensor([0.5, 1.5])), "t = 1.5"),
+    (lambda: paths.check_time(NAN), "allowed: 0 (data) to 1 (noise)"),
+    (lambda: paths.VPPath("sigmoid"), "allowed: 'linear', 'cosine'"),
+    (lambda: denoisers.check_inputs(FIVE, 1.5, None, 3), "t = 1.5"),
+    (lambda: denoisers.check_inputs(FIVE.long(), 0.5, None, 3), "torch.int64 (5, 2)"),
+    (lambda: denoisers.check_inputs(FIVE, torch.rand(4), None, 3), "[batch] = [5]"),
+    (lambda: denoisers.check_inputs(FIVE, 0.5, torch.zeros(5), 3), "c is torch.float32"),
+    (lambda: denoisers.check_inputs(FIVE, 0.5, LABELS + 1, 3), "c contains 3; allowed: 0 to 2"),
+    (lambda: denoisers.check_inputs(FIVE, 0.5, torch.tensor([0]), 3), "c has shape (1,)"),
+    (lambda: denoisers.check_inputs(FIVE, 0.5, torch.zeros(4, 7), denoisers.EMBEDDINGS), "c is torch.float32 (4, 7)"),
+    (lambda: denoisers.NetworkDenoiser(Tell(), FLOW, prediction="noise"), "prediction = 'noise'"),
+    (lambda: TELL.predict_pair(FIVE, 0.5, LABELS, "both"), "allowed: 'auto', 'batched', 'sequential'"),
+    (lambda: MODEL(FIVE[:, :1], 0.0, LABELS), "c contains 2; allowed: 0 to 1"),
+    (lambda: MODEL(FIVE, 0.5), "allowed: [batch, 1]"),
+    (lambda: mixtures.digits("validation"), "allowed: 'train', 'test', 'all'"),
+    (
+        lambda: mixtures.ExactDenoiser(mixtures.mixture_of_points(FIVE, LABELS), FLOW)(FIVE, 0.0),
+        "data points have no density",
+    ),
+    (lambda: samplers.time_grid(FLOW, 0), "steps = 0; allowed: a whole number"),
+    (lambda: samplers.sample(MODEL, torch.tensor([0, 2]), (1,)), "c contains 2; allowed: 0 to 1"),
+    (lambda: samplers.sample(MODEL, 2, (1,), "rk4"), "sampler = 'rk4'; allowed: 'ddim'"),
+    (lambda: samplers.sample(MODEL, 2, (1,), times=torch.tensor([0.0, 1.0])), "strictly falling"),
+    (lambda: samplers.sample(MODEL, 2, ()), "shape = ()"),
+    (lambda: next(training.batches((FIVE[:0], LABELS[:0]), 4, 0, 1)), "samples of data = 0"),
+    (lambda: next(training.batches((FIVE, LABELS[:3]), 4, 0, 1)), "labels of data = 3"),
+    (lambda: next(training.batches((FIVE * NAN, LABELS), 4, 0, 1)), "finite"),
+    (lambda: train(training.DenoisingLoss(), torch.ones(4, 1), None, steps=0), "steps = 0"),
+    (lambda: training.DenoisingLoss(dropout=1.5), "dropout = 1.5; allowed: 0 to 1"),
+    (lambda: plots.show_density(mixtures.gaussian_pair(dim=3)), "dimension of the mixture = 3; allowed: 1 or 2"),
+    (lambda: plots.show_density(TREE, extent=-1.0), "extent = -1.0; allowed: a positive number"),
+    (lambda: plots.show_points(FIVE, role="unguided"), "role = 'unguided'; allowed: 'data', 'conditional'"),
+    (lambda: plots.show_points(torch.zeros(4, 3)), "shape of x = (4, 3); allowed: [n, 1] or [n, 2]"),
+    (lambda: plots.show_field(lambda x: x[:, :1]), "; allowed: finite vectors (289, 2)"),
+    (lambda: plots.show_images(torch.zeros(2, 63)), "shape of x = (2, 63); allowed: [n, 64]"),
+]
+
+METHODS = [
+    (
+        lambda: guidance.shift_prediction(MODEL(FIVE[:, :1], 0.5), FIVE[:, :1], FLOW, GRID[1], "v"),
+        "space = 'v'; allowed:",
+    ),
+    (lambda: guidance.interval_from_steps(paths.EDMPath(), 32, 17, 32), "allowed: 0 <= first <= last < steps = 32"),
+    (lambda: guidance.interval_from_noise(paths.EDMPath(), 2, 1), "low, high = (2, 1); allowed: 0 <= low <= high"),
+    (lambda: guidance.beta_schedule(3.0, 0.5), "a = 0.5; allowed: a number, 1 or more"),
+    (lambda: guidance.linear_schedule(2.0, floor=NAN), "floor = nan; allowed: a finite number"),
+    (lambda: guidance_variants.RescaledGuidance(MODEL, 2.0, phi=1.5), "phi = 1.5; allowed: 0 to 1"),
+    (lambda: guidance_variants.CFGZeroStar(MODEL, 2.0, zero_from=0.0), "zero_from = 0.0; allowed: a time above 0"),
+    (lambda: guidance_variants.AdaptiveProjectedGuidance(MODEL, 2.0, norm=0.0), "norm, momentum = (0.0, 0.0); allowed"),
+    (lambda: guidance_variants.AdaptiveProjectedGuidance(MODEL, 2.0, eta=NAN), "eta = nan; allowed: a finite number"),
+    (lambda: guidance_variants.frequency_bands(torch.zeros(2, 1, 8, 8), 0), "levels = 0; allowed: a whole number"),
+    (lambda: guidance_variants.frequency_bands(FIVE), "x of shape = (5, 2); allowed: images [batch, channels"),
+    (
+        lambda: guidance_variants.FrequencyDecoupledGuidance(MODEL, 2.0)(FIVE[:, :1], 0.5, LABELS % 2),
+        "allowed: images",
+    ),
+    (lambda: guidance_variants.FrequencyDecoupledGuidance(MODEL, 2.0, shares=()), "shares = (); allowed"),
+    (lambda: guidance_variants.DynamicThresholding(MODEL, 2.0, quantile=2.0), "quantile = 2.0; allowed: 0 to 1"),
+    (lambda: guidance_variants.RatioTable(GRID, torch.ones(2, 3)), "times; allowed: two times or more, rising"),
+    (lambda: guidance_variants.RectifiedGuidance(MODEL, 2.0, NAN), "ratios = nan; allowed: a finite number"),
+    (lambda: weak_models.Autoguidance(MODEL, nn.Linear(2, 2), 2.0), "weak is a Linear; allowed: a Denoiser"),
+    (
+        lambda: weak_models.Autoguidance(MODEL, mixtures.ExactDenoiser(PAIR, paths.VPPath()), 2.0),
+        "weak.path = VPPath(",
+    ),
+    (lambda: weak_models.SmoothedEnergyGuidance(networks.mlp_denoiser(2, FLOW), 0), "no layer is there"),
+    (lambda: weak_models.PerturbedAttentionGuidance(dit(), 7), "layers = 7; allowed: 0 to 2, or part of a name: net."),
+    (lambda: weak_models.SkipLayerGuidance(dit(), "mid"), "layers = 'mid'; allowed: 0 to 2"),
+    (lambda: weak_models.SmoothedEnergyGuidance(dit(), 0, sigma=-1.0), "sigma = -1.0; allowed: 0 or more"),
+    (lambda: weak_models.SelfAttentionGuidance(dit(), "attn1"), "layer = 'attn1' fits 3 layers; allowed: one"),
+    (lambda: weak_models.CADS(dit()), "allowed: EMBEDDINGS"),
+    (
+        lambda: weak_models.IndependentConditionGuidance(mixtures.ExactDenoiser(one(0.0, 1.0), FLOW)),
+        "num_classes = 1",
+    ),
+    (lambda: weak_models.ExactDiscriminator(TREE, one(0.0, 1.0), FLOW), "generated has 1 classes; allowed:"),
+    (lambda: power_tilt.tilt_mixture(PAIR, one(0.0, 2.0), 1.5), "scale = 1.5; allowed: a whole number from 1"),
+    (lambda: power_tilt.tilt_mixture(one(0.0, 2.0), one(0.0, 1.0), 3.0), "allowed: scales at which the tilt exists"),
+    (lambda: power_tilt.CharacteristicGuidance(MODEL, 3.0, iterations=0), "iterations = 0; allowed: a whole"),
+    (lambda: power_tilt.CharacteristicGuidance(MODEL, 3.0, tolerance=-1), "tolerance = -1; allowed"),
+    (lambda: power_tilt.CharacteristicGuidance(MODEL, 3.0, memory=0.5), "memory = 0.5; allowed"),
+    (lambda: power_tilt.CharacteristicGuidance(MODEL, 3.0, span="pixel"), "span = 'pixel'; allowed: 'all'"),
+    (lambda: power_tilt.PredictorCorrector(MODEL, -1), "count = -1; allowed: a whole number, 0 or more"),
+    (lambda: power_tilt.PredictorCorrector(MODEL, 1, 0.0), "size = 0.0; allowed: a positive, finite number"),
+    (lambda: power_tilt.sample_feynman_kac(MODEL, 2, 4, (1,), 3.0), "c contains 2; allowed: 0 to 1"),
+    (lambda: power_tilt.sample_feynman_kac(MODEL, 0, 4, (1,), NAN), "scale = nan; allowed: a finite number"),
+    (lambda: power_tilt.sample_feynman_kac(MODEL, 0, 4, (1,), 3.0, threshold=2), "threshold = 2; allowed: 0 to 1"),
+    (lambda: trained_guidance.scale_from_gft(0.0), "beta = 0.0; allowed: above 0"),
+    (lambda: trained_guidance.scale_from_meanflow(1.0, 1.0), "kappa = 1.0; allowed: below 1"),
+    (lambda: trained_guidance.MeanFlowGuidanceLoss(kappa=1.0), "kappa = 1.0; allowed: a finite number below 1"),
+    (lambda: trained_guidance.MeanFlowGuidanceLoss(NAN), "omega = nan; allowed: a finite number"),
+    (lambda: trained_guidance.MeanFlowGuidanceLoss(interval=(0.8, 0.2)), "interval = (0.8, 0.2)"),
+    (lambda: trained_guidance.GuidanceFreeTrainingLoss(0), "scale = 0; allowed: a finite number above 0"),
+    (lambda: trained_guidance.GuidanceFreeTrainingLoss(scale_range=(0.0, 4.0)), "allowed: None, or (low, high)"),
+    (lambda: trained_guidance.GuidedDistillationLoss(MODEL, dropout=1.5), "dropout = 1.5; allowed: 0 to 1"),
+    (lambda: trained_guidance.GuidedDistillationLoss("CFG"), "teacher = 'CFG'; allowed: a Denoiser"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), FOUNDATIONS + METHODS, ids=lambda value: value if value is str else None)
+def test_a_wrong_input_is_one_line(call, words):
+    with pytest.raises((ValueError, TypeError), match=re.escape(words)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
