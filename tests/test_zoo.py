@@ -84,15 +84,15 @@ def test_bad_models_are_one_line(tmp_path):
     shutil.copytree(MODELS / "mnist-evaluation", tmp_path / "damaged")
     weights = tmp_path / "damaged" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(DamagedCheckpoint, match="ema.safetensors has .* bytes instead of"):
+    with pytest.raises(DamagedCheckpoint, match=r"ema.safetensors has .* bytes instead of"):
         load(tmp_path / "damaged")
     record = json.loads((MODELS / "mnist-evaluation" / "checkpoint.json").read_text())
     (tmp_path / "damaged" / "checkpoint.json").write_text(json.dumps(record | {"format": 1}))
-    with pytest.raises(DamagedCheckpoint, match="checkpoint.json is not what was written"):
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint.json is not what was written"):
         load(tmp_path / "damaged")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="^model = .*foreign' cannot be opened") as error:
+    with pytest.raises(ValueError, match=r"^model = .*foreign' cannot be opened") as error:
         load(tmp_path / "foreign")
     assert "\n" not in str(error.value)
 

@@ -227,9 +227,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder of the runs")
     parser.add_argument("--workers", type=int, default=1, help="trainings beside each other")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which every training is left")
-    parser.add_argument(
-        "--budget", type=float, default=0.0, help="seconds that all trainings may take; 0 for the whole"
-    )
+    parser.add_argument("--budget", type=float, default=0.0, help="seconds for all trainings; 0 for the whole")
     parser.add_argument("--samples", type=int, default=5000, help="samples of a point of the curve")
     parser.add_argument("--portions", default="1,2,3,4,6,8", help="eighths of the training at which they are drawn")
     parser.add_argument("--cuda-graphs", action="store_true", help="record the steps as CUDA graphs")
