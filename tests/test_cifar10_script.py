@@ -8,11 +8,28 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 import cifar10
-from cifar10 import PARTS, REHEARSAL, RUNS, SCALES, STEPS, OutOfTime, Plan, Point, Study, full_size
+from cifar10 import (
+    PARTS,
+    REHEARSAL,
+    RUNS,
+    RUNS_16,
+    SCALES,
+    STEPS,
+    VP_RUNS,
+    OutOfTime,
+    Plan,
+    Point,
+    Size,
+    Study,
+    full_size,
+    small_size,
+)
 from guidance_nb.cli.run import Request, generate, load_trained
 from guidance_nb.denoisers import count_nfe
+from guidance_nb.images.data import save_samples
 from guidance_nb.images.metrics import read_rows
 
 needs_data = pytest.mark.skipif(
@@ -23,8 +40,8 @@ needs_data = pytest.mark.skipif(
 FULL = full_size(2, 1e-3)
 
 
-def study(out, size=REHEARSAL, minutes=60.0, deadline=math.inf, **options):
-    return Study(out, size, minutes, options.get("vp", False), deadline, False, None)
+def study(out, size=REHEARSAL, minutes=60.0, deadline=math.inf):
+    return Study(out, size, minutes, deadline, False, None)
 
 
 @pytest.mark.parametrize("minutes", [30.0, 120.0])
@@ -33,7 +50,7 @@ def test_the_plan_fits_the_budget(tmp_path, monkeypatch, minutes):
     engine = {"precision": "bf16", "channels_last": True, "compile": False}
     monkeypatch.setattr(cifar10, "time_engines", lambda size, compiled: (engine, []))
     monkeypatch.setattr(cifar10, "time_training", lambda recipe, steps: (0.05 * recipe.training.batch_size / 256, 1.0))
-    monkeypatch.setattr(cifar10, "time_sampling", lambda size, engine, out: {1.0: 1_000.0, 2.0: 500.0})
+    monkeypatch.setattr(cifar10, "time_sampling", lambda size, engine: {1.0: 1_000.0, 2.0: 500.0})
     plan = cifar10.make_plan(study(tmp_path, FULL, minutes))
     trained = sum(seconds for name, seconds in plan.seconds.items() if name != "sampling")
     longest = 0.05 * sum(run.length * (2 if name == "wide" else 1) for name, run in RUNS.items())
@@ -87,11 +104,10 @@ def test_points_cost_the_evaluations_that_are_planned(tmp_path):
 @needs_data
 def test_the_whole_way_and_on_from_where_it_stopped(tmp_path, monkeypatch, capsys):
     "Left three times: in training, before the pairs are drawn, between two points. What was made is not made again."
-    monkeypatch.setattr(cifar10, "SCALES", (1.0, 2.0))
-    monkeypatch.setattr(cifar10, "STEPS", (2,))
-    for name in ("post-pixels-40", "post-resnet-40", "wide", "mg-2", "mg-aware"):
-        monkeypatch.delitem(RUNS, name)
-    monkeypatch.setattr(cifar10, "all_points", lambda vp: POINTS)
+    left_out = ("post-pixels-40", "post-resnet-40", "wide", "mg-2", "mg-aware")
+    size = replace(REHEARSAL, runs={name: run for name, run in RUNS.items() if name not in left_out})
+    monkeypatch.setattr(Size, "points", lambda self, runs: POINTS)
+    monkeypatch.setattr(cifar10, "STRICT", True)
     calls, made = [0], []
     leave_at = {2, 8, 13}
 
@@ -105,8 +121,8 @@ def test_the_whole_way_and_on_from_where_it_stopped(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(cifar10, "train_run", lambda *given: made.append(given[2]) or train(*given))
     for _ in range(3):
         with pytest.raises(OutOfTime):
-            cifar10.carry_out(study(tmp_path))
-    cifar10.carry_out(study(tmp_path))
+            cifar10.carry_out(study(tmp_path, size))
+    cifar10.carry_out(study(tmp_path, size))
     shown = capsys.readouterr().out
     assert shown.count("base: 8 steps of 16 images") == 2 and made.count("base") == 4  # left once, and then complete
     rows = read_rows(tmp_path / "cifar10.csv")[1]
@@ -123,7 +139,7 @@ def test_the_whole_way_and_on_from_where_it_stopped(tmp_path, monkeypatch, capsy
     assert all(0 <= float(row["agreement_resnet56"]) <= 1 and float(row["fd_resnet56"]) > 0 for row in rows)
     assert not any(str(tmp_path) in str(row) for row in rows)
     assert max(file.stat().st_size for file in tmp_path.glob("weights/*/*.safetensors")) < 15e6
-    assert {file.parent.name for file in tmp_path.glob("weights/*/recipe.json")} == set(RUNS)
+    assert {file.parent.name for file in tmp_path.glob("weights/*/recipe.json")} == set(size.runs)
     assert (tmp_path / "samples" / "base-1.npz").exists() and (tmp_path / "grids" / "base-self-2.png").exists()
 
 
@@ -160,7 +176,7 @@ def test_the_clock_leaves_in_time(tmp_path):
 
 def test_every_point_of_the_study_is_there():
     "The grid the study asks for, and each claim's points."
-    points = cifar10.all_points(vp=True)
+    points = Size({}).points([*RUNS, *VP_RUNS])
     assert len(set(points)) == len(points)
     for run in ("base", "wide", "aligned", "vp-wide", "vp-aligned"):
         assert {(p.scale, p.steps) for p in points if p.run == run and not p.headline} >= {
@@ -174,3 +190,63 @@ def test_bad_times_are_refused(tmp_path, given, capsys):
     with pytest.raises(SystemExit):
         cifar10.main(["--out", str(tmp_path), *given])
     assert re.search(r"allowed: (positive numbers of minutes|a positive number)\n", capsys.readouterr().err)
+
+
+POINTS_16 = [
+    Point("base", 2.0, 2, corrections=("post-classifier-20",)),
+    Point("base", 2.0, 2, precision="fp32", seed=1),
+    Point("mg-2", 2.0, 2, portion=0.5),
+    Point("few", 2.0, 2),
+]
+
+
+def test_the_study_of_small_images_from_a_folder_and_past_a_failure(tmp_path, monkeypatch, capsys):
+    "With an evaluation classifier of its own; a run that fails costs its own points alone."
+    x, c = torch.randint(0, 256, (240, 3, 16, 16), dtype=torch.uint8), torch.arange(240) % 10
+    for split in ("train", "test"):
+        save_samples(tmp_path / "data" / f"{split}.npz", x, c, {"classes": list("abcdefghij")})
+    size = small_size(str(tmp_path / "data"), 1e-3, rehearse=True)
+    wanted = ("evaluation", "base", "mg-2", "classifier", "post-classifier-20", "few")
+    size = replace(size, runs={name: run for name, run in RUNS_16.items() if name in wanted})
+    monkeypatch.setattr(Size, "points", lambda self, runs: POINTS_16)
+    train = cifar10.train_run
+    monkeypatch.setattr(cifar10, "train_run", lambda *given: 1 / 0 if given[2] == "few" else train(*given))
+    cifar10.carry_out(study(tmp_path, size))
+    shown = capsys.readouterr()
+    assert "ZeroDivisionError" in shown.err and "few fd" not in shown.out
+    rows = read_rows(tmp_path / "cifar10.csv")[1]
+    found = [(row["run"], row["flow"], row["seed"], row["n"]) for row in rows]
+    assert found == [
+        *(("real", "", "0", n) for n in ("20", "40")),
+        ("base", "", "0", "20"),
+        ("base", "post-classifier-20", "0", "20"),
+        ("base", "", "1", "20"),
+        ("mg-2", "", "0", "20"),
+    ]
+    assert [float(row["nfe"]) for row in rows[2:]] == [4, 20, 4, 2]  # the evaluation's own are not among them
+    assert {row["reference"] for row in rows} == {"cifar10 train at 16 x 16"}
+    (weights,) = (tmp_path / "weights").glob("*/*.safetensors")
+    assert weights.parent.name == "evaluation"
+
+
+def test_every_point_of_small_images_is_of_a_run_that_is_there():
+    points = small_size("cifar10", 1e-3, False).points(list(RUNS_16))
+    assert len(set(points)) == len(points) and {point.run for point in points} < set(RUNS_16)
+    assert {name for point in points for name in (*point.corrections, point.classifier) if name} < set(RUNS_16)
+    fewer = small_size("cifar10", 1e-3, False).points(["base", "mg-2"])
+    assert {(point.run, point.corrections) for point in fewer} == {("base", ()), ("mg-2", ())}
+
+
+def test_a_short_budget_leaves_out_what_is_needed_least(tmp_path, monkeypatch, capsys):
+    "So that the base sees twelve epochs."
+    monkeypatch.setattr(cifar10, "time_engines", lambda size, compiled: ({"precision": "bf16", "compile": False}, []))
+    monkeypatch.setattr(cifar10, "time_training", lambda recipe, steps: (0.02, 1.0))
+    monkeypatch.setattr(cifar10, "time_sampling", lambda size, engine: {1.0: 5_000.0, 2.0: 2_500.0})
+    size = small_size("cifar10", 1e-3, False)
+    plan = cifar10.make_plan(study(tmp_path, size, 4.0))
+    missing = set(RUNS_16) - set(plan.seconds)
+    assert missing and missing <= {"mg-2-1", "mg-aware", "few", "post-few"} and plan.samples == 5_000
+    assert plan.steps * 512 >= 600_000 or len(missing) == 4
+    assert cifar10.run_recipe("evaluation", size, plan).network.settings["widths"] == (32, 64, 96)
+    assert cifar10.run_recipe("base", size, plan).network.settings["widths"] == (96, 128)
+    assert cifar10.run_recipe("few", size, plan).data.limit == 5_000

@@ -165,8 +165,46 @@ def test_cifar_is_what_its_files_say(data):
     assert images.pixels.flatten(1).numpy().tobytes() == batch[b"data"].tobytes()
     assert images.labels.tolist() == batch[b"labels"] and images.classes[3] == "cat"
     assert images.shape == (3, 32, 32) and images.num_classes == 10
-    with pytest.raises(ValueError, match="size = 64, channels = None; allowed: 32, 3, as stored"):
+    with pytest.raises(ValueError, match="size = 64; allowed: 32, as stored, or a divisor of it"):
         load_images("cifar10", "test", size=64)
+    with pytest.raises(ValueError, match="channels = 1; allowed: 3, as stored"):
+        load_images("cifar10", "test", channels=1)
+
+
+@pytest.mark.parametrize("size", [14, 4, 28])
+def test_a_smaller_image_is_the_mean_of_blocks_halves_rounded_up(data, size):
+    found, full = load_images("mnist", "test", size=size), load_images("mnist", "test")
+    edge = 28 // size
+    for image, small in zip(full.pixels[:50, 0].tolist(), found.pixels[:50, 0].tolist()):
+        for y in range(size):
+            for x in range(size):
+                block = [v for row in image[edge * y : edge * (y + 1)] for v in row[edge * x : edge * (x + 1)]]
+                assert small[y][x] == int(sum(block) / edge**2 + 0.5)
+    assert found.shape == (1, size, size) and torch.equal(found.labels, full.labels)
+
+
+def test_moves_go_every_way_and_leave_black_behind():
+    "As many pixels as asked for at most; drawn for the whole batch, so that two halves are the batch."
+    x = torch.randint(1, 256, (1, 2, 5, 4), dtype=torch.uint8)
+    images = ImageData(x, torch.zeros(1, dtype=torch.long), ("one",), (2, 5, 4), shift=2)
+    batch = torch.zeros(400, dtype=torch.long)
+    whole = to_uint8(images.fetch(batch, torch.Generator().manual_seed(0))[0])
+    wide = torch.nn.functional.pad(x, [2] * 4)[0]
+    moved = {tuple(wide[:, i : i + 5, j : j + 4].flatten().tolist()) for i in range(5) for j in range(5)}
+    assert {tuple(each.flatten().tolist()) for each in whole} == moved
+    halves = [images.fetch(batch, torch.Generator().manual_seed(0), rows)[0] for rows in (slice(150), slice(150, 400))]
+    assert torch.equal(to_uint8(torch.cat(halves)), whole)
+
+
+def test_a_folder_of_packed_images(tmp_path):
+    x, c = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 1, 0])
+    save_samples(tmp_path / "train.npz", x, c, {"classes": ["cat", "dog"]})
+    found = load_images(tmp_path, flip=True)
+    assert torch.equal(found.pixels, x) and torch.equal(found.labels, c) and found.flip
+    assert found.classes == ("cat", "dog") and load_images(tmp_path, size=2).shape == (3, 2, 2)
+    save_samples(tmp_path / "test.npz", x, c)
+    with pytest.raises(ValueError, match=r"labels and classes of .*test\.npz = None; allowed: labels in arr_1"):
+        load_images(tmp_path, "test")
 
 
 def damaged_copy(data, folder, name, damage):

@@ -44,11 +44,12 @@ from guidance_nb.cli.run import (
     make_data,
     postprocess,
     read_labels,
+    read_space,
     recipe_shape,
     take_images,
     train_recipe,
 )
-from guidance_nb.denoisers import NetworkDenoiser
+from guidance_nb.denoisers import NetworkDenoiser, count_nfe
 from guidance_nb.engine.checkpoints import read_checkpoint, seal_record
 from guidance_nb.images.data import ImageData, SampleFile, load_samples, save_samples
 from guidance_nb.images.features import INCEPTION, Extractor, Features, extract, read_reference
@@ -418,6 +419,23 @@ def test_more_than_there_is_is_refused_before_any_work(runs, tmp_path, changes, 
     with pytest.raises(ValueError, match=words):
         next(train_recipe(recipe, tmp_path / "run", progress=False))
     assert not (tmp_path / "run").exists()
+
+
+def test_neighbours_by_what_a_classifier_sees(runs):
+    x, features = torch.randn(5, 3, 8, 8), []
+    space, trained = read_space("classifier", str(runs / "evaluation")), load_trained(runs / "evaluation")
+    trained.model.head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
+    trained.model(x, 0.0)
+    with count_nfe() as count:
+        found = space(x)
+    assert torch.equal(found, features[0].cpu()) and count.total == 0
+    with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'classifier', 'eval"):
+        read_space("classifier", str(runs / "base"))
+
+
+@pytest.mark.parametrize("name, shape", [("cifar10-base", (3, 32, 32)), ("cifar10-evaluation-classifier", (3, 16, 16))])
+def test_the_shape_of_a_recipe_is_that_of_its_data(name, shape):
+    assert recipe_shape(read_recipe(name)) == (shape, 10)
 
 
 def test_the_test_split_of_images_is_there(runs):

@@ -6,8 +6,10 @@ One network, one budget: it times a training step of every loss, plans the longe
 (in minutes), trains them, samples, scores, and prints a short table. Everything is kept under --out; started again with
 the same --out it goes on with what is missing, and `--stop-after MINUTES` leaves in time for a machine that is lent for
 minutes only. `--patch 1` trains the papers' U-Net; the default sees 2x2 patches and has a level less: 3.9 times fewer
-operations an image, 25 instead of 36 million weights. `--rehearse` walks the whole way with a tiny network and 200
-images, on a CPU in minutes.
+operations an image, 25 instead of 36 million weights. `--size 16` is the study on images whose pixels are the means of
+2 x 2 pixels, with a network of 3.7 million weights and an evaluation classifier of its own; `--pack FOLDER` writes
+these images for a machine without CIFAR-10, which reads them by `--data FOLDER`. `--rehearse` walks the whole way with
+a tiny network and 200 images, on a CPU in minutes.
 """
 
 import argparse
@@ -15,23 +17,19 @@ import json
 import math
 import os
 import time
+import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from guidance_nb.cli.evaluation import (
-    baseline_row,
-    choose_metrics,
-    extract_reference_features,
-    has_facts,
-    score,
-)
+from guidance_nb.cli.evaluation import find_feature_extractor, has_facts, keep_neighbours, score
 from guidance_nb.cli.recipe import DataTable, Recipe, override, read_recipe
 from guidance_nb.cli.run import (
     Request,
@@ -45,10 +43,12 @@ from guidance_nb.cli.run import (
     make_training,
     own_device,
     postprocess,
+    recipe_shape,
     train_recipe,
 )
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
-from guidance_nb.images.data import SampleFile, save_samples
+from guidance_nb.engine.hardware import choose_precision
+from guidance_nb.images.data import ImageData, SampleFile, load_images, save_samples
 from guidance_nb.images.features import Extractor, Features, cifar_resnet, extract, resnet_extractor
 from guidance_nb.images.metrics import append_rows, read_rows
 from guidance_nb.training import fit
@@ -72,14 +72,15 @@ class Run:
     changes: dict[str, Any] = field(default_factory=dict)
     length: float = 1.0
     checkpoints: int = 1  # how many are needed; four show how quality grows with training
+    source: str = ""  # for a post-processing flow: the run whose samples it learns to correct
 
     def __hash__(self) -> int:
         return hash((self.recipe, str(self.changes)))
 
 
-def correction(space: str, neighbours: int) -> Run:
+def correction(space: str, neighbours: int, source: str = "base", **changes: Any) -> Run:
     "A post-processing flow for all scales, on samples of the base run."
-    return Run("cifar10-post", {"space": space, "neighbours": neighbours}, 0.2)
+    return Run("cifar10-post", {"space": space, "neighbours": neighbours} | changes, 0.2, source=source)
 
 
 RUNS = {
@@ -102,6 +103,24 @@ VP_RUNS = {
     "vp-wide": Run("cifar10-base", {"batch_size": 2} | VP),
     "vp-aligned": Run("cifar10-aligned", {"scale": 2.0} | VP),
 }
+PLAIN = {"compile": False}
+FEW = {"limit": 5_000}
+RUNS_16 = {  # a second seed of training for the headline; what is needed least stands last
+    "evaluation": Run("cifar10-evaluation-classifier"),
+    "base": Run("cifar10-base", checkpoints=8),
+    "aligned": Run("cifar10-aligned", {"scale": 2.0}, checkpoints=8),
+    "mg-2": Run("cifar10-mg", {"scale": 2.0}, checkpoints=8),
+    "classifier": Run("cifar10-classifier", PLAIN, 0.5),
+    "post-pixels-20": correction("pixels", 20),
+    "post-classifier-20": correction("classifier", 20),
+    "post-pixels-40": correction("pixels", 40),
+    "post-classifier-40": correction("classifier", 40),
+    "base-1": Run("cifar10-base", {"seed": 1}),
+    "mg-2-1": Run("cifar10-mg", {"scale": 2.0, "seed": 1}),
+    "mg-aware": Run("cifar10-mg-aware", {"scale_range": "1,4"}),
+    "few": Run("cifar10-base", FEW, 0.5),
+    "post-few": correction("pixels", 20, "few", **FEW),
+}
 PAIRED = (1.0, 2.0, 3.0)  # scales of the samples that the post-processing flows learn from
 
 
@@ -117,6 +136,9 @@ class Point:
     portion: float = 1.0  # of the run's training
     headline: bool = False  # twice the samples
     until: float = 1.0  # last time with guidance; Model-guidance is trained with .75
+    seed: int = 0  # of the samples
+    sampler: str = "euler"
+    precision: str = ""  # of the network, if not the usual one
 
     @property
     def at_once(self) -> int:
@@ -126,12 +148,45 @@ class Point:
     @property
     def nfe(self) -> int:
         "NFE of a sample, at most."
-        return self.steps * self.at_once + 15 * len(self.corrections)
+        return self.steps * self.at_once + 16 * len(self.corrections)
 
 
-def all_points(vp: bool) -> list[Point]:
+def points_16(runs: Collection[str]) -> list[Point]:
+    "The same for images of 16 x 16: with three seeds of sampling, and with scales at which CFG may spoil a base."
+    scales, posts = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), tuple(name for name in runs if name.startswith("post-"))
+    pixels = tuple(name for name in posts if name != "post-few")
+    wanted = [
+        *(Point("base", scale, corrections=pixels) for scale in scales),
+        Point("base", 2.0, precision="fp32"),
+        *(Point(name, 2.0) for name in ("mg-2", "mg-2-1")),
+        *(Point("base-1", scale) for scale in scales),
+        *(Point("base", 2.0, until=0.75, seed=seed) for seed in range(3)),
+        *(Point("aligned", scale, steps) for steps in STEPS for scale in (2.0, 4.0)),
+        *(Point("base", scale, steps) for steps in STEPS for scale in (1.0, 2.0)),
+        *(Point(name, 2.0, portion=part / 8) for part in (1, 2, 4, 6) for name in ("base", "mg-2", "aligned")),
+        *(Point("base", 1.0, portion=part / 8) for part in (1, 2, 4, 6)),
+        *(Point("mg-aware", scale) for scale in (1.0, 1.5, 2.0, 3.0, 4.0)),
+        *(Point("base", scale, classifier="classifier") for scale in (1.0, 2.0, 4.0, 8.0)),
+        *(Point("aligned", scale, steps, portion=0.5) for steps in (5, 20) for scale in (2.0, 4.0)),
+        *(Point("few", scale, corrections=("post-few",)) for scale in (1.0, 2.0, 4.0)),
+        *(Point("mg-2", 2.0, steps) for steps in STEPS),
+        *(Point(name, scale, steps) for steps in STEPS for name in ("base", "aligned") for scale in scales),
+        *(
+            Point(name, scale, steps, seed=seed)
+            for seed in (1, 2)
+            for name, scale, steps in (
+                *(("base", scale, 20) for scale in scales),
+                *(("base", 1.0, 5), ("aligned", 2.0, 5), ("aligned", 2.0, 20), ("mg-2", 2.0, 20), ("mg-2-1", 2.0, 20)),
+            )
+        ),
+        *(Point("base", scale, corrections=pixels, seed=seed) for seed in (1, 2) for scale in (1.0, 2.0, 4.0, 8.0)),
+    ]
+    return [point for point in dict.fromkeys(wanted) if point.run in runs]
+
+
+def points_32(runs: Collection[str]) -> list[Point]:
     "Everything that is drawn, what each claim needs most first, for a call that runs out of time."
-    few = ["base", "wide", "aligned", *(VP_RUNS if vp else ())]
+    few = ["base", "wide", "aligned", *(name for name in VP_RUNS if name in runs)]
     posts = tuple(name for name in RUNS if name.startswith("post"))
     early = (1 / 4, 1 / 2)
     grid = [Point(name, scale, steps) for steps in sorted(STEPS) for name in few for scale in SCALES]
@@ -167,16 +222,30 @@ class Size:
     "How large everything is."
 
     changes: dict[str, Any]  # to every recipe
+    runs: dict[str, Run] = field(default_factory=lambda: dict(RUNS))
+    data: str = "cifar10"  # where the images are, if not where they always are
     batch_size: int = 256
     most: int = 5_120  # samples a point, if the budget allows
+    least: int = 20  # samples a point, whatever the budget: what does not fit in is not drawn
+    paired: int = 7_680  # samples at each scale of PAIRED
     rows: int = 2560  # samples in one call of the network
     timed: int = 20  # steps
     bare: int = 0  # of the plan: steps of the base run when they are not to be planned
     limit: int | None = None  # real images to compare with
 
+    @property
+    def small(self) -> bool:
+        "Whether images have 16 x 16 pixels."
+        return "evaluation" in self.runs
+
+    def points(self, runs: Collection[str]) -> list[Point]:
+        "What is drawn of some runs, what is needed most first."
+        return points_16(runs) if self.small else points_32(runs)
+
 
 REHEARSAL = Size(
-    {"network": "unet-tiny", "limit": 200, "warmup": 0, "settings.dropout": 0.0}, 16, 20, 40, timed=2, bare=8, limit=200
+    {"network": "unet-tiny", "limit": 200, "warmup": 0, "settings.dropout": 0.0},
+    **{"batch_size": 16, "most": 20, "rows": 40, "timed": 2, "bare": 8, "limit": 200},
 )
 
 
@@ -186,6 +255,17 @@ def full_size(patch: int, lr: float) -> Size:
     return Size({"settings.dropout": 0.0, "lr": lr} | levels)
 
 
+def small_size(data: str, lr: float, rehearse: bool) -> Size:
+    "Images of 16 x 16: two levels on patches, 3.7 M weights; 5,000 samples a point, and as many points as fit."
+    levels = {"network": "unet-small", "settings.patch": 2, "settings.widths": "[96, 128]", "lr": lr}
+    levels |= {"settings.dropout": 0.0, "settings.film": True, "settings.attention": ()}
+    size = Size(levels | {"source": data, "data.size": 16}, RUNS_16, data, 512, 5_000, 5_000, 10_000, 5_000, timed=10)
+    if not rehearse:
+        return size
+    few = {**REHEARSAL.changes, "source": data, "data.size": 16, "settings.patch": 2}
+    return replace(REHEARSAL, changes=few, runs=RUNS_16, data=data)
+
+
 @dataclass(frozen=True)
 class Study:
     "What was asked for."
@@ -193,7 +273,6 @@ class Study:
     out: Path
     size: Size
     minutes: float  # for everything
-    vp: bool
     deadline: float  # of this call, on the monotonic clock
     compiled: bool  # whether compiling is tried
     classifiers: Path | None  # folder of the evaluation classifiers; None for GUIDANCE_NB_DATA
@@ -212,8 +291,10 @@ def synchronize() -> None:
 
 def run_recipe(name: str, size: Size, plan: Plan | None = None, samples: tuple[str, ...] = ()) -> Recipe:
     "The recipe of a run at the length of the plan."
-    run = (RUNS | VP_RUNS)[name]
-    changes = dict(run.changes) | size.changes
+    run = size.runs[name]
+    network = () if name != "evaluation" or size.bare else ("network", "settings.")  # it keeps its own
+    changes = {key: value for key, value in size.changes.items() if not (network and key.startswith(network))}
+    changes = dict(run.changes) | changes
     times = changes.pop("batch_size", 1)
     if size.bare and "neighbours" in changes:
         changes["neighbours"] //= 10  # a rehearsal has 20 images of a class
@@ -275,13 +356,13 @@ def matrix_rate() -> float:
 
 
 def time_training(recipe: Recipe, steps: int) -> tuple[float, float]:
-    "Seconds of a training step of a recipe, and seconds until the third is done: compiling and warming up."
+    "Seconds of a training step of a recipe, and seconds until the fifth is done: compiling, recording, warming up."
     model, source, _ = make_training(recipe, read_images(recipe.data))
     table = recipe.training
     options: Any = {"batch_size": table.batch_size, "lr": table.lr, "schedule": "constant", "progress": False}
     begin = time.perf_counter()
     run = fit(model, make_loss(recipe), source, 10**6, engine=make_engine(recipe), **options)
-    for _ in range(3):
+    for _ in range(5):
         next(run)
     synchronize()
     start = time.perf_counter()
@@ -299,7 +380,7 @@ def flops_of_step(recipe: Recipe) -> float:
 
     with torch.device("meta"):
         model, _, _ = make_training(recipe, make_data(override(recipe, {"limit": 2})))
-        x = torch.randn(2, *((1, 28, 28) if recipe.data.source == "mnist" else (3, 32, 32)))
+        x = torch.randn(2, *recipe_shape(recipe)[0])
         counter = FlopCounterMode(display=False)
         with counter:
             model.net(x, torch.rand(2), torch.zeros(2, dtype=torch.long)).sum().backward()
@@ -315,7 +396,8 @@ def time_engines(size: Size, compiled: bool) -> tuple[dict[str, Any], list[dict[
     ways: list[dict[str, Any]] = [{"precision": "fp32", "channels_last": False, "compile": False, "cuda_graphs": False}]
     if torch.cuda.is_available():
         ways += [
-            ways[0] | {"precision": "bf16", "channels_last": last, "cuda_graphs": graphs} for graphs, last in PAIRS
+            ways[0] | {"precision": "bf16", "channels_last": last, "cuda_graphs": graphs}
+            for graphs, last in PAIRS[2 * size.small :]
         ]
         ways += [
             ways[0] | {"precision": "bf16", "channels_last": True, "compile": True, "cuda_graphs": True}
@@ -343,12 +425,13 @@ def time_engines(size: Size, compiled: bool) -> tuple[dict[str, Any], list[dict[
     return tried[speeds.index(max(speeds))], rows
 
 
-def time_sampling(size: Size, engine: dict[str, Any], out: Path) -> dict[float, float]:
-    "Samples per second in 20 steps at scale 1, one evaluation a step, and 2, two, by a network barely trained."
-    few = {"steps": 8, "save_every": 8, "keep": 1, "grid_every": 0, "warmup": 0} | engine
-    list(train_recipe(override(run_recipe("base", size), few), out / "timing", progress=False))
-    trained, n, speeds = load_trained(out / "timing"), 4 * size.rows, dict[float, float]()
-    ask = Request(n=n, steps=20, sampler="euler", precision=engine["precision"], compile=engine["compile"])
+def time_sampling(size: Size, engine: dict[str, Any]) -> dict[float, float]:
+    "Samples per second in 20 steps at scale 1, one evaluation a step, and 2, two, by an untrained network."
+    recipe = run_recipe("base", size)
+    data = read_images(recipe.data)
+    model = make_training(recipe, data)[0].to(own_device()).eval().requires_grad_(False)
+    trained, n = Trained(model, recipe, data.shape, data.classes, 0, Path("untrained")), 4 * size.rows
+    speeds, ask = dict[float, float](), Request(n=n, steps=20, sampler="euler", **sampling_engine(engine))
     for scale in (1.0, 2.0):
         here = ask.changed(scale=scale, batch_size=size.rows // (1 if scale == 1 else 2))
         generate(trained, here.changed(n=here.batch_size, steps=2), progress=False)  # compiles
@@ -356,30 +439,44 @@ def time_sampling(size: Size, engine: dict[str, Any], out: Path) -> dict[float, 
     return speeds
 
 
+def sampling_engine(engine: dict[str, Any]) -> dict[str, Any]:
+    return {"precision": engine["precision"], "compile": engine["compile"]}
+
+
 def make_plan(study: Study) -> Plan:
     "Time every loss, then divide the budget."
-    size, vp = study.size, study.vp
+    size, runs = study.size, study.size.runs
     engine, speeds = time_engines(size, study.compiled)
-    names, runs = [*RUNS, *(VP_RUNS if vp else ())], RUNS | VP_RUNS
     budget, seconds, warm = 60 * study.minutes, dict[str, float](), dict[str, float]()
-    for name in names:  # a correction is a plain step of the same network on pairs
-        timed = name if not name.startswith("post") else "base"
+    alike = dict[str, str]()  # what a step does -> a run of such steps
+    for name, run in runs.items():  # a correction is a plain step of the same network on pairs
+        step = f"{run.recipe} { {key: value for key, value in run.changes.items() if key not in ('seed', 'limit')} }"
+        timed = "base" if run.source else alike.setdefault(step, name)
         if timed not in seconds:
-            changes = engine | {key: False for key in ("compile",) if key in runs[timed].changes}
+            changes = engine | {key: False for key in ("compile",) if key in run.changes}
             seconds[timed], warm[timed] = time_training(override(run_recipe(timed, size), changes), size.timed)
         seconds[name], warm[name] = seconds[timed], warm[timed]
-    unit = sum(seconds[name] * runs[name].length for name in names)
-    steps = size.bare or int((PARTS["training"] * budget - sum(warm[name] for name in names)) / unit)
+    names = list(runs)
+
+    def longest() -> int:
+        unit = sum(seconds[name] * runs[name].length for name in names)
+        return size.bare or int((PARTS["training"] * budget - sum(warm[name] for name in names)) / unit)
+
+    while size.small and not size.bare and longest() * size.batch_size < 600_000 and len(names) > 10:
+        print(f"left out, so that others are trained for longer: {names.pop()}")
+    steps = longest()
     if steps < 8:
+        unit = sum(seconds[name] * runs[name].length for name in names)
         needed = (8 * unit + sum(warm.values())) / PARTS["training"] / 60
         raise SystemExit(f"budget = {study.minutes:g} minutes; allowed: {needed:.0f} or more on this machine")
-    drawn = time_sampling(size, engine, study.out)
+    drawn = time_sampling(size, engine)
     speed, whole = 20 * drawn[1.0], 512
-    pairs = min(7_680, size.most * 2)
-    cost = sum(point.nfe * (2 if point.headline else 1) for point in all_points(vp))
+    pairs = min(size.paired, size.most * 2)
+    cost = sum(point.nfe * (2 if point.headline else 1) for point in size.points(names))
     paired = pairs * sum(40 if scale != 1 else 20 for scale in PAIRED)
     samples = min(size.most, int(max(0.0, PARTS["sampling"] * budget * speed - paired) / cost))
-    samples = max(samples // whole * whole, 20) if samples > whole else max(samples // 10 * 10, 20)
+    samples = samples // whole * whole if samples > whole else samples // 10 * 10
+    samples = max(samples, min(size.least, size.most))
     expected = {name: round(seconds[name] * runs[name].length * steps + warm[name], 1) for name in names}
     expected["sampling"] = round((samples * cost + paired) / speed, 1)
     for scale, each in drawn.items():
@@ -401,7 +498,7 @@ def device_name() -> str:
 def read_plan(study: Study) -> Plan:
     "The plan of an earlier call, or a new one."
     file = study.out / "plan.json"
-    asked = {"minutes": study.minutes, "vp": study.vp, "size": asdict(study.size), "device": device_name()}
+    asked = {"minutes": study.minutes, "size": asdict(study.size), "device": device_name()}
     if file.exists():
         saved = json.loads(file.read_text())
         if saved["asked"] != json.loads(json.dumps(asked)):
@@ -419,6 +516,8 @@ def train_run(study: Study, plan: Plan, name: str, samples: tuple[str, ...] = ()
     recipe, folder = run_recipe(name, study.size, plan, samples), study.out / "train" / name
     if study.classifiers and recipe.method.space.startswith("resnet"):
         recipe = override(recipe, {"weights": str(study.classifiers)})
+    if recipe.method.space == "classifier":
+        recipe = override(recipe, {"weights": str(study.out / "train" / "classifier")})
     steps, clock, start = recipe.training.steps, folder / "seconds.json", time.monotonic()
     if checkpoints_in(folder) and read_checkpoint(folder).path.name == f"step-{steps:08d}":
         return
@@ -435,114 +534,187 @@ def train_run(study: Study, plan: Plan, name: str, samples: tuple[str, ...] = ()
     print(f"{name}: {spent:.0f} s{over}", flush=True)
 
 
-def request(study: Study, plan: Plan, point: Point, n: int, seed: int = 0) -> Request:
-    "What is drawn at a point; the network sees batches of one size, so that it is compiled once."
-    ask = Request(n=n, scale=point.scale, steps=point.steps, sampler="euler", seed=seed, interval=(0.0, point.until))
-    how = {"precision": plan.engine["precision"], "compile": plan.engine["compile"]}
-    return ask.changed(**how, batch_size=study.size.rows // point.at_once)
-
-
-def make_pairs(study: Study, plan: Plan) -> tuple[str, ...]:
-    "Samples of the base run for the post-processing flows, a third from each scale."
-    trained, files = load_trained(study.out / "train" / "base"), []
+def make_pairs(study: Study, plan: Plan, source: str) -> tuple[str, ...]:
+    "Samples of a run for the post-processing flows, a third from each scale."
+    trained, files = load_trained(study.out / "train" / source), []
     for scale in PAIRED:
-        file = study.out / "pairs" / f"base-{scale:g}.npz"
+        file = study.out / "pairs" / f"{source}-{scale:g}.npz"
         files.append(str(file))
         if not file.exists():
             study.check_time()
             file.parent.mkdir(exist_ok=True)
-            drawn = generate(trained, request(study, plan, Point("base", scale), plan.pairs, seed=1), progress=False)
+            ask = drawing(study, plan).request(Point(source, scale, seed=1000), plan.pairs)
+            drawn = generate(trained, ask, progress=False)
             save_samples(file, drawn.x, drawn.c, drawn.facts)
     return tuple(files)
 
 
-def find_run(study: Study, name: str, portion: float = 1.0) -> Trained:
-    "A trained network, perhaps as it was after a part of its training."
-    return read_run(study.out / "train" / name, portion)
-
-
 @cache
 def read_run(folder: Path, portion: float) -> Trained:
-    "The same, read once."
+    "A trained network, perhaps as it was after a part of its training; read once."
     last = read_checkpoint(folder).path
     steps = int(last.name.removeprefix("step-"))
     return load_trained(last if portion == 1 else folder / f"step-{round(steps * portion):08d}")
 
 
+Draw = Callable[[Any, list[dict[str, Any]]], Iterator[tuple[SampleFile, dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    "A table of scores, and what samples are compared with."
+
+    file: Path
+    real: Features
+    extractor: Extractor
+    metrics: tuple[str, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        "The rows so far."
+        return list(read_rows(self.file)[1]) if self.file.exists() else []
+
+    def find(self, facts: dict[str, Any]) -> dict[str, Any] | None:
+        "The first row of some facts."
+        return next((row for row in self.rows() if has_facts(row, facts)), None)
+
+    def add_baselines(self, data: ImageData, sizes: Iterable[int]) -> Iterator[dict[str, Any]]:
+        "Rows of so many real images that are not in the reference."
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+        facts = {"method": "real", "labels": "as they are", "classes": list(data.classes)}
+        about = {"run": "real", "device": device_name()}
+        for n in dict.fromkeys(min(size, len(data)) for size in sizes):
+            if not self.find({"run": "real", "n": n}):
+                chosen = order[:n]
+                file = SampleFile(data.images(chosen), data.labels[chosen], facts)
+                row = score(file, self.real, self.extractor, self.metrics, 1024) | about
+                append_rows(self.file, [row])
+                yield row
+
+    def add_points(self, points: Iterable[Any], draw: Draw) -> Iterator[dict[str, Any]]:
+        "Draw what is missing, and score it in threads beside the drawing; yields rows as they are made."
+        rows, waiting = self.rows(), deque[tuple[Future, dict[str, Any]]]()
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
+            try:
+                for point in points:
+                    for final, about in guarded(draw(point, rows)):
+                        job = pool.submit(score, final, self.real, self.extractor, self.metrics, 1024)
+                        waiting.append((job, about))
+                        rows.append(about)  # a point that two claims need is drawn once
+                    while waiting and (len(waiting) > 16 or waiting[0][0].done()):
+                        yield from guarded(self.save(*waiting.popleft()))
+                while waiting:
+                    yield from guarded(self.save(*waiting.popleft()))
+            finally:
+                for job, about in waiting:  # what is drawn is scored, also when the time is up
+                    list(guarded(self.save(job, about)))
+
+    def save(self, job: Future, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        "Wait for a score and write its row."
+        row = job.result()
+        for key in ("checkpoint", "classifier", "correction"):  # paths of this machine; the run's name says it
+            row.pop(key, None)
+        append_rows(self.file, [row | about])
+        yield row | about
+
+
+def guarded(steps: Iterable[Any]) -> Iterator[Any]:
+    "The same, but a failure is shown, and what comes after it goes on: time on a lent machine is short."
+    try:
+        yield from steps
+    except (OutOfTime, KeyboardInterrupt, GeneratorExit):
+        raise
+    except Exception:
+        if STRICT:
+            raise
+        traceback.print_exc()
+
+
+STRICT = False  # whether a failure ends everything, for tests
+
+
 def score_points(study: Study, plan: Plan) -> Iterator[dict[str, Any]]:
-    "Draw what is missing, and score it in threads beside the drawing; yields rows as they are made, real images first."
-    file = study.out / "cifar10.csv"
-    extractor = resnet_extractor(cifar_resnet(study.classifiers, 56))
-    real, metrics = reference_features(study, extractor)
-    rows, waiting = read_rows(file)[1] if file.exists() else [], deque[tuple[Future, dict[str, Any]]]()
-    for n in (plan.samples, 2 * plan.samples):
-        if not any(has_facts(row, {"run": "real", "n": n}) for row in rows):
-            baseline = baseline_row("cifar10", real, extractor, n, metrics)
-            if baseline is not None:
-                append_rows(file, [baseline | {"run": "real", "device": device_name()}])
-                yield baseline | {"run": "real"}
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
-        try:
-            for point in all_points(study.vp):
-                study.check_time()
-                for final, about in draw_point(study, plan, point, rows):
-                    waiting.append((pool.submit(score, final, real, extractor, metrics, 1024), about))
-                    rows.append(about)  # a point that two claims need is drawn once
-                while waiting and (len(waiting) > 16 or waiting[0][0].done()):
-                    yield save_score(file, *waiting.popleft())
-            while waiting:
-                yield save_score(file, *waiting.popleft())
-        finally:
-            for future, about in waiting:  # what is drawn is scored, also when the time is up
-                save_score(file, future, about)
+    "Rows of all points as they are made, real images first."
+    size, data = study.size, read_images(run_recipe("base", study.size).data)
+    if size.small:
+        extractor = find_feature_extractor(str(study.out / "train" / "evaluation"))
+    else:
+        extractor = resnet_extractor(cifar_resnet(study.classifiers, 56))
+    name = "cifar10 train" + (" at 16 x 16" if size.small else "")
+    scores = Scores(study.out / "cifar10.csv", *reference_features(data, name, extractor), METRICS)
+    test = load_images(size.data, "test", size=data.shape[1])
+    yield from scores.add_baselines(test, (plan.samples, 2 * plan.samples))
+
+    def points() -> Iterator[Point]:
+        for point in size.points([name for name in plan.seconds if name != "sampling"]):
+            study.check_time()
+            yield point
+
+    yield from scores.add_points(points(), lambda point, rows: draw_point(study, plan, point, rows))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    "How samples are drawn: where trained runs are found, and how their networks are asked."
+
+    find: Callable[[str, float], Trained]  # by name, and portion of the training
+    precision: str
+    rows: int  # in one call of a network: one size, so that it is compiled once
+    compile: bool = False
+    arithmetic: str = ""  # what rows say of it; without it the precision
+
+    def request(self, point: Point, n: int) -> Request:
+        "What is drawn at a point."
+        ask = Request(n=n, scale=point.scale, steps=point.steps, sampler=point.sampler, interval=(0.0, point.until))
+        how = {"precision": point.precision or self.precision, "compile": self.compile}
+        return ask.changed(**how, seed=point.seed, batch_size=self.rows // point.at_once)
+
+    def draw(self, point: Point, n: int, rows: list[dict[str, Any]]) -> Iterator[tuple[SampleFile, dict[str, Any]]]:
+        "The samples of a point, as drawn and corrected, with what is known of them, unless a row of them is there."
+        about = {"run": point.run, "scale": point.scale, "steps": point.steps, "guide": point.classifier}
+        about |= {"portion": point.portion, "until": point.until, "n": n, "seed": point.seed, "sampler": point.sampler}
+        usual = choose_precision(point.precision or self.precision, own_device())  # type: ignore[arg-type]
+        about["arithmetic"] = self.arithmetic or usual
+        missing = [
+            name for name in ("", *point.corrections) if not any(has_facts(row, about | {"flow": name}) for row in rows)
+        ]
+        if not missing:
+            return
+        trained = self.find(point.run, point.portion)
+        classifier = self.find(point.classifier, 1.0) if point.classifier else None
+        drawn = generate(trained, self.request(point, n), classifier, progress=False)
+        about |= {"device": device_name(), "images_seen": trained.step * trained.recipe.training.batch_size}
+        for name in missing:
+            yield self.correct(name, drawn) if name else drawn, about | {"flow": name}
+
+    def correct(self, name: str, drawn: SampleFile) -> SampleFile:
+        "Samples carried by a post-processing flow."
+        flow = self.find(name, 1.0)
+        with autocast_and_compile(flow, self.precision, self.compile):  # type: ignore[arg-type]
+            return postprocess(flow, drawn, batch_size=self.rows, progress=False)
+
+
+def drawing(study: Study, plan: Plan) -> Drawing:
+    "How the plan draws."
+    ways = plan.engine["precision"], study.size.rows, plan.engine["compile"]
+    return Drawing(lambda name, portion: read_run(study.out / "train" / name, portion), *ways)
 
 
 def draw_point(
     study: Study, plan: Plan, point: Point, rows: list[dict[str, Any]]
 ) -> Iterator[tuple[SampleFile, dict[str, Any]]]:
-    "The samples of a point, as drawn and corrected, with what is known of them, unless a row of them is there."
+    "The samples of a point and what is known of them; some are kept."
     n = plan.samples * (2 if point.headline else 1)
-    about = {"run": point.run, "scale": point.scale, "steps": point.steps, "guide": point.classifier}
-    about |= {"portion": point.portion, "until": point.until, "n": n}
-    missing = [
-        name for name in ("", *point.corrections) if not any(has_facts(row, about | {"flow": name}) for row in rows)
-    ]
-    if not missing:
-        return
-    trained = find_run(study, point.run, point.portion)
-    classifier = find_run(study, point.classifier) if point.classifier else None
-    drawn = generate(trained, request(study, plan, point, n), classifier, progress=False)
-    keep_samples(study, drawn, point)
-    spent = json.loads((study.out / "train" / point.run / "seconds.json").read_text()) * point.portion
-    about |= {"training_seconds": round(spent, 1), "device": device_name()}
-    about["images_seen"] = trained.step * trained.recipe.training.batch_size
-    for name in missing:
-        yield correct(study, plan, name, drawn) if name else drawn, about | {"flow": name}
+    for drawn, about in drawing(study, plan).draw(point, n, rows):
+        if not about["flow"]:
+            keep_samples(study, drawn, point)
+        spent = json.loads((study.out / "train" / point.run / "seconds.json").read_text()) * point.portion
+        yield drawn, about | {"training_seconds": round(spent, 1)}
 
 
-def correct(study: Study, plan: Plan, name: str, drawn: SampleFile) -> SampleFile:
-    "Samples carried by a post-processing flow."
-    flow = find_run(study, name)
-    with autocast_and_compile(flow, plan.engine["precision"], plan.engine["compile"]):
-        return postprocess(flow, drawn, batch_size=study.size.rows, progress=False)
-
-
-def save_score(file: Path, future: Future, about: dict[str, Any]) -> dict[str, Any]:
-    "Wait for a score and write its row."
-    row = future.result()
-    for key in ("checkpoint", "classifier", "correction"):  # paths of this machine; the run's name says it
-        row.pop(key, None)
-    append_rows(file, [row | about])
-    return row | about
-
-
-def reference_features(study: Study, extractor: Extractor) -> tuple[Features, tuple[str, ...]]:
-    "Features of the training images, of a part of them in a rehearsal, and the metrics they allow."
-    if study.size.limit is None:
-        return extract_reference_features("cifar10", "train", (3, 32, 32), extractor, METRICS, progress=False)
-    data = read_images(run_recipe("base", study.size).data)
-    metrics = choose_metrics(data.images(torch.arange(len(data))), extractor, METRICS)
-    return extract(data.images(torch.arange(len(data))), extractor, "cifar10 train", metrics=metrics), metrics
+def reference_features(data: ImageData, name: str, extractor: Extractor) -> tuple[Features, Extractor]:
+    "What an extractor sees in all images of a data set, and the extractor."
+    images = data.images(torch.arange(len(data)))
+    return keep_neighbours(extract(images, extractor, name, 1024, metrics=METRICS)), extractor
 
 
 def keep_samples(study: Study, drawn: SampleFile, point: Point) -> None:
@@ -560,18 +732,16 @@ def keep_samples(study: Study, drawn: SampleFile, point: Point) -> None:
 
 def show_table(study: Study, plan: Plan) -> None:
     "The headline points and the real-data baseline."
-    import pandas as pd
-
-    table = pd.DataFrame(read_rows(study.out / "cifar10.csv")[1])
-    table = table[table.n.astype(int) == 2 * plan.samples]
-    names = ["run", "scale", "until", "steps", "n"]
-    names += [f"{metric}_resnet56" for metric in ("fd", "agreement", "precision", "recall")]
-    names += ["nfe", "training_seconds"]
-    print(table[[name for name in names if name in table]].to_string(index=False))
+    rows = read_rows(study.out / "cifar10.csv")[1]
+    shown = [name for name in rows[0] if name.split("_")[0] in (*METRICS, "agreement") and "_" in name]
+    for row in rows:
+        if int(row["n"]) == (plan.samples if study.size.small else 2 * plan.samples) and not row.get("flow"):
+            where = (f"{row.get(name, ''):>10}" for name in ("run", "scale", "until", "steps", "n", "nfe"))
+            print(*where, *(f"{name} {float(row[name]):.3f}" for name in shown))
 
 
-def export_weights(study: Study, names: list[str]) -> None:
-    "The averaged weights in bf16, in files of at most 15 MB, for a machine whose files travel in small parcels."
+def export_weights(study: Study, names: Iterable[str]) -> None:
+    "The averaged weights in half precision, in files of at most 15 MB, for a machine whose files travel in parcels."
     from huggingface_hub import save_torch_state_dict
 
     for name in names:
@@ -583,10 +753,26 @@ def export_weights(study: Study, names: list[str]) -> None:
             (folder / "recipe.json").write_text(json.dumps(trained.recipe.model_dump(mode="json"), indent=1) + "\n")
 
 
+def train_all(study: Study, plan: Plan) -> None:
+    "Every run of the plan, the post-processing flows last, for they learn from samples; what cannot end is left out."
+    names = [name for name in plan.seconds if name != "sampling"]
+    for name in sorted(names, key=lambda name: bool(study.size.runs[name].source)):
+        if time.monotonic() + plan.seconds[name] > study.deadline:
+            print(f"{name}: no time left")
+            continue
+
+        def train(name: str = name) -> Iterator[None]:
+            source = study.size.runs[name].source
+            train_run(study, plan, name, make_pairs(study, plan, source) if source else ())
+            yield
+
+        list(guarded(train()))
+
+
 def carry_out(study: Study) -> None:
     "All of it, from where it stopped."
     try:  # to find out now, not after the training, that there is no evaluation classifier
-        for depth in (20, 56):
+        for depth in () if study.size.small else (20, 56):
             cifar_resnet(study.classifiers, depth)
     except ValueError as error:
         raise SystemExit(f"no evaluation classifier: {error}; or --classifiers FOLDER") from None
@@ -595,22 +781,37 @@ def carry_out(study: Study) -> None:
     print(f"plan: {plan.steps} steps of {plan.batch_size} images, {plan.engine}, {plan.samples} samples a point")
     if plan.samples < 5_000:
         print("fewer than 5,000 samples a point fit into this budget; distances of few samples are biased upwards")
-    names = [*RUNS, *(VP_RUNS if study.vp else ())]
-    flows = [name for name in names if name.startswith("post")]
-    for name in names:
-        if name not in flows:
-            train_run(study, plan, name)
-    samples = make_pairs(study, plan)
-    for name in flows:
-        train_run(study, plan, name, samples)
-    for row in score_points(study, plan):
-        kind = " + ".join(str(row[key]) for key in ("run", "guide", "flow") if row.get(key))
-        where = f"scale {row.get('scale', '')!s:4} steps {row.get('steps', '')!s:3}"
-        print(f"  {kind:28} {where} fd_resnet56 {row['fd_resnet56']:.3f}", flush=True)
+    train_all(study, plan)
+    try:
+        for row in score_points(study, plan):
+            kind = " + ".join(str(row[key]) for key in ("run", "guide", "flow") if row.get(key))
+            where = f"scale {row.get('scale', '')!s:4} steps {row.get('steps', '')!s:3}"
+            distance = next(value for key, value in row.items() if key.startswith("fd_"))
+            print(f"  {kind:28} {where} fd {distance:.3f}", flush=True)
+    finally:
+        if study.size.small:
+            export_weights(study, ["evaluation"])
     show_table(study, plan)
-    export_weights(study, names)
+    if study.size.small:
+        return
+    export_weights(study, [name for name in plan.seconds if name != "sampling"])
     print("FID needs the weights of Inception; with them, for each file in samples/:")
     print(f"  guidance-nb evaluate {study.out}/samples/base-1.npz --reference cifar10 --weights FILE --rows fid.csv")
+
+
+def pack_images(folder: Path, side: int) -> None:
+    "CIFAR-10 at another size as train.npz and test.npz, compressed without loss; `data.source` may name the folder."
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        data = load_images("cifar10", split, size=side)
+        facts = {
+            "classes": list(data.classes),
+            "made": f"cifar10 {split}, means of blocks of pixels, halves rounded up",
+        }
+        images = data.images(torch.arange(len(data))).permute(0, 2, 3, 1).numpy()
+        np.savez_compressed(
+            folder / f"{split}.npz", arr_0=images, arr_1=data.labels.numpy(), facts=np.array(json.dumps(facts))
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -625,6 +826,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--patch", type=int, default=2, choices=(1, 2), help="side of the U-Net's patches; 1 in the papers"
     )
+    parser.add_argument("--size", type=int, default=32, choices=(16, 32), help="pixels of an image's side")
+    parser.add_argument("--data", default="cifar10", help="with --size 16: folder that --pack wrote")
+    parser.add_argument("--pack", type=Path, help="write the images of 16 x 16 into this folder, and do no more")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of every run")
     parser.add_argument(
         "--compile",
@@ -646,11 +850,17 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if not 0 < asked.lr < math.inf:
         parser.error(f"--lr {asked.lr:g}; allowed: a positive number")
+    if asked.pack:
+        return pack_images(asked.pack, 16)
     asked.out.mkdir(parents=True, exist_ok=True)
-    size, compiled = REHEARSAL if asked.rehearse else full_size(asked.patch, asked.lr), asked.compile
-    deadline = time.monotonic() + 60 * asked.stop_after
+    size, minutes = REHEARSAL if asked.rehearse else full_size(asked.patch, asked.lr), asked.stop_after
+    if asked.vp:
+        size = replace(size, runs=RUNS | VP_RUNS)
+    if asked.size == 16:
+        size, minutes = small_size(asked.data, asked.lr, asked.rehearse), min(asked.stop_after, asked.budget)
+    deadline = time.monotonic() + 60 * minutes
     try:
-        carry_out(Study(asked.out, size, asked.budget, asked.vp, deadline, compiled, asked.classifiers))
+        carry_out(Study(asked.out, size, asked.budget, deadline, asked.compile, asked.classifiers))
     except OutOfTime:
         print(f"the time of this call is up; the same command goes on from {asked.out}")
 

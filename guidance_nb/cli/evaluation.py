@@ -70,7 +70,7 @@ def find_feature_extractor(
         require(found == trained.shape, "image shape", found, known)
         grey = trained.shape[0] > 1 or torch.equal(images[:, :1].expand_as(images), images)
         require(grey, "image channels", 3, f"grey images, which {source} was trained on")
-        features = trained.model.features(x, torch.zeros((), device=device))
+        features = trained.model.look(x, torch.zeros((), device=device))
         return {"features": features, "logits": trained.model.head(features)}
 
     return Extractor(trained.recipe.method.name, layers, device, trained.classes)

@@ -132,8 +132,9 @@ class DataTable(Table):
     "What is learned."
 
     source: str = key("mnist", '"mnist", "cifar10", a folder with one sub-folder per class, or "latents:FOLDER"')
-    size: int = key(0, "Edge in pixels that images of a folder are brought to, or of latents; 0 keeps theirs", ge=0)
+    size: int = key(0, "Edge in pixels that images are brought to, or of latents; 0 keeps theirs", ge=0)
     flip: bool = key(False, "Whether to mirror images at random")
+    shift: int = key(0, "Most pixels by which images are moved at random, up, down, left or right", ge=0)
     limit: int = key(0, "Use so many images only; 0 uses all", ge=0)
     vae: str = key("", "For latents: folder or name of the autoencoder that decodes; empty takes the one that encoded")
 
@@ -207,8 +208,8 @@ class MethodTable(Table):
     auto_reference: str = key("", "Real images to compare them with, as for `evaluate`; empty takes the data's source")
     samples: tuple[str, ...] = key((), 'Sample files "flow_postprocessing" learns to correct')
     neighbours: int = key(20, 'Real neighbours per sample, for "flow_postprocessing"', ge=1)
-    space: Literal["pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56"] = key(
-        "pixels", "Where neighbours are near"
+    space: Literal["pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56", "classifier"] = key(
+        "pixels", "Where neighbours are near; classifier: the run in `weights`"
     )
     weights: str = key("", "Folder of the weights of `space`")
 

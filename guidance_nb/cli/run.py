@@ -96,10 +96,12 @@ def make_data(recipe: Recipe, split: str = "train") -> ImageData | LatentData:
         side, most = settings["image"][1], settings["pictures"]
         require(table.size in (0, side), "data.size", table.size, f"{side}, of which {recipe.latents} is, or 0")
         require(table.limit <= most, "data.limit", table.limit, f"0 to {most}, as many as there are")
+        require(not table.shift, "data.shift", table.shift, "0, for latents")
         return load_latents(recipe.latents, flip=table.flip, limit=table.limit)
     if table.source in FILES:
         main_only(lambda: str(find_files(table.source)))  # one process downloads
     data = load_images(table.source, split, size=table.size or None, flip=table.flip and split == "train")
+    data = replace(data, shift=table.shift if split == "train" else 0)
     return take_images(data, table.limit) if table.limit else data
 
 
@@ -121,12 +123,26 @@ def read_generated(
     return x, torch.cat(labels)
 
 
+def read_space(name: str, weights: str) -> Literal["pixels"] | Callable[[Tensor], Tensor]:
+    "Where neighbours are sought; see feature_space, or what a classifier in the folder `weights` sees in clean images."
+    if name != "classifier":
+        return feature_space(name, weights or None)  # type: ignore[arg-type]
+    trained = load_trained(weights).require("classifier", "evaluation_classifier")
+
+    @torch.no_grad()
+    def features(x: Tensor) -> Tensor:
+        start = torch.zeros((), device=own_device())
+        return torch.cat([trained.model.look(part.to(own_device()), start).cpu() for part in x.split(1024)])
+
+    return features
+
+
 def read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
     "Samples of a `recipe` of post-processing, each with its nearest images of `data`."
     method = recipe.method
     x, c = read_generated(method.samples, data.shape, data.num_classes)
     real = from_uint8(data.images(torch.arange(len(data))))
-    space = feature_space(method.space, method.weights or None)
+    space = read_space(method.space, method.weights)
     return pair_data(x, real, c, None if c is None else data.labels, method.neighbours, space, device=own_device())
 
 
@@ -134,7 +150,8 @@ def recipe_shape(recipe: Recipe) -> tuple[tuple[int, ...], int]:
     "Shape of one sample and number of classes of a `recipe`, unseen; for latents that are not there yet, ImageNet's."
     known: dict[str, tuple[tuple[int, ...], int]] = {"mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10)}
     if recipe.data.source in known:
-        return known[recipe.data.source]
+        (channels, side, _), classes = known[recipe.data.source]
+        return (channels, *[recipe.data.size or side] * 2), classes
     if recipe.latents is None or (recipe.latents / INDEX).is_file():
         data = make_data(recipe)
         return tuple(data.shape), data.num_classes

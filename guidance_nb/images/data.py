@@ -59,6 +59,7 @@ class ImageData:
     shape: tuple[int, int, int]  # Channels, height, width
     flip: bool = False  # Whether `fetch` mirrors a random half of the images
     name: str = "images"  # Where they come from, for tables
+    shift: int = 0  # Most pixels by which `fetch` moves an image at random, each way; black fills the edge
 
     @property
     def num_classes(self) -> int:
@@ -85,9 +86,15 @@ class ImageData:
         return self.pixels[indices] if isinstance(self.pixels, Tensor) else self.pixels(indices)
 
     def fetch(self, indices: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        "Rows `rows` of the batch `indices`, in [-1, 1], with labels; flips are drawn for the whole batch."
+        "Rows `rows` of the batch `indices`, in [-1, 1], with labels; flips and moves are drawn for the whole batch."
         mine = indices[rows]
         x = from_uint8(self.images(mine))
+        if self.shift:
+            moves = torch.randint(2 * self.shift + 1, (2, len(indices), 1), generator=generator)[:, rows]
+            y, z = (first + torch.arange(side) for first, side in zip(moves, self.shape[1:]))
+            wide = torch.nn.functional.pad(x, [self.shift] * 4, value=-1.0)
+            seen = (y[:, :, None] * wide.shape[3] + z[:, None]).flatten(1)[:, None].expand(-1, len(x[0]), -1)
+            x = wide.flatten(2).gather(2, seen).reshape(x.shape)
         if self.flip:
             flips = torch.rand(len(indices), generator=generator)[rows] < 0.5
             x = torch.where(flips[:, None, None, None], x.flip(3), x)
@@ -184,6 +191,15 @@ def find_files(source: str, root: str | Path | None = None, download: bool = Tru
         advice = "set GUIDANCE_NB_DATA to a folder that has it, or unset it to download" if given else "download=True"
         raise ValueError(f"{folder / missing[0]} is missing; allowed: {advice}")
     return folder
+
+
+def shrink(x: Tensor, size: int) -> Tensor:
+    "Square uint8 images brought to a side that divides theirs: a pixel is the mean of its block, halves rounded up."
+    side = x.shape[3]
+    require(side % size == 0, "size", size, f"{side}, as stored, or a divisor of it")
+    edge = side // size
+    sums = [torch.nn.functional.avg_pool2d(part.float(), edge, divisor_override=1) for part in x.split(4096)]
+    return torch.cat([((2 * part + edge**2) / (2 * edge**2)).floor().to(torch.uint8) for part in sums])
 
 
 def read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -348,11 +364,21 @@ def folder_images(folder: Path, split: str, size: int | None, channels: int, fli
     return ImageData(ImageFiles(paths, shape, size, crop), labels, tuple(classes), shape, flip, str(folder))
 
 
+def packed_images(file: Path, size: int | None, flip: bool) -> ImageData:
+    "Labelled images of an .npz that `save_samples` wrote with the names of the classes."
+    x, labels, facts = load_npz(file)
+    classes = facts.get("classes")
+    fine = labels is not None and isinstance(classes, list) and int(labels.max()) < len(classes)
+    require(fine, f"labels and classes of {file}", classes, "labels in arr_1, the names of all classes in the facts")
+    x = x if size is None else shrink(x, size)
+    return ImageData(x, labels, tuple(classes), tuple(x.shape[1:]), flip, str(file))  # type: ignore[arg-type]
+
+
 def load_images(
-    source: str | Path,  # "mnist", "cifar10", or a folder with one sub-folder per class
+    source: str | Path,  # "mnist", "cifar10", or a folder: of a sub-folder per class, or of train.npz and test.npz
     split: str = "train",  # "train" or "test"; for a folder, the sub-folder of this name if there is one
     root: str | Path | None = None,  # Where MNIST and CIFAR-10 are; default: GUIDANCE_NB_DATA, else the user's cache
-    size: int | None = None,  # Side to crop and resize the images of a folder to
+    size: int | None = None,  # Side to bring images to: those in image files by `crop`, all others by `shrink`
     flip: bool = False,  # Whether `fetch` mirrors a random half of the images
     download: bool = True,  # Whether to download MNIST or CIFAR-10 if missing; never into GUIDANCE_NB_DATA
     channels: Literal[1, 3] | None = None,  # For a folder: 3 for RGB, the default, or 1 for grey
@@ -365,11 +391,13 @@ def load_images(
     check_choice("crop", crop, CROPS)
     if source not in FILES:
         require(Path(source).is_dir(), "source", str(source), "'mnist', 'cifar10', or a folder of class sub-folders")
+        if (file := Path(source) / f"{split}.npz").is_file():
+            return packed_images(file, size, flip)
         return folder_images(Path(source), split, size, channels or 3, flip, crop)
     check_choice("split", split, ("train", "test"))
     x, labels, classes = read_published(str(source), find_files(str(source), root, download), split)
-    if size not in (None, x.shape[2]) or channels not in (None, x.shape[1]):
-        raise ValueError(f"size = {size}, channels = {channels}; allowed: {x.shape[2]}, {x.shape[1]}, as stored")
+    require(channels in (None, x.shape[1]), "channels", channels, f"{x.shape[1]}, as stored")
+    x = x if size is None else shrink(x, size)
     return ImageData(x, labels, classes, (x.shape[1], x.shape[2], x.shape[3]), flip, str(source))
 
 

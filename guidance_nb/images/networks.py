@@ -292,14 +292,18 @@ class ImageClassifier(nn.Module):
         if self.encoder:
             _zero(self, "head")
 
-    def features(self, x: Tensor, t: Tensor | float) -> Tensor:
-        "What the last layer sees, `[batch, features]`: pooled maps, or for the linear one the pixels and the time."
+    def look(self, x: Tensor, t: Tensor | float) -> Tensor:
+        "The same as `features`, not counted: to evaluate samples is no part of drawing them."
         t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
-        record_nfe(len(x))
         if self.encoder is None:
             return torch.cat([x.flatten(1), t[:, None]], 1).to(self.head.weight.dtype)
         scaled = x * expand_time(self.path.alpha(t) / (self.path.alpha(t) ** 2 + self.path.sigma(t) ** 2), x)
         return self.encoder(scaled.to(self.head.weight.dtype), t.to(self.head.weight.dtype))
+
+    def features(self, x: Tensor, t: Tensor | float) -> Tensor:
+        "What the last layer sees, `[batch, features]`: pooled maps, or for the linear one the pixels and the time."
+        record_nfe(len(x))
+        return self.look(x, t)
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
         "Logits `[batch, num_classes]` at noisy images `x` `[batch, channels, height, width]`, time `t`."
