@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guidance_nb.cli import evaluation
+from guidance_nb.cli import run as run_module
 from guidance_nb.cli.evaluation import (
     baseline_size,
     choose_metrics,
@@ -44,14 +45,14 @@ from guidance_nb.cli.run import (
     make_data,
     postprocess,
     read_labels,
-    read_space,
+    read_pairs,
     recipe_shape,
     take_images,
     train_recipe,
 )
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
 from guidance_nb.engine.checkpoints import read_checkpoint, seal_record
-from guidance_nb.images.data import ImageData, SampleFile, load_samples, save_samples
+from guidance_nb.images.data import ImageData, SampleFile, from_uint8, load_samples, save_samples
 from guidance_nb.images.features import INCEPTION, Extractor, Features, extract, read_reference
 from guidance_nb.images.metrics import PROVENANCE, append_rows
 
@@ -421,16 +422,17 @@ def test_more_than_there_is_is_refused_before_any_work(runs, tmp_path, changes, 
     assert not (tmp_path / "run").exists()
 
 
-def test_neighbours_by_what_a_classifier_sees(runs):
-    x, features = torch.randn(5, 3, 8, 8), []
-    space, trained = read_space("classifier", str(runs / "evaluation")), load_trained(runs / "evaluation")
-    trained.model.head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
-    trained.model(x, 0.0)
+def test_neighbours_by_what_a_classifier_sees(runs, monkeypatch):
+    "The features of a classifier in a folder say who is near, and are no evaluations of a sampler."
+    recipe, seen = override(load_trained(runs / "correction").recipe, {"space": "classifier"}), []
+    monkeypatch.setattr(run_module, "pair_data", lambda x, real, c, labels, k, space, device: seen.append(space(x)))
     with count_nfe() as count:
-        found = space(x)
-    assert torch.equal(found, features[0].cpu()) and count.total == 0
-    with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'classifier', 'eval"):
-        read_space("classifier", str(runs / "base"))
+        read_pairs(override(recipe, {"weights": str(runs / "evaluation")}), make_data(recipe))
+    model, x = load_trained(runs / "evaluation").model, load_samples(runs / "samples.npz").x
+    torch.testing.assert_close(model.head(seen[0]), model(from_uint8(x), 0.0))
+    assert count.total == 0
+    with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'evaluation_classifier'"):
+        read_pairs(override(recipe, {"weights": str(runs / "base")}), make_data(recipe))
 
 
 @pytest.mark.parametrize("name, shape", [("cifar10-base", (3, 32, 32)), ("cifar10-evaluation-classifier", (3, 16, 16))])

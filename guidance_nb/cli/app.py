@@ -148,8 +148,7 @@ SampleOut = Annotated[Path, typer.Option(help="An .npz file, a .png for one pict
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace samples that are there.")]
 Samples = Annotated[str, typer.Argument(help="Samples of any origin: .npz, or a folder of images.")]
 FeatureExtractor = Annotated[
-    str,
-    typer.Option("--features", help="inception-v3-compat, resnet20, resnet56, or a classifier's checkpoint."),
+    str, typer.Option("--features", help="inception-v3-compat, resnet20, resnet56, or a classifier's checkpoint.")
 ]
 Weights = Annotated[str | None, typer.Option(help="Local file with the weights of a named feature extractor.")]
 RealData = Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from guidance_nb._checks import check_choice, require
 from guidance_nb._extras import extra
+from guidance_nb.images.features import Space
 from guidance_nb.images.networks import IMAGE_NETWORKS
 from guidance_nb.samplers import Sampler
 
@@ -194,9 +195,7 @@ class MethodTable(Table):
     scale: float = key(2.0, 'Guidance scale trained for ("aligned_loss", "model_guidance" without `scale_range`)')
     anchor: float = key(0.0, 'Weight of the unconditional term of "aligned_loss"', ge=0)
     scale_range: Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
-    guided_share: float = key(
-        0.5, 'Share of a scale-aware "model_guidance" trained at a drawn scale, the rest at 1', ge=0, le=1
-    )
+    guided_share: float = key(0.5, 'Share of a scale-aware "model_guidance" at a drawn scale, not at 1', ge=0, le=1)
     unconditional: Literal["null", "contrastive", "uniform"] = key("null", 'What "model_guidance" guides away from')
     interval: Pair = key((0.0, 0.75), 'Times at which "model_guidance" guides')
     start_step: int = key(0, 'Step at which "model_guidance" begins to guide', ge=0)
@@ -208,9 +207,7 @@ class MethodTable(Table):
     auto_reference: str = key("", "Real images to compare them with, as for `evaluate`; empty takes the data's source")
     samples: tuple[str, ...] = key((), 'Sample files "flow_postprocessing" learns to correct')
     neighbours: int = key(20, 'Real neighbours per sample, for "flow_postprocessing"', ge=1)
-    space: Literal["pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56", "classifier"] = key(
-        "pixels", "Where neighbours are near; classifier: the run in `weights`"
-    )
+    space: Literal[Space, "classifier"] = key("pixels", "Where neighbours are near; classifier: the run in `weights`")
     weights: str = key("", "Folder of the weights of `space`")
 
 
@@ -229,9 +226,7 @@ class LoopTable(Table):
     seed: int = key(0, "Seed of weights, data order, times, noise and dropout", **SEED)
     precision: Precision = key("fp32", "Arithmetic; auto is bf16 where the hardware is made for it")
     gradient_accumulation_steps: int = key(1, "Micro-batches per optimiser step", ge=1)
-    gradient_checkpointing: bool = key(
-        False, "Whether to forget activations and compute them again: less memory, more time"
-    )
+    gradient_checkpointing: bool = key(False, "Whether to compute activations twice: less memory, more time")
     save_every: int = key(500, "Steps between checkpoints", ge=1)
     keep: int = key(2, "Newest checkpoints to keep", ge=1)
 

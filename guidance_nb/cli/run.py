@@ -123,26 +123,17 @@ def read_generated(
     return x, torch.cat(labels)
 
 
-def read_space(name: str, weights: str) -> Literal["pixels"] | Callable[[Tensor], Tensor]:
-    "Where neighbours are sought; see feature_space, or what a classifier in the folder `weights` sees in clean images."
-    if name != "classifier":
-        return feature_space(name, weights or None)  # type: ignore[arg-type]
-    trained = load_trained(weights).require("classifier", "evaluation_classifier")
-
-    @torch.no_grad()
-    def features(x: Tensor) -> Tensor:
-        start = torch.zeros((), device=own_device())
-        return torch.cat([trained.model.look(part.to(own_device()), start).cpu() for part in x.split(1024)])
-
-    return features
-
-
 def read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
     "Samples of a `recipe` of post-processing, each with its nearest images of `data`."
     method = recipe.method
     x, c = read_generated(method.samples, data.shape, data.num_classes)
     real = from_uint8(data.images(torch.arange(len(data))))
-    space = read_space(method.space, method.weights)
+    place: Any = method.space
+    if place == "classifier":
+        from guidance_nb.cli.evaluation import find_feature_extractor
+
+        place = find_feature_extractor(method.weights)
+    space = feature_space(place, method.weights or None)
     return pair_data(x, real, c, None if c is None else data.labels, method.neighbours, space, device=own_device())
 
 

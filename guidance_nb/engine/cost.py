@@ -130,10 +130,7 @@ class LossNFE:
 
 @torch.enable_grad()
 def count_loss_nfe(
-    loss: Callable[..., Tensor],
-    model: Any = None,
-    data: tuple[Tensor, Tensor | None] | None = None,
-    steps: int = 1,
+    loss: Callable[..., Tensor], model: Any = None, data: tuple[Tensor, Tensor | None] | None = None, steps: int = 1
 ) -> LossNFE:
     """Count the evaluations that a loss takes by calling it on a tiny model, at 64 of the steps of a run.
 

@@ -430,17 +430,16 @@ SPACES: tuple[Space, ...] = ("pixels", "dinov2", "dinov2-patches", "resnet20", "
 
 
 def feature_space(
-    name: Space,  # "dinov2" is its class token
+    name: Space | Extractor,  # "dinov2" is its class token
     path: str | Path | None = None,  # Where the weights are
     batch_size: int = 64,  # Images per call of the network
     progress: bool = False,  # Show a progress bar
     **options: Any,  # Those of dinov2_extractor
 ) -> Literal["pixels"] | Callable[[Tensor], Tensor]:  # From images in [-1, 1] to features `[n, f]`
     "Where neighbours are sought: pixels, or what an extractor makes of images as a file would hold them."
-    check_choice("space", name, SPACES)
     if name == "pixels":
         return name
-    if name.startswith("resnet"):
+    if isinstance(name, Extractor) or check_choice("space", name, SPACES).startswith("resnet"):
         extractor = find_extractor(name, path)
     else:
         require(path is not None, f"weights of {name!r}", path, "a folder of DINOv2 with registers")
@@ -449,6 +448,6 @@ def feature_space(
 
     def features(x: Tensor) -> Tensor:
         images = to_uint8(x.clamp(-1, 1))
-        return extract(images, extractor, f"{name} features", batch_size, progress).rows[layer]
+        return extract(images, extractor, f"{extractor.name} features", batch_size, progress).rows[layer]
 
     return features

@@ -105,21 +105,13 @@ class UNet(nn.Module):
         kinds = ["Attn" * (shape[1] // patch >> level in attention) for level in range(len(widths))]
         groups = math.gcd(32, math.gcd(*widths) // 4)  # of four channels at least
         body: Any = UNet2DModel  # untyped: diffusers says Module of none of its models
-        self.net = body(
-            in_channels=shape[0] * patch**2,
-            out_channels=shape[0] * patch**2,
-            block_out_channels=tuple(widths),
-            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-            layers_per_block=blocks,
-            add_attention=bool(attention),
-            attention_head_dim=head,
-            dropout=dropout,
-            norm_num_groups=groups,
-            attn_norm_num_groups=groups,
-            resnet_time_scale_shift="scale_shift" if film else "default",
-            class_embed_type="identity",
-        )
+        options = {"in_channels": shape[0] * patch**2, "out_channels": shape[0] * patch**2, "dropout": dropout}
+        options |= {"block_out_channels": tuple(widths), "layers_per_block": blocks}
+        options |= {"down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds)}
+        options |= {"up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds))}
+        options |= {"add_attention": bool(attention), "attention_head_dim": head}
+        options |= {"norm_num_groups": groups, "attn_norm_num_groups": groups, "class_embed_type": "identity"}
+        self.net = body(resnet_time_scale_shift="scale_shift" if film else "default", **options)
         _zero(self.net, "conv2", "to_out.0", "conv_out")
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -166,16 +158,9 @@ class DiT(nn.Module):
         self.sines, self.clock = Timesteps(256, True, 0), TimestepEmbedding(256, width)
         self.ask = Conditioning(width, num_classes, scale_aware)
         body: Any = DiTTransformer2DModel
-        self.net = body(
-            in_channels=shape[0],
-            sample_size=shape[1],
-            patch_size=patch,
-            num_layers=depth,
-            num_attention_heads=heads,
-            attention_head_dim=width // heads,
-            dropout=dropout,
-            num_embeds_ada_norm=1,
-        )
+        options = {"in_channels": shape[0], "sample_size": shape[1], "patch_size": patch, "num_layers": depth}
+        options |= {"num_attention_heads": heads, "attention_head_dim": width // heads, "dropout": dropout}
+        self.net = body(num_embeds_ada_norm=1, **options)
         self.net.pos_embed.register_forward_hook(lambda embed, args, tokens: tokens.contiguous())  # as later blocks see
         for block in self.net.transformer_blocks:
             block.norm1.emb = _Given()

@@ -17,14 +17,7 @@ from guidance_nb._extras import extra
 from guidance_nb._files import digest, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
 from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
-from guidance_nb.images.latents import (
-    LatentData,
-    encode_folder,
-    find_shard,
-    load_latents,
-    open_shard,
-    write_shard,
-)
+from guidance_nb.images.latents import LatentData, encode_folder, find_shard, load_latents, open_shard, write_shard
 from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop.diffusers import PipelineParts
 from guidance_nb.interop.text_denoiser import check_pipeline
