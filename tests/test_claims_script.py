@@ -26,6 +26,12 @@ RECIPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_ships(monkeypatch, tmp_path):
+    "These tests train their own models."
+    monkeypatch.setattr(claims, "MODELS", tmp_path)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     "Every model of the study but a second seed, an anchor and a linear classifier, after four steps."

@@ -22,13 +22,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from guidance_nb import _random
 from guidance_nb.cli.evaluation import find_feature_extractor, has_facts, keep_neighbours, score
 from guidance_nb.cli.recipe import DataTable, Recipe, override, read_recipe
 from guidance_nb.cli.run import (
@@ -632,6 +633,11 @@ def guarded(steps: Iterable[Any]) -> Iterator[Any]:
 STRICT = False  # whether a failure ends everything, for tests
 
 
+def remember_noise() -> None:
+    "Draw the noise of a seed once: for thousands of samples it takes as long as some steps of a small network."
+    _random.keyed_noise = lru_cache(8)(_random.keyed_noise)
+
+
 def score_points(study: Study, plan: Plan) -> Iterator[dict[str, Any]]:
     "Rows of all points as they are made, real images first."
     size, data = study.size, read_images(run_recipe("base", study.size).data)
@@ -827,7 +833,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--patch", type=int, default=2, choices=(1, 2), help="side of the U-Net's patches; 1 in the papers"
     )
     parser.add_argument("--size", type=int, default=32, choices=(16, 32), help="pixels of an image's side")
-    parser.add_argument("--data", default="cifar10", help="with --size 16: folder that --pack wrote")
+    packed = Path(os.environ.get("GUIDANCE_NB_DATA", ".")) / "cifar10-16"
+    parser.add_argument(
+        "--data",
+        default=str(packed) if (packed / "train.npz").exists() else "cifar10",
+        help="with --size 16: folder that --pack wrote; without it cifar10-16 in GUIDANCE_NB_DATA, or CIFAR-10 itself",
+    )
     parser.add_argument("--pack", type=Path, help="write the images of 16 x 16 into this folder, and do no more")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of every run")
     parser.add_argument(
@@ -859,10 +870,12 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.size == 16:
         size, minutes = small_size(asked.data, asked.lr, asked.rehearse), min(asked.stop_after, asked.budget)
     deadline = time.monotonic() + 60 * minutes
+    remember_noise()
     try:
         carry_out(Study(asked.out, size, asked.budget, deadline, asked.compile, asked.classifiers))
+        print("missing: nothing")
     except OutOfTime:
-        print(f"the time of this call is up; the same command goes on from {asked.out}")
+        print(f"missing: what did not fit into this call; the same command goes on from {asked.out}")
 
 
 if __name__ == "__main__":

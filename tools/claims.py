@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cifar10 import METRICS, Drawing, Point, Scores, device_name, reference_features, synchronize
+from cifar10 import METRICS, Drawing, Point, Scores, device_name, reference_features, remember_noise, synchronize
 from guidance_nb.cli.evaluation import find_feature_extractor
 from guidance_nb.cli.load import MODELS
 from guidance_nb.cli.run import Trained, generate, load_trained, take_images
@@ -52,12 +52,17 @@ def first_points(grid: Grid, seed: int) -> list[Point]:
     common: Any = {"steps": grid.usual, "seed": seed, "sampler": MULTISTEP}
     return [
         *(Point("cfg", scale, corrections=("post",), **common) for scale in most),
-        Point("mg", 2.0, **common),
+        *(Point(name, 2.0, **common) for name in ("mg", "mg-1")),
         *(Point("mg-aware", scale, **common) for scale in most if scale <= 4),
         *(Point("cfg-1", scale, **common) for scale in most),
         *(Point("cfg", 1.0, classifier=each, **common) for each in CLASSIFIERS),
         *(Point("cfg", scale, steps, seed=seed) for steps in (few, grid.usual) for scale in (1.0, 2.0)),
-        *(Point("aligned", scale, steps, seed=seed) for steps in (few, grid.usual) for scale in (2.0, 4.0)),
+        *(
+            Point(name, scale, steps, seed=seed)
+            for name in ("aligned", "aligned-1", "cfg-1")
+            for steps in (few, grid.usual)
+            for scale in ((1.0, 2.0) if name == "cfg-1" else (2.0, 4.0))
+        ),
         *(Point("aligned-anchored", scale, steps, seed=seed) for steps in (few, grid.usual) for scale in (2.0, 4.0)),
     ]
 
@@ -202,7 +207,7 @@ def carry_out(out: Path, models: Models, grid: Grid, deadline: float) -> None:
         show(row)
     drawing, rate = choose_arithmetic(models, grid, scores)
     points = all_points(models, grid)
-    expected = {point: grid.samples * weight(point) / rate for point in points}
+    expected = {point: grid.samples * weight(point) / rate + 0.1 for point in points}
     left = deadline - time.monotonic()
     print(f"{len(points)} points, about {sum(expected.values()):.0f} s of sampling; {left:.0f} s are left", flush=True)
     left_out = []
@@ -217,8 +222,8 @@ def carry_out(out: Path, models: Models, grid: Grid, deadline: float) -> None:
     for row in scores.add_points(fitting(), lambda point, rows: drawing.draw(point, grid.samples, rows)):
         show(row)
     (out / "left_out.txt").write_text("".join(f"{point}\n" for point in left_out))
-    if left_out:
-        print(f"{len(left_out)} points did not fit in; they are in left_out.txt, the same command goes on with them")
+    told = f"{len(left_out)} points that did not fit in, see left_out.txt; the same command goes on with them"
+    print(f"missing: {told if left_out else 'nothing'}")
 
 
 def show(row: dict[str, Any]) -> None:
@@ -243,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not models.has(name):
             parser.error(f"no model mnist-{name} in {', '.join(map(str, models.folders))}; allowed: --models FOLDER")
     asked.out.mkdir(parents=True, exist_ok=True)
+    remember_noise()
     grid = Grid((1.0, 2.0), (2, 3), 3, 20, 200) if asked.rehearse else Grid()
     carry_out(asked.out, models, grid, deadline)
 

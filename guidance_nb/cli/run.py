@@ -128,12 +128,12 @@ def read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
     method = recipe.method
     x, c = read_generated(method.samples, data.shape, data.num_classes)
     real = from_uint8(data.images(torch.arange(len(data))))
-    place: Any = method.space
-    if place == "classifier":
+    if method.space == "classifier":
         from guidance_nb.cli.evaluation import find_feature_extractor
 
-        place = find_feature_extractor(method.weights)
-    space = feature_space(place, method.weights or None)
+        space = feature_space(find_feature_extractor(method.weights))
+    else:
+        space = feature_space(method.space, method.weights or None)
     return pair_data(x, real, c, None if c is None else data.labels, method.neighbours, space, device=own_device())
 
 
