@@ -56,6 +56,7 @@ from guidance_nb.training import fit
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 STEPS = (5, 10, 20, 50)
+RUN_OVERHEAD = 2.0  # seconds a run takes to read its images and write its checkpoints
 PARTS = {"training": 0.55, "sampling": 0.33}  # of the budget; the rest is for timing, compiling and looking at images
 METRICS = ("fd", "precision", "recall")
 PAIRS = [(False, False), (False, True), (True, False), (True, True)]  # CUDA graphs, channels last
@@ -457,6 +458,7 @@ def make_plan(study: Study) -> Plan:
             changes = engine | {key: False for key in ("compile",) if key in run.changes}
             seconds[timed], warm[timed] = time_training(override(run_recipe(timed, size), changes), size.timed)
         seconds[name], warm[name] = seconds[timed], warm[timed]
+    warm = {name: spent + (0 if size.bare else RUN_OVERHEAD) for name, spent in warm.items()}
     names = list(runs)
 
     def longest() -> int:

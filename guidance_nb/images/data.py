@@ -370,7 +370,7 @@ def packed_images(file: Path, size: int | None, flip: bool) -> ImageData:
     classes = facts.get("classes")
     fine = labels is not None and isinstance(classes, list) and int(labels.max()) < len(classes)
     require(fine, f"labels and classes of {file}", classes, "labels in arr_1, the names of all classes in the facts")
-    x = x if size is None else shrink(x, size)
+    x = x if size in (None, x.shape[3]) else shrink(x, size)  # type: ignore[arg-type]
     return ImageData(x, labels, tuple(classes), tuple(x.shape[1:]), flip, str(file))  # type: ignore[arg-type]
 
 
@@ -397,7 +397,7 @@ def load_images(
     check_choice("split", split, ("train", "test"))
     x, labels, classes = read_published(str(source), find_files(str(source), root, download), split)
     require(channels in (None, x.shape[1]), "channels", channels, f"{x.shape[1]}, as stored")
-    x = x if size is None else shrink(x, size)
+    x = x if size in (None, x.shape[3]) else shrink(x, size)  # type: ignore[arg-type]
     return ImageData(x, labels, classes, (x.shape[1], x.shape[2], x.shape[3]), flip, str(source))
 
 
