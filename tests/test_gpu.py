@@ -69,37 +69,6 @@ def test_a_recorded_run_is_the_same_run(loss):
     assert ends[0][0] == ends[1][0] and all(map(torch.equal, ends[0][1], ends[1][1]))
 
 
-@pytest.mark.parametrize(("name", "compiled"), [("unet-tiny", False), ("dit-s/2", False), ("dit-s/2", True)])
-def test_a_recorded_run_of_images_is_near_the_plain_run(name, compiled):
-    "In fp32, from the same weights; compiling a U-Net takes too long for a test."
-    losses = []
-    for engine in (Engine(precision="fp32"), Engine(precision="fp32", cuda_graphs=True, compile=compiled)):
-        model, _, _, _ = image_model(name)
-        data = torch.randn(32, 3, 16, 16, generator=keyed_generator(0)), torch.arange(32) % 5
-        states = [*fit(model, DenoisingLoss(), data, 8, 16, lr=1e-4, ema=0.9, engine=engine, progress=False)]
-        losses.append([float(state.loss) for state in states])
-    assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_a_compiled_network_is_the_network(precision, tolerance):
-    "Outputs and gradients; and it is as far from float64 on the CPU as the network is that is not compiled."
-    model, x, t, c = image_model("dit-s/2")
-    exact = copy.deepcopy(model).double()
-    eager = copy.deepcopy(model).cuda()
-    compiled = copy.deepcopy(eager)
-    compile_network(compiled.net)
-    expected, found = exact.output(x.double(), t.double(), c), []
-    for each in (eager, compiled):
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            y = each.output(x.cuda(), t.cuda(), c.cuda())
-        y.float().square().sum().backward()
-        found.append((y.detach(), next(iter(each.net.parameters())).grad))
-    assert far(found[1][0], found[0][0]) < tolerance and far(found[1][1], found[0][1]) < 3 * tolerance
-    errors = [far(y, expected) for y, _ in found]
-    assert errors[1] < max(2 * errors[0], 1e-6) and errors[0] < 3 * tolerance
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_samples_in_bf16_are_near_those_in_fp32(name):
     model, _, _, c = image_model(name)
@@ -197,3 +166,51 @@ def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(tmp_path, graphs):
     fresh.load_state_dict(saved.model)
     x, t, c = torch.randn(5, 2), torch.rand(5), torch.zeros(5).long()
     assert_close(model(x.cuda(), t.cuda(), c.cuda()).x0.cpu(), fresh(x, t, c).x0, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [DenoisingLoss(0.1), ModelGuidanceLoss(0.5)])
+def test_a_step_does_not_wait_for_the_gpu(loss):
+    "PyTorch raises an error where it would, but for the event that says that the loss of the step before is there."
+    model, _, _, _ = image_model("dit-s/2")
+    data = torch.randn(32, 3, 16, 16, generator=keyed_generator(0)), torch.arange(32) % 5
+    run = fit(model, loss, data, 9, 16, engine=Engine(precision="bf16"), progress=False)
+    for _ in range(3):
+        next(run)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            next(run)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        run.close()
+
+
+@pytest.mark.parametrize(("name", "compiled"), [("unet-tiny", False), ("dit-s/2", False), ("dit-s/2", True)])
+def test_a_recorded_run_of_images_is_near_the_plain_run(name, compiled):
+    "In fp32, from the same weights; compiling a U-Net takes too long for a test."
+    losses = []
+    for engine in (Engine(precision="fp32"), Engine(precision="fp32", cuda_graphs=True, compile=compiled)):
+        model, _, _, _ = image_model(name)
+        data = torch.randn(32, 3, 16, 16, generator=keyed_generator(0)), torch.arange(32) % 5
+        states = [*fit(model, DenoisingLoss(), data, 8, 16, lr=1e-4, ema=0.9, engine=engine, progress=False)]
+        losses.append([float(state.loss) for state in states])
+    assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_a_compiled_network_is_the_network(precision, tolerance):
+    "Outputs and gradients; and it is as far from float64 on the CPU as the network is that is not compiled."
+    model, x, t, c = image_model("dit-s/2")
+    exact = copy.deepcopy(model).double()
+    eager = copy.deepcopy(model).cuda()
+    compiled = copy.deepcopy(eager)
+    compile_network(compiled.net)
+    expected, found = exact.output(x.double(), t.double(), c), []
+    for each in (eager, compiled):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            y = each.output(x.cuda(), t.cuda(), c.cuda())
+        y.float().square().sum().backward()
+        found.append((y.detach(), next(iter(each.net.parameters())).grad))
+    assert far(found[1][0], found[0][0]) < tolerance and far(found[1][1], found[0][1]) < 3 * tolerance
+    errors = [far(y, expected) for y, _ in found]
+    assert errors[1] < max(2 * errors[0], 1e-6) and errors[0] < 3 * tolerance

@@ -54,7 +54,7 @@ class Size:
     shape: tuple[int, int, int] = (4, 32, 32)
     batch: int = 256
     repeats: int = 5
-    seconds: float = 1.5  # of a repeat, at least
+    seconds: float = 1.0  # of a repeat, at least
     steps: int = 10  # of sampling
 
 

@@ -22,8 +22,8 @@ from notebooks import ROOT
 TIMED = ["--budget", "{minutes}"]
 # Name -> share of the budget, and the program. A plan that is made once is made for the minutes of the first call.
 PHASES: dict[str, tuple[float, list[str]]] = {
-    "checks": (1.5, ["-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu", "tests/test_gpu.py"]),
-    "transformers": (4.0, ["tools/dit_speed.py", *TIMED]),
+    "checks": (2.0, ["-m", "pytest", "-o", "addopts=", "-v", "-m", "gpu", "tests/test_gpu.py"]),
+    "transformers": (4.5, ["tools/dit_speed.py", *TIMED]),
     "claims": (3.0, ["tools/claims.py", *TIMED]),
     "cifar16": (6.0, ["tools/cifar10.py", "--size", "16", "--budget", "{first}", "--stop-after", "{minutes}"]),
 }
