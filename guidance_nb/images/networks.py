@@ -129,6 +129,11 @@ class _Given(nn.Module):
         return class_labels
 
 
+def _lay_out(embed: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
+    "Tokens in memory as later blocks have theirs, so that a compiled block serves the first, too."
+    return tokens.contiguous()
+
+
 class DiT(nn.Module):
     """The transformer of DiT and SiT (arXiv 2212.09748) by `diffusers`: `net(x, time, labels)`, or with `scale`.
 
@@ -161,7 +166,7 @@ class DiT(nn.Module):
         options = {"in_channels": shape[0], "sample_size": shape[1], "patch_size": patch, "num_layers": depth}
         options |= {"num_attention_heads": heads, "attention_head_dim": width // heads, "dropout": dropout}
         self.net = body(num_embeds_ada_norm=1, **options)
-        self.net.pos_embed.register_forward_hook(lambda embed, args, tokens: tokens.contiguous())  # as later blocks see
+        self.net.pos_embed.register_forward_hook(_lay_out)
         for block in self.net.transformer_blocks:
             block.norm1.emb = _Given()
         for name, weight in self.net.named_parameters():
