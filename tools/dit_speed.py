@@ -107,6 +107,7 @@ def train(name: str, engine: str, model: NetworkDenoiser, batch: int, size: Size
     settings = Engine(precision="bf16" if CUDA else "fp32", **ENGINES[engine])
     data = torch.randn(4 * batch, *size.shape), torch.arange(4 * batch) % 1000
     options: Any = {"batch_size": batch, "lr": 1e-4, "schedule": "constant", "progress": False}
+    model.zero_grad()  # of the run before, which would hold the memory of its graph
     begin = now()
     run = fit(model, DenoisingLoss(0.1), data, 10**6, engine=settings, **options)
     for _ in range(5):  # a graph is recorded at the fourth
@@ -126,6 +127,7 @@ def train(name: str, engine: str, model: NetworkDenoiser, batch: int, size: Size
 
 def draw(name: str, model: NetworkDenoiser, batch: int, size: Size) -> Iterator[dict[str, Any]]:
     "Images per second of sampling with one evaluation a step and with two, by turns."
+    model.zero_grad()
     compile_network(model.net)
     ways: dict[int, Any] = {1: model, 2: ClassifierFreeGuidance(model, 2.0)}
     ask = partial(sample, c=torch.arange(batch) % 1000, shape=size.shape, sampler="euler", progress=False)
