@@ -378,7 +378,7 @@ def said(source: str, is_code: bool) -> Iterator[str]:
         return
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and " " in token.string):
-            yield re.sub(r"`[^`]*`", "", token.string)
+            yield re.sub(r"`[^`]*`|\{[^{}]*\}", "", token.string)
 
 
 def spoken() -> Iterator[tuple[str, str]]:
