@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -194,9 +195,8 @@ def save(file: Path, made: dict[str, Any]) -> None:
 def measure(file: Path, size: Size, deadline: float) -> list[str]:
     "Make the rows that are missing, until the deadline; what is still missing."
     models, missing, longest = cache(partial(build, size=size)), [], 0.0
-    jobs = [(name, engine, (engine,)) for name in size.networks for engine in ENGINES]
-    jobs += [(name, "sampling", tuple(SAMPLING.values())) for name in size.networks]
-    for name, kind, engines in jobs:
+    kinds = {engine: (engine,) for engine in ENGINES} | {"sampling": tuple(SAMPLING.values())}
+    for name, (kind, engines) in product(size.networks, kinds.items()):
         if all(is_made(file, name, engine) for engine in engines):
             continue
         start, what = time.monotonic(), f"{name} {kind}"
