@@ -29,7 +29,7 @@ from cifar10 import (
 )
 from guidance_nb.cli.run import Request, generate, load_trained
 from guidance_nb.denoisers import count_nfe
-from guidance_nb.images.data import save_samples
+from guidance_nb.images.data import ImageData, SampleFile, save_samples
 from guidance_nb.images.metrics import read_rows
 
 needs_data = pytest.mark.skipif(
@@ -192,6 +192,15 @@ def test_bad_times_are_refused(tmp_path, given, capsys):
     assert re.search(r"allowed: (positive numbers of minutes|a positive number)\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_perfect_flow_ends_on_a_near_training_image_of_the_class(label):
+    x = torch.tensor([0, 10, 100, 110], dtype=torch.uint8).reshape(4, 1, 1, 1)
+    real = ImageData(x, torch.tensor([0, 1, 0, 1]), ("a", "b"), (1, 1, 1))
+    drawn = SampleFile(torch.full((6, 1, 1, 1), 90, dtype=torch.uint8), torch.full((6,), label), {"nfe": 3})
+    found = cifar10.nearest_images(drawn, real)
+    assert set(found.x.flatten().tolist()) == {10 * label, 100 + 10 * label} and found.facts == {"nfe": 3}
+
+
 POINTS_16 = [
     Point("base", 2.0, 2, corrections=("post-classifier-20",)),
     Point("base", 2.0, 2, precision="fp32", seed=1),
@@ -232,7 +241,8 @@ def test_the_study_of_small_images_from_a_folder_and_past_a_failure(tmp_path, mo
 def test_every_point_of_small_images_is_of_a_run_that_is_there():
     points = small_size("cifar10", 1e-3, False).points(list(RUNS_16))
     assert len(set(points)) == len(points) and {point.run for point in points} < set(RUNS_16)
-    assert {name for point in points for name in (*point.corrections, point.classifier) if name} < set(RUNS_16)
+    others = {name for point in points for name in (*point.corrections, point.classifier) if name}
+    assert others - {cifar10.NEIGHBOURS} < set(RUNS_16) and cifar10.NEIGHBOURS in others
     fewer = small_size("cifar10", 1e-3, False).points(["base", "mg-2"])
     assert {(point.run, point.corrections) for point in fewer} == {("base", ()), ("mg-2", ())}
 

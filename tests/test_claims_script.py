@@ -60,7 +60,10 @@ def test_the_whole_way_and_no_point_twice(models, tmp_path, capsys):
     shown = capsys.readouterr().out
     rows = read_rows(tmp_path / "claims_mnist.csv")[1]
     assert {row["run"] for row in rows} == {"real", "cfg", "aligned", "mg", "mg-aware"}
-    assert {row["flow"] for row in rows} == {"", "post"} and {row["guide"] for row in rows} == {"", "classifier"}
+    assert {row["flow"] for row in rows} == {"", "post", "neighbours"} and {row["guide"] for row in rows} == {
+        "",
+        "classifier",
+    }
     assert {row["seed"] for row in rows if row["run"] == "cfg"} == {"0", "1", "2"}
     assert {float(row["portion"]) for row in rows if row["run"] == "aligned"} == {0.25, 0.5, 0.75, 1.0}
     assert [row["n"] for row in rows if row["run"] == "real"] == ["20", "200"]
@@ -99,7 +102,7 @@ def test_what_the_claims_need_comes_first(monkeypatch):
     assert len(set(points)) == len(points) and not any(point.run == "cfg-1" for point in points)
     seeds = [point.seed for point in points]
     assert seeds.index(1) == seeds.count(0) and points[0] == claims.Point(
-        "cfg", 1.0, 20, corrections=("post",), sampler="dpmpp_2m"
+        "cfg", 1.0, 20, corrections=("post", "neighbours"), sampler="dpmpp_2m"
     )
     grid = {(p.run, p.scale, p.steps) for p in points if p.sampler == "euler" and not p.seed}
     assert grid >= {(run, s, n) for run in ("cfg", "aligned") for s in claims.SCALES for n in claims.STEPS}

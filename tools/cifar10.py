@@ -49,7 +49,8 @@ from guidance_nb.cli.run import (
 )
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.engine.hardware import choose_precision
-from guidance_nb.images.data import ImageData, SampleFile, load_images, save_samples
+from guidance_nb.flow_postprocessing import pair_data
+from guidance_nb.images.data import ImageData, SampleFile, from_uint8, load_images, save_samples
 from guidance_nb.images.features import Extractor, Features, cifar_resnet, extract, resnet_extractor
 from guidance_nb.images.metrics import append_rows, read_rows
 from guidance_nb.training import fit
@@ -123,6 +124,7 @@ RUNS_16 = {  # a second seed of training for the headline; what is needed least 
     "post-few": correction("pixels", 20, 0.5, "few", **FEW),
     "mg-aware": Run("cifar10-mg-aware", {"scale_range": "1,4"}),
 }
+NEIGHBOURS = "neighbours"  # instead of a flow: what a perfect one would give
 OPTIONAL = tuple(RUNS_16)[-4:]  # left out, the last first, if the base would see each image less than sixteen times
 PAIRED = (1.0, 2.0, 3.0)  # scales of the samples that the post-processing flows learn from
 
@@ -157,7 +159,7 @@ class Point:
 def points_16(runs: Collection[str]) -> list[Point]:
     "The same for images of 16 x 16: with three seeds of sampling, and with scales at which CFG may spoil a base."
     scales, posts = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), tuple(name for name in runs if name.startswith("post-"))
-    pixels = tuple(name for name in posts if name != "post-few")
+    pixels = (*(name for name in posts if name != "post-few"), *[NEIGHBOURS] * bool(posts))
     wanted = [
         *(Point("base", scale, corrections=pixels) for scale in scales),
         Point("base", 2.0, precision="fp32"),
@@ -182,7 +184,11 @@ def points_16(runs: Collection[str]) -> list[Point]:
                 *(("base", 1.0, 5), ("aligned", 2.0, 5), ("aligned", 2.0, 20), ("mg-2", 2.0, 20), ("mg-2-1", 2.0, 20)),
             )
         ),
-        *(Point("base", scale, corrections=pixels, seed=seed) for seed in (1, 2) for scale in (1.0, 2.0, 4.0, 8.0)),
+        *(
+            Point("base", scale, corrections=pixels[:-1], seed=seed)
+            for seed in (1, 2)
+            for scale in (1.0, 2.0, 4.0, 8.0)
+        ),
     ]
     return [point for point in dict.fromkeys(wanted) if point.run in runs]
 
@@ -670,6 +676,7 @@ class Drawing:
     rows: int  # in one call of a network: one size, so that it is compiled once
     compile: bool = False
     arithmetic: str = ""  # what rows say of it; without it the precision
+    real: ImageData | None = None  # training images, for NEIGHBOURS
 
     def request(self, point: Point, n: int) -> Request:
         "What is drawn at a point."
@@ -696,16 +703,27 @@ class Drawing:
             yield self.correct(name, drawn) if name else drawn, about | {"flow": name}
 
     def correct(self, name: str, drawn: SampleFile) -> SampleFile:
-        "Samples carried by a post-processing flow."
+        "Samples after a post-processing flow, or after a perfect one."
+        if name == NEIGHBOURS:
+            return nearest_images(drawn, self.real)
         flow = self.find(name, 1.0)
         with autocast_and_compile(flow, self.precision, self.compile):  # type: ignore[arg-type]
             return postprocess(flow, drawn, batch_size=self.rows, progress=False)
 
 
+def nearest_images(drawn: SampleFile, real: Any) -> SampleFile:
+    "What a perfect flow makes of samples: one of the 20 nearest training images of their class by pixels, at random."
+    images, k = real.images(torch.arange(len(real))), min(20, int(real.labels.bincount().min()))
+    pairs = pair_data(from_uint8(drawn.x), from_uint8(images), drawn.c, real.labels, k, device=own_device())
+    chosen = torch.randint(k, (len(drawn.x), 1), generator=torch.Generator().manual_seed(0))
+    return SampleFile(images[pairs.neighbours.gather(1, chosen)[:, 0]], drawn.c, drawn.facts)
+
+
 def drawing(study: Study, plan: Plan) -> Drawing:
     "How the plan draws."
     ways = plan.engine["precision"], study.size.rows, plan.engine["compile"]
-    return Drawing(lambda name, portion: read_run(study.out / "train" / name, portion), *ways)
+    real = read_images(run_recipe("base", study.size).data)
+    return Drawing(lambda name, portion: read_run(study.out / "train" / name, portion), *ways, real=real)
 
 
 def draw_point(

@@ -20,12 +20,22 @@ from typing import Any
 
 import torch
 
-from cifar10 import METRICS, Drawing, Point, Scores, device_name, reference_features, remember_noise, synchronize
+from cifar10 import (
+    METRICS,
+    NEIGHBOURS,
+    Drawing,
+    Point,
+    Scores,
+    device_name,
+    reference_features,
+    remember_noise,
+    synchronize,
+)
 from guidance_nb.cli.evaluation import find_feature_extractor
 from guidance_nb.cli.load import MODELS
 from guidance_nb.cli.run import Trained, generate, load_trained, take_images
 from guidance_nb.engine.checkpoints import checkpoints_in
-from guidance_nb.images.data import load_images
+from guidance_nb.images.data import ImageData, load_images
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 STEPS = (5, 10, 20, 50)
@@ -51,7 +61,7 @@ def first_points(grid: Grid, seed: int) -> list[Point]:
     few, most = grid.steps[0], grid.scales
     common: Any = {"steps": grid.usual, "seed": seed, "sampler": MULTISTEP}
     return [
-        *(Point("cfg", scale, corrections=("post",), **common) for scale in most),
+        *(Point("cfg", scale, corrections=("post", *[NEIGHBOURS] * (seed == 0)), **common) for scale in most),
         *(Point(name, 2.0, **common) for name in ("mg", "mg-1")),
         *(Point("mg-aware", scale, **common) for scale in most if scale <= 4),
         *(Point("cfg-1", scale, **common) for scale in most),
@@ -143,7 +153,12 @@ def all_points(models: Models, grid: Grid) -> list[Point]:
             for path in models.checkpoints(point.run)
         )
         if models.has(point.run) and near and (not point.classifier or models.has(point.classifier)):
-            points.append(replace(point, corrections=tuple(name for name in point.corrections if models.has(name))))
+            points.append(
+                replace(
+                    point,
+                    corrections=tuple(name for name in point.corrections if name == NEIGHBOURS or models.has(name)),
+                )
+            )
     return points
 
 
@@ -157,10 +172,11 @@ def allow_tf32(fine: bool) -> None:
     torch.backends.cudnn.allow_tf32 = fine
 
 
-def choose_arithmetic(models: Models, grid: Grid, scores: Scores) -> tuple[Drawing, float]:
+def choose_arithmetic(models: Models, grid: Grid, scores: Scores, real: ImageData) -> tuple[Drawing, float]:
     "The fastest arithmetic that leaves the distance of CFG where fp32 has it, within one per cent; and evaluations/s."
     point = first_points(grid, 0)[list(grid.scales).index(2.0)]
-    ways = [Drawing(models.find, precision, 2 * grid.samples, arithmetic=name) for name, (precision, _) in WAYS.items()]
+    common: Any = {"rows": 2 * grid.samples, "real": real}
+    ways = [Drawing(models.find, each, arithmetic=name, **common) for name, (each, _) in WAYS.items()]
     chosen, found, rate = ways[0], dict[str, float](), 0.0
     for way in ways if torch.cuda.is_available() else ways[:1]:
         allow_tf32(WAYS[way.arithmetic][1])
@@ -205,7 +221,7 @@ def carry_out(out: Path, models: Models, grid: Grid, deadline: float) -> None:
     scores = Scores(out / "claims_mnist.csv", *reference_features(data, "mnist train", extractor), METRICS)
     for row in scores.add_baselines(test, (grid.samples, len(test))):
         show(row)
-    drawing, rate = choose_arithmetic(models, grid, scores)
+    drawing, rate = choose_arithmetic(models, grid, scores, data)
     points = all_points(models, grid)
     expected = {point: grid.samples * weight(point) / rate + 0.1 for point in points}
     left = deadline - time.monotonic()
