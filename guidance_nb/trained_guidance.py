@@ -88,7 +88,7 @@ def _draw_scales(
 # %% ../nbs/19_trained_guidance.ipynb #a99e7a67
 @dataclass
 class GuidanceFreeTrainingLoss:
-    "Squared error of a mixture with the network's own unconditional output, eq. (4) (arXiv 2501.15420); beta = 1 / scale."
+    "Squared error of a mixture with the own unconditional output, eq. (4) (arXiv 2501.15420); beta = 1 / scale."
 
     scale: float = 2.0  # Guidance scale to train for, 1 / beta; unused with `scale_range`
     dropout: float = 0.1  # Probability of training a sample without its condition

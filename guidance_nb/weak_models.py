@@ -537,7 +537,7 @@ class DiscriminatorGuidance(Guidance):
 
 # %% ../nbs/17_weak_models.ipynb #401f6221
 class ExactDiscriminator(nn.Module):
-    "The optimal discriminator between two mixtures, eq. (7): log densities of (generated, c) and of (real, c) at time t."
+    "The optimal discriminator of two mixtures, eq. (7): log densities of (generated, c) and (real, c) at time t."
 
     def __init__(
         self,

@@ -200,7 +200,7 @@ def mfu(images_per_second: float, flops_per_image: float, peak: float, gpus: int
         require(0 <= value < math.inf, name, value, "a finite number, 0 or more")
     require(0 < peak < math.inf, "peak", peak, "a positive number")
     share = images_per_second * flops_per_image / (check_whole("gpus", gpus, 1) * peak)
-    require(share <= 1, "mfu", float(f"{share:.3g}"), "at most 1, so the count, the clock or the peak is wrong")
+    require(share <= 1, "mfu", float(f"{share:.3g}"), "at most 1, so the count, the time or the peak is wrong")
     return share
 
 
