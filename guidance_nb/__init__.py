@@ -99,7 +99,7 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names.s
 
 __all__ = [*_MODULES]
 
-if not TYPE_CHECKING:  # so that a type checker knows the names above and refuses all others
+if not TYPE_CHECKING:  # so that a type checker knows the names above and no others
 
     def __getattr__(name: str) -> object:
         if name not in _MODULES:

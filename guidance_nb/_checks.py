@@ -1,4 +1,4 @@
-"""One line for a rule about an argument: what is refused is a `ValueError`, `name = value; allowed: ...`."""
+"""One line for a rule about an argument: an invalid value raises a `ValueError`, `name = value; allowed: ...`."""
 
 import difflib
 import json
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def require(fine: object, name: str, value: object, allowed: str) -> None:
-    """Refuse `value` unless `fine`."""
+    """Raise the error about `value` unless `fine`."""
     if not fine:
         shown = repr(value) if isinstance(value, str | bytes | list | dict) else value
         raise ValueError(f"{name} = {shown}; allowed: {allowed}")

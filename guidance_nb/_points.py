@@ -1,4 +1,4 @@
-"""Sets of points: what is refused, and the one exact search for nearest neighbours, toy and image."""
+"""Sets of points: which are invalid, and the one exact search for nearest neighbours, toy and image."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -151,8 +151,9 @@ def format_notebooks(*flags: str) -> Iterator[str]:
             yield from (line.replace(f"{where}/", "nbs: ") for line in lines_of(*command, "--quiet", *flags, where))
         for path, copied, _ in [] if flags else parts:
             notebook, done = json.loads(path.read_text(encoding="utf-8")), {c["id"]: c for c in cells(copied)}
-            notebook["cells"] = [done.get(cell["id"], cell) for cell in notebook["cells"]]
-            store(notebook, path)
+            formatted = [done.get(cell["id"], cell) for cell in notebook["cells"]]
+            if formatted != notebook["cells"]:
+                store(notebook | {"cells": formatted}, path)
 
 
 @check

@@ -69,7 +69,7 @@ class Command(TyperCommand):
     "A command whose options are given once, and not empty."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        "Refuse what would be silently replaced or read as nothing."
+        "Raise an error for what would be silently replaced or read as nothing."
         if not {"--help", "--install-completion"} & set(args):
             given, _, order = self.make_parser(ctx).parse_args(args=list(args))
             names = [part.name for part in order if part.param_type_name == "option"]
@@ -301,7 +301,7 @@ def finetune_command(
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    "Refuse a name `out` that cannot be written, or what it must not `overwrite`, before any work is done."
+    "Raise an error, before any work, for a name `out` that cannot be written or must not be overwritten."
     from guidance_nb.cli.run import check_folder
     from guidance_nb.images.data import may_replace
 
@@ -402,7 +402,7 @@ def evaluate_command(
 ) -> None:
     """Score samples against real images, and say how real images themselves score.
 
-    FID belongs to Inception; other features give a Fréchet distance that carries their name, such as fd_resnet56.
+    FID belongs to Inception; other features give a Fréchet distance with their name, such as fd_resnet56.
 
     Example: guidance-nb evaluate base.npz --features runs/mnist-evaluation-classifier --rows rows.csv
     """

@@ -77,7 +77,7 @@ def find_feature_extractor(
 
 
 def check_size(samples: tuple[int, ...], reference: tuple[int, ...]) -> None:
-    "Refuse `samples` and `reference` of other heights and widths."
+    "Raise an error for `samples` and `reference` of other heights and widths."
     if samples != reference:
         sizes = " and ".join("x".join(map(str, size)) for size in (samples, reference))
         raise ValueError(f"samples and reference have {sizes} pixels; allowed: one size, since resizing changes all")
@@ -119,7 +119,7 @@ def choose_metrics(
     metrics: tuple[str, ...] | None = None,  # Names, or all that these two allow
     best: str = "",  # Column that somebody will ask for
 ) -> tuple[str, ...]:  # Names for score
-    "The metrics of a comparison; a column that they do not give is refused."
+    "The metrics of a comparison; an error for a column that they do not give."
     names = check_metrics(metrics, extractor.name)
     if isinstance(real, Reference) and metrics is None:
         lacking = set() if real.images is not None else {"kd", "precision", "recall"}

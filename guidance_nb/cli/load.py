@@ -94,8 +94,7 @@ def _ready(model: nn.Module) -> nn.Module:
 
 
 def load(
-    source: str
-    | Path,  # A model of the package ("mnist-cfg"), a run or checkpoint, a diffusers folder, a Hub name
+    source: str | Path,  # A model of the package ("mnist-cfg"), a run or checkpoint, a diffusers folder, a Hub name
     ema: bool = True,  # Whether to take the moving average of the weights, of a run
 ) -> nn.Module:  # A `Denoiser` on the accelerator if there is one; a classifier or flow if one was trained
     "A trained network by name or folder, ready to be guided and sampled from; nothing is unpickled."

@@ -399,7 +399,7 @@ def is_switch(
 
 def override(
     recipe: R,  # A recipe
-    changes: Mapping[str, Any],  # Values by key, as text or typed; a table of keys is as good
+    changes: Mapping[str, Any],  # Values by key, as text or not; a table of keys is as good
 ) -> R:  # The changed recipe
     "Replace values of a recipe by key, and check the whole."
     tables = recipe.model_dump()

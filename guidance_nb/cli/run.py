@@ -65,7 +65,7 @@ def main_only(action: Callable[[], Any]) -> Any:
 
 
 def check_folder(name: str, folder: Path) -> Path:
-    "Make a `folder`, or refuse one that cannot be written to in a message that calls it `name`, before work is done."
+    "Make a `folder`; one that cannot be written to is an error that calls it `name`, before work is done."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe{os.getpid()}"
@@ -189,7 +189,7 @@ def make_loss(recipe: Recipe) -> Callable:
 
 
 def make_engine(recipe: Recipe, folder: Path | None = None, metadata: dict[str, Any] | None = None) -> Engine:
-    "How a `recipe` is carried out, in a `folder` of checkpoints that hold `metadata`."
+    "How a `recipe` is run, in a `folder` of checkpoints that hold `metadata`."
     table = recipe.training
     same = [*LOOP[1:], "compile", "cuda_graphs", "channels_last", "warmup", "weight_decay"]
     options: dict[str, Any] = {name: getattr(table, name) for name in same}
@@ -203,7 +203,7 @@ def recipe_cost(
     chip: str = "h100",  # Their kind
     share: float = 0.35,  # Assumed share of the peak
 ) -> Any:  # A pandas table, see cost_sheet
-    "GPU-hours and memory that a recipe will take: an estimate that assumes its share of the peak."
+    "GPU-hours and memory that a recipe will take: an estimate that assumes a fraction of the peak."
     table, network, at_once = recipe.training, recipe.network, recipe.training.gradient_accumulation_steps
     denoisers = ("plain", "aligned_loss", "model_guidance")
     require(recipe.method.name in denoisers, "method.name", recipe.method.name, "methods that train a denoiser")
@@ -217,7 +217,7 @@ def recipe_cost(
 
 
 def check_trainable(recipe: Recipe) -> None:
-    "Refuse a `recipe` that cannot be trained here, before any work is done."
+    "Raise an error for a `recipe` that cannot be trained here, before any work is done."
     make_loss(recipe)
     make_engine(recipe)
     check_tracker(recipe.training.tracker or None, ".")
@@ -229,7 +229,7 @@ def check_trainable(recipe: Recipe) -> None:
 
 
 def check_fits(recipe: Recipe, data: Any) -> None:
-    "Refuse a `recipe` that its `data` or this machine's memory cannot serve, before any work is done."
+    "Raise an error, before any work, for a `recipe` too large for its `data` or this machine's memory."
     table, channels = recipe.training, recipe.sampling.guided_channels
     most = data.shape[0]
     require(channels <= most, "sampling.guided_channels", channels, f"0 to {most}, as many as there are")
@@ -266,13 +266,13 @@ def train_recipe(
 ) -> Iterator[State]:
     "Train a recipe, from the newest intact checkpoint if there is one, and yield every state of `fit`."
     check_trainable(recipe)
-    data = make_data(recipe)  # refused before a folder is made
+    data = make_data(recipe)  # errors come before a folder is made
     check_fits(recipe, data)
     folder, table = check_folder("out", Path(folder)), recipe.training
     model, source, classes = make_training(recipe, data)
     facts: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape)}
     facts["classes"] = list(classes)
-    if isinstance(data, LatentData):  # what decodes them must be remembered
+    if isinstance(data, LatentData):  # what decodes them must be kept
         facts["latents"] = {"vae": data.index["vae"], "settings": {"image": data.index["settings"]["image"]}}
         if table.grid_every:
             find_vae(recipe, data.index)  # rather now than at the first grid
@@ -324,7 +324,7 @@ class Trained:
         return self.recipe.method.scale if built_in else self.recipe.sampling.guidance_scale
 
     def require(self, *methods: str) -> "Trained":
-        "Refuse a network trained by other `methods`, such as a classifier where a denoiser is needed."
+        "Raise an error for a network trained by other `methods`, such as a classifier where a denoiser is needed."
         name = self.recipe.method.name
         if name not in methods:
             raise ValueError(f"{self.path} was trained by method {name!r}; allowed: {', '.join(map(repr, methods))}")
@@ -386,7 +386,7 @@ def build_guided(
 def find_vae(recipe: Recipe, index: dict[str, Any], source: str = "") -> Any:
     """The autoencoder of a `recipe` for latents, or the one named by `source`.
 
-    One whose factor, shift or channels differ from the encoding's, which `index` or a checkpoint keeps, is refused.
+    One whose factor, shift or channels differ from the encoding's, which `index` or a checkpoint keeps, is an error.
     """
     known = index["vae"]
     name = source or recipe.data.vae or known["name"]
@@ -465,7 +465,7 @@ class Request(Table):
 
 
 def complete_request(trained: Trained, request: Request, classifier: Trained | None = None) -> Request:
-    "Fill in what the recipe of `trained` says, and refuse what cannot be drawn with it, before any work is done."
+    "Fill in what the recipe of `trained` says, and raise an error for what cannot be drawn with it."
     table = trained.recipe.sampling
     usual = {"scale": trained.scale, "sampler": table.sampler, "steps": table.sampler_steps}
     usual["channels"] = table.guided_channels
@@ -534,7 +534,7 @@ def postprocess(
     batch_size: int = 256,  # Samples at a time
     progress: bool = True,  # Whether to show a progress bar
 ) -> SampleFile:  # Corrected samples, with the facts of both makings
-    "Carry samples to where real ones are, with a trained correction."
+    "Move samples to where real ones are, with a trained correction."
     trained.require("flow_postprocessing")
     if tuple(file.x.shape[1:]) != trained.shape:
         raise ValueError(f"samples have shape {tuple(file.x.shape[1:])}; allowed: {trained.shape}, as {trained.path}")

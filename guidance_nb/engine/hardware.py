@@ -63,7 +63,7 @@ def compile_network(net: nn.Module) -> None:
 
 
 def check_tracker(tracker: str | None, folder: str | os.PathLike | None) -> None:
-    """Refuse a tracker that is not installed, or has no place to write."""
+    """Raise an error for a tracker that is not installed, or has no place to write."""
     if tracker is not None:
         with extra("engine"):
             from accelerate.tracking import get_available_trackers
@@ -102,7 +102,7 @@ def open_accelerator(engine: "Engine") -> "Accelerator":
 
 
 def _prepare_sharding(accelerator: "Accelerator", engine: "Engine") -> None:
-    """Set FSDP2 up where it is asked for, and refuse what does not work with it, and other ways to divide a model."""
+    """Set FSDP2 up where it is asked for, with an error for what does not work with it."""
     with extra("engine"):
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin

@@ -20,7 +20,7 @@ class _Stops:
         self.before: dict[int, Any] = {}
 
     def handle(self, number: int, frame: Any) -> None:
-        """Remember the first signal of a step; raise else."""
+        """Keep the first signal of a step; raise else."""
         if self.busy and not self.waiting:
             self.waiting = number
         else:

@@ -50,7 +50,7 @@ __all__ = ["Engine"]
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Where a run is kept and how it is carried out: `fit(..., engine=Engine(folder="run"))`. Accelerate does the work.
+    """Where a run is kept and how it is run: `fit(..., engine=Engine(folder="run"))`. Accelerate does the work.
 
     `metadata` is JSON-able, such as a recipe. What makes a run what it is (settings of `fit`, the loss, the data,
     metadata) must be the same when it is resumed; `may_change` names the keys that may differ, "a.b" for b inside a.
@@ -66,7 +66,7 @@ class Engine:
     gradient_accumulation_steps: int = 1  # Passes per optimiser step; each sees an equal share of the batch
     compile: bool = False  # Whether to compile the network, or each of its equal blocks (`torch.compile`, in place)
     channels_last: bool = False  # Whether images and convolutions are kept channels last, as tensor cores prefer
-    gradient_checkpointing: bool = False  # Whether blocks forget activations and compute them again (diffusers' alone)
+    gradient_checkpointing: bool = False  # Whether blocks compute activations again (diffusers' alone)
     cuda_graphs: bool = False  # Whether a step is recorded once as a CUDA graph and replayed
     clip: float | None = None  # Largest norm of the gradient; None for no clipping
     warmup: int = 0  # Steps of linear warm-up of the learning rate
@@ -225,7 +225,7 @@ class Run:
     def forward_backward(
         self, x: Tensor, c: Condition | None, number: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Forward and backward for one pass's part of the share; processes exchange gradients in the last pass."""
+        """Forward and backward for one pass's part of the batch; processes exchange gradients in the last pass."""
         passes, seed = self.engine.gradient_accumulation_steps, self.settings["seed"]
         process = self.accelerator.process_index
         size, rows, total = len(x) // passes, None, None
@@ -273,7 +273,7 @@ class Run:
         return self.graph.replay(x, c, keyed_generator(self.settings["seed"], 0, self.step))
 
     def check(self, loss: DeferredLoss | None) -> float:
-        """The loss, or a refusal to go on with one that is not finite."""
+        """The loss; an error if it is not finite."""
         if loss is None:
             return math.nan
         if not math.isfinite(value := float(loss)):
@@ -377,7 +377,7 @@ def _check_json(name: str, value: Any) -> Any:
 
 
 def loss_state(loss: Callable) -> Any:
-    """What a loss remembers between steps, if it has a `state_dict`."""
+    """What a loss keeps between steps, if it has a `state_dict`."""
     return _check_json("loss.state_dict()", loss.state_dict()) if hasattr(loss, "state_dict") else None
 
 
@@ -409,7 +409,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
 
 
 def check_graphs(run: Run) -> None:
-    """Refuse a run that cannot be recorded, in one line."""
+    """Raise a one-line error for a run that cannot be recorded."""
     rules = {
         "on a CPU": run.device.type == "cuda",
         "with several processes": run.world == 1,
@@ -440,7 +440,7 @@ def save_on_interrupt(run: Run) -> Iterator[None]:
 
 @contextmanager
 def memory_hint(run: Run) -> Iterator[None]:
-    """Say in one line which knobs to turn when memory runs out; still a `torch.OutOfMemoryError`."""
+    """Say in one line which options to change when memory runs out; still a `torch.OutOfMemoryError`."""
     try:
         yield
     except RuntimeError as error:

@@ -49,7 +49,7 @@ CONTROLS = {
     "last": Control("guided up to t =", 0, 1, 0.05, 1),
     "sampling": Control("sampling scale s", 0, 8, 0.25, 6),
     "training": Control("training scale w", 0.5, 4, 0.25, 2),
-    "anchored": Control("anchored null branch", 0, 1, 1, 1),
+    "anchored": Control("anchored unconditional output", 0, 1, 1, 1),
     "weight": Control("weight w", 0, 0.85, 0.05, 0.65),
     "neighbours": Control("neighbours k", 1, 20, 1, 5),
 }

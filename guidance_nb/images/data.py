@@ -137,7 +137,7 @@ FILES = {  # bytes and md5 of the files as published; for CIFAR-10 torchvision h
 
 
 def check_files(source: str, root: Path, advice: str) -> list[str]:
-    "Names of the missing files of a published data set; truncated and altered ones are refused by name."
+    "Names of the missing files of a published data set; an error names truncated and altered ones."
     missing = []
     for name, (size, md5) in FILES[source].items():
         path = root / name
@@ -306,7 +306,7 @@ CACHE_BYTES = 2**28  # image folders that decode to at most this much, 256 MiB, 
 
 
 class ImageFiles:
-    "Image files decoded when asked for, by a pool of threads; small sets are remembered."
+    "Image files decoded when asked for, by a pool of threads; small sets are kept."
 
     def __init__(
         self,
@@ -442,7 +442,7 @@ def save_samples(
     path: str | Path,  # A name that ends in .npz, or a folder for PNG files
     x: Tensor,  # Samples `[n, channels, height, width]`: floats in [-1, 1], or uint8
     c: Tensor | None = None,  # Labels `[n]`
-    facts: Facts | None = None,  # What to remember of them: seed, scale, command
+    facts: Facts | None = None,  # What to store with them: seed, scale, command
     overwrite: bool = False,  # Whether to replace a file or folder that this function did not write
 ) -> Path:  # `path`
     "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders."
@@ -561,7 +561,7 @@ def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Facts
 
 
 def _folder_made_elsewhere(files: list[Path], by_class: bool, size: int | None, channels: int | None) -> SampleFile:
-    "Labels follow the sorted names of the sub-folders, which the facts remember; grey stays grey if all are."
+    "Labels follow the sorted names of the sub-folders, which the facts hold; grey stays grey if all are."
     if channels is None:
         with ThreadPoolExecutor() as pool:
             channels = 1 if {mode for _, mode in pool.map(read_header, files)} <= {"1", "L"} else 3

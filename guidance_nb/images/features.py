@@ -32,7 +32,7 @@ FeatureFunction = Callable[[Tensor], Tensor | dict[str, Tensor]]
 
 
 def check_images(name: str, images: Tensor, at_least: int = 1) -> Tensor:
-    "Refuse what is not a set of uint8 images with a `ValueError` that names the argument."
+    "Raise a `ValueError` for what is not a set of uint8 images."
     kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
     require(kind == torch.uint8, f"type of {name}", kind, "a torch.uint8 tensor (to_uint8 converts from [-1, 1])")
     fine = images.ndim == 4 and images.shape[1] in (1, 3) and min(images.shape[2:])
@@ -45,14 +45,14 @@ def check_images(name: str, images: Tensor, at_least: int = 1) -> Tensor:
 class Extractor:
     "A feature function with a name: uint8 images `[n, 3, h, w]` to features `[n, f]`, or to a dict of layers of these."
 
-    name: str  # Columns carry it
+    name: str  # Columns contain it
     network: FeatureFunction
     device: str | torch.device = "cpu"
     classes: tuple[str, ...] = ()  # Names of the classes of a layer "logits", where they have names
 
     def __post_init__(self) -> None:
         fine = self.name == INCEPTION or re.fullmatch(r"[a-z][a-z0-9_]*", self.name)
-        require(fine, "name", self.name, "small letters, digits and _, since columns carry it")
+        require(fine, "name", self.name, "small letters, digits and _, since columns contain it")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def read_reference(
 
 
 def check_metrics(metrics: Sequence[str] | None, extractor: str) -> list[str]:
-    "Names without reference to Inception; without names, the usual ones. FID of anything but Inception is refused."
+    "Names without reference to Inception; without names, the usual ones. FID belongs to Inception alone."
     if metrics is None:
         return [*LAYERS] if extractor == INCEPTION else ["fd", "kd", "precision", "recall"]
     names, known = [metrics] if isinstance(metrics, str) else list(metrics), [*QUOTED, *LAYERS]
@@ -279,7 +279,7 @@ INCEPTION_LAYERS = {"features": "2048", "spatial": "mixed_6d_7", "logits": "logi
 def inception(
     weights: str | Path | None = None,  # See inception_weights
     layers: Sequence[str] = ("features", "spatial", "logits"),  # Which to compute
-    name: str = INCEPTION,  # Other weights than the ones behind FID need another name, which columns then carry
+    name: str = INCEPTION,  # Other weights than the ones behind FID need another name, which columns then contain
     device: str | torch.device | None = None,  # CUDA where there is one
 ) -> Extractor:
     "The network of FID: Inception-v3 with TensorFlow's weights, by torch-fidelity, all layers in one pass."
@@ -290,7 +290,9 @@ def inception(
     theirs = name != INCEPTION or checksum(path).startswith(INCEPTION_FILE[-12:-4])
     require(theirs, "weights", f"{path}, which are not FID's", f"{INCEPTION_FILE}, or a name= of their own")
     if name != INCEPTION:
-        torch.load(path, map_location="cpu", weights_only=True)  # refuses code before torch-fidelity unpickles it
+        torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # raises an error for code before torch-fidelity unpickles it
     layers = [layer for layer in INCEPTION_LAYERS if layer in layers]
     kind = spatial_extractor() if "spatial" in layers else INCEPTION
     wanted, device = [INCEPTION_LAYERS[layer] for layer in layers], device or best_device()

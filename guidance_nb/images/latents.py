@@ -82,7 +82,7 @@ def _read_vae(source: str) -> VAE:
 
 
 def describe_vae(vae: VAE, name: str = "") -> Facts:
-    "What latents must remember of their autoencoder: factor, shift, sizes, and a digest of its weights."
+    "What latents must keep of their autoencoder: factor, shift, sizes, and a digest of its weights."
     factor, shift = latent_constants(vae.config)
     return {
         "name": name,
@@ -164,7 +164,7 @@ class DamagedShard(ValueError):
 
 
 def open_shard(path: Path) -> tuple[dict[str, Tensor], Facts, str]:
-    "Map a shard without reading it: tensors, settings, promised SHA-256; no whole shard of ours is a `ValueError`."
+    "Map a shard without reading it: tensors, settings, stated SHA-256; no whole shard of ours is a `ValueError`."
     from safetensors import SafetensorError, safe_open
 
     advice = "start the encoding again, which makes the shards that are missing or damaged and keeps the others"

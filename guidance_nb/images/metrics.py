@@ -61,14 +61,14 @@ def class_score(logits: Tensor) -> float:
 
 
 def column(metric: str, extractor: str) -> str:
-    "The name of a number: the quoted one for Inception, for every other network one that carries it."
+    "The name of a number: the quoted one for Inception, for every other network one that contains it."
     if extractor != INCEPTION:
         return f"{metric}_{extractor}"
     return next((quoted for quoted, ours in QUOTED.items() if ours == metric), metric)
 
 
 def _check_sets(samples: Features, reference: Features, metrics: list[str]) -> None:
-    "Refuse sets that cannot be compared with a `ValueError`; those that are too small, the metrics refuse."
+    "Raise a `ValueError` for sets that cannot be compared; the metrics do so for those that are too small."
     one, other = samples.extractor, reference.extractor
     require(one == other, "extractors of samples and reference", f"{one} and {other}", "one extractor")
     for metric in metrics:
@@ -113,7 +113,7 @@ def image_scores(
     k: int = 3,  # Neighbour that sets the radius for precision and recall
     batch_size: int = 64,  # Images per call of the network
     progress: bool = False,  # Show progress bars
-) -> dict[str, float]:  # Column -> value; columns of other networks than Inception carry their name
+) -> dict[str, float]:  # Column -> value; columns of other networks than Inception contain their name
     "Score generated images against real ones; every image passes the network once."
     sides = []
     for role, each in (("samples", samples), ("reference", reference)):
@@ -231,7 +231,7 @@ def provenance(
 
 
 def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
-    "Read a table of rows with provenance, or refuse it with a `ValueError`."
+    "Read a table of rows with provenance; a `ValueError` for any other."
     lines = list(csv.reader(io.StringIO(read_text(Path(path)), newline="")))
     if not lines:  # an empty file is a table that nothing was written to yet
         return [*PROVENANCE], []

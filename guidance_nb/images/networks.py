@@ -1,4 +1,4 @@
-"""Networks for images, by name: U-Nets and transformers of `diffusers` behind one contract, and classifiers."""
+"""Networks for images, by name: U-Nets and transformers of `diffusers` behind one interface, and classifiers."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -44,14 +44,14 @@ class Conditioning(nn.Module):
 
 
 def _check_counts(**counts: int | Sequence[int]) -> None:
-    "Refuse what is not a whole number above 0, or a list of them."
+    "Raise an error for what is not a whole number above 0, or a list of them."
     for name, value in counts.items():
         listed = value if isinstance(value, Sequence) else [value]
         require(listed and all(type(n) is int and n >= 1 for n in listed), name, value, "whole numbers above 0")
 
 
 def _check_shape(shape: Sequence[int], factor: int, why: str, dropout: float) -> tuple[int, ...]:
-    "Refuse what is not the shape of an image, or one that a network cannot take, with a `ValueError`."
+    "Raise a `ValueError` for what is not the shape of an image, or one that a network cannot take."
     _check_counts(shape=shape)
     require(len(shape) == 3, "shape", tuple(shape), "(channels, height, width)")
     fine = shape[1] % factor == shape[2] % factor == 0

@@ -242,7 +242,7 @@ def from_diffusers(
     guidance: float | None = None,  # Fixed scale, for networks that have the scale as an input
     **options: Any,  # Further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`
 ) -> DiffusersDenoiser:  # With `shape`, `encode(prompts)`, `decode_latents(latents)`
-    "A model of diffusers as a denoiser: with path, prediction and clock of its scheduler, for any guidance."
+    "A model of diffusers as a denoiser: with path, prediction and time of its scheduler, for any guidance."
     pipeline = None if isinstance(source, nn.Module) else open_pipeline(source)
     parts = PipelineParts(source if pipeline is None else own_network(pipeline), pipeline, size, options)
     scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler

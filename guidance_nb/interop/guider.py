@@ -34,7 +34,7 @@ class CachedPairDenoiser(Denoiser):
         super().__init__(path, EMBEDDINGS)
 
     def load(self, x: Tensor, t: Tensor, conditional: Prediction, unconditional: Prediction) -> Tensor:
-        "Remember a pair at (x, t), and return the condition to ask with."
+        "Keep a pair at (x, t), and return the condition to ask with."
         self.point, self.cached = (x, t), (conditional, unconditional)
         self.condition = torch.zeros(len(x), 1, device=x.device)
         return self.condition

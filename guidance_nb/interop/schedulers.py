@@ -115,8 +115,8 @@ class SchedulerFacts(NamedTuple):
 def path_from_scheduler(
     scheduler: Scheduler,  # A scheduler of diffusers
     nearest: bool = False,  # Whether the network is told whole timesteps only
-) -> SchedulerFacts:  # Path, prediction and clock
-    "Read path, prediction and clock from a scheduler's configuration, eq. (1); raises `ValueError` for any other."
+) -> SchedulerFacts:  # Path, prediction and time
+    "Read path, prediction and time from a scheduler's configuration, eq. (1); raises `ValueError` for any other."
     name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
     kind, steps = config.get("prediction_type"), config.get("num_train_timesteps", 1000)
     told = f"prediction_type of {name}"

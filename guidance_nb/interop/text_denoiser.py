@@ -29,7 +29,7 @@ def check_network(
     net: Network,  # The network of a pipeline
     scheduler: Scheduler,  # Its scheduler
 ) -> None:
-    "Refuse a network that is not fine-tuned here, or a scheduler that does not say what it predicts."
+    "Raise an error for a network that is not fine-tuned here, or a scheduler that does not say what it predicts."
     name, more = type(net).__name__, ""
     if name == "UNet2DConditionModel" and condition_names(net) != ("encoder_hidden_states",):
         more = ", conditioned on more than text"
@@ -42,7 +42,7 @@ def check_network(
 def check_pipeline(
     pipeline: Pipeline,  # A Stable Diffusion pipeline
 ) -> None:
-    "Refuse a pipeline that cannot be fine-tuned, in one line."
+    "Raise a one-line error for a pipeline that cannot be fine-tuned."
     name, vae, allowed = type(pipeline).__name__, getattr(pipeline, "vae", None), "a Stable Diffusion pipeline"
     for part in ("unet", "vae"):
         require(getattr(pipeline, part, None) is not None, f"{part} of {name}", None, allowed)
