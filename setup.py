@@ -23,7 +23,7 @@ setup(
     package_data={
         "guidance_nb": ["py.typed", "models/*/*"],
         "guidance_nb.explorer": ["*.js", "*.css", "*.html"],
-        "guidance_nb.cli": ["recipe_files/*.toml", "recipe_files/*/*.toml"],
+        "guidance_nb.cli": ["*.html", "recipe_files/*.toml", "recipe_files/*/*.toml"],
         "guidance_nb.engine": ["launch_files/*.yaml"],
         "guidance_nb.interop": ["cards/*.txt"],
     },

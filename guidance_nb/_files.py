@@ -70,6 +70,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}; allowed: text in UTF-8") from None
 
 
+def check_folder(name: str, folder: Path) -> Path:
+    "Make a `folder`; one that cannot be written to is an error that calls it `name`, before work is done."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+        raise ValueError(f"{name} = {str(folder)!r} {reason}; allowed: a writable folder") from None
+    return folder
+
+
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
     "Write under a temporary name, wait for the disk, and rename; a failure leaves what was there."

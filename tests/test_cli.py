@@ -62,6 +62,8 @@ def test_the_tour_writes_all_it_promises(finished):
     for row in rows:
         metrics = ("outlier_rate", "coverage", "nll") if row["data"] == "fractal" else ("frechet", "precision")
         assert all(float(row[m]) == float(row[m]) for m in metrics)
+    nfe = {(row["method"], float(row["scale"])): float(row["nfe"]) for row in rows if row["data"] == "fractal"}
+    assert nfe["classifier_free_guidance", 2] == 2 * nfe["model_guidance", 2] == 30  # 8 Heun steps: 15 evaluations
     assert "classifier-free guidance" in process.stdout and "real samples" in process.stdout
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 7 and 'src="http' not in page
@@ -108,10 +110,10 @@ def test_a_killed_tour_starts_again_where_it_stopped(tmp_path):
     ("arguments", "words"),
     [
         (("--scales", "1,two"), "scales = '1,two'; allowed: numbers separated by commas"),
-        (("--scales", "nan"), "scales contains nan; allowed"),
-        (("--scales", "-1"), "scales contains -1.0; allowed"),
+        (("--scales", "nan"), "scales = (nan,); allowed"),
+        (("--scales", "-1"), "scales = (-1.0,); allowed"),
         (("--data", "cifar"), "data = 'cifar'; allowed: 'fractal', 'digits'"),
-        (("--seeds", "0"), "seeds = 0; allowed: 1 or more"),
+        (("--seeds", "0"), "seeds = 0; allowed: a whole number, 1 or more"),
         (("--out", "/proc/nowhere"), "out = '/proc/nowhere' cannot be written"),
     ],
 )

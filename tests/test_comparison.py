@@ -1,26 +1,34 @@
-"Stages, methods and scores of the comparison."
+"The tour of the methods: its stages, what each method costs, its scores, and how its progress is counted."
+
+from concurrent.futures import Future
+from dataclasses import replace
+from threading import Timer
 
 import pytest
 import torch
 from torch.testing import assert_close
+from tqdm import tqdm
 
-from guidance_nb.comparison import (
-    _NETWORKS,
-    DATA,
-    METHODS,
-    _baseline_rows,
-    _budget_for,
-    _guided_model,
-    _load_stage,
-    _make_network,
-    _save_stage,
-    _score_toy,
-    _Stage,
-    _training_stage,
-    load_problem,
+from guidance_nb.cli._tour import (
+    NETWORKS,
+    SCALES,
+    SCORING,
+    SECONDS,
+    Stage,
+    baseline_rows,
+    budget_for,
+    finish_wave,
+    guided_model,
+    load_stage,
+    make_network,
+    save_stage,
+    training_stage,
 )
+from guidance_nb.comparison import DATA, METHODS, load_problem, score_samples
 from guidance_nb.denoisers import count_nfe
 from guidance_nb.mixtures import ExactDenoiser
+
+QUICK = budget_for("fractal", quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -28,84 +36,85 @@ def fractal():
     return load_problem("fractal")
 
 
-def networks_for(method, problem, budget):
+def networks_for(method, problem):
     "Untrained networks, with last layers that are not zero."
-    made = []
-    for name in _NETWORKS[method]:
+    made = {}
+    for name in NETWORKS[method]:
         if name != "post":
-            made.append(_make_network(_training_stage("fractal", 0, name, (1.0, 3.0), budget), problem))
-            torch.nn.init.normal_(made[-1].net.read.weight, std=0.1)
+            made[name] = make_network(training_stage("fractal", 0, name, (1.0, 3.0), QUICK), problem)
+            torch.nn.init.normal_(made[name].net.read.weight, std=0.1)
     return made
 
 
-@pytest.mark.parametrize(("method", "rows"), [("none", 1), ("exact", 0), ("aligned_loss", 2), ("model_guidance", 1)])
-def test_each_method_costs_what_its_notebook_says(method, rows, fractal):
-    budget = _budget_for("fractal", quick=True)
-    model = _guided_model(method, networks_for(method, fractal, budget), fractal, 3.0, budget)
+@pytest.mark.parametrize(("method", "nfe"), [("none", 1), ("exact", 0), ("aligned_loss", 2), ("model_guidance", 1)])
+def test_each_method_costs_what_its_page_says(method, nfe, fractal):
+    model = guided_model(method, networks_for(method, fractal), fractal, 3.0)
     with count_nfe() as counted:
         model.predict(torch.randn(10, 2), torch.tensor(0.5), torch.arange(10) % 2)
-    assert counted.total == 10 * rows
+    assert counted.total == 10 * nfe
 
 
 @pytest.mark.parametrize("method", ["exact", "classifier_guidance", "classifier_free_guidance", "aligned_loss"])
 def test_scale_one_is_the_conditional_model_or_says_otherwise(method, fractal):
-    budget = _budget_for("fractal", quick=True)
-    networks = networks_for(method, fractal, budget)
-    model = _guided_model(method, networks, fractal, 1.0, budget)
+    networks = networks_for(method, fractal)
+    model = guided_model(method, networks, fractal, 1.0)
     x, t, c = torch.randn(6, 2), torch.tensor(0.4), torch.arange(6) % 2
-    plain = ExactDenoiser(fractal.mixture, model.path) if method == "exact" else networks[0]
+    plain = ExactDenoiser(fractal.mixture, model.path) if method == "exact" else networks[NETWORKS[method][0]]
     same = torch.allclose(model.predict(x, t, c).x0, plain.predict(x, t, c).x0)
     assert same == (method != "classifier_guidance")  # a learned classifier is not the ratio of two learned densities
 
 
 def test_stage_files_depend_on_what_decides_the_result_and_on_nothing_else():
-    budget, other = _budget_for("digits"), _budget_for("digits", quick=True)
-    one = _Stage("digits", 0, "sample", "exact", (1.0, 2.0), budget)
-    assert one.file == _Stage("digits", 0, "sample", "exact", (1.0, 2.0), budget).file
-    changed = [
-        _Stage("digits", 1, "sample", "exact", (1.0, 2.0), budget),
-        _Stage("digits", 0, "sample", "none", (1.0, 2.0), budget),
-        _Stage("digits", 0, "sample", "exact", (1.0, 3.0), budget),
-        _Stage("digits", 0, "sample", "exact", (1.0, 2.0), other),
-    ]
-    assert len({s.file for s in [one, *changed]}) == 5
+    one = Stage("digits", 0, "sample", "exact", (1.0, 2.0), budget_for("digits"))
+    assert one.file == replace(one).file
+    changes = [{"seed": 1}, {"name": "none"}, {"scales": (1.0, 3.0)}, {"budget": QUICK}]
+    assert len({one.file, *(replace(one, **change).file for change in changes)}) == 5
+
+
+def test_other_scales_train_nothing_again_but_the_network_that_takes_a_scale():
+    files = {
+        (name, top): training_stage("fractal", 0, name, (1.0, top), QUICK).file
+        for name in ("base", "mg_aware")
+        for top in (2.0, 3.0)
+    }
+    assert files["base", 2.0] == files["base", 3.0] and files["mg_aware", 2.0] != files["mg_aware", 3.0]
 
 
 def test_every_method_needs_only_networks_that_exist():
-    assert set(_NETWORKS) == set(METHODS)
+    assert set(NETWORKS) == set(METHODS)
     for method in METHODS:
-        for need in _Stage("fractal", 0, "sample", method, (2.0,), _budget_for("fractal")).needs:
+        for need in Stage("fractal", 0, "sample", method, (2.0,), QUICK).needs:
             assert need.kind == "train" and all(n.name == "base" for n in need.needs)
+            assert need.name in SECONDS["fractal"] and need.name in SECONDS["digits"]
 
 
 def test_a_stage_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    _save_stage(path, {"x": torch.ones(2)}, {"n": 1})
+    save_stage(path, {"x": torch.ones(2)}, {"n": [1]})
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        _save_stage(path, {"x": torch.zeros(2)}, {"n": 2})
-    assert_close(_load_stage(path)[0]["x"], torch.ones(2))
+        save_stage(path, {"x": torch.zeros(2)}, {"n": [2]})
+    assert_close(load_stage(path)[0]["x"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:10], lambda b: b[:-4], lambda b: b"", lambda b: b"\xff" * 64])
 def test_damaged_stages_are_reported(tmp_path, damage):
     path = tmp_path / "x.safetensors"
-    _save_stage(path, {"x": torch.arange(10.0)}, {})
+    save_stage(path, {"x": torch.arange(10.0)}, {})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="is damaged; allowed: delete it and start again") as caught:
-        _load_stage(path)
+        load_stage(path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("data", DATA)
 def test_real_samples_score_better_than_noise(data):
     problem = load_problem(data)
-    floor = _baseline_rows(data, 300, problem, seeds=1)[0]
+    real = baseline_rows(problem, 300, seeds=1)[0]
     c = torch.arange(300) % problem.mixture.num_classes
-    noise = _score_toy(
-        data, torch.randn(300, problem.x.shape[1], generator=torch.Generator().manual_seed(0)), c, problem
-    )
+    x = torch.randn(300, problem.x.shape[1], generator=torch.Generator().manual_seed(0))
+    noise = score_samples(x, c, problem)
     for metric, more_is_better in (
         ("outlier_rate", False),
         ("coverage", True),
@@ -116,4 +125,29 @@ def test_real_samples_score_better_than_noise(data):
         ("precision", True),
     ):
         if metric in noise:
-            assert (floor[metric] > noise[metric]) == more_is_better, metric
+            assert (real[metric] > noise[metric]) == more_is_better, metric
+
+
+def test_the_bar_counts_a_job_in_full_only_when_it_is_done():
+    slow, quick = Future[int](), Future[int]()
+    seen: list[float] = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append(self.n)
+
+    quick.set_result(2)
+    Timer(1.2, slow.set_result, (1,)).start()
+    with Bar(total=0.3, disable=False, file=open("/dev/null", "w")) as bar:
+        assert finish_wave({slow: 0.2, quick: 0.1}, 2, bar) == [1, 2]
+    assert all(0.1 <= n <= 0.1 + 0.95 * 0.2 + 1e-9 for n in seen[:-1]) and len(seen) > 2
+    assert seen == sorted(seen) and seen[-1] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_sampling_and_scoring_have_their_share_of_the_bar(data):
+    stages = [Stage(data, 0, "sample", method, SCALES, budget_for(data)) for method in METHODS]
+    training = {need: need.seconds for stage in stages for need in stage.needs}
+    last = sum(stage.seconds + SCORING for stage in stages)
+    assert 0.1 < last / (last + sum(training.values())) < 0.4

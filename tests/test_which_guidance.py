@@ -6,20 +6,20 @@ import pandas as pd
 import pytest
 import torch
 
-from guidance_nb.comparison import load_problem, score_fractal
+from guidance_nb.comparison import load_problem, score_samples
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.which_guidance import (
     _KINDS,
     _SCALES,
     FAMILY,
+    Ingredients,
+    _affordable_steps,
     _best_scales,
-    _draw_member,
-    _exact_tools,
+    _exact_ingredients,
     _family_points,
-    _learned_tools,
-    _Tools,
-    affordable_steps,
+    _learned_ingredients,
+    _sample_method,
     run_family,
 )
 
@@ -27,30 +27,30 @@ TABLE = Path(__file__).parent.parent / "nbs" / "results" / "family.csv"
 
 
 @pytest.fixture(scope="module")
-def tools():
+def given():
     model, weak = (mlp_denoiser(2, FlowPath(), 2, width=8, depth=1, seed=seed) for seed in (0, 1))
     aware = mlp_denoiser(2, FlowPath(), 2, width=8, depth=1, scale_aware=True)
     names = ("model_guidance", "guidance_free_training", "distillation")
-    return _Tools(model, weak, 0.9, dict.fromkeys(names, aware))
+    return Ingredients(model, weak, 0.9, dict.fromkeys(names, aware))
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_no_member_overspends_or_leaves_a_step_unused(tools, name):
+def test_every_method_takes_all_steps_within_its_nfe(given, name):
     member, scale, budget = FAMILY[name], FAMILY[name].scales[-1], 20
-    steps = affordable_steps(member, tools, scale, budget, 4)
-    bill = lambda steps: _draw_member(member, tools, scale, steps, 4)[2]  # noqa: E731
-    assert bill(steps) <= budget or steps == 2
-    assert bill(steps + 1) > budget
+    steps = _affordable_steps(member, given, scale, budget, 4)
+    nfe_of = lambda steps: _sample_method(member, given, scale, steps, 4)[2]  # noqa: E731
+    assert nfe_of(steps) <= budget or steps == 2
+    assert nfe_of(steps + 1) > budget
 
 
 @pytest.mark.parametrize(("name", "scale"), [("conditional", 1.0), ("projected", 3.0), ("interval", 2.0)])
 def test_committed_rows_are_of_this_code(name, scale):
-    table = pd.read_csv(TABLE).set_index(["model", "member", "scale", "seed"])
+    table = pd.read_csv(TABLE).set_index(["model", "method", "scale", "seed"])
     row, problem = table.loc[("exact", name, scale, 1)], load_problem("fractal")
-    tools = _Tools(_exact_tools(problem, 1).model, None, None, {})
-    x, c, rows = _draw_member(FAMILY[name], tools, scale, int(row.steps), int(row.samples), 1)
+    tools = Ingredients(_exact_ingredients(problem, 1).model, None, None, {})
+    x, c, rows = _sample_method(FAMILY[name], tools, scale, int(row.steps), int(row.samples), 1)
     assert rows == row.nfe
-    found = score_fractal(x, c, problem)
+    found = score_samples(x, c, problem)
     for key in ("outlier_rate", "coverage", "sliced_wasserstein"):
         assert found[key] == pytest.approx(row[key], abs=0.004)  # rounding moves a few samples in a thousand
 
@@ -58,17 +58,17 @@ def test_committed_rows_are_of_this_code(name, scale):
 def test_the_table_is_complete():
     table = pd.read_csv(TABLE)
     points = {(kind, *point, seed) for kind in _KINDS for point in _family_points(kind) for seed in range(3)}
-    found = list(zip(table.model, table.member, table.scale, table.seed))
+    found = list(zip(table.model, table.method, table.scale, table.seed))
     assert set(found) == points and len(found) == len(points)
     assert (table.nfe[table.steps > 2] <= 65).all()
 
 
 def test_best_scales_by_loops():
     table = pd.read_csv(TABLE)
-    best = _best_scales(table).set_index(["model", "member"])
+    best = _best_scales(table).set_index(["model", "method"])
 
     def mean(kind, name, scale, key):
-        part = table[(table.model == kind) & (table.member == name) & (table.scale == scale)]
+        part = table[(table.model == kind) & (table.method == name) & (table.scale == scale)]
         assert len(part) == 3
         return part[key].mean()
 
@@ -84,9 +84,9 @@ def test_best_scales_by_loops():
 
 
 def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
-    monkeypatch.setattr("guidance_nb.which_guidance._learned_tools", lambda *given: shortened)
+    monkeypatch.setattr("guidance_nb.which_guidance._learned_ingredients", lambda *given: shortened)
     model = mlp_denoiser(2, FlowPath(), 2, width=8, depth=1)
-    shortened = _Tools(model, model, 0.9, {})
+    shortened = Ingredients(model, model, 0.9, {})
     few = {name: FAMILY[name] for name in ("conditional", "projected")}
     monkeypatch.setattr("guidance_nb.which_guidance.FAMILY", few)
     file, options = tmp_path / "family.csv", {"samples": 20, "budget": 6}
@@ -95,16 +95,16 @@ def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
     assert len(whole) == 2 * (1 + len(_SCALES))
     whole.drop(index=[3, 7]).to_csv(file, index=False)
     run_family(file, ("learned",), 2, **options)
-    again = pd.read_csv(file).sort_values(["seed", "member", "scale"]).reset_index(drop=True)
-    pd.testing.assert_frame_equal(again, whole.sort_values(["seed", "member", "scale"]).reset_index(drop=True))
+    again = pd.read_csv(file).sort_values(["seed", "method", "scale"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, whole.sort_values(["seed", "method", "scale"]).reset_index(drop=True))
 
 
-def test_learned_tools_are_five_networks():
-    tools = _learned_tools(load_problem("fractal"), steps=8)
+def test_learned_ingredients_are_five_networks():
+    tools = _learned_ingredients(load_problem("fractal"), steps=8)
     size = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     assert size(tools.weak) < size(tools.model) / 2
     assert all(net.scale_aware for net in tools.trained.values()) and len(tools.trained) == 3
-    first = _learned_tools(load_problem("fractal"), steps=8)
+    first = _learned_ingredients(load_problem("fractal"), steps=8)
     assert torch.equal(first.model.net.read.weight, tools.model.net.read.weight)
 
 

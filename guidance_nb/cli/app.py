@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from guidance_nb import __version__
 from guidance_nb._checks import require
 from guidance_nb._extras import extra
+from guidance_nb._files import check_folder
 
 with extra("cli"):
     import typer
@@ -165,13 +166,12 @@ def tour(
     quick: Annotated[bool, typer.Option("--quick", help="Everything in miniature, to try the machinery.")] = False,
 ) -> None:
     "Train and compare all five methods, no guidance and the exact model on the fractal and on real digits."
-    with extra("plots"):
-        import pandas as pd
-    from guidance_nb.comparison import run_tour, summary
+    from guidance_nb.cli._tour import run_tour
+    from guidance_nb.comparison import summary
 
     with interruptible("finished stages are kept, start again to continue"):
-        table = run_tour(tuple(dict.fromkeys(data.split(","))), seeds, out, parse_numbers("scales", scales), quick)
-    real = pd.read_csv(out / "baseline.csv")
+        asked = tuple(dict.fromkeys(data.split(","))), seeds, out, parse_numbers("scales", scales), quick
+        table, real = run_tour(*asked)
     for name in table.data.unique():
         typer.echo(f"\n{name}\n{summary(table, real, name).to_string(index=False)}")
     typer.echo(f"\nTables, figures and a page to read are in {out}: open {out / 'index.html'}")
@@ -232,7 +232,7 @@ def encode_command(
 
     Example: guidance-nb encode imagenet/train latents-256 --vae stabilityai/sd-vae-ft-ema --size 256
     """
-    from guidance_nb.cli.run import check_folder, is_main, main_only
+    from guidance_nb.cli.run import is_main, main_only
     from guidance_nb.images.latents import encode_folder
 
     main_only(lambda: str(check_folder("out", out if out.exists() else out.parent)))
@@ -302,7 +302,6 @@ def finetune_command(
 
 def check_target(out: Path, overwrite: bool) -> None:
     "Raise an error, before any work, for a name `out` that cannot be written or must not be overwritten."
-    from guidance_nb.cli.run import check_folder
     from guidance_nb.images.data import may_replace
 
     if out.suffix.lower() in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors"):
@@ -407,7 +406,7 @@ def evaluate_command(
     Example: guidance-nb evaluate base.npz --features runs/mnist-evaluation-classifier --rows rows.csv
     """
     from guidance_nb.cli.evaluation import baseline_row, extract_reference_features, find_feature_extractor, score
-    from guidance_nb.cli.run import check_folder, main_only
+    from guidance_nb.cli.run import main_only
     from guidance_nb.engine.sampling import extract_sharded
     from guidance_nb.images.data import load_samples
     from guidance_nb.images.metrics import append_rows
@@ -464,7 +463,7 @@ def sweep_command(
         sweep,
         sweep_points,
     )
-    from guidance_nb.cli.run import Request, check_folder, complete_request, is_main, load_trained, main_only
+    from guidance_nb.cli.run import Request, complete_request, is_main, load_trained, main_only
     from guidance_nb.images.metrics import column
 
     source, flags = parse_keys(checkpoint, context, Request)

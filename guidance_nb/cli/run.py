@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from guidance_nb._checks import check_choice, check_interval, require
 from guidance_nb._extras import extra
+from guidance_nb._files import check_folder
 from guidance_nb._processes import find_processes, on_main
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
@@ -62,19 +63,6 @@ def is_main() -> bool:
 def main_only(action: Callable[[], Any]) -> Any:
     "Let the main process do an `action`, which calls no main_only itself; every process gets its result or its error."
     return on_main(action, *find_processes(own_device()))
-
-
-def check_folder(name: str, folder: Path) -> Path:
-    "Make a `folder`; one that cannot be written to is an error that calls it `name`, before work is done."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror})"
-        raise ValueError(f"{name} = {str(folder)!r} {reason}; allowed: a writable folder") from None
-    return folder
 
 
 # Data

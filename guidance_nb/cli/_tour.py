@@ -1,0 +1,520 @@
+"""The tour: train, sample and score every method of the comparison, and write tables, figures and one page."""
+
+import base64
+import html
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._extras import extra
+from guidance_nb._files import check_folder, clean_remnants, digest, write_aside, write_file
+from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.classifier_guidance import ClassifierGuidance
+from guidance_nb.comparison import DATA, METHODS, Problem, load_problem, score_samples, show_scores, summary
+from guidance_nb.denoisers import Denoiser, NetworkDenoiser, count_nfe
+from guidance_nb.flow_postprocessing import FlowPostprocessor
+from guidance_nb.mixtures import ExactDenoiser, sample_mixture
+from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale
+from guidance_nb.networks import NoisyClassifier, mlp_denoiser
+from guidance_nb.paths import FlowPath
+from guidance_nb.plots import COLOURS, METHOD_LABELS, show_density, show_images, show_points
+from guidance_nb.samplers import sample, sample_trajectory
+from guidance_nb.training import ClassifierLoss, DenoisingLoss, fit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+R = TypeVar("R")
+Row = dict[str, object]
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+MATCHED = 2.0  # Scale of the aligned loss, and of the Model-guidance network that takes none
+EVERY_TIME = (0.0, 1.0)
+NETWORKS = {  # What each method samples from
+    "none": ("base",),
+    "exact": (),
+    "classifier_guidance": ("base", "classifier"),
+    "classifier_free_guidance": ("base",),
+    "aligned_loss": ("aligned",),
+    "model_guidance": ("mg", "mg_aware"),
+    "flow_postprocessing": ("base", "post"),
+}
+SECONDS = {  # Of the stages on two cores, as measured; "sample" is one method's
+    "fractal": {"base": 101, "classifier": 64, "aligned": 94, "mg": 94, "mg_aware": 77, "post": 100, "sample": 10},
+    "digits": {"base": 44, "classifier": 31, "aligned": 31, "mg": 26, "mg_aware": 22, "post": 33, "sample": 8},
+}
+SCORING = 5  # Seconds, of one method
+
+
+class Networks(TypedDict, total=False):
+    "Trained networks by name."
+
+    base: NetworkDenoiser  # By the denoising loss with label dropout: conditional, unconditional, both for CFG
+    classifier: NoisyClassifier
+    aligned: NetworkDenoiser
+    mg: NetworkDenoiser  # Model-guidance at one scale
+    mg_aware: NetworkDenoiser  # Model-guidance with the scale as an input
+    post: FlowPostprocessor  # Learned from samples of CFG
+
+
+@dataclass(frozen=True)
+class Budget:
+    "What decides a result besides data, method, scale and seed; by default, a few seconds for each data set."
+
+    width: int = 32  # Of the networks
+    depth: int = 2  # Residual blocks
+    octaves: int = 0  # Sines of the coordinates, for the plane
+    train_steps: int = 150  # Of every network
+    batch: int = 256  # Samples per training step
+    lr: float = 5e-3  # Peak learning rate
+    ema: float = 0.9  # Decay of the moving average
+    samples: int = 200  # Samples drawn for each row of the table
+    steps: int = 8  # Heun steps of sampling
+    cost_steps: tuple[int, ...] = (4,)  # Fewer steps, for the curves of quality against cost
+    pairs: int = 400  # Generated samples per scale that the postprocessing flow learns from
+    post_scales: tuple[float, ...] = (1.0, 2.0, 3.0)  # Those scales
+
+
+def budget_for(data: str, quick: bool = False) -> Budget:
+    "A few minutes on two cores for both data sets; `quick`: everything in miniature."
+    if quick:
+        return Budget()
+    same = replace(Budget(), train_steps=4000, ema=0.998, steps=32, cost_steps=(4, 8, 16))
+    if data == "fractal":
+        return replace(same, width=128, depth=4, octaves=6, batch=1024, lr=3e-3, samples=2000, pairs=8000)
+    return replace(same, width=256, depth=3, batch=128, lr=2e-3, samples=1000, pairs=2000)
+
+
+# Stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    "One unit of work, whose `file` is named by a hash of everything that decides the result."
+
+    data: str
+    seed: int
+    kind: Literal["train", "sample"]
+    name: str  # A network, or a method
+    scales: tuple[float, ...]  # To sample at, or to train a network for; empty for networks without a scale
+    budget: Budget
+
+    @property
+    def needs(self) -> tuple["Stage", ...]:
+        "The training stages whose networks this one uses."
+        names = NETWORKS[self.name] if self.kind == "sample" else ("base",) if self.name == "post" else ()
+        return tuple(training_stage(self.data, self.seed, name, self.scales, self.budget) for name in names)
+
+    @property
+    def file(self) -> str:
+        "Name of the result, `data-seed-kind-name-hash.safetensors`."
+        decides = digest(json.dumps(asdict(self), sort_keys=True))[:10]
+        return f"{self.data}-{self.seed}-{self.kind}-{self.name}-{decides}.safetensors"
+
+    @property
+    def seconds(self) -> float:
+        "How long it is expected to take, for the progress bar."
+        full = SECONDS[self.data]["sample" if self.kind == "sample" else self.name]
+        return full * self.budget.train_steps / 4000
+
+    @property
+    def own_scales(self) -> tuple[float, ...]:
+        "The scales a sampling stage has rows for; no guidance means scale 1."
+        return (1.0,) if self.name == "none" else self.scales
+
+    @property
+    def jobs(self) -> list[tuple[float, int]]:
+        "Scales and steps to sample with: every scale at all steps, and the scale nearest to 2 with fewer steps."
+        near = min(self.own_scales, key=lambda scale: abs(scale - 2))
+        fewer = () if self.name == "exact" else self.budget.cost_steps  # the exact model costs no network evaluation
+        return [(scale, self.budget.steps) for scale in self.own_scales] + [(near, steps) for steps in fewer]
+
+    def labels(self, problem: Problem) -> Tensor:
+        "The classes of its samples, in turn."
+        return torch.arange(self.budget.samples) % problem.mixture.num_classes
+
+
+def training_stage(data: str, seed: int, name: str, scales: tuple[float, ...], budget: Budget) -> Stage:
+    "The stage that trains a network; only the one that takes a scale depends on the scales asked for."
+    aware = (min(1.0, *scales), max(1.0, *scales)) if name == "mg_aware" else ()
+    return Stage(data, seed, "train", name, aware, budget)
+
+
+def save_stage(path: Path, tensors: dict[str, Tensor], info: dict[str, list[float]]) -> None:
+    "Write a stage's tensors, and small facts beside them, whole or not at all."
+    from safetensors.torch import save_file
+
+    with write_aside(path) as aside:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, aside, {"info": json.dumps(info)})
+
+
+def load_stage(path: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    "Read a stage; a damaged file is a `ValueError` that says which and what to do."
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["info"])  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        advice = f"allowed: delete it and start again ({type(error).__name__})"
+        raise ValueError(f"stage file {path} is damaged; {advice}") from None
+
+
+# Networks
+
+
+def make_network(stage: Stage, problem: Problem) -> nn.Module:
+    "The untrained network of a stage, the same on every call."
+    shape, classes, budget = problem.x.shape[1:], problem.mixture.num_classes, stage.budget
+    width, depth, octaves = budget.width, budget.depth, budget.octaves
+    if stage.name == "post":
+        return FlowPostprocessor(tuple(shape), classes, width, depth, octaves)
+    if stage.name == "classifier":
+        return NoisyClassifier(shape[0], classes, FlowPath(), width, depth, seed=stage.seed)
+    aware = stage.name == "mg_aware"
+    return mlp_denoiser(
+        shape[0], FlowPath(), classes, "velocity", width, depth, aware, octaves=octaves, seed=stage.seed
+    )
+
+
+def make_loss(stage: Stage) -> Callable[..., Tensor]:
+    "The loss that trains a network. Model-guidance acts at all times here, as guidance by CFG does."
+    if stage.name == "classifier":
+        return ClassifierLoss(FlowPath())
+    if stage.name == "aligned":
+        return AlignedLoss(MATCHED)
+    if stage.name == "mg":
+        return ModelGuidanceLoss(mg_weight_from_scale(MATCHED), interval=EVERY_TIME)
+    if stage.name == "mg_aware":
+        return ModelGuidanceLoss(scale_range=(stage.scales[0], stage.scales[1]), interval=EVERY_TIME)
+    return DenoisingLoss()
+
+
+def train_network(stage: Stage, problem: Problem, folder: Path) -> nn.Module:
+    "Train the network of a stage, and return the moving average."
+    budget, data, length = stage.budget, (problem.x, problem.c), stage.budget.train_steps
+    if stage.name == "post":
+        return train_post(stage, problem, folder)
+    model = make_network(stage, problem)
+    states = fit(
+        model, make_loss(stage), data, length, budget.batch, budget.lr, ema=budget.ema, seed=stage.seed, progress=False
+    )
+    for state in states:
+        average = state.ema
+    return average
+
+
+def train_post(stage: Stage, problem: Problem, folder: Path) -> FlowPostprocessor:
+    "Generate with the base at several scales, and fit one flow to all of these samples."
+    budget, (need,), shape = stage.budget, stage.needs, tuple(problem.x.shape[1:])
+    base = cast(NetworkDenoiser, load_network(need, problem, folder))
+    labels, generated = torch.arange(budget.pairs) % problem.mixture.num_classes, []
+    for number, scale in enumerate(budget.post_scales):
+        guided, seed = ClassifierFreeGuidance(base, scale), 1000 + 10 * stage.seed + number
+        x = sample(guided, labels, shape, steps=budget.steps, seed=seed, batch_size=1000, progress=False)
+        generated.append(x)
+    return FlowPostprocessor.fit(
+        torch.cat(generated),
+        problem.x[:20_000],
+        labels.repeat(len(generated)),
+        problem.c[:20_000],
+        steps=budget.train_steps,
+        batch_size=budget.batch,
+        lr=budget.lr,
+        seed=stage.seed,
+        progress=False,
+        width=budget.width,
+        depth=budget.depth,
+        octaves=budget.octaves,
+    )
+
+
+def load_network(stage: Stage, problem: Problem, folder: Path) -> nn.Module:
+    "Rebuild a trained network from its stage."
+    network = make_network(stage, problem)
+    network.load_state_dict(load_stage(folder / stage.file)[0])
+    return network.eval()
+
+
+# Samples
+
+
+def guided_model(method: str, networks: Networks, problem: Problem, scale: float) -> Denoiser:
+    "The denoiser that stands for a method at a scale."
+    check_choice("method", method, METHODS)
+    if method == "none":
+        return networks["base"]
+    if method == "exact":
+        return ClassifierFreeGuidance(ExactDenoiser(problem.mixture, FlowPath()), scale)
+    if method == "classifier_guidance":
+        return ClassifierGuidance(networks["base"], networks["classifier"], scale)
+    if method == "model_guidance":
+        return networks["mg"] if scale == MATCHED else FixedScale(networks["mg_aware"], scale)
+    return ClassifierFreeGuidance(networks["aligned" if method == "aligned_loss" else "base"], scale)
+
+
+def sample_method(stage: Stage, problem: Problem, folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    "Samples and some trajectories by scale and steps; NFE and seconds beside them."
+    networks = cast(Networks, {need.name: load_network(need, problem, folder) for need in stage.needs})
+    tensors: dict[str, Tensor] = {}
+    info: dict[str, list[float]] = {}
+    c = stage.labels(problem)
+    for scale, steps in stage.jobs:
+        model = guided_model(stage.name, networks, problem, scale)
+        begin = time.perf_counter()
+        with count_nfe() as nfe:
+            run = sample_trajectory(model, c, tuple(problem.x.shape[1:]), steps=steps, seed=stage.seed, progress=False)
+            x, paths = run.x, run.points[:, :60]
+            if stage.name == "flow_postprocessing":
+                x = networks["post"](x, c)
+                paths = torch.stack([run.x[:60], x[:60]])
+        info[f"{scale:g} {steps}"] = [nfe.total / len(c), time.perf_counter() - begin]
+        tensors |= {f"x {scale:g} {steps}": x, f"paths {scale:g} {steps}": paths}
+    return tensors, info
+
+
+# Scores
+
+
+def score_stage(stage: Stage, folder: Path) -> list[Row]:
+    "Rows of the table for one method and seed."
+    problem = load_problem(stage.data)
+    tensors, info = load_stage(folder / stage.file)
+    rows, c = [], stage.labels(problem)
+    for scale, steps in stage.jobs:
+        variant = f"trained at {MATCHED:g}" if stage.name == "aligned_loss" else ""
+        if stage.name == "model_guidance":
+            variant = f"weight {mg_weight_from_scale(scale):g}" if scale == MATCHED else "scale-aware"
+        row: Row = {"data": stage.data, "method": stage.name, "scale": scale, "seed": stage.seed, "variant": variant}
+        row |= {"sampler": "heun", "steps": steps, "samples": stage.budget.samples}
+        row |= dict(zip(("nfe", "seconds"), info[f"{scale:g} {steps}"]))
+        rows.append({**row, **score_samples(tensors[f"x {scale:g} {steps}"], c, problem)})
+    return rows
+
+
+def baseline_rows(problem: Problem, samples: int, seeds: int = 3) -> list[Row]:
+    "Real samples scored in place of generated ones: what a perfect model would get."
+    rows = []
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(100 + seed)
+        if problem.name == "fractal":
+            x, c = sample_mixture(problem.mixture, torch.arange(samples) % 2, generator)
+        else:
+            chosen = torch.randperm(len(problem.x), generator=generator)[:samples]
+            x, c = problem.x[chosen], problem.c[chosen]
+        rows.append({"data": problem.name, "method": "real", "seed": seed, **score_samples(x, c, problem)})
+    return rows
+
+
+# Worker processes
+
+
+def start_worker(threads: int) -> None:
+    "Set up a worker process."
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the main process's to handle
+    tqdm.set_lock(threading.RLock())  # tqdm's own is a system semaphore, left behind by a stopped worker
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    "Worker processes of equally many threads each, which end with an error as well."
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (threads,))
+    try:
+        yield pool
+    except BaseException as error:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise OSError("a worker process died, perhaps out of memory; start again to continue") from None
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def run_stage(stage: Stage, folder: Path) -> None:
+    "Run one stage and write its file."
+    problem = load_problem(stage.data)
+    if stage.kind == "train":
+        save_stage(folder / stage.file, train_network(stage, problem, folder).state_dict(), {})
+    else:
+        save_stage(folder / stage.file, *sample_method(stage, problem, folder))
+
+
+def finish_wave(jobs: "dict[Future[R], float]", workers: int, bar: tqdm) -> list[R]:
+    "Results of jobs with their expected seconds, which the bar counts: in full once a job is done, never before."
+    left, begun, before, done = dict(jobs), dict[Future[R], float](), bar.n, 0.0
+    while left:
+        for job in list(left)[:workers]:  # a pool starts its jobs in order
+            begun.setdefault(job, time.monotonic())
+        for job in wait(left, timeout=0.5, return_when=FIRST_COMPLETED).done:
+            job.result()
+            done += left.pop(job)
+        now = time.monotonic()
+        partly = sum(min(now - start, 0.95 * left[job]) for job, start in begun.items() if job in left)
+        bar.update(before + done + partly - bar.n)
+    return [job.result() for job in jobs]
+
+
+def finish(stages: list[Stage], folder: Path, progress: bool = True, workers: int = 2) -> list[Row]:
+    "Train the networks, then the flows that need them, then sample, then score; finished files are reused."
+    needs = list(dict.fromkeys(need for stage in stages for need in stage.needs))
+    waves = [[s for s in needs if s.name != "post"], [s for s in needs if s.name == "post"], stages]
+    waves = [[stage for stage in wave if not (folder / stage.file).exists()] for wave in waves]
+    scoring = {stage: SCORING * stage.budget.train_steps / 4000 for stage in stages}
+    total = sum(stage.seconds for wave in waves for stage in wave) + sum(scoring.values())
+    style = "{percentage:3.0f} % |{bar}| {elapsed} passed, about {remaining} left"
+    with worker_pool(workers) as pool, tqdm(total=total, bar_format=style, smoothing=0, disable=not progress) as bar:
+        for wave in waves:
+            finish_wave({pool.submit(run_stage, stage, folder): stage.seconds for stage in wave}, workers, bar)
+        jobs = {pool.submit(score_stage, stage, folder): seconds for stage, seconds in scoring.items()}
+        return [row for rows in finish_wave(jobs, workers, bar) for row in rows]
+
+
+# The tour
+
+
+def run_tour(
+    data: tuple[str, ...] = DATA,  # Data sets
+    seeds: int = 1,  # Number of seeds, from 0
+    out: str | Path = "tour",  # Folder for results and finished stages
+    scales: tuple[float, ...] = SCALES,  # Guidance scales
+    quick: bool = False,  # Whether to run everything in miniature
+    progress: bool = True,  # Whether to show a progress bar
+) -> "tuple[DataFrame, DataFrame]":  # Rows of the methods and of real samples
+    "Train, sample and score all methods; writes comparison.csv, cost.csv, baseline.csv, figures and index.html."
+    with extra("plots"):
+        import pandas as pd
+
+    scales = tuple(sorted({float(scale) for scale in scales}))
+    require(scales and all(0 < scale < 100 for scale in scales), "scales", scales, "numbers above 0 and below 100")
+    check_whole("seeds", seeds, 1)
+    problems = {name: load_problem(name) for name in data}
+    folder = check_folder("out", Path(out)) / "stages"
+    folder.mkdir(exist_ok=True)
+    clean_remnants(folder)
+    budgets = {name: budget_for(name, quick) for name in data}
+    stages = [Stage(d, seed, "sample", m, scales, budgets[d]) for d in data for seed in range(seeds) for m in METHODS]
+    rows = pd.DataFrame(finish(stages, folder, progress, min(2, os.cpu_count() or 1)))
+    real = pd.DataFrame([row for d in data for row in baseline_rows(problems[d], budgets[d].samples)])
+    full = rows.steps == rows.data.map({name: budget.steps for name, budget in budgets.items()})
+    table, cost = rows[full].reset_index(drop=True), rows[~full].reset_index(drop=True)
+    for name, frame in (("comparison.csv", table), ("cost.csv", cost), ("baseline.csv", real)):
+        write_file(Path(out) / name, frame.to_csv(index=False, float_format="%.6g"))
+    write_page(table, cost, real, stages, problems, Path(out))
+    return table, real
+
+
+# Figures and page
+
+
+def show_stage(stage: Stage, folder: Path, problem: Problem, trajectories: bool, ax: "Axes") -> None:
+    "Samples of a method, or their trajectories, at the scale nearest to 3 of those asked for."
+    scale = min(stage.own_scales, key=lambda scale: abs(scale - 3))
+    tensors, which = load_stage(folder / stage.file)[0], f"{scale:g} {stage.budget.steps}"
+    x, paths = tensors[f"x {which}"], tensors[f"paths {which}"]
+    ax.set_title(METHOD_LABELS[stage.name] + ("" if stage.name == "none" else f", scale {scale:g}"), fontsize=9)
+    if trajectories:
+        show_density(problem.mixture, ax=ax)
+        ax.plot(paths[:, :, 0], paths[:, :, 1], lw=0.5, alpha=0.6, color=COLOURS[stage.name])
+        ax.plot(*paths[-1].T, ".", ms=2, color="black")
+    else:
+        show_samples(x, stage.labels(problem), problem, ax)
+
+
+def show_samples(x: Tensor, c: Tensor, problem: Problem, ax: "Axes") -> None:
+    "Points over the true density, or eighty images with a column for each class."
+    if problem.name == "digits":
+        order = torch.argsort(c[:200], stable=True)
+        columns = [order[c[order] == k][:8] for k in range(10)]
+        show_images(x[torch.stack(columns, 1).flatten()], columns=10, ax=ax)
+    else:
+        show_density(problem.mixture, ax=ax)
+        show_points(x, c, ax=ax, size=0.8)
+
+
+def draw_gallery(stages: list[Stage], folder: Path, problem: Problem, trajectories: bool = False) -> "Figure":
+    "One panel for each method, and one for real samples beside samples."
+    with extra("plots"):
+        from matplotlib import pyplot
+
+    fig, axes = pyplot.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
+    for ax, stage in zip(axes.flat, stages):
+        show_stage(stage, folder, problem, trajectories, ax)
+    if not trajectories:
+        axes.flat[-1].set_title("real samples", fontsize=9)
+        show_samples(problem.real, problem.real_c, problem, axes.flat[-1])
+    for ax in axes.flat:
+        ax.axis("off")
+        if problem.name == "fractal":
+            ax.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
+    return fig
+
+
+CAPTIONS = {
+    "samples": "Samples (colours: classes) over the true density. Points beside the grey branches are errors.",
+    "trajectories": "How sixty samples travel from noise to data; postprocessing only moves the last bit.",
+    "scale": "Quality against scale. Dashed: real samples. Bars: standard deviation over seeds.",
+    "cost": "Quality against NFE at the scale nearest to 2: few steps left, many steps right.",
+}
+TITLES = {"fractal": "The 2-D fractal", "digits": "Handwritten digits, 8x8 pixels"}
+
+
+def embed(fig: "Figure", file: Path, caption: str) -> str:
+    "Save a figure as a file, and return it with its caption as HTML that needs no file."
+    with extra("plots"):
+        from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=110)
+    pyplot.close(fig)
+    file.write_bytes(buffer.getvalue())
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{picture}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def write_page(
+    table: "DataFrame",  # Rows at all steps
+    cost: "DataFrame",  # Rows with fewer steps
+    real: "DataFrame",  # Rows of real samples
+    stages: list[Stage],  # Finished sampling stages
+    problems: dict[str, Problem],  # Data by name
+    out: Path,  # Folder to write to
+) -> None:
+    "Draw the figures, and write them with the table into one index.html."
+    sections = []
+    for data, problem in problems.items():
+        first = [stage for stage in stages if stage.data == data and stage.seed == 0]
+        figures = {"samples": draw_gallery(first, out / "stages", problem)}
+        if data == "fractal":
+            figures["trajectories"] = draw_gallery(first, out / "stages", problem, trajectories=True)
+        figures["scale"] = show_scores(table, real, data)
+        figures["cost"] = show_scores(table, real, data, cost)
+        captions = CAPTIONS | ({"samples": "Samples of every class."} if data == "digits" else {})
+        sections.append(f"<h2>{TITLES[data]}</h2>")
+        sections += [embed(fig, out / f"{data}-{name}.png", captions[name]) for name, fig in figures.items()]
+        sections.append(f'<div class="wide">{summary(table, real, data).to_html(index=False, border=0)}</div>')
+    budgets = {stage.data: asdict(stage.budget) for stage in stages}
+    facts = html.escape(f"torch {torch.__version__}; seeds {table.seed.nunique()}; budgets {json.dumps(budgets)}")
+    page = Path(__file__).with_name("tour.html").read_text(encoding="utf-8")
+    write_file(out / "index.html", page.replace("{sections}", "\n".join(sections)).replace("{facts}", facts))
