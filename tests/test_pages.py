@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import json
 import subprocess
 import sys
 
@@ -198,20 +199,26 @@ def roll(ring): ...
 """
 
 
-def test_source_is_shown_once_with_anchors_and_folded_imports():
+def test_source_is_shown_once_with_anchors_and_folded_imports(tmp_path):
     "As nbdev runs it: no box, an anchor for each name and method, imports folded, equations beside their numbers."
-    from execnb.nbio import dict2nb
+    from execnb.nbio import read_nb
     from nbdev.processors import FilterDefaults
 
     def code(source: str) -> dict:
         return {"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "execution_count": None}
 
-    first = {"cell_type": "markdown", "metadata": {}, "source": "# Rings\n\n> Round.\n\nSo\n$$a=b.\\tag{1}$$\nfollows."}
+    first = {"cell_type": "markdown", "metadata": {}, "source": "# Rings\n\n> Round."}
+    prose = {"cell_type": "markdown", "metadata": {}, "source": "So\n$$a=b.\\tag{1}$$\nfollows."}
     imports, _, rest = EXPORTED.partition("\n\n\n")
-    nb = dict2nb({"cells": [first, code(f"#| exports\n{imports}"), code(f"#| exports\n{rest}")], "metadata": {}})
+    cells = [first, prose, code(f"#| exports\n{imports}"), code(f"#| exports\n{rest}"), code("#| slow\nroll(1)")]
+    path = tmp_path / "00_rings.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    nb = read_nb(path)
     FilterDefaults()(nb)
     _, source = markdown(nb.cells)
     assert "show_doc" not in source and source.count("class Ring") == 1
     assert all(f"[]{{#{name}}}" in source for name in ("ring", "ring.turn", "roll"))
-    assert "#| code-fold: true" in nb.cells[-3].source and "code-fold" not in nb.cells[-1].source
+    folded, _, shown, slow = nb.cells[-4:]
+    assert "#| code-fold: true" in folded.source and "code-fold" not in shown.source
+    assert '#| classes: "slow"' in slow.source and '"slow"' not in shown.source
     assert "$$a=b.$$" in source and "[(1)]{.number}" in source and "\\tag" not in source

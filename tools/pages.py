@@ -31,13 +31,16 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.ids: set[str] = set()
+        self.twice: set[str] = set()  # anchors that lead to the first of several places
         self.links: list[str] = []
         self.images: list[dict] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         found = dict(attrs)
-        self.ids |= {found["id"]} if "id" in found else set()
+        anchor = {found["id"]} if "id" in found else set()
+        self.twice |= anchor & self.ids
+        self.ids |= anchor
         self.links += [found["href"]] if tag == "a" and "href" in found else []
         self.images += [found] if tag == "img" else []
 
@@ -126,6 +129,7 @@ def markup_problems(name: str, source: str) -> list[str]:
 def config_problems(names: dict, quarto: dict) -> list[str]:
     "Where _quarto.yml disagrees with settings.ini or with the notebooks."
     site = quarto["website"]
+    tools = [tool.get("href") for tool in site["sidebar"].get("tools", [])]
     sidebar = {page for section in site["sidebar"]["contents"] for page in section["contents"]}
     pages = {path.name for path in NOTEBOOKS}
     pairs = {
@@ -137,6 +141,10 @@ def config_problems(names: dict, quarto: dict) -> list[str]:
         "site-url": (site["site-url"], names["doc_host"] + names["doc_baseurl"]),
         "repo-url": (site["repo-url"], names["git_url"]),
         "search": (site["search"], True),
+        "page-navigation": (site.get("page-navigation"), True),
+        "themes": (set(quarto["format"]["html"]["theme"]), {"light", "dark"}),
+        "repository among the sidebar's tools": (site["repo-url"] in map(str, tools), True),
+        "page-footer": ("page-footer" in site, True),
         "html without keep-md beside commonmark": (
             "commonmark" in quarto["format"] and not quarto["format"]["html"].get("keep-md"),
             False,
@@ -144,7 +152,7 @@ def config_problems(names: dict, quarto: dict) -> list[str]:
         "nbs/_quarto.yml": ((ROOT / "nbs" / "_quarto.yml").resolve(), ROOT / "_quarto.yml"),
     }
     found = [f"_quarto.yml: {name}: {ours} is not {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
-    files = [quarto["bibliography"], quarto["format"]["html"]["css"]]
+    files = [quarto["bibliography"], quarto["format"]["html"]["css"], site["favicon"], site["open-graph"]["image"]]
     return found + [f"_quarto.yml: nbs/{name} is missing" for name in files if not (ROOT / "nbs" / name).exists()]
 
 
@@ -153,7 +161,7 @@ def link_problems(name: str, pages: dict[str, Page], names: dict) -> list[str]:
     site = names["doc_host"] + names["doc_baseurl"] + "/"
     repository = f"{names['git_url']}/(?:blob|tree)/{names['branch']}/"
     repository += f"|https://colab.research.google.com/github/{names['user']}/{names['repo']}/blob/{names['branch']}/"
-    found = []
+    found = [f"{name}: the anchor {anchor} is there twice" for anchor in sorted(pages[name].twice)]
     for link in pages[name].links:
         if re.match(repository, link):
             missing = not (ROOT / re.sub(repository, "", link).split("#")[0]).exists()
@@ -162,10 +170,7 @@ def link_problems(name: str, pages: dict[str, Page], names: dict) -> list[str]:
         else:
             target, _, anchor = link.removeprefix(site).partition("#")
             page = pages.get(target or name)
-            # nbdev links `Class.method` to an anchor of its own but shows the class as a whole.
-            shown = {anchor, anchor.partition(".")[0]} if link.startswith(site) else {anchor}
-            private = link.startswith(site) and anchor.startswith("_")  # linked to its page, at the top
-            missing = page is None or (anchor != "" and not private and not shown & page.ids)
+            missing = page is None or (anchor != "" and anchor not in page.ids)
         found += [f"{name}: the link {link} leads nowhere"] if missing else []
     for image in pages[name].images:
         if not image["src"].startswith("data:") and not (ROOT / "nbs" / image["src"]).exists():

@@ -2,7 +2,7 @@
 
 nbdev would show a box with signature and docstring, and below it the source that holds both. Here the source stands
 alone, with the anchors that links to its names lead to; imports are folded; a numbered equation keeps its number beside
-it at every width.
+it at every width; cells that take minutes say so.
 """
 
 import ast
@@ -14,7 +14,7 @@ from execnb.nbio import mk_cell
 
 NUMBERED = re.compile(r"^\$\$((?:(?!\$\$).)*?)\s*\\tag\{(\d+)\}((?:(?!\$\$).)*?)\$\$", re.DOTALL | re.MULTILINE)
 FOLDED = '#| code-fold: true\n#| code-summary: "Imports of the module"\n'
-FROM_PACKAGE = '#| classes: "from-package"\n'
+FROM_PACKAGE, SLOW = '#| classes: "from-package"\n', '#| classes: "slow"\n'
 
 
 def defined(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
@@ -41,9 +41,12 @@ class Shown:
         "Anchors before the code of the package, numbers beside equations."
         cells = []
         for cell in self.nb.cells:
+            flags = getattr(cell, "directives_", None) or {}
             if cell.cell_type == "markdown":
                 cell.source = numbered(cell.source)
-            elif "exports" in (getattr(cell, "directives_", None) or {}):
+            elif "slow" in flags:
+                cell.source = SLOW + cell.source
+            elif "exports" in flags:
                 body = ast.parse(cell.source).body
                 names = list(dict.fromkeys(defined(body)))
                 anchors = "".join(f"[]{{#{name}}}" for name in names)
