@@ -114,7 +114,7 @@ class ModelGuidanceLoss:
         if self.scale_range is None:
             return None, x0.new_full((len(x0),), self.drawn_weight(classes))
         low, high = self.scale_range
-        s = low + (high - low) * context.times(x0)  # uniform numbers, as times are
+        s = low + (high - low) * context.uniform(x0)
         s = torch.where(context.drop(x0, self.guided_share), s, torch.ones_like(s))
         return s, s - 1
 

@@ -52,6 +52,10 @@ class Path:
         "Time at which sigma / alpha equals `noise_to_signal`, the inverse of `noise_to_signal`."
         raise NotImplementedError
 
+    def training_time(self, u: Tensor) -> Tensor:
+        "Time of a training sample at a uniform number; uniform on most paths."
+        return u
+
     def noise_to_signal(self, t: Tensor) -> Tensor:
         "sigma(t) / alpha(t): grows from 0 at data; infinite where no signal is left."
         return self.sigma(t) / self.alpha(t)
@@ -156,6 +160,11 @@ class EDMPath(Path):
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_max * t
+
+    def training_time(self, u: Tensor) -> Tensor:
+        "EDM's own times: log sigma is normal, of mean -1.2 and deviation 1.2."
+        normal = torch.special.ndtri(u.float().clamp(1e-6, 1 - 1e-6))
+        return self.time_at((1.2 * normal - 1.2).exp()).clamp(max=1).to(u)
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)

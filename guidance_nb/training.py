@@ -29,6 +29,16 @@ from .denoisers import NetworkDenoiser
 from .paths import Path
 
 # %% ../nbs/05_training.ipynb #a8f0d2e4
+class _Times(Protocol):
+    "Where `TrainingTimes` put the times of a batch, and what weight they have."
+
+    def draw(self, u: Tensor, path: Path | None) -> tuple[Tensor, Tensor]:
+        "Times at uniform numbers, and their slopes dt/du."
+
+    def weigh(self, t: Tensor, slope: Tensor, model: nn.Module) -> Tensor:
+        "Weights of losses at these times."
+
+
 @dataclass
 class LossContext:
     "What a loss may use besides the model and the batch."
@@ -39,6 +49,9 @@ class LossContext:
     ema: Any  # Moving average of the model, gradients off
     rows: slice | None = None  # Rows of the whole batch that `x` is; None: all
     total: int | None = None  # Rows of the whole batch, if `x` is a part of it
+    model: nn.Module | None = None  # The model, whose path has usual times
+    law: _Times | None = None  # TrainingTimes that replace them
+    drawn: tuple[Tensor, Tensor] | None = None  # Times drawn so, and slopes
 
     def own(self, draw: Callable, x: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         "Draw `[rows of the whole batch, *shape]` and keep the rows of `x`."
@@ -49,9 +62,23 @@ class LossContext:
         require(len(x) == own, "rows of x", len(x), f"{own}, those of this process")
         return draw((self.total, *shape), **place)[self.rows].to(x.device)
 
-    def times(self, x: Tensor) -> Tensor:
-        "Uniform times `[batch]` for a batch `x`."
+    def uniform(self, x: Tensor) -> Tensor:
+        "Uniform numbers `[batch]` for a batch `x`."
         return self.own(torch.rand, x).to(x.dtype)
+
+    def times(self, x: Tensor) -> Tensor:
+        "Times `[batch]` for a batch `x`: by the law, or usual on the path."
+        u, path = self.uniform(x), getattr(self.model, "path", None)
+        if self.law is None:
+            return path.training_time(u) if isinstance(path, Path) else u
+        self.drawn = self.law.draw(u, path)
+        return self.drawn[0]
+
+    def weigh(self, losses: Tensor) -> Tensor:
+        "Losses `[batch]` weighted at their times, if the law weights any."
+        if self.law is None or self.drawn is None or self.model is None:
+            return losses
+        return losses * self.law.weigh(*self.drawn, self.model).to(losses)
 
     def noise(self, x: Tensor) -> Tensor:
         "Standard normal noise shaped like `x`."
@@ -95,7 +122,7 @@ class DenoisingLoss:
 
 # %% ../nbs/05_training.ipynb #f5927614
 class ClassifierLoss:
-    "Cross-entropy of a noise-aware classifier at uniform times (arXiv 2105.05233)."
+    "Cross-entropy of a noise-aware classifier (arXiv 2105.05233)."
 
     def __init__(
         self,
@@ -223,6 +250,7 @@ def fit(
     progress: bool = True,  # Whether to show a progress bar
     description: str = "training",  # Title of the progress bar
     engine: Callable[..., Iterator[State]] | None = None,  # An `Engine`
+    times: _Times | None = None,  # TrainingTimes; None: the path's usual ones
 ) -> Generator[State, None, None]:
     "Train with AdamW and yield a `State` after every step."
     check_whole("steps", steps, 1)
@@ -235,6 +263,7 @@ def fit(
         settings: dict[str, Any] = {"steps": steps, "seed": seed, "lr": lr}
         settings |= {"batch_size": batch_size, "schedule": schedule}
         settings |= {"ema": ema, "ema_warmup": ema_warmup}
+        settings |= {"times": times} if times else {}
         yield from engine(model, loss, data, settings, progress, description)
         return
     device, dropout = next(model.parameters()).device, has_dropout(model)
@@ -249,10 +278,12 @@ def fit(
             optimizer.param_groups[0]["lr"] = learning_rate(step, lr, schedule, steps)
             generator = keyed_generator(seed, 0, step, device=draws)
             context = LossContext(generator, step, steps, average)
+            context.model, context.law = model, times
             key = (seed, 4, step, 0, 0)
             with keyed_global_rng(device, *key) if dropout else nullcontext():
                 labels = map_condition(lambda part: part.to(device), c)
-                value = loss(model, x.to(device), labels, context).mean()
+                each = loss(model, x.to(device), labels, context)
+                value = context.weigh(each).mean()
             if not value.isfinite():
                 told = f"loss = {value.item()} at step {step}"
                 raise FloatingPointError(f"{told}; lower lr = {lr} or check the data")

@@ -187,6 +187,9 @@ Method = Literal[
 ]
 
 
+Weight = Literal["", "x0", "eps", "v", "min_snr", "p2"]
+
+
 class MethodTable(Table):
     "The loss it trains by."
 
@@ -198,6 +201,11 @@ class MethodTable(Table):
     guided_share: float = key(0.5, 'Share of a scale-aware "model_guidance" at a drawn scale, not at 1', ge=0, le=1)
     unconditional: Literal["null", "contrastive", "uniform"] = key("null", 'What "model_guidance" guides away from')
     interval: Pair = key((0.0, 0.75), 'Times at which "model_guidance" guides')
+    times: tuple[float, ...] = key(
+        (), "Mean and deviation of log(sigma / alpha) at training times; empty: the path's own"
+    )
+    time_shift: float = key(1.0, "Factor on sigma / alpha at training times, above 1 for larger images", gt=0)
+    weight: Weight = key("", "Weighting over noise levels; empty keeps the loss's own")
     start_step: int = key(0, 'Step at which "model_guidance" begins to guide', ge=0)
     auto_every: int = key(
         0, 'Steps between moves of the weight of "model_guidance" by a measured error; 0 keeps it', ge=0
@@ -269,6 +277,10 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _check_together(self) -> "Recipe":
         method, networks = self.method, list(IMAGE_NETWORKS)
+        two = not method.times or (len(method.times) == 2 and method.times[1] > 0)
+        require(two, "method.times", list(method.times), "a mean and a deviation above 0")
+        noisy = method.name in ("plain", "aligned_loss", "model_guidance") or not method.weight
+        require(noisy, "method.weight", method.weight, "'', except for losses that train a denoiser")
         if method.name not in ("classifier", "evaluation_classifier"):
             check_choice("network.name", self.network.name, networks)
         measured = method.name == "model_guidance" and not method.scale_range

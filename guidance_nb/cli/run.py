@@ -51,6 +51,7 @@ from guidance_nb.images.latents import (
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale, scale_from_mg_weight
 from guidance_nb.samplers import Sampler, sample, time_grid
 from guidance_nb.training import ClassifierLoss, DenoisingLoss, State, fit
+from guidance_nb.training_times import LogNormalTimes, TrainingTimes
 
 __all__ = ["generate", "train_recipe"]
 
@@ -176,6 +177,15 @@ def make_loss(recipe: Recipe) -> Callable:
     return losses[method.name]
 
 
+def make_times(recipe: Recipe) -> TrainingTimes | None:
+    "The training times and weights of a `recipe`; None for those usual on its path."
+    method = recipe.method
+    options: dict[str, Any] = {"shift": method.time_shift, "weight": method.weight or None}
+    if method.times:
+        return LogNormalTimes(**options, mean=method.times[0], std=method.times[1])
+    return TrainingTimes(**options) if options != {"shift": 1.0, "weight": None} else None
+
+
 def make_engine(recipe: Recipe, folder: Path | None = None, metadata: dict[str, Any] | None = None) -> Engine:
     "How a `recipe` is run, in a `folder` of checkpoints that hold `metadata`."
     table = recipe.training
@@ -266,7 +276,7 @@ def train_recipe(
             find_vae(recipe, data.index)  # rather now than at the first grid
     same = ("batch_size", "lr", "schedule", "ema", "ema_warmup", "seed")
     options: dict[str, Any] = {name: getattr(table, name) for name in same}
-    loss = make_loss(recipe)
+    options["times"], loss = make_times(recipe), make_loss(recipe)
     if recipe.method.auto_every:
         from guidance_nb.cli.evaluation import measured_loss
 

@@ -149,4 +149,4 @@ class LossModule(nn.Module):
 
     def forward(self, x0: Tensor, c: Any, context: LossContext) -> Tensor:
         """Per-sample losses `[batch]`."""
-        return self.rule[0](self.model, x0, c, context)
+        return context.weigh(self.rule[0](self.model, x0, c, context))

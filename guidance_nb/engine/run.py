@@ -140,6 +140,8 @@ class Run:
         require(size % (self.world * passes) == 0, "batch_size", size, shares)
         check_whole("warmup", engine.warmup, 0, steps - 1)
         extra = {name: getattr(engine, name) for name in ("clip", "warmup", "weight_decay")}
+        self.law = settings.get("times")
+        settings = settings | ({"times": repr(self.law)} if self.law else {})
         self.settings = settings | extra | {"loss": describe_loss(loss), "data": describe_data(data, self.folder)}
         self.dropout = has_dropout(model)
         parts = [part for part in getattr(loss, "__dict__", {}).values() if isinstance(part, nn.Module)]
@@ -238,6 +240,7 @@ class Run:
             place = self.device if self.device.type == "cuda" else "cpu"
             generator = keyed_generator(seed, 0, self.step, device=place)
         context = LossContext(generator, self.step, self.settings["steps"], self.average, rows, total)
+        context.model, context.law = self.model, self.law
         with ExitStack() as stack:
             if number + 1 < passes:
                 stack.enter_context(self.accelerator.no_sync(self.module))

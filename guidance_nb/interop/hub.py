@@ -112,7 +112,8 @@ def open_pretrained(
     source: str,  # A folder or a name on the Hub
 ) -> Denoiser:
     "A network that `HubDenoiser` wrote, or else a pipeline of diffusers; what is neither is a `ValueError`."
-    from huggingface_hub.errors import EntryNotFoundError
+    with extra("diffusers"):
+        from huggingface_hub.errors import EntryNotFoundError
 
     from guidance_nb.interop.diffusers import from_diffusers, opening
 
