@@ -5,6 +5,7 @@ from configparser import ConfigParser
 
 import matplotlib.image
 import numpy as np
+import torch
 import yaml
 
 import front
@@ -28,17 +29,20 @@ def test_citations_agree_on_the_version():
     assert citation["repository-code"] == bibtex["url"] == config["DEFAULT"]["git_url"]
 
 
-def test_front_figure_is_the_committed_one_and_shows_what_the_text_says(tmp_path, monkeypatch):
-    "From 0 to 1 guidance buys the class; beyond, variety and accuracy fall and the price of a step doubles."
-    panels = front.panels()
-    none, one, two, four = (panels[scale] for scale in (0.0, 1.0, 2.0, 4.0))
-    assert 0.45 < none.right < 0.55 and min(one.right, two.right, four.right) > 0.99
-    assert one.coverage > two.coverage + 0.05 > four.coverage + 0.1
-    assert one.outliers < two.outliers < four.outliers
-    assert [panel.nfe for panel in (none, one, two, four)] == [1, 1, 2, 2]
-    monkeypatch.setattr(front, "panels", lambda: panels)
-    front.draw(tmp_path / "scales.png")
-    fresh, ours = (matplotlib.image.imread(file)[..., :3] for file in (tmp_path / "scales.png", front.TARGET))
+def test_front_figure_is_the_committed_one(tmp_path):
+    front.draw(tmp_path / "digits.png")
+    fresh, ours = (matplotlib.image.imread(file)[..., :3] for file in (tmp_path / "digits.png", front.TARGET))
     assert fresh.shape == ours.shape
-    assert np.abs(fresh - ours).mean() < 0.003  # another seed gives 0.006; letters may be drawn a little differently
+    assert np.abs(fresh - ours).mean() < 0.01  # another seed gives @@SEED@@
     assert front.TARGET.stat().st_size < 60_000
+
+
+def test_front_figure_shows_what_the_text_says():
+    "At scale 0 the class is ignored, and guidance raises class agreement and lowers diversity."
+    import guidance_nb as gnb
+
+    digits, reader, made = torch.arange(100) % 10, gnb.load("mnist-evaluation"), front.samples(100)
+    right = {scale: (reader(x, 0.0).argmax(1) == digits).float().mean().item() for scale, x in made.items()}
+    spread = {scale: torch.stack([x[digits == k].std(0).mean() for k in range(10)]).mean() for scale, x in made.items()}
+    assert right[0.0] < 0.3 and right[1.0] <= right[2.0] and right[2.0] > 0.95
+    assert spread[1.0] > spread[2.0] > spread[4.0]

@@ -66,8 +66,8 @@ TAUGHT_WIDTH, WIDTH = 80, 100  # of code that a taught page, or another, shows; 
 # Pages whose shown code is wider still, and how many of its lines; numbers only fall, and a page leaves at 0.
 WIDE = {
     "10_classifier_guidance": 77, "11_classifier_free_guidance": 83, "12_aligned_loss": 81, "13_model_guidance": 82,
-    "14_flow_postprocessing": 86, "20_comparison": 29, "22_mnist": 23, "23_cifar10": 55,
-    "24_one_relation": 9, "26_which_guidance": 33, "index": 3,
+    "20_comparison": 29, "22_mnist": 23, "23_cifar10": 55,
+    "26_which_guidance": 33,
 }  # fmt: skip
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
 METHODS = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 14]
