@@ -61,7 +61,7 @@ def test_weights_are_counts(clouds):
     w = np.zeros(260)
     for row in brute_force(x, y, 7, c, d):
         w[row] += 1 / (7 * 150)
-    np.testing.assert_allclose(pair_data(x, y, 7, c, d).weights().numpy(), w, atol=1e-12)
+    np.testing.assert_allclose(pair_data(x, y, c, d, 7).weights().numpy(), w, atol=1e-12)
     assert effective_sample_size(x, y, 7, c, d) == pytest.approx(1 / (w**2).sum(), rel=1e-9)
 
 
