@@ -1,12 +1,17 @@
 """Files that are written whole or not at all, the digests that identify them, and the lock of a folder."""
 
+import csv
+import errno
 import hashlib
+import io
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +61,7 @@ def remove(path: Path) -> None:
         if hidden != path:
             os.replace(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):  # a read-only disk also minds the removal of what is not there
         path.unlink(missing_ok=True)
 
 
@@ -83,13 +88,31 @@ def check_folder(name: str, folder: Path) -> Path:
     return folder
 
 
+def parse_json(text: str) -> Any:
+    "What a text in JSON says; lists in lists without end are a `JSONDecodeError`, too."
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deep", text[:20], 0) from None
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    "The values of a table, line by line."
+    try:
+        return list(csv.reader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table ({error}); allowed: values separated by commas") from None
+
+
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
-    "Write under a temporary name, wait for the disk, and rename; a failure leaves what was there."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    "Write under a temporary name, wait for the disk, and rename; a failure leaves what was there, and names the file."
+    from safetensors import SafetensorError
+
     aside, old = (path.parent / f".{path.name}.{os.getpid()}.{end}" for end in ("tmp", "old"))
-    remove(aside)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(aside)
         yield aside
         for part in [*aside.rglob("*"), aside]:
             force_to_disk(part)
@@ -105,6 +128,11 @@ def write_aside(path: Path) -> Iterator[Path]:
             raise
         force_to_disk(path.parent)
         remove(old)
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"os error (\d+)", str(error))  # what safetensors says of the system's errors
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        reason = os.strerror(number) if number else " ".join(str(error).split())
+        raise OSError(number or errno.EIO, f"could not write {path}: {reason}") from None
     finally:
         remove(aside)
 

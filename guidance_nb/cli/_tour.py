@@ -487,7 +487,7 @@ def embed(fig: "Figure", file: Path, caption: str) -> str:
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=110)
     pyplot.close(fig)
-    file.write_bytes(buffer.getvalue())
+    write_file(file, buffer.getvalue())
     picture = base64.b64encode(buffer.getvalue()).decode()
     image = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{picture}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_distinct, require
 from guidance_nb._extras import extra
+from guidance_nb._files import write_aside
 from guidance_nb.cli.load import model_names, own_device
 from guidance_nb.cli.recipe import Recipe
 from guidance_nb.cli.run import (
@@ -307,11 +308,11 @@ def sweep_points(
     ]
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     "Whether two values are equal, as text or as numbers: 2 and 2.0 are one scale."
     try:
-        return str(one) == str(other) or float(one) == float(other)
-    except (TypeError, ValueError):
+        return str(one) == str(other) or float(str(one)) == float(str(other))
+    except ValueError:
         return False
 
 
@@ -426,7 +427,8 @@ def finish_sweep(
             ax.axhline(value, color="0.6", ls="--")
         title = "dashed: real images" if len(real) else ""
         ax.set(xlabel="guidance scale", ylabel=name.replace("_", " "), title=title)
-    fig.savefig(out / "curves.png", dpi=120)
+    with write_aside(out / "curves.png") as aside:
+        fig.savefig(aside, dpi=120, format="png")
     pyplot.close(fig)
     rows = [row for row in table.dropna(subset=[best]).to_dict("records") if has_facts(row, among or {})]
     if not rows:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from guidance_nb._checks import check_choice, check_interval, require
 from guidance_nb._extras import extra
-from guidance_nb._files import check_folder
+from guidance_nb._files import check_folder, write_aside
 from guidance_nb._processes import find_processes, on_main
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
@@ -416,12 +416,8 @@ def write_picture(x: Tensor, file: Path, columns: int) -> None:
     with extra("images"):
         from torchvision.utils import save_image
 
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.png")
-    try:
-        save_image((x.float().clamp(-1, 1) + 1) / 2, temporary, nrow=columns, padding=1)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_aside(file) as aside:
+        save_image((x.float().clamp(-1, 1) + 1) / 2, aside, nrow=columns, padding=1, format="png")
 
 
 # Samples

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from guidance_nb._checks import differences
-from guidance_nb._files import digest, remove, write_aside
+from guidance_nb._files import digest, parse_json, remove, write_aside
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
@@ -85,7 +85,6 @@ def seal_record(record: Mapping[str, Any]) -> str:
 
 def write_checkpoint(folder: Path, record: dict[str, Any], parts: tuple[Any, nn.Module, dict]) -> Path:
     """Write model, average and moments whole or not at all; an `OSError` leaves older checkpoints as they are."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file, save_model
 
     target, name = folder / f"step-{record['step']:08d}", ""
@@ -102,13 +101,10 @@ def write_checkpoint(folder: Path, record: dict[str, Any], parts: tuple[Any, nn.
                 files[name] = {"bytes": (aside / name).stat().st_size, "sha256": digest(aside / name)}
             name = "checkpoint.json"
             (aside / name).write_text(seal_record(record | {"format": FORMAT, "files": files}), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        told = re.search(r"os error (\d+)", str(error))  # what safetensors says of the system's errors
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        reason = os.strerror(number) if number else str(error)
+    except OSError as error:
         left = f"the previous checkpoint ({older}) is intact" if older else "there is no earlier checkpoint"
-        message = f"could not write {target / name}: {reason}; {left}"
-        raise (OSError(number, message) if number else OSError(message)) from None
+        told = str(error.strerror).replace(str(target), str(target / name), 1)
+        raise OSError(error.errno, f"{told}; {left}") from None
     return target
 
 
@@ -136,7 +132,7 @@ def _check(path: Path) -> dict[str, Any]:
     """The record of a checkpoint, compared with its checksums."""
     try:
         text = (path / "checkpoint.json").read_text(encoding="utf-8")
-        record = json.loads(text)
+        record = parse_json(text)
         intact = text == seal_record(record)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: checkpoint.json is missing") from None

@@ -372,7 +372,7 @@ class Run:
         self.value = DeferredLoss(torch.tensor(found.record["loss"], dtype=torch.float64), found.step - 1)
 
 
-def _check_json(name: str, value: Any) -> Any:
+def _check_json(name: str, value: object) -> Any:
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
