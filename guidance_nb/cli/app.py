@@ -564,27 +564,30 @@ def show_row(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    "Run the command line; exit code 2 for bad input."
+    "Run the command line; exit code 2 and one line for bad input."
+    message, code = "", 2
     try:
-        app()
-    except SystemExit as end:  # how a command ends, well or not
-        if not end.code:
-            leave()
-        raise
+        code = app(standalone_mode=False) or 0
+    except typer.Abort:
+        message, code = "interrupted", 130
     except MemoryError as error:
         message = f"out of memory ({error or 'while loading'}); allow more, or close other programs"
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OverflowError, OSError, ImportError) as error:
         message = " ".join(str(error).split())
     except RuntimeError as error:  # of torch, where its memory ends
         reason = (str(error).strip().splitlines() or [""])[0]
         if "out of memory" not in reason and "allocate memory" not in reason:
             raise
         message = reason if "allowed: " in reason else f"out of memory ({reason}); lower the batch size"
-    else:
-        return
-    typer.echo(f"guidance-nb: {message}", err=True)
-    leave(failed=True)
-    sys.exit(2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of click, which typer may bring as its own
+            raise
+        message = error.format_message()  # the help, where a command was given nothing
+    if message:
+        typer.echo(message if "\n" in message else f"guidance-nb: {message}", err=True)
+    if message or not code:
+        leave(failed=bool(message))
+    sys.exit(code)
 
 
 def leave(failed: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_whole, require
 from guidance_nb._extras import extra
-from guidance_nb._files import digest, read_text, write_aside
+from guidance_nb._files import digest, parse_json, read_text, write_aside
 from guidance_nb._random import keyed_generator
 
 with extra("images"):
@@ -432,7 +432,7 @@ def may_replace(path: Path, overwrite: bool) -> bool:
 def _record(folder: Path) -> Facts | None:
     "What `save_samples` wrote beside its images, or None for a folder made elsewhere."
     try:
-        found = json.loads(read_text(folder / FACTS))
+        found = parse_json(read_text(folder / FACTS))
         return found if found["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -520,7 +520,7 @@ def load_npz(path: Path) -> SampleFile:
     if c is not None and (c.shape != x.shape[:1] or not np.issubdtype(c.dtype, np.integer) or (c < 0).any()):
         raise ValueError(f"{path}: arr_1 is {c.dtype} {c.shape}; allowed: {len(x)} whole numbers, 0 or more")
     try:
-        facts = json.loads(str(arrays.get("facts", "{}")))
+        facts = parse_json(str(arrays.get("facts", "{}")))
     except ValueError:
         facts = None
     require(isinstance(facts, dict), f"facts of {path}", str(arrays.get("facts"))[:60], "JSON of a table, or none")

@@ -1,7 +1,6 @@
 """Feature extractors: what networks see in images, on which image metrics and neighbours are computed."""
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from guidance_nb._checks import check_choice, require
 from guidance_nb._extras import extra
-from guidance_nb._files import digest, read_text
+from guidance_nb._files import digest, parse_json, read_text
 from guidance_nb._points import moments
 from guidance_nb.images.data import read_arrays, to_uint8
 
@@ -103,7 +102,9 @@ def read_reference(
     for layer, f, end in (("features", 2048, ""), ("spatial", 2023, "_s")):
         if "mu" + end in found and "sigma" + end in found:
             mean, cov = found["mu" + end], found["sigma" + end]
-            fine = mean.shape == (f,) and cov.shape == (f, f) and np.isfinite(mean.sum() + cov.sum())
+            numbers = all(np.issubdtype(part.dtype, np.floating) for part in (mean, cov))
+            shapes = mean.shape == (f,) and cov.shape == (f, f)
+            fine = numbers and shapes and np.isfinite(mean.sum() + cov.sum())
             require(fine, f"mu{end}, sigma{end} of {path}", (mean.shape, cov.shape), f"[{f}] and its square, finite")
             known[layer] = torch.from_numpy(mean).double(), torch.from_numpy(cov).double()
     images = found.get("arr_0")
@@ -377,7 +378,8 @@ def cifar_resnet(
         state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     except Exception as error:
-        raise ValueError(f"{file} does not hold a ResNet-{depth}: {str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} does not hold a ResNet-{depth}: {reason}") from None
     return network.eval().requires_grad_(False).to(device or best_device())
 
 
@@ -391,7 +393,8 @@ def load_dinov2(path: str | Path) -> Any:
     "DINOv2 with registers (arXiv 2304.07193, 2309.16588) from a local folder; nothing is downloaded."
     file, allowed = Path(path) / "config.json", "a folder with config.json and model.safetensors"
     require(file.is_file(), "path", f"{path}, which has no config.json", allowed)
-    kind = json.loads(read_text(file)).get("model_type")
+    found = parse_json(read_text(file))
+    kind = found.get("model_type") if isinstance(found, dict) else None
     require(kind == "dinov2_with_registers", f"model in {path}", kind, f"{allowed} of a 'dinov2_with_registers'")
     with extra("dinov2"):
         from safetensors import SafetensorError

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from guidance_nb._checks import check_choice, check_whole, differences, require
 from guidance_nb._extras import extra
-from guidance_nb._files import clean_remnants, digest, read_text, weights_digest, write_aside, write_file
+from guidance_nb._files import clean_remnants, digest, parse_json, read_text, weights_digest, write_aside, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
 from guidance_nb.images.data import Crop, Facts, ImageData, ImageFiles, from_uint8, load_images, to_uint8
 
@@ -172,12 +172,14 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], Facts, str]:
         raise DamagedShard(f"{path} is missing; allowed: {advice}")
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("guidance_nb", "{}"))
+            facts = parse_json((file.metadata() or {}).get("guidance_nb", "{}"))
             if not isinstance(facts, dict) or facts.get("format") != FORMAT:
                 raise ValueError(f"{path} holds no latents of this package; allowed: shards of `guidance-nb encode`")
             tensors = {key: file.get_tensor(key) for key in ("moments", "labels")}
-            return tensors, facts["settings"], facts["sha256"]
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            if len(tensors["moments"]) != len(tensors["labels"]):
+                raise KeyError("as many labels as moments")
+            return tensors, facts["settings"], str(facts["sha256"])
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DamagedShard(f"{path} is damaged ({reason}); allowed: {advice}") from None
 
@@ -360,7 +362,7 @@ def read_index(folder: str | Path) -> Facts:
         found = "an unfinished encoding: start it again" if any(Path(folder).glob("shard-*")) else "no latents"
         raise ValueError(f"{folder} holds {found}; allowed: a folder that `guidance-nb encode` has finished")
     try:
-        index = json.loads(read_text(path))
+        index = parse_json(read_text(path))
         if index["format"] != FORMAT:
             raise ValueError(f"format {index['format']!r}")
         if not index["classes"] or sum(entry["rows"] for entry in index["shards"]) != index["settings"]["pictures"]:

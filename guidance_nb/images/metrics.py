@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from guidance_nb import __version__
 from guidance_nb._checks import check_number, check_whole, require
 from guidance_nb._extras import extra
-from guidance_nb._files import locked, read_text, write_file
+from guidance_nb._files import locked, read_csv, write_file
 from guidance_nb._points import check_classes
 from guidance_nb.images.features import (
     INCEPTION,
@@ -232,7 +232,7 @@ def provenance(
 
 def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     "Read a table of rows with provenance; a `ValueError` for any other."
-    lines = list(csv.reader(io.StringIO(read_text(Path(path)), newline="")))
+    lines = read_csv(Path(path))
     if not lines:  # an empty file is a table that nothing was written to yet
         return [*PROVENANCE], []
     columns = lines[0]

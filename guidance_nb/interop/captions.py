@@ -1,7 +1,5 @@
 """Captioned pictures, and what of them is computed once: latents, and an embedding for each distinct caption."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_whole, require
 from guidance_nb._extras import extra
-from guidance_nb._files import digest, read_text, weights_digest, write_file
+from guidance_nb._files import digest, parse_json, read_csv, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
 from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
 from guidance_nb.images.latents import LatentData, encode_folder, find_shard, load_latents, open_shard, write_shard
@@ -31,12 +29,12 @@ def read_table(
     path: Path,  # metadata.jsonl or metadata.csv
 ) -> list[dict[str, Any]]:  # Its rows
     "Rows of a table of captions; what cannot be read is a `ValueError` that names file and line."
-    text, rows = read_text(path), []
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    for number, line in enumerate(text.split("\n") if path.suffix != ".csv" else [], 1):
+    lines = [] if path.suffix == ".csv" else read_text(path).split("\n")
+    columns, *values = ([[]] if lines else read_csv(path)) or [[]]
+    rows: list[dict[str, Any]] = [dict(zip(columns, line)) for line in values if line]
+    for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [parse_json(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is no JSON ({error}); allowed: one object a line") from None
     for number, row in enumerate(rows, 1):
@@ -237,8 +235,12 @@ def load_cached(
     latents, text = load_latents(Path(folder) / "latents", flip), Path(folder) / "text"
     finished = (text / "text.json").is_file()
     require(finished, "embeddings", f"none in {text}", "a folder that `cache_captioned` has finished")
-    index = json.loads(read_text(text / "text.json"))
-    if index["settings"]["captions"] != _texts_digest(latents.classes):
+    try:
+        index = parse_json(read_text(text / "text.json"))
+        captions, rows = (index["settings"][key] for key in ("captions", "shard_rows"))
+        files = [text / entry["file"] for entry in index["shards"]]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{text / 'text.json'} is damaged; allowed: delete it and start again") from None
+    if captions != _texts_digest(latents.classes):
         raise ValueError(f"{text} has embeddings of other captions than the latents; allowed: both of one run")
-    shards = [open_shard(text / entry["file"])[0]["moments"] for entry in index["shards"]]
-    return CaptionedLatents(latents, shards, index["settings"]["shard_rows"])
+    return CaptionedLatents(latents, [open_shard(file)[0]["moments"] for file in files], rows)
