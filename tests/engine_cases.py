@@ -1,13 +1,17 @@
 "Small runs that the tests of the engine share, and what child processes do: `python engine_cases.py JOB FOLDER`."
 
+import itertools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from guidance_nb._processes import destroy_process_group, on_main
 from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.engine.hardware import open_accelerator
 from guidance_nb.engine.run import Engine
 from guidance_nb.engine.sampling import sample_sharded
@@ -174,6 +179,20 @@ def signalled(folder: Path, name: str, moment: str) -> None:
             os.kill(os.getpid(), getattr(signal, name))
 
 
+def die_at(module: Any, call: str, number: int) -> None:
+    "Let this process die at its so-many-th call of a function, counted from 1."
+    original, calls = getattr(module, call), itertools.count(1)
+
+    def deadly(*args, **more):
+        if next(calls) == number:
+            if call == "save_file":
+                Path(args[1]).write_bytes(b"half of it")
+            die()
+        return original(*args, **more)
+
+    setattr(module, call, deadly)
+
+
 def killed_while_writing(folder: Path) -> None:
     "A process for each moment of the second checkpoint: it dies there. Prints the signal that ended each."
     import safetensors.torch
@@ -184,19 +203,42 @@ def killed_while_writing(folder: Path) -> None:
         if pid := os.fork():
             print(call, number, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
             continue
-        module = safetensors.torch if call == "save_file" else os
-        original, calls = getattr(module, call), iter(range(1, 100))
-
-        def deadly(*args, original=original, calls=calls, number=number, call=call, **more):
-            if next(calls) == number:
-                if call == "save_file":
-                    Path(args[1]).write_bytes(b"half of it")
-                die()
-            return original(*args, **more)
-
-        setattr(module, call, deadly)
+        die_at(safetensors.torch if call == "save_file" else os, call, number)
         finish(start("plain", folder / f"{call}{number}", keep=1))
         os._exit(0)
+
+
+def killed_in_a_row(folder: Path, kills: str, seed: str, steps: str) -> None:
+    """A run that is killed and started again, so many times, and what was kept before and after each of its lives.
+
+    Every other life ends inside the writing of a checkpoint, at a call of the system chosen at random; the others when
+    the time has come.
+    """
+    import safetensors.torch
+
+    torch.optim.AdamW([torch.zeros(1)], fused=True)  # imports much; better once, before the forks
+    chance, run, log = random.Random(int(seed)), folder / "drop", folder / "log"
+    calls = [(os, "fsync", 16), (os, "replace", 3), (safetensors.torch, "save_file", 3)]
+    newest = lambda: read_checkpoint(run).step if checkpoints_in(run) else 0  # noqa: E731
+    for life in range(int(kills)):
+        before, length, delay = newest(), log.stat().st_size if log.exists() else 0, chance.uniform(0.0, 0.2)
+        module, call, most = chance.choice(calls)
+        number = chance.randint(1, most) if life % 2 else 0  # 0: never
+        if not (pid := os.fork()):
+            die_at(module, call, number)
+            with open(log, "ab", buffering=0) as told:
+                for state in start("drop", folder, every=2, steps=int(steps)):
+                    told.write(f"{state.step} {state.loss!r}\n".encode())
+            os._exit(0)
+        while not number and log.exists() and log.stat().st_size == length:
+            time.sleep(0.002)  # until it has made a step
+        if not number:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        end = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        seen = [int(line.split()[0]) for line in log.read_text()[length:].splitlines()] if log.exists() else []
+        told = {"how": f"{call} {number}" if number else "timer", "before": before, "after": newest(), "end": end}
+        print(json.dumps(told | {"seen": seen}), flush=True)
 
 
 def without_space(folder: Path) -> None:
@@ -300,6 +342,7 @@ def killed_at_step(folder: Path, name: str, rank: str, step: str) -> None:
 
 if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
-    jobs = (in_turn, signalled, killed_while_writing, without_space, one_of_two, one_of_two_sharded, killed_at_step)
+    jobs = (in_turn, signalled, killed_while_writing, killed_in_a_row, without_space)
+    jobs += (one_of_two, one_of_two_sharded, killed_at_step)
     {job.__name__: job for job in jobs}[job](Path(folder), *rest)
     destroy_process_group()

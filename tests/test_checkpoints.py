@@ -95,6 +95,27 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, whole):
     assert remnants >= 7 and steps >= 2  # the test did hit the middle, and both sides of the rename
 
 
+def test_killed_many_times_in_a_row(tmp_path):
+    "24 lives, or GUIDANCE_NB_KILLS of them: none loses what was written, and the end is that of the unbroken run."
+    kills, seed = int(os.environ.get("GUIDANCE_NB_KILLS", "24")), random.randrange(10**6)
+    steps = 20 * kills
+    (tmp_path / "killed").mkdir()
+    process = child("killed_in_a_row", tmp_path / "killed", kills, seed, steps)
+    lives = [json.loads(line) for line in process.communicate()[0].splitlines()]
+    assert len(lives) == kills and all(life["end"] == -9 for life in lives), (seed, lives)
+    assert sum(life["how"] != "timer" for life in lives) == kills // 2
+    for life, following in zip(lives, [*lives[1:], {"before": lives[-1]["after"]}]):
+        kept = max([life["before"], *(step // 2 * 2 for step in (n - 1 for n in life["seen"]))])
+        assert kept <= life["after"] == following["before"] < steps, (seed, life)  # a step is told before it is saved
+        assert life["seen"] == list(range(life["before"] + 1, life["before"] + 1 + len(life["seen"]))), (seed, life)
+    losses, _ = finish(start("drop", tmp_path / "whole", every=steps, steps=steps))
+    told = [line.split() for line in (tmp_path / "killed" / "log").read_text().splitlines()]
+    assert all(losses[int(step) - 1] == float(loss) for step, loss in told), seed
+    assert finish(start("drop", tmp_path / "killed", every=steps, steps=steps))[0] == losses[lives[-1]["after"] :]
+    assert content(tmp_path / "killed" / "drop") == content(tmp_path / "whole" / "drop"), seed
+    assert not list((tmp_path / "killed" / "drop").glob(".step*"))
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

@@ -285,3 +285,16 @@ def test_decoding_is_finite_and_consistent_on_every_path_at_every_time(path, pre
     assert all(part.isfinite().all() for part in pair)
     if dtype == torch.float64 and prediction not in ("eps", "x0"):
         assert_close(pair, Prediction(x0, eps), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_an_edm_network_sees_unit_variance_and_a_quarter_of_the_log_ratio(path):
+    "c_in and c_noise of arXiv 2206.00364, of which alpha = 1, on every path."
+    generator, t = torch.Generator().manual_seed(0), f64([0.2, 0.5, 0.9]).repeat_interleave(20_000)
+    x0, eps = (torch.randn(len(t), 1, dtype=torch.float64, generator=generator) for _ in range(2))
+    model = NetworkDenoiser(nn.Identity(), path, prediction="edm", sigma_data=0.7)
+    seen, time = model.network_inputs(path.interpolate(0.7 * x0, eps, t), t)
+    assert_close(seen.reshape(3, -1).std(1), torch.ones(3, dtype=torch.float64), rtol=0.02, atol=0)
+    assert_close(time, path.noise_to_signal(t).log() / 4)
+    plain = NetworkDenoiser(nn.Identity(), path, prediction="velocity").network_inputs(x0, t)
+    assert_close(plain, (x0, t))

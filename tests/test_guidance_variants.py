@@ -167,10 +167,20 @@ def test_diffusers_tangential():
     assert_close(TangentialGuidance(model, 4.0).eps(x, HALF, c), guided, rtol=1e-4, atol=1e-4)  # theirs is float32
 
 
+def test_scale_zero_is_rescaled_like_any_other():
+    "It is not the unconditional model, whose velocity has another standard deviation."
+    model, y_c, y_u, x, c = told("velocity")
+    std, found = (lambda v: v.flatten(1).std(1)), RescaledGuidance(model, 0.0, phi=1.0).velocity(x, HALF, c)
+    assert_close(std(found), std(y_c))
+    assert ((std(y_u) - std(y_c)).abs() > 1e-3).all()
+
+
 def test_diffusers_magnitude_aware():
     model, y_c, y_u, x, c = told("velocity", shape=(5, 16, 4))  # theirs takes packed latents only, see below
     guided = theirs(guiders.MagnitudeAwareGuidance(guidance_scale=10.0, alpha=0.7), y_c, y_u)
     assert_close(MagnitudeAwareGuidance(model, 10.0, damping=0.7).velocity(x, HALF, c), guided)
+    guided = theirs(guiders.MagnitudeAwareGuidance(guidance_scale=10.0), y_c, y_u)  # by the same default
+    assert_close(MagnitudeAwareGuidance(model, 10.0).velocity(x, HALF, c), guided)
 
 
 def halve(n):

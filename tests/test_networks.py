@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from weights import stir
 
 from guidance_nb.images.networks import IMAGE_NETWORKS, ImageClassifier, build_network, image_denoiser
-from guidance_nb.networks import LinearClassifier, NoisyClassifier
+from guidance_nb.networks import MLP, LinearClassifier, NoisyClassifier, fourier_features
 from guidance_nb.paths import FlowPath, VPPath
 
 UNETS = [name for name in IMAGE_NETWORKS if name.startswith("unet")]
@@ -192,6 +192,21 @@ def test_the_scale_hardly_counts_at_first():
     assert_close(net.ask(labels, torch.linspace(0, 8, 6)), net.ask(labels), rtol=0, atol=2e-3)
     assert net.ask.scale[2].bias.abs().max() == 0
     assert 1e-4 < net.ask.scale[2].weight.std() < 3e-4
+
+
+@pytest.mark.parametrize("net", [MLP(2, 5, 8, 1, scale_aware=True), "unet-tiny", "dit-s/4"])
+def test_scales_up_to_eight_lie_within_one_slow_period(net):
+    "Else scales a whole number apart would look alike."
+    if isinstance(net, str):
+        net, (x, t, labels) = small(net, scale_aware=True), question(8)
+    else:
+        x, t, labels = torch.zeros(8, 2), torch.rand(8), torch.arange(8) % 5
+    scales, seen = torch.arange(1.0, 9), []
+    layer = net.scale if isinstance(net, MLP) else net.ask.scale
+    layer.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    net(x, t, labels, scales)
+    assert_close(seen[0], fourier_features(scales / 8))
+    assert (seen[0][:, 0].diff() < 0).all()  # the slowest cosine falls from scale 0 to scale 8
 
 
 # Classifiers

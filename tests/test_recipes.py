@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from guidance_nb.cli import evaluation
 from guidance_nb.cli import run as run_module
 from guidance_nb.cli.evaluation import (
+    MeasuredGuidanceLoss,
     baseline_size,
     choose_metrics,
     find_feature_extractor,
@@ -55,6 +56,10 @@ from guidance_nb.engine.checkpoints import read_checkpoint, seal_record
 from guidance_nb.images.data import ImageData, SampleFile, from_uint8, load_samples, save_samples
 from guidance_nb.images.features import INCEPTION, Extractor, Features, extract, read_reference
 from guidance_nb.images.metrics import PROVENANCE, append_rows
+from guidance_nb.model_guidance import ModelGuidanceLoss
+from guidance_nb.networks import mlp_denoiser
+from guidance_nb.paths import FlowPath
+from guidance_nb.training import LossContext
 
 TINY = {"network": "unet-tiny", "steps": 2, "batch_size": 8, "warmup": 0, "precision": "fp32", "grid_every": 0}
 TINY |= {"sampler_steps": 2, "save_every": 2}
@@ -244,6 +249,21 @@ def test_a_part_of_a_data_set_is_the_same_part_every_time():
     assert len(part) == 10 and len(set(part.labels.tolist())) == 10
     assert torch.equal(part.images(torch.arange(10)).flatten().long(), part.labels)
     assert torch.equal(part.labels, take_images(data, 10).labels)
+
+
+def test_a_measured_weight_moves_once_in_an_update_however_many_passes_it_takes():
+    "Also where it is resumed at that update."
+    asked, model = [], mlp_denoiser(2, FlowPath(), 3, width=8, depth=1)
+    make = lambda: MeasuredGuidanceLoss(ModelGuidanceLoss(), lambda ema: asked.append(ema) or 1.0, 2)  # noqa: E731
+    loss, x0, c = make(), torch.zeros(4, 2), torch.arange(4) % 3
+    for step in range(5):
+        for _ in range(2):
+            loss(model, x0, c, LossContext(torch.Generator(), step, 9, model))
+    assert len(asked) == 2 and loss.auto.value == pytest.approx(0.2)
+    again = make()
+    again.load_state_dict(json.loads(json.dumps(loss.state_dict())))
+    again(model, x0, c, LossContext(torch.Generator(), 4, 9, model))
+    assert len(asked) == 2 and again.loss.weight() == pytest.approx(0.2)
 
 
 def edit(checkpoint: Path, change) -> None:

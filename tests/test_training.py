@@ -43,6 +43,17 @@ def test_adam_ema_and_cosine_by_hand():
         assert_close(state.ema.w.item(), average, rtol=1e-5, atol=1e-6)
 
 
+def test_the_average_takes_buffers_as_they_are_and_evaluates():
+    "Batch normalisation keeps its statistics in buffers; they belong to the average, which is not in training mode."
+    model = Point()
+    model.norm, model.drop = nn.BatchNorm1d(1), nn.Dropout(0.5)
+    loss = lambda model, x0, c, context: (model.w - model.drop(model.norm(3 + x0))[:, 0]) ** 2  # noqa: E731
+    state = train(model, loss, (torch.randn(8, 1), None), 5, 8, 0.1, ema=0.9, progress=False)
+    assert model.training and not any(part.training for part in state.ema.modules())
+    assert model.norm.running_mean.abs() > 1
+    assert_close(state.ema.norm.running_mean, model.norm.running_mean)
+
+
 def test_a_short_run_by_default_ends_near_its_weights():
     "The default average of 300 steps: it follows the run, where a decay of 0.999 from the start keeps its beginning."
     ends = {}
