@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._checks import check_choice
 from ._extras import extra
+from ._files import write_file
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -277,8 +278,9 @@ def run_family(
             own = table[(table.model == kind) & (table.seed == seed)]
             done = set(zip(own.method, own.scale))
             for line in _family_scores(kind, seed, done, **options):
-                there = file.exists()
-                DataFrame([line]).to_csv(file, mode="a", header=not there, index=False)
+                before = file.read_text(encoding="utf-8") if file.exists() else ""
+                row = DataFrame([line]).to_csv(header=not before, index=False)
+                write_file(file, before + row)
 
 # %% ../nbs/26_which_guidance.ipynb #0e8641a6
 def _best_scales(

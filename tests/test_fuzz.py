@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
+from guidance_nb.cli._tour import load_stage
 from guidance_nb.cli.app import main
 from guidance_nb.cli.recipe import DiTSettings, FineTuning, Recipe, UNetSettings, _fields, override, read_recipe
 from guidance_nb.cli.run import Request, train_recipe
-from guidance_nb.comparison import _load_stage
 from guidance_nb.images.data import load_samples, read_header, read_image, save_samples
 from guidance_nb.images.features import read_reference
 from guidance_nb.images.latents import check_shard, write_shard
@@ -344,7 +344,7 @@ def test_a_shard_is_read_or_refused_in_one_line(place, shard, data):
 def test_a_stage_of_the_tour_is_read_or_refused_in_one_line(place, data):
     whole = save({"x": torch.zeros(3)}, {"info": json.dumps({"seconds": 1})})
     (place / "stage").write_bytes(data.draw(shards(whole)))
-    one_line(lambda: _load_stage(place / "stage"))
+    one_line(lambda: load_stage(place / "stage"))
 
 
 @examples(60)

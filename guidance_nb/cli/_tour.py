@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from guidance_nb._checks import check_choice, check_whole, require
 from guidance_nb._extras import extra
-from guidance_nb._files import check_folder, clean_remnants, digest, write_aside, write_file
+from guidance_nb._files import check_folder, clean_remnants, digest, parse_json, write_aside, write_file
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.classifier_guidance import ClassifierGuidance
@@ -172,7 +172,7 @@ def load_stage(path: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
 
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["info"])  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, parse_json(file.metadata()["info"])  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         advice = f"allowed: delete it and start again ({type(error).__name__})"
         raise ValueError(f"stage file {path} is damaged; {advice}") from None
