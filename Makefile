@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 METADATA := settings.ini pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test lint bench cifar10 gpu lab method notebooks export docs clean
+.PHONY: help tour test lint mutants bench cifar10 gpu lab method notebooks export docs clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
@@ -23,6 +23,9 @@ test: .venv/installed-dev ## run all tests, the notebooks and what lint checks i
 
 lint: .venv/installed-dev ## check the form alone, quickly; ARGS=--fix writes what can be written
 	@$(BIN)/python tools/lint.py $(ARGS)
+
+mutants: .venv/installed-dev ## break the core in many ways, and count what the tests notice
+	@$(BIN)/python tools/mutants.py $(ARGS)
 
 bench: .venv/installed-bench ## time against peers and goals, and save the ratios
 	@$(BIN)/python tools/bench.py $(ARGS)
