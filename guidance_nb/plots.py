@@ -231,8 +231,7 @@ def show_toy(
         import matplotlib.pyplot as plt
     real = sample_mixture(mixture, c, torch.Generator().manual_seed(0))
     threshold, columns = outlier_threshold(mixture), len(next(iter(rows.values())))
-    size = {"figsize": (7.2, 2.65 * len(rows)), "layout": "constrained"}
-    fig, axes = plt.subplots(len(rows), columns, squeeze=False, **size)
+    fig, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained", figsize=(7.2, 2.65 * len(rows)))
     for line, (name, samples) in zip(axes, rows.items()):
         line[0].set_ylabel(name)
         for ax, (scale, x) in zip(line, samples.items()):
@@ -255,7 +254,7 @@ def show_digits(
     ax = plt.subplots(figsize=size, layout="constrained")[1]
     show_images(torch.cat(list(rows.values())), columns, ax)
     ax.axis("on")
-    height = len(ax.images[0].get_array()) / len(rows)
+    height = ax.images[0].get_size()[0] / len(rows)
     ax.set_yticks([height * (k + 0.5) for k in range(len(rows))], list(rows))
     ax.tick_params(length=0)
     ax.set(xticks=[], frame_on=False)
