@@ -111,6 +111,7 @@ def test_what_the_claims_need_comes_first(monkeypatch):
 def test_bad_input_is_one_line(tmp_path, capsys):
     for given, words in (
         (["--budget", "0"], "a positive number of minutes"),
+        (["--samples", "3"], "allowed: 4 or more"),
         ([], "no model mnist-cfg in .*--models FOLDER"),
     ):
         with pytest.raises(SystemExit):

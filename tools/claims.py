@@ -254,18 +254,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder for the rows; gone on with")
     parser.add_argument("--budget", type=float, default=5.0, help="minutes after which this call leaves")
+    parser.add_argument(
+        "--samples", type=int, default=Grid.samples, help="a point; distances of few are biased upwards"
+    )
     parser.add_argument("--models", type=Path, nargs="*", default=[Path("runs")], help="folders of further models")
     parser.add_argument("--rehearse", action="store_true", help="20 samples a point, 200 real images, few points")
     asked = parser.parse_args(arguments)
     if not asked.budget > 0:
         parser.error(f"--budget {asked.budget:g}; allowed: a positive number of minutes")
+    if asked.samples < 4:
+        parser.error(f"--samples {asked.samples}; allowed: 4 or more, for a distance")
     models, deadline = Models(asked.models), time.monotonic() + 60 * asked.budget
     for name in ("cfg", "evaluation"):
         if not models.has(name):
             parser.error(f"no model mnist-{name} in {', '.join(map(str, models.folders))}; allowed: --models FOLDER")
     asked.out.mkdir(parents=True, exist_ok=True)
     remember_noise()
-    grid = Grid((1.0, 2.0), (2, 3), 3, 20, 200) if asked.rehearse else Grid()
+    grid = Grid((1.0, 2.0), (2, 3), 3, 20, 200) if asked.rehearse else Grid(samples=asked.samples)
     carry_out(asked.out, models, grid, deadline)
 
 
