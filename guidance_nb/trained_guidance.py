@@ -80,7 +80,7 @@ def _draw_scales(
 ) -> Tensor:  # Scales, `[batch]`
     "A guidance scale for each sample."
     low, high = scale_range
-    uniform = context.uniform(x0)
+    uniform = context.times(x0)  # uniform numbers, as times are
     if reciprocal:
         return 1 / (1 / high + (1 / low - 1 / high) * uniform)
     return low + (high - low) * uniform

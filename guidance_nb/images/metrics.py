@@ -53,7 +53,7 @@ def kernel_distance(
 
 
 def class_score(logits: Tensor) -> float:
-    "How sure and how varied a classifier's labels are, by torch-fidelity in ten splits (arXiv 1606.03498)."
+    "How sure and how varied a classifier's labels are, by torch-fidelity in 10 splits (arXiv 1606.03498)."
     with extra("images"):
         from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
