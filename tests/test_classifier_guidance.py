@@ -209,7 +209,7 @@ def test_bad_scales(scale):
     [
         ({"form": "mean"}, "form = 'mean'; allowed: 'score', 'mean_shift'"),
         ({"base": "null"}, "base = 'null'; allowed: 'unconditional', 'conditional'"),
-        ({"classifier": LinearClassifier(1, 3)}, "classifier has 3 classes; allowed: those of the model, 2"),
+        ({"classifier": LinearClassifier(1, 3)}, "classifier.num_classes = 3; allowed: 2, as the model has"),
     ],
 )
 def test_bad_options(arguments, message):
@@ -236,5 +236,5 @@ def test_bad_labels_and_times():
 def test_model_without_classes_takes_those_of_the_classifier():
     base = Still(VPPath())
     assert ClassifierGuidance(base, LinearClassifier(1, 3)).num_classes == 3
-    with pytest.raises(ValueError, match="classifier has 3 classes"):
+    with pytest.raises(ValueError, match=r"classifier\.num_classes = 3; allowed: 0"):
         ClassifierGuidance(base, LinearClassifier(1, 3), base="conditional")

@@ -200,7 +200,7 @@ def test_the_toy_figure_counts_outliers_and_coverage():
     fig = plots.show_toy({"exact": {1.0: x, 2.0: moved}, "learned": {1.0: moved, 2.0: x}}, c, mixture)
     outliers = [ax.get_xlabel().split("%")[0] for ax in fig.axes]
     assert outliers == ["outliers 0", "outliers 50", "outliers 50", "outliers 0"]
-    assert [ax.get_title() for ax in fig.axes] == ["scale 1", "scale 2"] * 2
+    assert [ax.get_title() for ax in fig.axes] == ["scale 1", "scale 2", "", ""]
     assert [ax.get_ylabel() for ax in fig.axes] == ["exact", "", "learned", ""]
     colours = {to_rgb(points.get_facecolor()[0][:3]) for points in fig.axes[0].collections}
     assert colours == {to_rgb("tab:orange"), to_rgb("tab:blue")}
