@@ -3,11 +3,14 @@
 import difflib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Collection, Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from guidance_nb.denoisers import NetworkDenoiser
 
 T = TypeVar("T")
 
@@ -27,7 +30,7 @@ def check_choice(name: str, value: T, allowed: Collection[T]) -> T:
     return value
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, allowed: str = "") -> float:
+def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf, allowed: str = "") -> float:
     """A finite number from `low` to `high`, ends included where they are finite."""
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     ends = {(False, False): "a finite number", (True, False): f"a number, {low:g} or more"}
@@ -36,20 +39,20 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     return value
 
 
-def check_whole(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
+def check_whole(name: str, value: int, low: int = 0, high: int | None = None) -> int:
     """A whole number from `low` to `high`."""
     fine = isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
     require(fine, name, value, f"a whole number, {low} or more" if high is None else f"a whole number, {low} to {high}")
     return value
 
 
-def check_distinct(name: str, values: Iterable[Any]) -> None:
+def check_distinct(name: str, values: Iterable[Hashable]) -> None:
     """One value or more, each once."""
     values = tuple(values)
     require(values and len(set(values)) == len(values), name, values, "one or more, each once")
 
 
-def check_scale(scale: Any, name: str = "scale") -> Any:
+def check_scale(scale: T, name: str = "scale") -> T:
     """A finite number, a tensor of finite numbers, or a function of time."""
     if not callable(scale):
         numeric = isinstance(scale, int | float | Tensor) and not isinstance(scale, bool)
@@ -57,7 +60,7 @@ def check_scale(scale: Any, name: str = "scale") -> Any:
     return scale
 
 
-def check_interval(interval: Any) -> tuple[float, float]:
+def check_interval(interval: Iterable[float]) -> tuple[float, float]:
     """Two times in [0, 1], in order."""
     try:
         low, high = (float(t) for t in interval)
@@ -67,7 +70,7 @@ def check_interval(interval: Any) -> tuple[float, float]:
     return low, high
 
 
-def check_scale_range(scale_range: Any, positive: bool = False) -> None:
+def check_scale_range(scale_range: Iterable[float] | None, positive: bool = False) -> None:
     """None, or two finite scales in order."""
     try:
         low, high = (1.0, 1.0) if scale_range is None else (float(scale) for scale in scale_range)
@@ -77,14 +80,14 @@ def check_scale_range(scale_range: Any, positive: bool = False) -> None:
     require(fine, "scale_range", scale_range, f"None, or (low, high) with 0 {'<' if positive else '<='} low <= high")
 
 
-def check_conditional(model: Any, c: Any, scale_range: Any = None) -> None:
+def check_conditional(model: "NetworkDenoiser", c: object, scale_range: object = None) -> None:
     """A condition for every sample, and a range of scales for networks that take a scale, and for no others."""
     require(c is not None, "c", c, "one condition a sample, for guidance needs one")
     allowed = f"{'a range' if model.scale_aware else 'None'}, for model.scale_aware = {model.scale_aware}"
     require(model.scale_aware == (scale_range is not None), "scale_range", scale_range, allowed)
 
 
-def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:
     """Where two JSON-able values differ: `a.b` for b inside a, and both values."""
     if isinstance(old, dict | None) and isinstance(new, dict | None):
         old, new = old or {}, new or {}

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Json = dict[str, Any]  # Values by name, as JSON holds them
+
 
 def digest(*parts: "str | bytes | Path | Tensor | np.ndarray") -> str:
     "SHA-256 of all parts, one after another."

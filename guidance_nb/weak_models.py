@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -141,9 +141,12 @@ def _swapped(
                 module.forward = old
 
 # %% ../nbs/17_weak_models.ipynb #b5081479
+_Layer: TypeAlias = Any  # A layer of diffusers
+
+
 def _attention_layers(
     model: nn.Module,  # Any model or network
-) -> dict[str, Any]:  # Its self-attention layers by name, in order
+) -> dict[str, _Layer]:  # Its self-attention layers by name, in order
     "The self-attention layers of `diffusers` networks inside a model."
     with extra("diffusers"):
         from diffusers.models.attention_processor import Attention
@@ -157,7 +160,7 @@ def _attention_layers(
 
 def _skippable_layers(
     model: nn.Module,  # Any model or network
-) -> dict[str, Any]:  # Layers that may be left out, by name, in order
+) -> dict[str, _Layer]:  # Layers that may be left out, by name, in order
     "Transformer blocks of `diffusers` networks, and attention layers with a residual of their own, as in its U-Nets."
     with extra("diffusers"):
         from diffusers.models.attention import BasicTransformerBlock
@@ -174,9 +177,9 @@ _Layers = int | str | Sequence[int | str]  # Numbers, or parts of names
 
 
 def _choose_layers(
-    found: Mapping[str, Any],  # Layers by name
+    found: Mapping[str, _Layer],  # Layers by name
     layers: _Layers,  # Numbers, or parts of names; an empty list chooses none
-) -> list[Any]:  # Those layers
+) -> list[_Layer]:  # Those layers
     "Look up layers, or say in one line which there are."
     names, chosen = list(found), []
     for wanted in [layers] if isinstance(layers, int | str) else layers:
@@ -191,7 +194,7 @@ def _choose_layers(
     return [found[name] for name in dict.fromkeys(chosen)]
 
 # %% ../nbs/17_weak_models.ipynb #e83dfcb8
-def _tokens(layer: Any, h: Tensor) -> Tensor:
+def _tokens(layer: _Layer, h: Tensor) -> Tensor:
     "What an attention layer sees, `[batch, tokens, channels]`; a U-Net hands it maps instead."
     tokens = h.flatten(2).mT if h.ndim == 4 else h
     return tokens if layer.group_norm is None else layer.group_norm(tokens.mT).mT
@@ -203,7 +206,7 @@ def _identity_attention(
 ) -> AbstractContextManager[None]:  # A `with` block
     "Self-attention with A = I, eq. (4): every token attends to itself (arXiv 2403.17377)."
 
-    def values_alone(layer: Any, h: Tensor, *_: Any, **__: Any) -> Tensor:
+    def values_alone(layer: _Layer, h: Tensor, *_: object, **__: object) -> Tensor:
         out = layer.to_out[1](layer.to_out[0](layer.to_v(_tokens(layer, h))))
         out = out.mT.reshape(h.shape) if h.ndim == 4 else out
         return (out + h if layer.residual_connection else out) / layer.rescale_output_factor
@@ -341,7 +344,7 @@ def _recorded_attention(
     "Collect how much attention every token receives, sum_q A_qk averaged over heads, eq. (5) (arXiv 2210.00939)."
     received: list[Tensor] = []
 
-    def record(layer: Any, forward: Callable, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def record(layer: _Layer, forward: Callable, h: Tensor, *args: object, **kwargs: object) -> Tensor:
         tokens = _tokens(layer, h)
         q, k = (to(tokens).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for to in (layer.to_q, layer.to_k))
         received.append((q @ k.mT * layer.scale).softmax(-1).mean(1).sum(1))

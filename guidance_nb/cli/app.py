@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from guidance_nb import __version__
 from guidance_nb._checks import require
 from guidance_nb._extras import extra
-from guidance_nb._files import check_folder
+from guidance_nb._files import Json, check_folder
 
 with extra("cli"):
     import typer
@@ -31,9 +31,9 @@ def parse_words(
     words: list[str],  # What follows a command: places, and --key value, --key=value, --switch, --no-switch
     find: Callable[[str], str],  # The full key that a name stands for
     is_switch: Callable[[str], bool] = lambda key: False,  # Whether a key is true or false
-) -> tuple[list[str], dict[str, Any]]:  # Places, and values by key
+) -> tuple[list[str], Json]:  # Places, and values by key
     "Read flags that name keys, each of them once."
-    places, flags, rest = list[str](), dict[str, Any](), deque(words)
+    places, flags, rest = list[str](), Json(), deque(words)
     while rest:
         word = rest.popleft()
         if not word.startswith("--"):
@@ -55,7 +55,7 @@ def parse_words(
     return places, flags
 
 
-def parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, dict[str, Any]]:
+def parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, Json]:
     "The one place of a command and its flags, which name keys of a table of this `kind`."
     from guidance_nb.cli.recipe import find_key, is_switch
 
@@ -97,7 +97,7 @@ class KeyCommand(Command):
         super().format_help(ctx, formatter)
 
 
-KEYS: dict[str, Any] = {
+KEYS: Json = {
     "cls": KeyCommand,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
@@ -552,7 +552,7 @@ def describe_trained(trained: "Trained") -> str:
     return "\n".join([*lines, "", describe_recipe(trained.recipe)])
 
 
-def show_row(row: dict[str, Any]) -> None:
+def show_row(row: Json) -> None:
     "Print the metrics of a `row` of a table, and what it takes to read them."
     from guidance_nb.cli.evaluation import is_metric
 

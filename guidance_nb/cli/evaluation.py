@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_distinct, require
 from guidance_nb._extras import extra
-from guidance_nb._files import write_aside
+from guidance_nb._files import Json, write_aside
 from guidance_nb.cli.load import model_names, own_device
 from guidance_nb.cli.recipe import Recipe
 from guidance_nb.cli.run import (
@@ -26,9 +26,10 @@ from guidance_nb.cli.run import (
     main_only,
     postprocess,
 )
+from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.engine.hardware import choose_precision
 from guidance_nb.engine.sampling import extract_sharded
-from guidance_nb.images.data import FILES, SampleFile, from_uint8, load_images, load_samples
+from guidance_nb.images.data import FILES, ImageData, SampleFile, from_uint8, load_images, load_samples
 from guidance_nb.images.features import (
     INCEPTION,
     Extractor,
@@ -39,8 +40,13 @@ from guidance_nb.images.features import (
     find_extractor,
     read_reference,
 )
+from guidance_nb.images.latents import LatentData
 from guidance_nb.images.metrics import append_rows, column, feature_scores, provenance, read_rows
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
+from guidance_nb.training import LossContext
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["score"]
 
@@ -186,7 +192,7 @@ def score(
     batch_size: int = 256,  # Images per call of the network
     progress: bool = False,  # Whether to show a progress bar
     features: Features | None = None,  # Those of the samples, see extract_sharded; None to extract them now
-) -> dict[str, Any]:  # One row of a table
+) -> Json:  # One row of a table
     "Score samples: all metrics, class agreement if the extractor classifies, and the facts of their making."
     if reference.size:
         check_size(tuple(file.x.shape[2:]), tuple(reference.size))
@@ -221,7 +227,7 @@ def baseline_row(
     extractor: Extractor,  # The feature extractor
     n: int,  # Number of samples to compare with
     metrics: tuple[str, ...] | None = None,  # As for score
-) -> dict[str, Any] | None:  # A row of method "real", or None where there are no other real images
+) -> Json | None:  # A row of method "real", or None where there are no other real images
     "How n real images score that are not in the reference: the other split, or one half of the reference on the other."
     other, n = baseline_size(source, reference, n)
     order = lambda total: torch.randperm(total, generator=torch.Generator().manual_seed(0))  # noqa: E731
@@ -246,13 +252,13 @@ class MeasuredGuidanceLoss:
     def __init__(
         self,
         loss: ModelGuidanceLoss,  # The loss at any weight
-        measure: Callable[[Any], float],  # Error of a model; lower is better
+        measure: Callable[[NetworkDenoiser], float],  # Error of a model; lower is better
         every: int,  # Steps between two moves
     ):
         self.auto, self.measure, self.every, self.moved_at = AutoWeight(), measure, every, 0
         self.loss = replace(loss, weight=self.auto)
 
-    def __call__(self, model: Any, x0: Tensor, c: Tensor, context: Any) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         step = context.step
         if step >= max(1, self.loss.start_step) and step % self.every == 0 and step > self.moved_at:
@@ -260,17 +266,19 @@ class MeasuredGuidanceLoss:
             self.auto.update(self.measure(context.ema))
         return self.loss(model, x0, c, context)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         "What a checkpoint keeps."
         return {"weight": asdict(self.auto), "moved_at": self.moved_at}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Json) -> None:
         "Go on from a checkpoint."
         self.auto, self.moved_at = AutoWeight(**state["weight"]), state["moved_at"]
         self.loss = replace(self.loss, weight=self.auto)
 
 
-def measured_loss(recipe: Recipe, data: Any, latents: dict[str, Any] | None, loss: Any) -> MeasuredGuidanceLoss:
+def measured_loss(
+    recipe: Recipe, data: ImageData | LatentData, latents: Json | None, loss: Any
+) -> MeasuredGuidanceLoss:
     "A Model-guidance `loss` whose weight follows the Fréchet distance of samples, as `recipe`, `data`, `latents` say."
     table = recipe.method
     extractor = find_feature_extractor(table.auto_features)
@@ -279,7 +287,7 @@ def measured_loss(recipe: Recipe, data: Any, latents: dict[str, Any] | None, los
     source = table.auto_reference or recipe.data.source
     real, names = extract_reference_features(source, "train", blank.image_shape, extractor, metrics, best, False)
 
-    def measure(model: Any) -> float:
+    def measure(model: NetworkDenoiser) -> float:
         file = generate(replace(blank, model=model), Request(n=table.auto_samples), progress=False)
         return main_only(lambda: float(score(file, real, extractor, names)[best]))
 
@@ -316,17 +324,17 @@ def _same(one: object, other: object) -> bool:
         return False
 
 
-def has_facts(row: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def has_facts(row: Json, wanted: Json) -> bool:
     "Whether a `row` of a table has the `wanted` values."
     return all(_same(row.get(name, ""), value) for name, value in wanted.items())
 
 
-def is_done(file: Path, wanted: dict[str, Any]) -> bool:
+def is_done(file: Path, wanted: Json) -> bool:
     "Whether a table in a `file` has a row with the `wanted` values."
     return file.exists() and any(has_facts(row, wanted) for row in read_rows(file)[1])
 
 
-def point_facts(trained: Trained, point: Request, reference: Features, classifier: Trained | None) -> dict[str, Any]:
+def point_facts(trained: Trained, point: Request, reference: Features, classifier: Trained | None) -> Json:
     "What identifies a complete `point` of `trained`, guided by a `classifier` or not, against a `reference`."
     facts = point.model_dump(include={"scale", "steps", "sampler", "seed", "n", "labels"})
     facts |= {"checkpoint": trained.path, "step": trained.step, "training_seed": trained.recipe.training.seed}
@@ -347,12 +355,12 @@ def sweep(
     progress: bool = True,  # Whether to show progress bars
     source: str = "",  # Where the reference came from, for baseline_row
     metrics: tuple[str, ...] | None = None,  # As for score
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Json]:
     "Generate and score point after point; yields the rows as they are made, that of real images first."
     file = out / "rows.csv"
     points = [complete_request(trained, point, classifier) for point in points]
 
-    def add_baseline() -> dict[str, Any] | None:
+    def add_baseline() -> Json | None:
         n = max(point.n for point in points)
         wanted = {"method": "real", "n": baseline_size(source, reference, n)[1], "extractor": reference.extractor}
         if is_done(file, wanted | {"reference_checksum": reference.checksum}):
@@ -361,11 +369,11 @@ def sweep(
         append_rows(file, [row] if row else [])
         return row
 
-    def missing_parts(wanted: dict[str, Any]) -> list[str]:  # "" for the samples as drawn, and the correction
+    def missing_parts(wanted: Json) -> list[str]:  # "" for the samples as drawn, and the correction
         parts = ["", *([str(correction.path)] if correction else [])]
         return [part for part in parts if not is_done(file, wanted | {"correction": part})]
 
-    def write(final: SampleFile, features: Features) -> dict[str, Any]:
+    def write(final: SampleFile, features: Features) -> Json:
         row = score(final, reference, extractor, metrics, features=features)
         append_rows(file, [row])
         return row
@@ -384,7 +392,7 @@ def sweep(
                 yield main_only(partial(write, final, features))
 
 
-def read_curves(out: Path) -> tuple[Any, Any]:
+def read_curves(out: Path) -> "tuple[DataFrame, DataFrame]":
     "The rows of a sweep in a folder `out` as two pandas tables: points, each with its curve's name, and real images."
     with extra("plots"):
         import pandas as pd
@@ -409,8 +417,8 @@ def read_curves(out: Path) -> tuple[Any, Any]:
 def finish_sweep(
     out: Path,  # Folder of a sweep
     best: str,  # Column that decides
-    among: dict[str, Any] | None = None,  # Values that the best row must have, such as its checkpoint
-) -> dict[str, Any]:  # The best row
+    among: Json | None = None,  # Values that the best row must have, such as its checkpoint
+) -> Json:  # The best row
     "Draw the curves of a sweep into curves.png and pick its best point."
     with extra("plots"):
         from matplotlib import pyplot
@@ -430,7 +438,8 @@ def finish_sweep(
     with write_aside(out / "curves.png") as aside:
         fig.savefig(aside, dpi=120, format="png")
     pyplot.close(fig)
-    rows = [row for row in table.dropna(subset=[best]).to_dict("records") if has_facts(row, among or {})]
+    records: list[Json] = table.dropna(subset=[best]).to_dict("records")  # type: ignore[assignment]
+    rows = [row for row in records if has_facts(row, among or {})]
     if not rows:
         raise ValueError(f"{out / 'rows.csv'} has no row of this sweep with {best}; allowed: at least one")
     choose = max if best.split("_")[0] in HIGHER else min

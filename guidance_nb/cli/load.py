@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from guidance_nb._files import Json
 from guidance_nb._processes import find_processes
 from guidance_nb.engine.checkpoints import Checkpoint, load_weights, read_checkpoint
 from guidance_nb.flow_postprocessing import FlowPostprocessor
@@ -52,7 +53,7 @@ def make_model(
     if method.name == "flow_postprocessing":
         net = build_network(network.name, shape, num_classes, seed=seed, **network.settings)
         return FlowPostprocessor(shape, num_classes, dropout=method.dropout, net=net)
-    options: dict[str, Any] = {"scale_aware": is_scale_aware(recipe), "seed": seed, **network.settings}
+    options: Json = {"scale_aware": is_scale_aware(recipe), "seed": seed, **network.settings}
     return image_denoiser(network.name, shape, path, num_classes, network.prediction, **options)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from guidance_nb._checks import check_choice, require
 from guidance_nb._extras import extra
+from guidance_nb._files import Json
 from guidance_nb.images.features import Space
 from guidance_nb.images.networks import IMAGE_NETWORKS
 from guidance_nb.samplers import Sampler
@@ -37,7 +38,7 @@ class Table(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def __init__(self, /, **values: Any):
+    def __init__(self, /, **values: object):
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -57,12 +58,12 @@ class Table(BaseModel):
         require(hint is bool or not truths, name, value, _allowed(cls.model_fields[name]))
         return value
 
-    def changed(self: R, **values: Any) -> R:
+    def changed(self: R, **values: object) -> R:
         "The same with other values, which are checked like the first."
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | values)
 
 
-def _table(hint: Any) -> type[Table] | None:
+def _table(hint: object) -> type[Table] | None:
     return hint if isinstance(hint, type) and issubclass(hint, Table) else None
 
 
@@ -107,7 +108,7 @@ def _unknown(name: str, keys: list[str]) -> str:
     return f"unknown key {name!r}; {hint}"
 
 
-def key(default: Any, meaning: str, **rules: Any) -> Any:
+def key(default: object, meaning: str, **rules: Any) -> Any:
     "A key of a table: its default, its meaning and the range of its values."
     return Field(default, description=meaning, **rules)
 
@@ -126,7 +127,7 @@ Pair = Annotated[tuple[float, ...], AfterValidator(_rising)]
 Range = Annotated[tuple[float, ...], AfterValidator(_rising_or_empty)]
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
-SEED: dict[str, Any] = {"ge": 0, "lt": 2**63}
+SEED: Json = {"ge": 0, "lt": 2**63}
 
 
 class DataTable(Table):
@@ -168,7 +169,7 @@ class NetworkTable(Table):
     name: str = key("unet-small", 'A key of `IMAGE_NETWORKS`, or "linear" for a classifier')
     path: Literal["flow", "vp-linear", "vp-cosine", "edm"] = key("flow", "How noise is mixed in")
     prediction: Literal["velocity", "eps", "x0", "v", "edm"] = key("velocity", "What the network predicts")
-    settings: dict[str, Any] = key({}, "Changes of the network's settings, such as dropout")
+    settings: Json = key({}, "Changes of the network's settings, such as dropout")
 
     @model_validator(mode="after")
     def _check_settings(self) -> "NetworkTable":
@@ -411,7 +412,7 @@ def is_switch(
 
 def override(
     recipe: R,  # A recipe
-    changes: Mapping[str, Any],  # Values by key, as text or not; a table of keys is as good
+    changes: Json,  # Values by key, as text or not; a table of keys is as good
 ) -> R:  # The changed recipe
     "Replace values of a recipe by key, and check the whole."
     tables = recipe.model_dump()
@@ -439,7 +440,7 @@ def recipe_names(
 
 def read_recipe(
     source: str | Path,  # A name out of recipe_names, or a TOML file
-    changes: Mapping[str, Any] | None = None,  # Values that replace those of the file, by key
+    changes: Json | None = None,  # Values that replace those of the file, by key
     kind: type[R] = Recipe,  # type: ignore[assignment]  # Recipe or FineTuning
 ) -> R:  # The recipe
     "Read a recipe; unknown names and keys, and values out of range, are a `ValueError` of one line."
@@ -461,7 +462,7 @@ def describe_recipe(
     "A recipe in full, defaults included, as a TOML file."
     tables, meanings, lines = recipe.model_dump(), recipe_keys(type(recipe)), list[str]()
 
-    def write(name: str, value: Any, meaning: str = "") -> None:
+    def write(name: str, value: object, meaning: str = "") -> None:
         shown = json.dumps(value, ensure_ascii=False)  # agrees with TOML for all that a recipe holds
         lines.append(f"{name} = {shown}  # {meaning}" if meaning else f"{name} = {shown}")
 

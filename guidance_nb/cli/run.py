@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import check_choice, check_interval, require
 from guidance_nb._extras import extra
-from guidance_nb._files import check_folder, write_aside
+from guidance_nb._files import Json, check_folder, write_aside
 from guidance_nb._processes import find_processes, on_main
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
@@ -40,6 +40,7 @@ from guidance_nb.images.data import (
 from guidance_nb.images.features import feature_space
 from guidance_nb.images.latents import (
     INDEX,
+    VAE,
     LatentData,
     decode,
     decode_all,
@@ -50,9 +51,13 @@ from guidance_nb.images.latents import (
 )
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale, scale_from_mg_weight
 from guidance_nb.samplers import Sampler, sample, time_grid
-from guidance_nb.training import ClassifierLoss, DenoisingLoss, State, fit
+from guidance_nb.training import ClassifierLoss, DenoisingLoss, LossContext, State, fit
 from guidance_nb.training_times import LogNormalTimes, TrainingTimes
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+T = TypeVar("T")
 __all__ = ["generate", "train_recipe"]
 
 
@@ -61,7 +66,7 @@ def is_main() -> bool:
     return find_processes(own_device())[0] == 0
 
 
-def main_only(action: Callable[[], Any]) -> Any:
+def main_only(action: Callable[[], T]) -> T:
     "Let the main process do an `action`, which calls no main_only itself; every process gets its result or its error."
     return on_main(action, *find_processes(own_device()))
 
@@ -152,7 +157,7 @@ MAY_CHANGE = (  # at a resume; whether more steps may follow is for `fit` to say
 class CleanLoss:
     "Cross-entropy of a classifier of clean images."
 
-    def __call__(self, model: nn.Module, x0: Tensor, c: Tensor, context: Any) -> Tensor:
+    def __call__(self, model: nn.Module, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         return nn.functional.cross_entropy(model(x0, torch.zeros((), device=x0.device)), c, reduction="none")
 
@@ -164,7 +169,7 @@ def make_loss(recipe: Recipe) -> Callable:
         return AlignedLoss(method.scale, method.anchor)
     if method.name == "model_guidance":
         names = ("dropout", "start_step", "unconditional", "interval", "guided_share")
-        options: dict[str, Any] = {name: getattr(method, name) for name in names}
+        options: Json = {name: getattr(method, name) for name in names}
         if method.scale_range:
             return ModelGuidanceLoss(scale_range=method.scale_range, **options)  # type: ignore[arg-type]
         return ModelGuidanceLoss(mg_weight_from_scale(method.scale), **options)
@@ -180,17 +185,17 @@ def make_loss(recipe: Recipe) -> Callable:
 def make_times(recipe: Recipe) -> TrainingTimes | None:
     "The training times and weights of a `recipe`; None for those usual on its path."
     method = recipe.method
-    options: dict[str, Any] = {"shift": method.time_shift, "weight": method.weight or None}
+    options: Json = {"shift": method.time_shift, "weight": method.weight or None}
     if method.times:
         return LogNormalTimes(**options, mean=method.times[0], std=method.times[1])
     return TrainingTimes(**options) if options != {"shift": 1.0, "weight": None} else None
 
 
-def make_engine(recipe: Recipe, folder: Path | None = None, metadata: dict[str, Any] | None = None) -> Engine:
+def make_engine(recipe: Recipe, folder: Path | None = None, metadata: Json | None = None) -> Engine:
     "How a `recipe` is run, in a `folder` of checkpoints that hold `metadata`."
     table = recipe.training
     same = [*LOOP[1:], "compile", "cuda_graphs", "channels_last", "warmup", "weight_decay"]
-    options: dict[str, Any] = {name: getattr(table, name) for name in same}
+    options: Json = {name: getattr(table, name) for name in same}
     options |= {"folder": folder, "metadata": metadata or {}, "may_change": MAY_CHANGE}
     return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
 
@@ -200,7 +205,7 @@ def recipe_cost(
     gpus: tuple[int, ...] = (),  # Numbers of GPUs; none takes 1 and, if it divides the batch, 8
     chip: str = "h100",  # Their kind
     share: float = 0.35,  # Assumed share of the peak
-) -> Any:  # A pandas table, see cost_sheet
+) -> "DataFrame":  # A pandas table, see cost_sheet
     "GPU-hours and memory that a recipe will take: an estimate that assumes a fraction of the peak."
     table, network, at_once = recipe.training, recipe.network, recipe.training.gradient_accumulation_steps
     denoisers = ("plain", "aligned_loss", "model_guidance")
@@ -226,7 +231,7 @@ def check_trainable(recipe: Recipe) -> None:
         check_compiler()
 
 
-def check_fits(recipe: Recipe, data: Any) -> None:
+def check_fits(recipe: Recipe, data: ImageData | LatentData) -> None:
     "Raise an error, before any work, for a `recipe` too large for its `data` or this machine's memory."
     table, channels = recipe.training, recipe.sampling.guided_channels
     most = data.shape[0]
@@ -268,14 +273,14 @@ def train_recipe(
     check_fits(recipe, data)
     folder, table = check_folder("out", Path(folder)), recipe.training
     model, source, classes = make_training(recipe, data)
-    facts: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape)}
+    facts: Json = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape)}
     facts["classes"] = list(classes)
     if isinstance(data, LatentData):  # what decodes them must be kept
         facts["latents"] = {"vae": data.index["vae"], "settings": {"image": data.index["settings"]["image"]}}
         if table.grid_every:
             find_vae(recipe, data.index)  # rather now than at the first grid
     same = ("batch_size", "lr", "schedule", "ema", "ema_warmup", "seed")
-    options: dict[str, Any] = {name: getattr(table, name) for name in same}
+    options: Json = {name: getattr(table, name) for name in same}
     options["times"], loss = make_times(recipe), make_loss(recipe)
     if recipe.method.auto_every:
         from guidance_nb.cli.evaluation import measured_loss
@@ -308,7 +313,7 @@ class Trained:
     step: int  # Training steps done
     path: Path  # Where it was read
     ema: bool = True  # Whether its weights are the moving average
-    latents: dict[str, Any] | None = None  # For a model of latents: the autoencoder and the shape of pictures
+    latents: Json | None = None  # For a model of latents: the autoencoder and the shape of pictures
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -381,7 +386,7 @@ def build_guided(
     return trained.model
 
 
-def find_vae(recipe: Recipe, index: dict[str, Any], source: str = "") -> Any:
+def find_vae(recipe: Recipe, index: Json, source: str = "") -> VAE:
     """The autoencoder of a `recipe` for latents, or the one named by `source`.
 
     One whose factor, shift or channels differ from the encoding's, which `index` or a checkpoint keeps, is an error.
@@ -500,7 +505,7 @@ def generate(
     device = next(trained.model.parameters()).device
     rank, world = find_processes(device)
     own = len(torch.arange(asked.n).tensor_split(world)[rank])
-    options: dict[str, Any] = {"seed": asked.seed, "batch_size": asked.batch_size, "progress": progress}
+    options: Json = {"seed": asked.seed, "batch_size": asked.batch_size, "progress": progress}
     with autocast_and_compile(trained, asked.precision, asked.compile), count_nfe() as count:
         x = sample_sharded(model, c, trained.shape, sampler=asked.sampler, steps=asked.steps, **options).float()
     facts = asked.model_dump(exclude={"precision"}) | {"nfe": count.total / own}  # in tables, precision is a metric

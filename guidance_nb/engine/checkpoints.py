@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from guidance_nb._checks import differences
-from guidance_nb._files import digest, parse_json, remove, write_aside
+from guidance_nb._files import Json, digest, parse_json, remove, write_aside
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
@@ -33,7 +33,7 @@ class Checkpoint:
     """A checkpoint that was checked; tensors are read when they are asked for."""
 
     path: Path  # Its folder
-    record: dict[str, Any]  # What `checkpoint.json` holds
+    record: Json  # What `checkpoint.json` holds
 
     @property
     def step(self) -> int:
@@ -41,7 +41,7 @@ class Checkpoint:
         return self.record["step"]
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Json:
         """What the caller of `fit` wrote down, such as a recipe."""
         return self.record["metadata"]
 
@@ -77,13 +77,13 @@ def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def seal_record(record: Mapping[str, Any]) -> str:
+def seal_record(record: Json) -> str:
     """The text of `checkpoint.json`: the record with a checksum of itself."""
     body = {key: value for key, value in record.items() if key != "checksum"}
     return json.dumps(body | {"checksum": digest(json.dumps(body, sort_keys=True))}, indent=1, sort_keys=True)
 
 
-def write_checkpoint(folder: Path, record: dict[str, Any], parts: tuple[Any, nn.Module, dict]) -> Path:
+def write_checkpoint(folder: Path, record: Json, parts: tuple[Any, nn.Module, dict]) -> Path:
     """Write model, average and moments whole or not at all; an `OSError` leaves older checkpoints as they are."""
     from safetensors.torch import save_file, save_model
 
@@ -108,7 +108,7 @@ def write_checkpoint(folder: Path, record: dict[str, Any], parts: tuple[Any, nn.
     return target
 
 
-def write_weights(saved: Checkpoint, target: Path, metadata: Mapping[str, Any]) -> None:
+def write_weights(saved: Checkpoint, target: Path, metadata: Json) -> None:
     """Write the moving average alone, in half precision, as a folder that is read like a checkpoint."""
     from safetensors.torch import save_file
 
@@ -128,7 +128,7 @@ def prune_checkpoints(newest: Path, keep: int) -> None:
         remove(path)
 
 
-def _check(path: Path) -> dict[str, Any]:
+def _check(path: Path) -> Json:
     """The record of a checkpoint, compared with its checksums."""
     try:
         text = (path / "checkpoint.json").read_text(encoding="utf-8")

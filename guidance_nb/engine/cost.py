@@ -107,7 +107,7 @@ def network_cost(
     scale_aware: bool = False,
     precision: Literal["fp32", "bf16"] = "bf16",
     gradient_checkpointing: bool = False,
-    **changes: Any,
+    **changes: object,
 ) -> NetworkCost:
     """Cost of one of `IMAGE_NETWORKS` by name, for images or latents of `shape`; counted once."""
     plain = tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in sorted(changes.items()))
@@ -141,7 +141,7 @@ def count_loss_nfe(
     x, c = (torch.zeros(1024, 2), torch.arange(1024) % 10) if data is None else data
     average, trained, total = copy.deepcopy(model), 0, 0
 
-    def note(net: nn.Module, args: tuple, y: Any) -> None:
+    def note(net: nn.Module, args: tuple, y: object) -> None:
         nonlocal trained
         trained += len(args[0]) * torch.is_grad_enabled()
 
@@ -162,7 +162,7 @@ def training_flops(cost: NetworkCost, nfe: LossNFE) -> float:
     return nfe.trained * (cost.forward + cost.backward + again) + nfe.asked * cost.forward
 
 
-def count_sample_nfe(sampler: Sampler, steps: int, guide: Callable[[Any], Denoiser] | None = None) -> float:
+def count_sample_nfe(sampler: Sampler, steps: int, guide: Callable[[Denoiser], Denoiser] | None = None) -> float:
     """Count the evaluations that a sample takes by drawing one from a toy, with `guide` around the model."""
     model = mlp_denoiser(2, FlowPath(), 10, width=4, depth=1)
     with count_nfe() as evaluations:

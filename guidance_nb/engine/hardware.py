@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import check_choice, require
+from guidance_nb._conditions import Condition
 from guidance_nb._extras import extra
 from guidance_nb.training import LossContext
 
@@ -147,6 +148,6 @@ class LossModule(nn.Module):
         self.model, self.rule = model, (loss,)  # a tuple, so that networks inside a loss are not taken for ours
         self._no_split_modules = sorted({type(part).__name__ for parts in outer_lists(model) for part in parts})  # FSDP
 
-    def forward(self, x0: Tensor, c: Any, context: LossContext) -> Tensor:
+    def forward(self, x0: Tensor, c: Condition | None, context: LossContext) -> Tensor:
         """Per-sample losses `[batch]`."""
         return context.weigh(self.rule[0](self.model, x0, c, context))

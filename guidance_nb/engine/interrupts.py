@@ -19,7 +19,7 @@ class _Stops:
         self.runs, self.busy, self.waiting, self.came = 0, False, 0, 0
         self.before: dict[int, Any] = {}
 
-    def handle(self, number: int, frame: Any) -> None:
+    def handle(self, number: int, frame: object) -> None:
         """Keep the first signal of a step; raise else."""
         if self.busy and not self.waiting:
             self.waiting = number

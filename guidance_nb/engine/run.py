@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from guidance_nb._checks import check_choice, check_whole, require
 from guidance_nb._conditions import Condition, map_condition, take_rows
-from guidance_nb._files import clean_remnants, digest, locked
+from guidance_nb._files import Json, clean_remnants, digest, locked
 from guidance_nb._processes import on_main
 from guidance_nb._random import has_dropout, keyed_generator, keyed_global_rng
 from guidance_nb.engine.checkpoints import (
@@ -60,7 +60,7 @@ class Engine:
     save_every: int = 1000  # Steps between two checkpoints; one is also written at the end
     keep: int = 3  # Number of checkpoints to keep
     resume: bool = True  # Whether to go on from the newest; if not, the folder must hold none
-    metadata: dict[str, Any] = field(default_factory=dict)  # Whatever describes the run
+    metadata: Json = field(default_factory=dict)  # Whatever describes the run
     may_change: tuple[str, ...] = ()  # Keys that may differ at a resume; the checkpoints record what did
     precision: Precision = "auto"  # "auto" is bf16 where the hardware multiplies it, else fp32
     gradient_accumulation_steps: int = 1  # Passes per optimiser step; each sees an equal share of the batch
@@ -384,14 +384,14 @@ def loss_state(loss: Callable) -> Any:
     return _check_json("loss.state_dict()", loss.state_dict()) if hasattr(loss, "state_dict") else None
 
 
-def describe_loss(loss: Callable) -> dict[str, Any]:
+def describe_loss(loss: Callable) -> Json:
     """Name and plain settings of a loss, for the comparison at a resume."""
     plain = {k: v for k, v in getattr(loss, "__dict__", {}).items() if isinstance(v, bool | int | float | str | tuple)}
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
     return json.loads(json.dumps({"name": name, **plain}, default=repr))
 
 
-def describe_data(data: Data, folder: Path | None) -> dict[str, Any]:
+def describe_data(data: Data, folder: Path | None) -> Json:
     """Size and digest of data, for the comparison at a resume; fetched data gives its own, if it has a `digest()`."""
     if isinstance(data, FetchData):
         identity = data.digest() if folder is not None and hasattr(data, "digest") else None

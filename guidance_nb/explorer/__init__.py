@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from guidance_nb._checks import require
+from guidance_nb._files import Json
 from guidance_nb.denoisers import Denoiser
 from guidance_nb.explorer._live import LiveView
 from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, Scene, example_scenes, settings_of
@@ -51,7 +52,7 @@ def _program() -> str:
     return "\n".join(_asset(f"{name}.js") for name in _PROGRAM)
 
 
-def _checked_runs(scenes: Mapping[str, Scene]) -> list[dict[str, Any]]:
+def _checked_runs(scenes: Mapping[str, Scene]) -> list[Json]:
     "States of the page and where four samples end, for the browser to repeat: every method on every scene."
     runs = []
     for name, scene in scenes.items():

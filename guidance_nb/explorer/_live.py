@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from guidance_nb._extras import extra
 from guidance_nb.denoisers import Denoiser
@@ -52,7 +52,7 @@ class LiveView:
             import ipywidgets as widgets
         first = next(iter(scenes))
         classes = tuple(range(scenes[first].mixture.num_classes))
-        menus: dict[str, tuple[str, Any, Any]] = {  # name -> label, options, choice
+        menus: dict[str, tuple[str, object, object]] = {  # name -> label, options, choice
             "scene": ("data", {scene.label: name for name, scene in scenes.items()}, first),
             "c": ("class", classes, classes[-1]),
             "method": ("method", {METHOD_LABELS[m]: m for m in METHOD_CONTROLS}, "classifier_free_guidance"),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import check_choice, check_number, require
+from guidance_nb._files import Json
 from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.classifier_guidance import ClassifierGuidance
@@ -196,7 +197,7 @@ class Scene:
             points, times = torch.cat([points, own[nearest][None]]), torch.cat([times, times[-1:]])
         return Trajectory(points, times, nfe)
 
-    def numbers(self, x: Tensor, c: int) -> dict[str, Any]:
+    def numbers(self, x: Tensor, c: int) -> Json:
         """Numbers of finished samples `[n, d]` of a class: mean and std by axis, NLL in nats, outliers, distance."""
         labels = torch.full((len(x),), c)
         return {
@@ -207,7 +208,7 @@ class Scene:
             "distance": sliced_wasserstein(x, self.real[c], projections=PROJECTIONS),
         }
 
-    def pack(self) -> dict[str, Any]:
+    def pack(self) -> Json:
         """The scene as JSON: what eqs. (1) to (6) need, by component and by class."""
         mixture, d = self.mixture, self.mixture.dim
         order = torch.cat(mixture.members)

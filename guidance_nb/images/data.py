@@ -18,7 +18,7 @@ from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_whole, require
 from guidance_nb._extras import extra
-from guidance_nb._files import digest, parse_json, read_text, write_aside
+from guidance_nb._files import Json, digest, parse_json, read_text, write_aside
 from guidance_nb._random import keyed_generator
 
 with extra("images"):
@@ -27,7 +27,7 @@ with extra("images"):
 __all__ = ["ImageData", "from_uint8", "load_images", "load_samples", "save_samples", "to_uint8"]
 
 Crop = Literal["adm", "torchvision"]
-Facts = dict[str, Any]  # What JSON can hold
+Facts = Json
 
 
 def from_uint8(
@@ -370,7 +370,7 @@ def packed_images(file: Path, size: int | None, flip: bool) -> ImageData:
     classes = facts.get("classes")
     fine = labels is not None and isinstance(classes, list) and int(labels.max()) < len(classes)
     require(fine, f"labels and classes of {file}", classes, "labels in arr_1, the names of all classes in the facts")
-    x = x if size in (None, x.shape[3]) else shrink(x, size)  # type: ignore[arg-type]
+    x = x if size in (None, x.shape[3]) else shrink(x, size)
     return ImageData(x, labels, tuple(classes), tuple(x.shape[1:]), flip, str(file))  # type: ignore[arg-type]
 
 
@@ -397,7 +397,7 @@ def load_images(
     check_choice("split", split, ("train", "test"))
     x, labels, classes = read_published(str(source), find_files(str(source), root, download), split)
     require(channels in (None, x.shape[1]), "channels", channels, f"{x.shape[1]}, as stored")
-    x = x if size in (None, x.shape[3]) else shrink(x, size)  # type: ignore[arg-type]
+    x = x if size in (None, x.shape[3]) else shrink(x, size)
     return ImageData(x, labels, classes, (x.shape[1], x.shape[2], x.shape[3]), flip, str(source))
 
 

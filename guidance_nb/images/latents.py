@@ -214,7 +214,7 @@ class Encoding:
     settings: Facts  # What decides the numbers
     out: Path  # Folder of the shards
     batch_size: int  # Images at a time
-    progress: Callable[[int], Any] = lambda n: None  # Told how many images were done
+    progress: Callable[[int], object] = lambda n: None  # Told how many images were done
 
     def moments(self, indices: Tensor, images: Tensor) -> Tensor:
         "Moments of some images `[n, views, 2, channels, height, width]` as they are stored."
@@ -275,7 +275,7 @@ def encode_folder(
     named, vae = str(vae) if isinstance(vae, str | Path) else "", load_vae(vae)
     facts, data = describe_vae(vae, named), source
     if not isinstance(data, ImageData):
-        channels: Any = facts["in_channels"]
+        channels = facts["in_channels"]
         data = load_images(data, split, size=size, channels=channels, crop=crop)
     require(data.shape[0] == facts["in_channels"], "channels", data.shape[0], f"{facts['in_channels']}, as vae takes")
     n, sides = facts["reduction"], "x".join(map(str, data.shape[1:]))

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from guidance_nb import __version__
 from guidance_nb._checks import check_number, check_whole, require
 from guidance_nb._extras import extra
-from guidance_nb._files import locked, read_csv, write_file
+from guidance_nb._files import Json, locked, read_csv, write_file
 from guidance_nb._points import check_classes
 from guidance_nb.images.features import (
     INCEPTION,
@@ -125,7 +124,7 @@ def image_scores(
     wanted = check_metrics(metrics, extractor if isinstance(extractor, str) else extractor.name)
     if isinstance(samples, Tensor) and isinstance(reference, Tensor):
         extractor = find_extractor(extractor, weights, wanted)  # once for both
-    options: Any = {"batch_size": batch_size, "progress": progress, "metrics": wanted, "weights": weights}
+    options: Json = {"batch_size": batch_size, "progress": progress, "metrics": wanted, "weights": weights}
     real = extract(reference, extractor, "reference", **options)
     return feature_scores(extract(samples, extractor, "samples", **options), real, wanted, k)
 
@@ -217,7 +216,7 @@ def provenance(
     labels: str = "balanced",  # How labels were chosen
     extractor: str | None = None,  # Name; without it that of the reference
     command: str | None = None,  # Without it that of this process
-) -> dict[str, Any]:  # Column -> value, for append_rows
+) -> Json:  # Column -> value, for append_rows
     "What a number means nothing without."
     n = samples if isinstance(samples, int) else samples.n if isinstance(samples, Features) else len(samples)
     cuda = torch.cuda.is_available()
@@ -248,7 +247,7 @@ def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def append_rows(
     path: str | Path,  # Table, `.csv`; made if it is not there
-    rows: Sequence[dict[str, Any]],  # Each with the keys of provenance and any further columns
+    rows: Sequence[Json],  # Each with the keys of provenance and any further columns
 ) -> None:
     "Append rows to a table: columns are united, what is there stays, and a crash leaves the old table or the new one."
     path = Path(path)

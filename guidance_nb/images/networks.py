@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from guidance_nb._checks import require
 from guidance_nb._extras import extra
+from guidance_nb._files import Json
 from guidance_nb.denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
 from guidance_nb.networks import fourier_features
 from guidance_nb.paths import Path, expand_time
@@ -105,7 +106,7 @@ class UNet(nn.Module):
         kinds = ["Attn" * (shape[1] // patch >> level in attention) for level in range(len(widths))]
         groups = math.gcd(32, math.gcd(*widths) // 4)  # of four channels at least
         body: Any = UNet2DModel  # untyped: diffusers says Module of none of its models
-        options = {"in_channels": shape[0] * patch**2, "out_channels": shape[0] * patch**2, "dropout": dropout}
+        options: Json = {"in_channels": shape[0] * patch**2, "out_channels": shape[0] * patch**2, "dropout": dropout}
         options |= {"block_out_channels": tuple(widths), "layers_per_block": blocks}
         options |= {"down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds)}
         options |= {"up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds))}
@@ -125,7 +126,7 @@ class UNet(nn.Module):
 class _Given(nn.Module):
     "Stands for an embedder whose work is done: hands back the conditioning."
 
-    def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: Any = None) -> Tensor:
+    def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Tensor:
         return class_labels
 
 
@@ -163,7 +164,7 @@ class DiT(nn.Module):
         self.sines, self.clock = Timesteps(256, True, 0), TimestepEmbedding(256, width)
         self.ask = Conditioning(width, num_classes, scale_aware)
         body: Any = DiTTransformer2DModel
-        options = {"in_channels": shape[0], "sample_size": shape[1], "patch_size": patch, "num_layers": depth}
+        options: Json = {"in_channels": shape[0], "sample_size": shape[1], "patch_size": patch, "num_layers": depth}
         options |= {"num_attention_heads": heads, "attention_head_dim": width // heads, "dropout": dropout}
         self.net = body(num_embeds_ada_norm=1, **options)
         self.net.pos_embed.register_forward_hook(_lay_out)
@@ -184,7 +185,7 @@ class DiT(nn.Module):
 
 _UNET = {"head": 64, "film": True, "attention": (), "dropout": 0.0, "patch": 1}
 _CIFAR10 = {"widths": (128, 256, 256, 256), "film": False, "attention": (16,), "dropout": 0.1}
-IMAGE_NETWORKS: dict[str, dict[str, Any]] = {
+IMAGE_NETWORKS: dict[str, Json] = {
     "unet-tiny": _UNET | {"widths": (16,), "blocks": 1, "patch": 4},
     "unet-small": _UNET | {"widths": (32, 64), "blocks": 1, "patch": 2},
     "unet-mnist": _UNET | {"widths": (128, 256), "blocks": 2},
@@ -197,7 +198,7 @@ IMAGE_NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-def _settings(name: str, allowed: Collection[str], changes: dict[str, Any]) -> dict[str, Any]:
+def _settings(name: str, allowed: Collection[str], changes: Json) -> Json:
     "The settings of a name with some changed; unknown names are answered with the nearest known one."
 
     def known(what: str, word: str, words: Collection[str]) -> str:
@@ -217,7 +218,7 @@ def build_network(
     num_classes: int,  # Number of classes; label `num_classes` is the null label
     scale_aware: bool = False,  # Whether the network takes a guidance scale
     seed: int = 0,  # Seed of the initial weights
-    **changes: Any,  # Settings that differ from those of the name
+    **changes: object,  # Settings that differ from those of the name
 ) -> nn.Module:  # `net(x, time, labels)`, or `net(x, time, labels, scale)` if scale-aware
     "A network for images by name, with its own seed for the weights."
     settings = _settings(name, IMAGE_NETWORKS, changes)
@@ -234,7 +235,7 @@ def image_denoiser(
     prediction: Parametrisation = "velocity",  # What the network predicts
     scale_aware: bool = False,  # Whether the network takes a guidance scale
     seed: int = 0,  # Seed of the initial weights
-    **changes: Any,  # Settings that differ from those of the name
+    **changes: object,  # Settings that differ from those of the name
 ) -> NetworkDenoiser:  # An untrained model
     "A denoiser of images by the name of its network."
     net = build_network(name, shape, num_classes, scale_aware, seed, **changes)
@@ -269,7 +270,7 @@ class ImageClassifier(nn.Module):
         num_classes: int,  # Number of classes
         path: Path,  # Path of the noisy data
         seed: int = 0,  # Seed of the initial weights
-        **changes: Any,  # Settings that differ from those of the name
+        **changes: object,  # Settings that differ from those of the name
     ):
         super().__init__()
         self.path, self.num_classes = path, num_classes

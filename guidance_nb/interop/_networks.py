@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import require
+from guidance_nb._files import Json
 
 Network: TypeAlias = Any  # A network of diffusers, or one wrapped by peft
 Pipeline: TypeAlias = Any  # A pipeline of diffusers
@@ -121,7 +122,7 @@ def call_network(
 ) -> Tensor:  # Prediction of the clean data, noise or velocity, shape of `x`
     "One evaluation in the calling convention of the network's family; sizes and labels keep their precision."
     family, dtype, keep = network_family(net), next(net.parameters()).dtype, ("time_ids", "class_labels")
-    given: dict[str, Any] = {key: c if key in keep else c.to(dtype) for key, c in conditions.items()}
+    given: Json = {key: c if key in keep else c.to(dtype) for key, c in conditions.items()}
     data = x.to(dtype)
     if family == "FluxTransformer2DModel":
         data, positions = to_patches(data)

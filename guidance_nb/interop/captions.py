@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_whole, require
 from guidance_nb._extras import extra
-from guidance_nb._files import digest, parse_json, read_csv, read_text, weights_digest, write_file
+from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
 from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
 from guidance_nb.images.latents import LatentData, encode_folder, find_shard, load_latents, open_shard, write_shard
@@ -27,11 +27,11 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 def read_table(
     path: Path,  # metadata.jsonl or metadata.csv
-) -> list[dict[str, Any]]:  # Its rows
+) -> list[Json]:  # Its rows
     "Rows of a table of captions; what cannot be read is a `ValueError` that names file and line."
     lines = [] if path.suffix == ".csv" else read_text(path).split("\n")
     columns, *values = ([[]] if lines else read_csv(path)) or [[]]
-    rows: list[dict[str, Any]] = [dict(zip(columns, line)) for line in values if line]
+    rows: list[Json] = [dict(zip(columns, line)) for line in values if line]
     for number, line in enumerate(lines, 1):
         try:
             rows += [parse_json(line)] if line.strip() else []
@@ -150,7 +150,7 @@ def cache_text(
     settings |= {"encoder": weights_digest(pipeline.text_encoder.state_dict())}
     rank, world = find_processes(next(pipeline.text_encoder.parameters()).device)
 
-    def make(number: int) -> dict[str, Any]:
+    def make(number: int) -> Json:
         path, first = out / f"text-{number:05d}.safetensors", number * shard_rows
         if kept := find_shard(path, settings):
             return kept
@@ -221,7 +221,7 @@ def cache_captioned(
     "Encode pictures and captions once; goes on where it was interrupted."
     check_pipeline(pipeline)
     data = source if isinstance(source, ImageData) else load_captioned(source, size, crop, column)
-    how: dict[str, Any] = {"flip": flip, "shard_rows": 1024, "batch_size": batch_size, "crop": crop}
+    how: Json = {"flip": flip, "shard_rows": 1024, "batch_size": batch_size, "crop": crop}
     encode_folder(data, Path(out) / "latents", pipeline.vae, **how, progress=progress)
     cache_text(pipeline, data.classes, Path(out) / "text")
     return load_cached(out, flip)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from guidance_nb._checks import require
 from guidance_nb._conditions import Condition, drop_rows, null_rows
 from guidance_nb._extras import extra
+from guidance_nb._files import Json
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
 from guidance_nb.images.latents import undo_scaling
 from guidance_nb.interop._networks import (
@@ -94,9 +95,9 @@ class PipelineParts:
     net: Network  # The network
     pipeline: Pipeline = None  # The pipeline it came with, if it did
     size: int | None = None  # Edge of the images in pixels; None for the pipeline's own
-    options: dict[str, Any] = field(default_factory=dict)  # Further arguments of the pipeline's `encode_prompt`
+    options: Json = field(default_factory=dict)  # Further arguments of the pipeline's `encode_prompt`
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineParts":
+    def __deepcopy__(self, memo: dict[int, object]) -> "PipelineParts":
         return self
 
     @property
@@ -240,7 +241,7 @@ def from_diffusers(
     null: str | int | Condition | None = "",  # The null prompt, label or condition `[1, ...]`; None for none
     size: int | None = None,  # Edge of the images in pixels; None for the pipeline's own
     guidance: float | None = None,  # Fixed scale, for networks that have the scale as an input
-    **options: Any,  # Further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`
+    **options: object,  # Further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`
 ) -> DiffusersDenoiser:  # With `shape`, `encode(prompts)`, `decode_latents(latents)`
     "A model of diffusers as a denoiser: with path, prediction and time of its scheduler, for any guidance."
     pipeline = None if isinstance(source, nn.Module) else open_pipeline(source)

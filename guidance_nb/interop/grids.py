@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from guidance_nb._checks import require
 from guidance_nb._extras import extra
-from guidance_nb._files import write_aside
+from guidance_nb._files import Json, write_aside
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
 from guidance_nb.images.data import to_uint8
@@ -73,7 +73,7 @@ def compare_scales(
     seed: int = 0,  # Picture i depends on (seed, i) alone, and not on model and scale
     size: int | None = None,  # Edge in pixels; None for the pipeline's own
     progress: bool = True,  # Whether to show a progress bar
-) -> tuple[Tensor, list[dict[str, Any]]]:  # Pictures `[models, scales, prompts, 3, height, width]`, uint8, and a table
+) -> tuple[Tensor, list[Json]]:  # Pictures `[models, scales, prompts, 3, height, width]`, uint8, and a table
     "Pictures of several networks over guidance scales from the same noise, with CLIP score and NFE."
     around = from_diffusers(pipeline, null=None, size=size)
     conditions, times = around.encode(prompts), scheduler_times(pipeline.scheduler, steps)
@@ -94,7 +94,7 @@ def compare_scales(
 
 def save_grid(
     pictures: Tensor,  # See compare_scales
-    table: list[dict[str, Any]],  # See compare_scales
+    table: list[Json],  # See compare_scales
     out: Path,  # Folder for grid.png and grid.csv
 ) -> None:
     "Write a grid, one row for each model and scale and one column for each prompt, and its table."

@@ -78,12 +78,14 @@ class DiffusersGuider(BaseGuidance):
         "Stop watching."
         self.hook.remove()
 
-    def prepare_inputs(self, data: Any) -> list[Any]:
+    def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list[object]:
         "The inputs of each evaluation, conditional first; only that one if the guider is disabled."
         names = self._input_predictions[: self.num_conditions]
         return [self._prepare_batch(data, i, name) for i, name in enumerate(names)]
 
-    def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
+    def prepare_inputs_from_block_state(
+        self, data: Any, input_fields: dict[str, str | tuple[str, str]]
+    ) -> list[object]:
         "The same from the state of a modular pipeline."
         names = self._input_predictions[: self.num_conditions]
         return [self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in enumerate(names)]

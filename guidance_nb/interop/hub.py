@@ -7,6 +7,7 @@ from typing import Any
 
 from guidance_nb._checks import check_choice
 from guidance_nb._extras import extra
+from guidance_nb._files import Json
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Parametrisation
 from guidance_nb.images.networks import build_network
 from guidance_nb.interop.schedulers import TablePath
@@ -38,13 +39,13 @@ class TrainingFacts:
 
 def path_to_json(
     path: GaussianPath,  # One of `PATHS`
-) -> dict[str, Any]:  # Its kind and settings
+) -> Json:  # Its kind and settings
     "A path as plain values."
     return {"kind": check_choice("path", type(path).__name__, PATHS), **asdict(path)}
 
 
 def path_from_json(
-    values: dict[str, Any],  # Kind and settings
+    values: Json,  # Kind and settings
 ) -> GaussianPath:
     "The inverse of `path_to_json`."
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
@@ -62,11 +63,11 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
         network: str,  # A key of `IMAGE_NETWORKS`
         shape: Sequence[int],  # (channels, height, width) of an image
         num_classes: int,  # Number of classes
-        path: dict[str, Any],  # By path_to_json
+        path: Json,  # By path_to_json
         prediction: Parametrisation = "velocity",  # What the network predicts
         scale_aware: bool = False,  # Whether it takes a guidance scale
-        settings: dict[str, Any] | None = None,  # Settings that differ from those of the name
-        facts: dict[str, Any] | None = None,  # TrainingFacts as a dictionary
+        settings: Json | None = None,  # Settings that differ from those of the name
+        facts: Json | None = None,  # TrainingFacts as a dictionary
         sigma_data: float = 0.5,  # Standard deviation of the data, used by `edm` alone
     ):
         net = build_network(network, tuple(shape), num_classes, scale_aware, **(settings or {}))
@@ -79,7 +80,7 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
         model: NetworkDenoiser,  # A trained model with one of the networks by name
         network: str,  # Its name, a key of `IMAGE_NETWORKS`
         shape: Sequence[int],  # (channels, height, width) of an image
-        settings: dict[str, Any] | None = None,  # Settings that differ from those of the name
+        settings: Json | None = None,  # Settings that differ from those of the name
         facts: TrainingFacts = TrainingFacts(),  # For the model card
     ) -> "HubDenoiser":  # The same model, ready for `save_pretrained(folder)`
         "A trained network in the form that can be written to a folder."

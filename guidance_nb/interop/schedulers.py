@@ -4,7 +4,7 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def path_from_scheduler(
 def scheduler_times(
     scheduler: Scheduler,  # A scheduler of diffusers; left as it is
     steps: int,  # Number of steps
-    **options: Any,  # Further arguments of its `set_timesteps`, such as `mu`
+    **options: object,  # Further arguments of its `set_timesteps`, such as `mu`
 ) -> Tensor:  # Falling times, for `sample(times=...)`
     "The times at which a scheduler would evaluate the network, and where it ends."
     facts, own = path_from_scheduler(scheduler), copy.deepcopy(scheduler)

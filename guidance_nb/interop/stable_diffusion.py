@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from guidance_nb._checks import require
-from guidance_nb._files import weights_digest
+from guidance_nb._files import Json, weights_digest
 from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.cli.recipe import FineTuning, FineTuningMethodTable
@@ -45,7 +44,7 @@ def finetuning_loss(
         return DenoisingLoss(method.dropout)
     if method.name == "aligned_loss":
         return (TwoStageAlignedLoss if method.two_stage else AlignedLoss)(method.scale)
-    settings: dict[str, Any] = {"dropout": method.dropout, "interval": method.interval}
+    settings: Json = {"dropout": method.dropout, "interval": method.interval}
     if method.scale_range:
         return ModelGuidanceLoss(scale_range=(method.scale_range[0], method.scale_range[1]), **settings)
     return ModelGuidanceLoss(mg_weight_from_scale(method.scale), **settings)
@@ -103,7 +102,7 @@ def finetune(
             gradient_checkpointing=loop.gradient_checkpointing, clip=loop.clip or None, warmup=loop.warmup,
             weight_decay=loop.weight_decay, cpu=cpu,
         )  # fmt: skip
-        how: dict[str, Any] = {key: getattr(loop, key) for key in ("batch_size", "lr", "schedule", "ema", "seed")}
+        how: Json = {key: getattr(loop, key) for key in ("batch_size", "lr", "schedule", "ema", "seed")}
         for state in fit(model, loss, data, loop.steps, **how, progress=progress, engine=engine):
             yield state
         finish(recipe, out, state.ema, data.null, progress)

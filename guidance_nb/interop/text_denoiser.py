@@ -115,7 +115,7 @@ class TextDenoiser(DiffusersDenoiser):
         "Load what `state_dict` gave."
         return super().load_state_dict(state_dict, strict and not self.frozen, assign)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TextDenoiser":
+    def __deepcopy__(self, memo: dict[int, object]) -> "TextDenoiser":
         memo |= {id(p): p for name, p in self.named_parameters() if name in self.frozen}
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -166,7 +166,7 @@ class TwoStageAlignedLoss(AlignedLoss):
         require(c is not None, "c", None, "one condition per sample")
         t, eps = context.times(x0), context.noise(x0)
         x, y = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
-        e_u: Any = checkpoint(model.output, x, t, use_reentrant=False)  # first, so its turn backward comes last
+        e_u: Tensor = checkpoint(model.output, x, t, use_reentrant=False)  # first, so its turn backward comes last
         e_c = model.output(x, t, c)
         error = (y - (e_u + self.scale * (e_c - e_u))).square()
         if self.anchor:
