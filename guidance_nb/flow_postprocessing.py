@@ -50,7 +50,7 @@ def _to_features(
 ) -> Tensor:  # `[n, f]`, float32 on the CPU
     "The vectors between which distances are measured: flattened values, or a function of the samples."
     require(callable(space) or space == "pixels", "space", space, "'pixels' or a function, see `feature_space`")
-    require(len(x), "number of samples", 0, "1 or more")
+    require(len(x), "number of samples", 0, "1 or more, an empty set has no neighbours")
     features = (space(x) if callable(space) else x).detach().flatten(1).float().cpu().contiguous()
     fine = len(features) == len(x) and torch.isfinite(features).all()
     require(fine, "shape of features", tuple(features.shape), f"[{len(x)}, f], finite, one row a sample")

@@ -248,6 +248,7 @@ def test_bad_input(clouds):
         (x[:, :2], c, r"allowed: \[n, \*\[4\]\]"),
         (x, None, "labels = None; allowed: labels"),
         (x, c + 5, "allowed: 0 to 2"),
+        (x.to(torch.uint8), c, "samples.dtype = torch.uint8; allowed: floating-point"),
     ):
         with pytest.raises(ValueError, match=message):
             model(samples, labels)
@@ -261,6 +262,8 @@ def test_bad_input(clouds):
         model(x, c, steps=0)
     with pytest.raises(ValueError, match="dropout = 2"):
         FlowPostprocessor(4, 3, dropout=2)
+    with pytest.raises(ValueError, match=r"shape of a generated sample = \[3\]; allowed: \[4\]"):
+        pair_data(x[:, :3], y)
 
 
 def test_ties_go_to_the_lower_index():
