@@ -53,7 +53,7 @@ def _to_features(
     require(len(x), "number of samples", 0, "1 or more, an empty set has no neighbours")
     features = (space(x) if callable(space) else x).detach().flatten(1).float().cpu().contiguous()
     fine = len(features) == len(x) and torch.isfinite(features).all()
-    require(fine, "shape of features", tuple(features.shape), f"[{len(x)}, f], finite, one row a sample")
+    require(fine, "shape of features", tuple(features.shape), f"[{len(x)}, f], finite, one vector for each sample")
     return features
 
 # %% ../nbs/14_flow_postprocessing.ipynb #261eba8e
