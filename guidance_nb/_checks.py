@@ -39,6 +39,13 @@ def check_number(name: str, value: float, low: float = -math.inf, high: float = 
     return value
 
 
+def check_nonzero(name: str, value: float) -> float:
+    """A finite number other than 0."""
+    allowed = "a finite number other than 0"
+    require(check_number(name, value, allowed=allowed), name, value, allowed)
+    return value
+
+
 def check_whole(name: str, value: int, low: int = 0, high: int | None = None) -> int:
     """A whole number from `low` to `high`."""
     fine = isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)

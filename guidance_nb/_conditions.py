@@ -1,10 +1,13 @@
 """Conditions: class labels `[batch]`, embeddings `[batch, ...]`, or a mapping of such tensors; None is no condition."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .denoisers import NetworkDenoiser
 
 Condition: TypeAlias = Tensor | Mapping[str, Tensor]
 C = TypeVar("C", bound=Condition | None)
@@ -25,6 +28,18 @@ def take_rows(c: C, rows: Tensor | slice) -> C:
 def repeat(c: C, copies: int) -> C:
     """A condition several times over, `[copies * batch, ...]`."""
     return map_condition(lambda part: part.repeat(copies, *[1] * (part.ndim - 1)), c)
+
+
+def output_pair(
+    model: "NetworkDenoiser",  # A network that knows what stands for no condition
+    x: Tensor,  # Noisy data `[batch, ...]`
+    t: Tensor,  # Times `[batch]`
+    c: Condition,  # Conditions `[batch]`
+) -> tuple[Tensor, Tensor]:
+    """Raw outputs with and without the condition, in one pass of twice the batch."""
+    drop = torch.arange(2 * len(x), device=x.device) >= len(x)
+    conditional, unconditional = model.output(torch.cat([x, x]), torch.cat([t, t]), repeat(c, 2), drop=drop).chunk(2)
+    return conditional, unconditional
 
 
 def count(c: Condition) -> int:

@@ -11,12 +11,14 @@ from torch.testing import assert_close
 
 from guidance_nb._random import keyed_generator
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import NetworkDenoiser, count_nfe
+from guidance_nb.denoisers import NetworkDenoiser, count_nfe, guide
+from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, gaussian_pair
 from guidance_nb.model_guidance import (
     AutoWeight,
     FixedScale,
     ModelGuidanceLoss,
     _guidance_direction,
+    _guided_mask,
     scale_during_training,
     scale_from_mg_weight,
 )
@@ -191,6 +193,70 @@ def test_equation_18_by_hand(path, prediction, plain, target):
     assert_close(*grads, rtol=1e-3, atol=1e-5)  # no gradient through the teacher, even when it is the model itself
 
 
+class Oracle(nn.Module):
+    "The raw output of a perfectly trained network, unconditional output included."
+
+    def __init__(self, mixture, path, prediction):
+        super().__init__()
+        self.exact = ExactDenoiser(mixture, path)
+        self.as_network = NetworkDenoiser(nn.Identity(), path, mixture.num_classes, prediction)
+
+    def forward(self, x, times, labels):
+        null = labels == self.exact.num_classes
+        parts = zip(self.exact(x, times), self.exact(x, times, labels.masked_fill(null, 0)))
+        return self.as_network.target(*(torch.where(null[:, None], a, b) for a, b in parts), times)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "eps", "x0", "v"])
+@pytest.mark.parametrize("path", [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()])
+def test_the_direction_is_guidance_in_every_parametrisation(path, prediction):
+    "Adding w times the direction to the raw output and decoding is guidance at 1 + w; the exact posterior agrees."
+    mixture = gaussian_pair(0.5, dim=2)
+    teacher, exact = (
+        NetworkDenoiser(Oracle(mixture, path, prediction), path, 2, prediction),
+        ExactDenoiser(mixture, path),
+    )
+    x, c = torch.randn(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), torch.arange(60) % 2
+    t = torch.linspace(0.05, 0.95, 60, dtype=torch.float64)
+    d = _guidance_direction(teacher, x, t, c)
+    expected = guide(exact(x, t, c), exact(x, t), 1.5)
+    assert_close(teacher.decode(teacher.output(x, t, c) + 0.5 * d, x, t), expected, rtol=1e-8, atol=1e-8)
+    posterior = _guidance_direction(teacher, x, t, c, "posterior", ExactClassifier(mixture, path))
+    assert_close(posterior, d, rtol=1e-8, atol=1e-8)
+
+
+def test_which_samples_the_teacher_evaluates():
+    w = torch.tensor([0.0, 0.5, 0.0])
+    assert _guided_mask(w).tolist() == [False, True, False] and _guided_mask(w.to("meta")) == slice(None)
+
+
+class ScaledRows(Rows):
+    "A vector for each label, and a slope in the scale."
+
+    def forward(self, x, time, labels, scale):
+        return self.y[labels, 0] + (scale - 1)[:, None] * self.y[labels, 1]
+
+
+class Silent(LossContext):
+    def noise(self, x):
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("slope, least, most", [(1.0, 0.0, 1e-20), (2.0, 0.1, math.inf)])
+def test_a_scale_aware_network_does_not_compound(slope, least, most):
+    "Without noise every residual vanishes where the slope is the exact direction, and not at a compounded one."
+    means, c = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+    exact = -torch.cat([means, means.mean(0, keepdim=True)])
+    rows = torch.stack([exact, slope * (exact - exact[2])], 1)
+    model = NetworkDenoiser(ScaledRows(rows), FlowPath(), 2, scale_aware=True)
+    loss = ModelGuidanceLoss(scale_range=(1.0, 3.0), dropout=0.0, interval=(0.0, 1.0))
+    assert least <= loss(model, means[c], c, Silent(keyed_generator(0), 0, 1, model)).max() <= most
+    with count_nfe() as count:
+        fixed = FixedScale(model, 2.5).velocity(torch.zeros(2, 3).double(), torch.tensor(0.5), torch.arange(2))
+    assert count.total == 2
+    assert_close(fixed, exact[2] + (1 + 1.5 * slope) * (exact[:2] - exact[2]))
+
+
 @pytest.mark.parametrize("target", ["ema", "online"])
 def test_teacher_pass(target):
     "One pass without gradient in evaluation mode, conditional and null rows of the kept rows only; modes restored."
@@ -351,7 +417,7 @@ def test_other_refusals():
         with pytest.raises(ValueError, match=r"scale_range = .*; allowed: .*model.scale_aware"):
             loss(model, x0, c, context(model))
     alien = ModelGuidanceLoss(target="frozen", frozen=NetworkDenoiser(Watch(3), FlowPath(), 3, "eps"))
-    with pytest.raises(ValueError, match=r"frozen is a 'eps' network on .*; allowed: 'velocity' on "):
+    with pytest.raises(ValueError, match=r"frozen = \('eps', .*\); allowed: \('velocity', .*\), as the model"):
         alien(plain, x0, c, context(plain))
     with pytest.raises(ValueError, match="c = None; allowed: one condition"):
         ModelGuidanceLoss()(plain, x0, None, context(plain))
