@@ -116,10 +116,13 @@ def cell(source: str = "plt.show()", size: int = 100) -> dict:
     return {"cell_type": "code", "source": source, "outputs": [{"output_type": "display_data", "data": data}]}
 
 
+GOOD_ALT = '#| fig-alt: "Two curves that rise with the scale: one fast, one slowly."'
+
+
 @pytest.mark.parametrize(
     ("line", "good"),
     [
-        ('#| fig-alt: "Two curves that rise with the scale: one fast, one slowly."', True),
+        (GOOD_ALT, True),
         ("", False),
         ('#| fig-alt: ""', False),
         ('#| fig-alt: "A figure."', False),  # what is to be seen takes more words than that
@@ -127,7 +130,10 @@ def cell(source: str = "plt.show()", size: int = 100) -> dict:
     ],
 )
 def test_figures_without_words_are_found(line, good):
-    assert (figure_problems("a.ipynb", [cell(f"{line}\nplt.show()")]) == []) == good
+    caption = '#| fig-cap: "The scale over the steps."'
+    assert (figure_problems("a.ipynb", [cell(f"{line}\n{caption}\nplt.show()")]) == []) == good
+    (found,) = figure_problems("a.ipynb", [cell(f"{GOOD_ALT}\nplt.show()")])
+    assert "fig-cap" in found
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,8 @@ def links() -> Iterator[str]:
         shown = {link: path.parent / link for link in re.findall(r"!\[[^]]*\]\(([^()\s]+)\)", prose(path))}
         sizes = {link: file.stat().st_size for link, file in shown.items() if file.is_file()}
         yield from pages.size_problems(path.name, path.stat().st_size, cells(path), sizes)
-        yield from pages.figure_problems(path.name, cells(path))
+        needed = ("fig-alt",) if path.stem in WIDE else ("fig-alt", "fig-cap")
+        yield from pages.figure_problems(path.name, cells(path), needed)
 
 
 @check

@@ -93,19 +93,18 @@ def size_problems(name: str, size: int, shown: list[dict], images: dict[str, int
     return [f"{name}: {what} has {found:,} bytes, more than {most:,}" for what, found, most in pairs if found > most]
 
 
-def figure_problems(name: str, shown: list[dict]) -> list[str]:
-    "Figures without words: Quarto takes the alternative text of a stored figure from `#| fig-alt` of its cell."
+def figure_problems(name: str, shown: list[dict], needed: tuple[str, ...] = ("fig-alt", "fig-cap")) -> list[str]:
+    "Figures without words: of a stored figure Quarto takes them from `#| fig-alt` and `#| fig-cap` of its cell."
     found = []
     for number, cell in enumerate(shown, 1):
         kinds = [kind for out in cell.get("outputs", []) for kind in out.get("data", {})]
-        if not any(kind.startswith("image/") for kind in kinds):
-            continue
-        try:
-            words = yaml.safe_load(directives(text(cell["source"])).get("fig-alt", ""))
-        except yaml.YAMLError:
-            words = None
-        if not isinstance(words, str) or len(words.split()) < 8:
-            found.append(f"{name}: the figure of cell #{number} needs #| fig-alt: and a sentence, in quotes")
+        for option in needed if any(kind.startswith("image/") for kind in kinds) else ():
+            try:
+                words = yaml.safe_load(directives(text(cell["source"])).get(option, ""))
+            except yaml.YAMLError:
+                words = None
+            if not isinstance(words, str) or len(words.split()) < (8 if option == "fig-alt" else 4):
+                found.append(f"{name}: the figure of cell #{number} needs #| {option}: and a sentence, in quotes")
     return found
 
 
