@@ -39,7 +39,7 @@ LIMITS = {  # of the package, only ever lowered; tools/counts.py says how they a
     "code lines": 10_330,  # 10,000
     "validation, % of them": 9.7,  # 5
     "lines of the longest function": 60,
-    "Any": 297,  # 60
+    "Any": 116,  # 60
 }
 # Who may import whom: lower levels only. A taught module's level is its page's number.
 LEVELS = {"images": 9.1, "engine": 9.2, "cli.recipe": 19.2, "interop": 19.5, "explorer": 28.5, "cli": 30.0}
