@@ -102,7 +102,7 @@ def test_template_keeps_the_rhythm():
         text(cell["source"]).split("\n")[0] for cell in cells(ROOT / "tools" / "template" / "NN_my_method.ipynb")
     ]
     titles = [line for line in sections if line.startswith("## ")]
-    assert titles == ["## Derivation", "## Code", "## See it", "## Where it breaks", "## Recap"]
+    assert titles == ["## Derivation", "## Code", "## What it looks like", "## Where it breaks", "## Recap"]
 
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
