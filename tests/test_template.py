@@ -77,7 +77,7 @@ shown = cells(ROOT / "nbs" / "{NUMBER}_{NAME}.ipynb")
 page, said = pages.render(pages.markdown(shown)[1])
 found = pages.config_problems(settings(), yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")))
 print(*found, *pages.figure_problems("page", shown), said, sep="\\n")
-assert {{"derivation", "where-it-breaks", "recap"}} <= page.ids, page.ids
+assert {{"derivation", "result", "recap"}} <= page.ids, page.ids
 """
     said = run(clone, "-c", f"import sys; sys.path.insert(0, 'tools')\n{script}")
     assert (said.returncode, said.stdout.strip()) == (0, ""), said.stdout + said.stderr
@@ -97,12 +97,12 @@ def test_names_and_numbers_that_cannot_be_are_refused_in_one_line(name, number):
 
 
 def test_template_keeps_the_rhythm():
-    "Question, derivation, code, a figure, where it breaks, recap, in this order."
+    "Derivation, code, result, when to use it, recap, in this order."
     sections = [
         text(cell["source"]).split("\n")[0] for cell in cells(ROOT / "tools" / "template" / "NN_my_method.ipynb")
     ]
     titles = [line for line in sections if line.startswith("## ")]
-    assert titles == ["## Derivation", "## Code", "## What it looks like", "## Where it breaks", "## Recap"]
+    assert titles == ["## Derivation", "## Code", "## Result", "## When to use it, and when not", "## Recap"]
 
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
