@@ -185,6 +185,26 @@ def test_the_average_follows_its_recursion(engine):
     follows_the_recursion(image_run(engine=engine), 0.7)
 
 
+@pytest.mark.parametrize("engine", [None, Engine(precision="fp32", cpu=True)], ids=["loop", "engine"])
+def test_the_average_has_the_buffers_of_its_model(engine):
+    "Such as the statistics of batch normalisation."
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.read = nn.BatchNorm1d(2), nn.Linear(2, 2)
+
+        def forward(self, x, time, labels):
+            return self.read(self.norm(x))
+
+    state = train(
+        NetworkDenoiser(Net(), FlowPath(), 3), DenoisingLoss(), points(), 5, 16, progress=False, engine=engine
+    )
+    assert state.model.net.norm.running_mean.abs().max() > 0.1
+    assert_close(state.ema.net.norm.running_mean, state.model.net.norm.running_mean)
+    assert not any(part.training for part in state.ema.modules())
+
+
 def test_a_compiled_network():
     "Same losses to rounding, an average that is right, names without a prefix, and a plain copy to sample from."
     try:

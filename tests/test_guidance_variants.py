@@ -290,6 +290,16 @@ def test_a_shift_moves_one_coordinate(path, space):
     assert_close(da * still.x0 + ds * still.eps, 0 * x0, rtol=0, atol=1e-8)
 
 
+@each_path
+@pytest.mark.parametrize("space", ["x0", "eps", "velocity", "score"])
+@pytest.mark.parametrize("time", [0.0, 1.0])
+def test_a_shift_is_finite_at_both_ends(path, space, time):
+    "Where no noise or no signal is left, some coordinates would move without bound."
+    t, x0, eps, h = torch.tensor(time).double(), draw(7, 3), draw(7, 3, seed=1), draw(7, 3, seed=2)
+    moved = shift_prediction(Prediction(x0, eps), h, path, t, space)
+    assert moved.x0.isfinite().all() and moved.eps.isfinite().all()
+
+
 def test_intervals_of_edm2():
     "The published presets: steps of the 32-step grid, sigma_i = (80^(1/7) + i/31 (0.002^(1/7) - 80^(1/7)))^7."
     level = lambda i: (80 ** (1 / 7) + i / 31 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7  # noqa: E731

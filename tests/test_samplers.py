@@ -153,6 +153,11 @@ def test_rows_counted_are_rows_evaluated(sampler, per_sample):
     with count_nfe() as rows:
         sample(model, torch.arange(5) % 2, (2,), sampler, steps=9, batch_size=2, progress=False)
     assert rows.total == sum(seen) == 5 * per_sample
+    options = {"sampler": sampler, "steps": 9, "batch_size": 2, "progress": False}
+    run = sample_trajectory(model, torch.arange(5) % 2, (2,), **options)
+    assert run.nfe == per_sample  # of each sample
+    guided = ClassifierFreeGuidance(model, 2.0)
+    assert sample_trajectory(guided, torch.arange(5) % 2, (2,), **options).nfe == 2 * per_sample
 
 
 def test_dopri5_solves_the_ode_to_its_tolerance():

@@ -45,7 +45,8 @@ MUTANTS = [
            "denoisers decoding"),
     Mutant("denoisers.py", "- expand_time(sigma / det, x) * y", "+ expand_time(sigma / det, x) * y", "denoisers decod"),
     Mutant("denoisers.py", "within = clamp_time(self.path, t.clamp(max=self.last_time))",
-           "within = t.clamp(max=self.last_time)", "denoisers another_path"),
+           "within = t.clamp(max=self.last_time)", "denoisers another_path",
+           "a second guard: `change_path` answers at pure noise, and so does every model"),
     Mutant("denoisers.py", ".clamp(1e-3, 1e3).log() / 4", ".clamp(1e-3, 1e3).log() / 2", "denoisers edm"),
     Mutant("denoisers.py", "(self.path.alpha(time) * self.sigma_data) ** 2", "self.path.alpha(time) ** 2",
            "denoisers edm"),
@@ -86,7 +87,7 @@ MUTANTS = [
     Mutant("_files.py", "force_to_disk(part)", "part", "checkpoints last_moment"),
     Mutant("_files.py", "    finally:\n        remove(aside)", "    finally:\n        pass", "disk no_room"),
     Mutant("_files.py", "os.replace(aside, path)\n", "shutil.copytree(aside, path) if aside.is_dir() else "
-           "path.write_bytes(aside.read_bytes())\n", "disk no_room"),
+           "path.write_bytes(aside.read_bytes())\n", "checkpoints middle"),
     Mutant("cli/evaluation.py", 'with write_aside(out / "curves.png") as aside:', 'with open(out / "curves.png", "wb") '
            "as aside:", "disk no_room"),
     # training
@@ -97,13 +98,13 @@ MUTANTS = [
     Mutant("training.py", "self.own(torch.rand, x) < probability", "self.own(torch.rand, x) > probability",
            "training plain_loss or drop"),
     Mutant("training.py", "return self.own(torch.rand, x).to(x.dtype)", "return 0.5 * self.own(torch.rand, x)",
-           "training plain_loss"),
+           "engine bits"),
     Mutant("training.py", "0.5 * (1 + math.cos", "0.5 * (1 - math.cos", "training adam"),
     # the engine
     Mutant("engine/run.py", "        if run.whole:\n            run.save", "        if True:\n            run.save",
            "checkpoints caught_between"),
     Mutant("engine/run.py", "        for kept, new in zip(self.average.buffers(), self.model.buffers()):\n"
-           "            kept.copy_(new)", "", "engine buffers or average"),
+           "            kept.copy_(new)", "", "engine the_buffers"),
     Mutant("engine/run.py", 'held.enter_context(locked(folder / ".lock", wait=False))',
            'locked(folder / ".lock", wait=False)', "checkpoints two_trainings"),
     Mutant("engine/run.py", 'clean_remnants(folder, "step-*")', "pass", "checkpoints middle"),
@@ -118,7 +119,7 @@ MUTANTS = [
     Mutant("guidance.py", "(t <= self.interval[1] * (1 + 1e-6))", "(t <= self.interval[1])",
            "guidance_contract interval_ends"),
     Mutant("guidance.py", 'late, early = clamp_time(path, t, "data"), clamp_time(path, t)',
-           'late, early = clamp_time(path, t, "data"), t', "guidance_variants coordinate"),
+           'late, early = clamp_time(path, t, "data"), t', "guidance_variants both_ends"),
     Mutant("guidance.py", 'path.sigma(early if space == "score" else t)', "path.sigma(t)",
            "classifier_guidance pure_noise"),
     Mutant("guidance.py", "wide = x.to(torch.promote_types(x.dtype, torch.float32))\n        towards",
