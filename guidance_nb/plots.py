@@ -231,9 +231,9 @@ def show_toy(
         import matplotlib.pyplot as plt
     real = sample_mixture(mixture, c, torch.Generator().manual_seed(0))
     threshold, columns = outlier_threshold(mixture), len(next(iter(rows.values())))
-    size = {"figsize": (7.2, 2.65 * len(rows)), "dpi": 72}
-    frame = {"squeeze": False, "layout": "constrained"}
-    fig, axes = plt.subplots(len(rows), columns, **frame, **size)
+    size = (7.2, 2.65 * len(rows))
+    fig, axes = plt.subplots(len(rows), columns, squeeze=False, figsize=size, dpi=72)
+    fig.set_layout_engine("constrained")
     for line, (name, samples) in zip(axes, rows.items()):
         line[0].set_ylabel(name)
         for ax, above, (scale, x) in zip(line, axes[0], samples.items()):
