@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'SAMPLERS', 'time_grid', 'StepContext', 'ddim_step', 'euler_step', 'ddpm_step', 'heun_step',
-           'sit_diffusion', 'euler_maruyama_step', 'dpmpp_2m_step', 'Trajectory', 'check_request', 'solve_adaptively',
-           'sample', 'sample_trajectory']
+           'dpmpp_2m_step', 'Trajectory', 'check_request', 'solve_adaptively', 'sample', 'sample_trajectory']
 
 # %% ../nbs/03_samplers.ipynb #b90b543f
 from collections.abc import Callable
@@ -94,12 +93,12 @@ def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | N
     return guess if s == 0 else x + (s - t) * (u + model.velocity(guess, s, c)) / 2
 
 # %% ../nbs/03_samplers.ipynb #ad5981f1
-def sit_diffusion(path: Path, t: Tensor) -> Tensor:
+def _sit_diffusion(path: Path, t: Tensor) -> Tensor:
     "The squared diffusion coefficient g^2 = 2 sigma(t) of SiT on a `path` (arXiv 2401.08740), shaped as `t`."
     return 2 * path.sigma(t)
 
 
-def euler_maruyama_step(
+def _euler_maruyama_step(
     model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext
 ) -> Tensor:
     "One step of the reverse SDE dx = (u - g^2 score / 2) dt + g dW; to 0 by eq. (2). Same arguments as `ddim_step`."
@@ -128,7 +127,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddpm": ddpm_step,
     "euler": euler_step,
     "heun": heun_step,
-    "euler_maruyama": euler_maruyama_step,
+    "euler_maruyama": _euler_maruyama_step,
     "dpmpp_2m": dpmpp_2m_step,
 }
 
@@ -231,7 +230,7 @@ def sample(
     init: Tensor | None = None,  # Noisy data `[n, *shape]` to start from at `times[0]`, instead of pure noise
     batch_size: int | None = None,  # Samples per batch, all at once by default; never changes a sample
     eta: float = 0.0,  # Share of ancestral noise in "ddim", 0 to 1
-    diffusion: Callable[[Path, Tensor], Tensor] = sit_diffusion,  # g^2 of "euler_maruyama"
+    diffusion: Callable[[Path, Tensor], Tensor] = _sit_diffusion,  # g^2 of "euler_maruyama"
     callback: Callable[[int, Tensor, Tensor], None] | None = None,  # `callback(step, t, x)`; step 0 is the noise
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state

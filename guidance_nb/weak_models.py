@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WeakGuidance', 'Autoguidance', 'widen', 'PerturbedAttentionGuidance', 'SmoothedEnergyGuidance', 'SkipLayerGuidance',
            'SelfAttentionGuidance', 'annealed_scale', 'carry_noise', 'CADS', 'EmbeddedLabels', 'DiscriminatorGuidance',
-           'ExactDiscriminator', 'IndependentConditionGuidance']
+           'IndependentConditionGuidance']
 
 # %% ../nbs/17_weak_models.ipynb #8dd58d7b
 import math
@@ -539,7 +539,7 @@ class DiscriminatorGuidance(Guidance):
         return shift_prediction(pair, scale * gradient, self.path, t, "score")
 
 # %% ../nbs/17_weak_models.ipynb #401f6221
-class ExactDiscriminator(nn.Module):
+class _ExactDiscriminator(nn.Module):
     "The optimal discriminator of two mixtures, eq. (7): log densities of (generated, c) and (real, c) at time t."
 
     def __init__(

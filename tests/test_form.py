@@ -7,7 +7,7 @@ import pytest
 
 import lint
 from colab import install
-from counts import code_lines, validation_lines
+from counts import aliases, code_lines, validation_lines
 
 
 @pytest.mark.parametrize("name", lint.CHECKS)
@@ -96,6 +96,11 @@ def double(x):
     lines = code_lines(source, tree)
     assert lines == {2, 4, 5, 7, 8, 10, 11, 12, 13, 14}
     assert lines & validation_lines(tree) == lines - {7, 14}
+
+
+def test_names_made_of_any_are_counted():
+    tree = ast.parse("A = dict[str, Any]\nB: TypeAlias = A\nC = int\nd = f(Any)")
+    assert aliases(tree, {"Any"}) == {"A"} and aliases(tree, {"A"}) == {"B"}
 
 
 def test_the_colab_cell_installs_there_and_nowhere_else():

@@ -44,12 +44,12 @@ from guidance_nb.samplers import sample
 from guidance_nb.weak_models import (
     Autoguidance,
     DiscriminatorGuidance,
-    ExactDiscriminator,
     IndependentConditionGuidance,
     PerturbedAttentionGuidance,
     SelfAttentionGuidance,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
+    _ExactDiscriminator,
 )
 from notebooks import ROOT
 
@@ -102,7 +102,7 @@ def by_blindness(model: Denoiser, scale: float, **options) -> Denoiser:
 
 
 def by_judge(model: Denoiser, scale: float, **options) -> Denoiser:
-    return DiscriminatorGuidance(model, ExactDiscriminator(law(6, 3), law(7, 3), model.path), scale, **options)
+    return DiscriminatorGuidance(model, _ExactDiscriminator(law(6, 3), law(7, 3), model.path), scale, **options)
 
 
 def broken(method: type[Denoiser], layers: int | str | list[int], **fixed) -> Case:

@@ -12,7 +12,7 @@ from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import SAMPLERS, sample, sample_trajectory, sit_diffusion, solve_adaptively, time_grid
+from guidance_nb.samplers import SAMPLERS, _sit_diffusion, sample, sample_trajectory, solve_adaptively, time_grid
 
 F64 = {"progress": False, "dtype": torch.float64}
 
@@ -301,7 +301,7 @@ def test_no_gradient_is_kept_while_sampling():
 def test_the_diffusion_of_sit_is_twice_the_noise_level(path):
     "The marginals are right for any diffusion, so they do not show it."
     t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
-    assert_close(sit_diffusion(path, t), 2 * path.sigma(t))
+    assert_close(_sit_diffusion(path, t), 2 * path.sigma(t))
 
 
 def test_keyed_noise_of_far_samples_is_not_that_of_near_ones():

@@ -22,7 +22,6 @@ from guidance_nb.weak_models import (
     Autoguidance,
     DiscriminatorGuidance,
     EmbeddedLabels,
-    ExactDiscriminator,
     IndependentConditionGuidance,
     PerturbedAttentionGuidance,
     SelfAttentionGuidance,
@@ -31,6 +30,7 @@ from guidance_nb.weak_models import (
     _annealing,
     _attention_layers,
     _blurred_queries,
+    _ExactDiscriminator,
     _gaussian_blur,
     _identity_attention,
     _log_ratio,
@@ -467,7 +467,7 @@ def test_the_optimal_judge_repairs_the_score(path):
     x, t = torch.randn(30, 1, dtype=torch.float64), torch.linspace(0.05, 0.97, 30, dtype=torch.float64)
     a, s = path.alpha(t)[:, None], path.sigma(t)[:, None]
     truth = -(x - a * m) / (a**2 * v + s**2)
-    model, judge = ExactDenoiser(learned, path), ExactDiscriminator(real, learned, path)
+    model, judge = ExactDenoiser(learned, path), _ExactDiscriminator(real, learned, path)
     for c in (None, torch.arange(30) % 2):
         assert_close(DiscriminatorGuidance(model, judge).score(x, t, c), truth, rtol=1e-7, atol=1e-8)
     normal = lambda mean, var: torch.distributions.Normal(a * mean, (a**2 * var + s**2).sqrt()).log_prob(x)[:, 0]  # noqa: E731

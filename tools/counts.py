@@ -2,14 +2,15 @@
 
 Public names are those in `__all__` of the modules whose name does not begin with an underscore. Code lines hold neither
 blanks nor comments nor docstrings. Validation is what only refuses input: a `raise` with the condition above it, a call
-of `require` or of a `check_...`, and those functions themselves. `Any` counts where it stands in annotations.
+of `require` or of a `check_...`, and those functions themselves. `Any` counts where it stands in annotations, and so do
+the uses of names that a module makes of it, in a column of their own: another library's objects and what JSON holds.
 """
 
 import argparse
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,13 +99,30 @@ class Weight:
     validation: int = 0
     longest: tuple[int, str] = (0, "")  # Lines of code of the longest function, and its name
     any: int = 0  # How often `Any` stands in it
+    alias: int = 0  # How often a name made of `Any` does
 
     def __add__(self, other: "Weight") -> "Weight":
         sums = (getattr(self, name) + getattr(other, name) for name in ("public", "lines", "validation"))
-        return Weight(*sums, max(self.longest, other.longest), self.any + other.any)
+        return Weight(*sums, max(self.longest, other.longest), self.any + other.any, self.alias + other.alias)
 
 
-def weigh(name: str, path: Path) -> Weight:
+def aliases(tree: ast.Module, names: set[str]) -> set[str]:
+    "Names that a module makes of `Any` and its like."
+    found = set()
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value:
+            parts = [*ast.walk(node.value)]
+            if not any(isinstance(part, ast.Call) for part in parts) and count(parts, names):
+                found.add(target.id)
+    return found
+
+
+def count(nodes: Iterable[ast.AST], names: set[str]) -> int:
+    return sum(isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in names for node in nodes)
+
+
+def weigh(name: str, path: Path, made: set[str]) -> Weight:
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
     lines = code_lines(source, tree)
@@ -117,26 +135,32 @@ def weigh(name: str, path: Path) -> Weight:
         len(lines),
         len(lines & validation_lines(tree)),
         max(bodies, default=(0, "")),
-        sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree)),
+        count(ast.walk(tree), {"Any"}),
+        count(ast.walk(tree), made),
     )
 
 
 def weights(package: Path = PACKAGE) -> dict[str, Weight]:
-    return {name: weigh(name, path) for name, path in modules(package).items()}
+    found = modules(package)
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in found.values()]
+    made: set[str] = set()
+    for _ in range(2):  # an alias of an alias is one, too
+        made |= set().union(*(aliases(tree, {"Any", *made}) for tree in trees))
+    return {name: weigh(name, path, made) for name, path in found.items()}
 
 
-LINE = "{:<28} {:>7} {:>7} {:>11} {:>5} {:>8}  {}"
+LINE = "{:<28} {:>7} {:>7} {:>11} {:>5} {:>6} {:>8}  {}"
 
 
 def show(name: str, weight: Weight) -> str:
     share = f"{weight.validation} {weight.validation / max(1, weight.lines):>5.1%}"
-    return LINE.format(name, weight.public, weight.lines, share, weight.any, *weight.longest)
+    return LINE.format(name, weight.public, weight.lines, share, weight.any, weight.alias, *weight.longest)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", nargs="?", type=Path, default=PACKAGE, help="another copy of guidance_nb")
     found = weights(parser.parse_args().package)
-    print(LINE.format("module", "public", "lines", "validation", "Any", "longest", "function"))
+    print(LINE.format("module", "public", "lines", "validation", "Any", "alias", "longest", "function"))
     print(*(show(name, weight) for name, weight in found.items()), sep="\n")
     print(show("all", sum(found.values(), Weight())))
