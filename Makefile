@@ -52,10 +52,11 @@ notebooks: export ## execute the notebooks and store their outputs
 
 docs: export ## build the site into _docs/ (needs Quarto 1.9)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto 1.9: https://quarto.org/docs/download/" >&2; exit 1; }
+	@$(BIN)/python -c "from guidance_nb.explorer import digits_page; digits_page('nbs/digits')"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/tools" $(BIN)/nbdev_docs
 
 clean: ## remove what was built; keeps .venv
-	rm -rf _proc _docs build dist guidance_nb.egg-info nbs/nbdev.yml .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf _proc _docs build dist guidance_nb.egg-info nbs/nbdev.yml nbs/digits .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The stamps below are files, so a second call starts at once; a change of the metadata installs again.
 

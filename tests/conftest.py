@@ -1,6 +1,7 @@
 "What all tests share."
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,3 +28,17 @@ def data() -> Path:
     if "GUIDANCE_NB_DATA" not in os.environ:
         pytest.skip("set GUIDANCE_NB_DATA to the folder with MNIST/ and cifar-10-batches-py/ to run this")
     return Path(os.environ["GUIDANCE_NB_DATA"])
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    "A browser without a window."
+    names = ("chromium", "google-chrome", "chromium-browser")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no chromium or google-chrome on this machine, so no interactive page was opened")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, so no page was opened")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        yield running
+        running.close()

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import shutil
 import sys
 
 import numpy as np
@@ -19,7 +18,6 @@ from guidance_nb.paths import FlowPath, VPPath
 from guidance_nb.plots import _density_image
 from notebooks import ROOT, cells, text
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 HOST = "document.querySelector('.guidance-explorer')"
 STORED = "".join(
     text(output["data"]["text/html"])
@@ -28,18 +26,6 @@ STORED = "".join(
     if "guidance-explorer" in text(output.get("data", {}).get("text/html", ""))
 )
 SCENES = example_scenes()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    "A browser without a window."
-    if BROWSER is None:
-        pytest.skip("no chromium or google-chrome on this machine, so no interactive page was opened")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, so no page was opened")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

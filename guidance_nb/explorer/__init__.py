@@ -12,14 +12,15 @@ from typing import Any
 from guidance_nb._checks import require
 from guidance_nb._files import Json
 from guidance_nb.denoisers import Denoiser
+from guidance_nb.explorer._digits import digits_page
 from guidance_nb.explorer._live import LiveView
 from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, Scene, example_scenes, settings_of
 from guidance_nb.plots import COLOURS, METHOD_LABELS
 
-__all__ = ["Scene", "explore", "explorer_page"]
+__all__ = ["Scene", "digits_page", "explore", "explorer_page"]
 
 # In the order in which they are read; the last one, page.js, puts the page into its place.
-_PROGRAM = ("mixture", "guidance", "sampling", "numbers", "picture", "report", "page")
+_PROGRAM = ("parts", "mixture", "guidance", "sampling", "numbers", "picture", "report", "page")
 
 _DARK_COLOURS = {
     "classifier_guidance": "#FF9454",

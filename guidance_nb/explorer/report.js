@@ -1,18 +1,5 @@
-const make = (tag, props = {}, ...kids) => {
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...kids);
-  return node;
-};
 const fixed = (v) => (Array.isArray(v) ? v : [v]).map((w) => w.toFixed(3).replace("-", "−")).join(", ");
 const percent = (v) => (100 * v).toFixed(1) + " %";
-
-// Dark or light: what the page around says (Quarto, Jupyter), else what the system says.
-function isDark() {
-  const {classList, dataset} = document.body;
-  if (classList.contains("quarto-dark") || dataset.jpThemeLight === "false") return true;
-  if (classList.contains("quarto-light") || dataset.jpThemeLight === "true") return false;
-  return matchMedia("(prefers-color-scheme: dark)").matches;
-}
 
 // Colours of the picture: of the page, of samples, and what density 0 and 1 look like.
 function coloursOf(host, page, method) {
