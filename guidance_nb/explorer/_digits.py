@@ -6,7 +6,6 @@ import json
 from importlib.abc import Traversable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from guidance_nb.plots import METHOD_LABELS
 
@@ -78,7 +77,7 @@ def _weights(name: str) -> Traversable:
     return files("guidance_nb") / "models" / name
 
 
-def _models() -> dict[str, dict[str, Any]]:
+def _models() -> dict[str, dict[str, int | str]]:
     "Size and digest of the weights of every model of the page."
     names = sorted({name for method in _METHODS.values() for name in method[1]})
     cards = {name: json.loads((_weights(name) / "checkpoint.json").read_text(encoding="utf-8")) for name in names}
