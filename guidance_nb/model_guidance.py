@@ -229,8 +229,9 @@ class FixedScale(Denoiser):
 
     def for_rows(self, rows: Tensor | slice) -> Denoiser:
         "The same for some samples of a batch, each with its own scale."
-        many = isinstance(self.scale, Tensor) and self.scale.ndim
-        return FixedScale(self.model, self.scale[rows]) if many else self
+        if isinstance(self.scale, Tensor) and self.scale.ndim:
+            return FixedScale(self.model, self.scale[rows])
+        return self
 
 # %% ../nbs/13_model_guidance.ipynb #bf00835c
 def scale_during_training(
