@@ -19,6 +19,7 @@ from guidance_nb.classifier_free_guidance import (
     two_class_map,
 )
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
+from guidance_nb.guidance import predict_where
 from guidance_nb.guidance_variants import RescaledGuidance
 from guidance_nb.mixtures import ExactDenoiser, gaussian_pair
 from guidance_nb.networks import MLP, mlp_denoiser
@@ -159,6 +160,14 @@ def test_a_scale_for_each_sample_acts_as_if_each_were_alone(path, interval):
     assert_close(parts, whole, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match=r"t has shape|scale"):
         ClassifierFreeGuidance(model, scales[:3])(x, t, c)
+
+
+def test_each_sample_gets_the_answer_to_its_own_question():
+    "Whether it is guided or not, in whatever order the two kinds come."
+    x, inside = torch.arange(6.0)[:, None], torch.tensor([False, True, False, False, True, False])
+    part = lambda sign: lambda model, x, t, c: Prediction(sign * x, t[:, None])  # noqa: E731
+    pair = predict_where(inside, ExactDenoiser(gaussian_pair(), FlowPath()), part(-1), part(1), x, x[:, 0], None)
+    assert_close(pair, Prediction(torch.where(inside[:, None], -x, x), x))
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20, 40])

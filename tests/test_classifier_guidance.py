@@ -238,3 +238,20 @@ def test_model_without_classes_takes_those_of_the_classifier():
     assert ClassifierGuidance(base, LinearClassifier(1, 3)).num_classes == 3
     with pytest.raises(ValueError, match=r"classifier\.num_classes = 3; allowed: 0"):
         ClassifierGuidance(base, LinearClassifier(1, 3), base="conditional")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_a_classifier_is_asked_where_signal_is_left(mixture, path):
+    "At pure noise it could tell nothing, and its gradient would be divided by nothing."
+    asked, exact = [], ExactClassifier(mixture, path)
+
+    class Spy(nn.Module):
+        num_classes = 2
+
+        def forward(self, x, t):
+            asked.append(torch.as_tensor(t))
+            return exact(x, t)
+
+    t = torch.tensor(1.0, dtype=torch.float64)
+    ClassifierGuidance(ExactDenoiser(mixture, path), Spy(), 2.0)(torch.ones(1, 1).double(), t, torch.tensor([1]))
+    assert len(asked) == 1 and 1e-4 < path.alpha(asked[0]) and asked[0] > 0.9

@@ -388,3 +388,13 @@ def test_bad_input_of_images(clouds):
         FlowPostprocessor(4)(x.long())
     with pytest.raises(ValueError, match="did you mean 'unet-tiny'"):
         FlowPostprocessor((1, 8, 8), 3, net="unet-tyni")
+
+
+def test_the_loss_is_in_the_unit_of_the_displacements():
+    "A velocity of zero errs by the displacement, whose mean square is one in its own unit."
+    real, generated = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
+    pairs = pair_data(generated, 5 * real, k=1)
+    model = FlowPostprocessor.from_pairs(pairs, width=8, depth=1)
+    ends = torch.stack([generated, pairs.real[pairs.neighbours[:, 0]]], 1)
+    loss = PairLoss()(model, ends, None, LossContext(torch.Generator().manual_seed(0), 0, 1, None))
+    torch.testing.assert_close(loss.mean(), torch.tensor(1.0))

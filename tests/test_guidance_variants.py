@@ -167,6 +167,15 @@ def test_diffusers_tangential():
     assert_close(TangentialGuidance(model, 4.0).eps(x, HALF, c), guided, rtol=1e-4, atol=1e-4)  # theirs is float32
 
 
+def test_dynamic_thresholding_leaves_small_samples_alone():
+    "They are clipped at their quantile only where that is beyond the data's largest value, never stretched."
+    x = draw(5, 3, 8, 8, seed=2)
+    model, c = Told(0.1 * draw(5, 3, 8, 8), 0.1 * draw(5, 3, 8, 8, seed=1), PATHS[0], "x0"), torch.zeros(5).long()
+    plain = ClassifierFreeGuidance(model, 2.0).predict(x, HALF, c)
+    assert plain.x0.abs().max() < 1
+    assert_close(DynamicThresholding(model, 2.0).predict(x, HALF, c), plain)
+
+
 def test_scale_zero_is_rescaled_like_any_other():
     "It is not the unconditional model, whose velocity has another standard deviation."
     model, y_c, y_u, x, c = told("velocity")
