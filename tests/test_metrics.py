@@ -53,6 +53,8 @@ def test_outlier_rate_counts():
     tau = torch.tensor([-2.0, -2.0])
     x = torch.tensor([[-0.5], [0.5], [-0.5 + 10], [0.5]])
     assert m.outlier_rate(x, torch.tensor([0, 1, 0, 0]), PAIR, tau) == 0.5
+    each = torch.tensor([-2.0, 2.0])  # no point of class 1 is as likely as that
+    assert m.outlier_rate(x, torch.tensor([0, 1, 0, 0]), PAIR, each) == 0.75
 
 
 @pytest.mark.parametrize("d", [1, 2, 64, 300])
