@@ -211,8 +211,9 @@ def test_digits_are_quick_and_input_is_never_blocked(ready, chromium):
     page.locator("[name=seed]").fill("2")
     finished(page, seed=2, scale=3, method="cfg", steps=20)
     assert 0.1 < seconds() - before <= 8
-    waits = sorted(page.evaluate("clearInterval(beat), waits"))
-    assert len(waits) > 20 and waits[-5] < 100  # a busy machine may hold the thread up by itself a few times
+    waits = page.evaluate("clearInterval(beat), waits")
+    held = sum(wait for wait in waits if wait > 100)  # a busy machine may hold the thread up by itself now and then
+    assert len(waits) > 20 and held < 0.25 * sum(waits)
 
 
 def test_only_the_last_wish_is_finished(ready):
