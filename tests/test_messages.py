@@ -132,7 +132,7 @@ METHODS = [
         lambda: weak_models.IndependentConditionGuidance(mixtures.ExactDenoiser(one(0.0, 1.0), FLOW)),
         "num_classes = 1",
     ),
-    (lambda: weak_models.ExactDiscriminator(TREE, one(0.0, 1.0), FLOW), "generated has 1 classes; allowed:"),
+    (lambda: weak_models._ExactDiscriminator(TREE, one(0.0, 1.0), FLOW), "generated has 1 classes; allowed:"),
     (lambda: power_tilt.tilt_mixture(PAIR, one(0.0, 2.0), 1.5), "scale = 1.5; allowed: a whole number from 1"),
     (lambda: power_tilt.tilt_mixture(one(0.0, 2.0), one(0.0, 1.0), 3.0), "allowed: scales at which the tilt exists"),
     (lambda: power_tilt.CharacteristicGuidance(MODEL, 3.0, iterations=0), "iterations = 0; allowed: a whole"),

@@ -7,6 +7,7 @@ from importlib.abc import Traversable
 from importlib.resources import files
 from pathlib import Path
 
+from guidance_nb._files import write_file
 from guidance_nb.plots import METHOD_LABELS
 
 _PROGRAM = ("parts", "digits")  # of the page; that of its worker follows
@@ -113,8 +114,8 @@ def digits_page(folder: str | Path | None = None) -> str:
         place.mkdir(parents=True, exist_ok=True)
         for name in models:
             packed = gzip.compress((_weights(name) / "ema.safetensors").read_bytes(), 9, mtime=0)
-            (place / f"{name}.bin").write_bytes(packed)
+            write_file(place / f"{name}.bin", packed)
         head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Digits in your browser</title>'
         view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        (place / "index.html").write_text(f"{head}{view}<body>{written(folder='')}", encoding="utf-8")
+        write_file(place / "index.html", f"{head}{view}<body>{written(folder='')}")
     return written()
