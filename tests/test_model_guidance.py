@@ -436,3 +436,16 @@ def test_other_refusals():
     contrastive = ModelGuidanceLoss(0.7, unconditional="contrastive")
     with pytest.raises(ValueError, match=r"weight = 0.7; allowed: below 0.66"):
         contrastive(plain, x0, c, context(plain))
+
+
+def test_a_uniform_direction_keeps_float64():
+    "The mean over all classes is not rounded to float32 on the way."
+    teacher = mlp_denoiser(2, FlowPath(), num_classes=3, width=8, depth=1).double()
+    for weight in teacher.parameters():
+        nn.init.normal_(weight, std=0.3)
+    x, t, c = torch.randn(5, 2, dtype=torch.float64), torch.rand(5, dtype=torch.float64), torch.arange(5) % 3
+    direction = _guidance_direction(teacher, x, t, c, "uniform")
+    outputs = [teacher.output(x, t, torch.full((5,), k)).detach() for k in range(3)]
+    wanted = torch.stack(outputs)[c, torch.arange(5)] - torch.stack(outputs).mean(0)
+    assert direction.dtype == torch.float64
+    assert_close(direction, wanted, atol=1e-12, rtol=1e-12)
