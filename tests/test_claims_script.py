@@ -69,7 +69,7 @@ def test_the_whole_way_and_no_point_twice(models, tmp_path, capsys):
     assert [row["n"] for row in rows if row["run"] == "real"] == ["20", "200"]
     assert all(0 <= float(row["agreement_evaluation_classifier"]) <= 1 for row in rows)
     assert not any(str(models) in str(row) for row in rows)
-    assert (tmp_path / "left_out.txt").read_text() == "" and "0 s are left" not in shown
+    assert (tmp_path / "left_out.txt").read_text() == "" and "; 0 s are left" not in shown
     claims.main(arguments)
     assert read_rows(tmp_path / "claims_mnist.csv")[1] == rows
 
