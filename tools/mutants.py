@@ -1,4 +1,4 @@
-"""Break the core in some seventy ways, one at a time, and count what the tests notice: `make mutants`.
+"""Break the core in some ninety ways, one at a time, and count what the tests notice: `make mutants`.
 
 Each break is a line of the table: a file of the package, what stands there, what is put in its place, and the tests
 nearest to it, which must fail. It happens in a copy; the tests themselves were seen to pass. Not part of `make test`.
