@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import guidance_nb as gnb
+import zoo
 from guidance_nb.cli.load import MODELS, load, model_names
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import load_trained
@@ -102,3 +103,23 @@ def test_a_hub_folder_is_loaded_as_it_was(tmp_path):
     HubDenoiser.from_denoiser(trained.model, "unet-small", (1, 28, 28)).save_pretrained(tmp_path / "hub")
     x, c = torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
     assert_close(load(tmp_path / "hub")(x, 0.5, c).x0, trained.model(x, 0.5, c).x0)
+
+
+def test_models_are_trained_followed_and_shipped(data, tmp_path, capsys):
+    "In miniature; what is written down draws like what was trained, to half precision."
+    changes = {"network": "unet-tiny", "limit": 200, "steps": 16, "batch_size": 16, "warmup": 2, "save_every": 2}
+    for name in ("mnist-evaluation", "mnist-cfg"):
+        zoo.train_one(tmp_path, name, changes, 1e9)
+    rows = list(zoo.follow(tmp_path, 40, (4, 8)))
+    assert [(row["run"], row.get("step")) for row in rows] == [
+        ("real", None), ("mnist-cfg", 8), ("mnist-cfg", 8), ("mnist-cfg", 16), ("mnist-cfg", 16),
+    ]  # fmt: skip
+    assert list(zoo.follow(tmp_path, 40, (4, 8))) == []  # finished points are kept
+    zoo.ship(tmp_path, tmp_path / "models")
+    told = capsys.readouterr().out
+    assert "mnist-cfg: 0.1" in told and "mnist-mg: not trained" in told
+    card = (tmp_path / "models" / "mnist-cfg" / "README.md").read_text()
+    assert "256 images seen, 16 optimiser steps of 16" in card and "At scale 2" in card
+    x, c = torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
+    shipped, trained = load(tmp_path / "models" / "mnist-cfg"), load(tmp_path / "mnist-cfg")
+    assert_close(shipped(x, 0.5, c).x0, trained(x, 0.5, c).x0, atol=5e-3, rtol=5e-3)
