@@ -65,7 +65,7 @@ SOURCES = ("tools", "tests", "setup.py", "guidance_nb")
 TAUGHT_WIDTH, WIDTH = 80, 100  # of code that a taught page, or another, shows; ruff's width is the package's own
 # Pages whose shown code is wider still, and how many of its lines; numbers only fall, and a page leaves at 0.
 WIDE = {
-    "20_comparison": 29, "23_cifar10": 55,
+    "23_cifar10": 55,
     "26_which_guidance": 33,
 }  # fmt: skip
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
