@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -46,19 +47,30 @@ class Late(BaseException):
 
 
 @contextmanager
-def in_time(seconds: int = 20) -> Iterator[None]:
-    "Nothing may hang."
+def in_time(work: float = 20, wait: float = 200) -> Iterator[None]:
+    "Nothing may hang: neither compute for 20 s nor wait for 200 s; a busy machine does neither."
 
-    def late(*args: object) -> None:
-        raise Late(f"more than {seconds} s")
+    def late(number: int, frame: object) -> None:
+        raise Late(f"computed for {work} s" if number == signal.SIGPROF else f"waited for {wait} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    clocks = {signal.SIGPROF: (signal.ITIMER_PROF, work), signal.SIGALRM: (signal.ITIMER_REAL, wait)}
+    before = {number: signal.signal(number, late) for number in clocks}
+    for clock, seconds in clocks.values():
+        signal.setitimer(clock, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (clock, _) in clocks.items():
+            signal.setitimer(clock, 0)
+            signal.signal(number, before[number])
+
+
+def test_a_hang_is_noticed():
+    with pytest.raises(Late, match="computed"), in_time(work=0.1):
+        while True:
+            pass
+    with pytest.raises(Late, match="waited"), in_time(wait=0.1):
+        time.sleep(300)
 
 
 def one_line(action) -> Any:

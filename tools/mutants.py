@@ -138,7 +138,7 @@ MUTANTS = [
            "classifier_free_guidance variances or two_gaussians"),
     Mutant("aligned_loss.py", "self.anchor * (y - e_u)", "self.anchor * (y - e_c)", "aligned_loss anchor or formula"),
     Mutant("aligned_loss.py", "guided = e_u + self.scale", "guided = e_c + self.scale", "aligned_loss formula"),
-    Mutant("model_guidance.py", "return y[0] - y[1]", "return y[1] - y[0]", "model_guidance by_hand or one_over"),
+    Mutant("model_guidance.py", "return y[0] - y[1]", "return y[1] - y[0]", "model_guidance contrastive"),
     Mutant("model_guidance.py", "kept = (1 - rate) ** steps", "kept = (1 - rate) ** (steps + 1)",
            "model_guidance closed_form"),
     Mutant("model_guidance.py", "self.step *= -self.shrink", "self.step *= self.shrink", "model_guidance auto_weight"),
