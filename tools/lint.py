@@ -66,7 +66,6 @@ TAUGHT_WIDTH, WIDTH = 80, 100  # of code that a taught page, or another, shows; 
 # Pages whose shown code is wider still, and how many of its lines; numbers only fall, and a page leaves at 0.
 WIDE = {
     "23_cifar10": 55,
-    "26_which_guidance": 33,
 }  # fmt: skip
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
 METHODS = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 14]
