@@ -63,10 +63,6 @@ GROUPS = {
 
 SOURCES = ("tools", "tests", "setup.py", "guidance_nb")
 TAUGHT_WIDTH, WIDTH = 80, 100  # of code that a taught page, or another, shows; ruff's width is the package's own
-# Pages whose shown code is wider still, and how many of its lines; numbers only fall, and a page leaves at 0.
-WIDE = {
-    "23_cifar10": 55,
-}  # fmt: skip
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
 METHODS = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 14]
 TAUGHT = {name: float(path.stem[:2]) for path in NOTEBOOKS if (name := module_of(path))}
@@ -111,7 +107,7 @@ def halves(folder: Path) -> Iterator[tuple[Path, Path, int]]:
     for path in NOTEBOOKS:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        for kind, width in (("kept", 120), ("shown", 120 if path.stem in WIDE else width_of(path))):
+        for kind, width in (("kept", 120), ("shown", width_of(path))):
             part = [cell for cell in code if is_shown(text(cell["source"])) == (kind == "shown")]
             copied = folder / str(width) / kind / path.name
             copied.parent.mkdir(parents=True, exist_ok=True)
@@ -235,10 +231,10 @@ def unexplained(function: ast.FunctionDef, docstring: str, lines: list[str]) -> 
 
 def code_problems(path: Path) -> Iterator[str]:
     "Imports have cells of their own; what is public explains itself; no line of shown code is too wide or excused."
-    if (wide := wide_lines(path)) > WIDE.get(path.stem, 0):
+    if wide := wide_lines(path):
         yield f"{wide} lines of shown code have more than {width_of(path)} characters; python tools/lint.py --fix"
     excused = sum("# noqa" in source for _, source in sources(path, "code"))
-    if excused and path.stem not in WIDE:
+    if excused:
         yield f"# noqa in {excused} cells"
     for number, source in sources(path, "code"):
         tree, lines = ast.parse(source), source.splitlines()
@@ -355,8 +351,7 @@ def links() -> Iterator[str]:
         shown = {link: path.parent / link for link in re.findall(r"!\[[^]]*\]\(([^()\s]+)\)", prose(path))}
         sizes = {link: file.stat().st_size for link, file in shown.items() if file.is_file()}
         yield from pages.size_problems(path.name, path.stat().st_size, cells(path), sizes)
-        needed = ("fig-alt",) if path.stem in WIDE else ("fig-alt", "fig-cap")
-        yield from pages.figure_problems(path.name, cells(path), needed)
+        yield from pages.figure_problems(path.name, cells(path))
 
 
 @check
