@@ -6,9 +6,6 @@ import math
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
     from guidance_nb.denoisers import NetworkDenoiser
 
@@ -62,7 +59,9 @@ def check_distinct(name: str, values: Iterable[Hashable]) -> None:
 def check_scale(scale: T, name: str = "scale") -> T:
     """A finite number, a tensor of finite numbers, or a function of time."""
     if not callable(scale):
-        numeric = isinstance(scale, int | float | Tensor) and not isinstance(scale, bool)
+        import torch
+
+        numeric = isinstance(scale, int | float | torch.Tensor) and not isinstance(scale, bool)
         require(numeric and torch.as_tensor(scale).isfinite().all(), name, scale, "a finite number")
     return scale
 

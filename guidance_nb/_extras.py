@@ -1,7 +1,10 @@
 """Libraries that only some uses need: a missing one is one line with the command that installs it."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import Literal
 
 Extra = Literal["plots", "images", "engine", "diffusers", "cli", "sd", "dinov2", "live"]
@@ -11,9 +14,32 @@ Extra = Literal["plots", "images", "engine", "diffusers", "cli", "sd", "dinov2",
 def extra(name: Extra) -> Iterator[None]:
     """Import inside `with extra("images"):` what the extra `images` of settings.ini installs."""
     try:
+        if name == "diffusers":
+            _postpone("diffusers.models.transformers", "diffusers.models.unets")
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "guidance_nb":
             raise
         command = f"pip install 'guidance_nb[{name}]'"
         raise ImportError(f"{error.name} is not installed, and this needs it: {command}", name=error.name) from None
+
+
+class _Postponed(ModuleType):
+    """A package that runs when it is first asked for something that is not there yet."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") or self.__spec__ is None or self.__spec__.loader is None:
+            raise AttributeError(name)
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def _postpone(*packages: str) -> None:
+    """Let one module of a package be imported without all others that the package imports, peft among them."""
+    for package in packages:
+        if package not in sys.modules and (spec := find_spec(package)):
+            module = sys.modules[package] = module_from_spec(spec)
+            module.__class__ = _Postponed
+            parent, _, name = package.rpartition(".")
+            setattr(sys.modules[parent], name, module)

@@ -11,24 +11,27 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 Json = dict[str, Any]  # Values by name, as JSON holds them
 
 
 def digest(*parts: "str | bytes | Path | Tensor | np.ndarray") -> str:
     "SHA-256 of all parts, one after another."
+    import numpy as np
+    import torch
+
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
             with open(part, "rb") as file:
                 while block := file.read(2**22):
                     found.update(block)
-        elif isinstance(part, Tensor):
+        elif isinstance(part, torch.Tensor):
             for piece in part.detach().split(4096) if part.ndim else [part.detach()]:
                 if piece.numel():
                     found.update(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -39,7 +42,7 @@ def digest(*parts: "str | bytes | Path | Tensor | np.ndarray") -> str:
     return found.hexdigest()
 
 
-def weights_digest(state: Mapping[str, Tensor]) -> str:
+def weights_digest(state: "Mapping[str, Tensor]") -> str:
     "SHA-256 of weights by name: names, types, shapes and numbers."
     named = sorted(state.items())
     return digest(*(p for key, x in named for p in (f"{key} {x.dtype} {tuple(x.shape)}", x)))

@@ -136,3 +136,36 @@ except SystemExit as error:
 def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="no attribute 'sampel'"):
         guidance_nb.sampel  # noqa: B018
+
+
+def fresh(code: str) -> str:
+    "What code prints in a Python of its own."
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys
+from guidance_nb.cli.app import main
+sys.argv = ["guidance-nb", "--help"]
+try:
+    main()
+finally:
+    print({"torch", "numpy", "pydantic"} & set(sys.modules))
+"""
+    assert fresh(code).endswith("set()\n")
+
+
+def test_a_u_net_imports_no_other_model_and_hides_none():
+    code = """
+import sys
+from guidance_nb._extras import extra
+with extra("diffusers"):
+    from diffusers import UNet2DModel
+print("diffusers.models.unets.unet_3d_condition" in sys.modules)
+import diffusers
+import diffusers.models.unets.unet_3d_condition as other
+print(diffusers.models.unets.UNet2DModel is UNet2DModel, other.UNet3DConditionModel is diffusers.UNet3DConditionModel)
+print(diffusers.models.transformers.DiTTransformer2DModel is diffusers.DiTTransformer2DModel)
+"""
+    assert fresh(code).split() == ["False", "True", "True", "True"]
