@@ -19,7 +19,7 @@ from engine_cases import BATCH, STEPS, case, finish, kept, start
 from torch.testing import assert_close
 
 from guidance_nb.engine import run as engine_run
-from guidance_nb.engine.checkpoints import DamagedCheckpoint, checkpoints_in, read_checkpoint, seal_record
+from guidance_nb.engine.checkpoints import _DamagedCheckpoint, _seal_record, checkpoints_in, read_checkpoint
 from guidance_nb.engine.run import Engine
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, whole, name, da
     damage(folder / "step-00000012" / name)
     with pytest.warns(UserWarning, match=f"step-00000012: {name}"):
         assert read_checkpoint(folder).path.name == "step-00000008"
-    with pytest.raises(DamagedCheckpoint, match=f"step-00000012: {name}"):
+    with pytest.raises(_DamagedCheckpoint, match=f"step-00000012: {name}"):
         read_checkpoint(folder / "step-00000012")
 
 
@@ -154,7 +154,7 @@ def test_no_intact_checkpoint_is_an_error_and_not_a_restart(tmp_path, whole):
     folder = make_copy(whole[1], "plain", tmp_path)
     for path in checkpoints_in(folder):
         flip(path / "model.safetensors")
-    with pytest.warns(UserWarning), pytest.raises(DamagedCheckpoint, match="no intact checkpoint is left"):
+    with pytest.warns(UserWarning), pytest.raises(_DamagedCheckpoint, match="no intact checkpoint is left"):
         finish(start("plain", tmp_path))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         read_checkpoint(tmp_path / "elsewhere")
@@ -300,7 +300,7 @@ def test_other_facts_networks_and_versions_are_refused(tmp_path, whole):
     with pytest.raises(ValueError, match=r"with step-00000012.; allowed: an empty folder with resume=False"):
         resume(metadata={"name": "plain"}, resume=False)
     record = {**read_checkpoint(folder / "step-00000012").record, "format": 99}
-    (folder / "step-00000012" / "checkpoint.json").write_text(seal_record(record))
+    (folder / "step-00000012" / "checkpoint.json").write_text(_seal_record(record))
     with pytest.raises(ValueError, match=r"step-00000012 has format 99 \(guidance_nb .*\); allowed: format 2"):
         resume(metadata={"name": "plain"})
 

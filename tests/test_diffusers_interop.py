@@ -29,7 +29,7 @@ from guidance_nb.interop.diffusers import DiffusersDenoiser, from_diffusers
 from guidance_nb.interop.functions import from_callable, from_torchcfm
 from guidance_nb.interop.guider import CachedPairDenoiser, DiffusersGuider
 from guidance_nb.interop.hub import HubDenoiser, TrainingFacts, path_from_json, path_to_json
-from guidance_nb.interop.schedulers import Clock, SchedulerFacts, TablePath, path_from_scheduler, scheduler_times
+from guidance_nb.interop.schedulers import SchedulerFacts, TablePath, _Clock, path_from_scheduler, scheduler_times
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path
 from guidance_nb.samplers import sample
@@ -128,7 +128,7 @@ def test_time_is_told_exactly_and_in_single_precision():
     assert seen[0][1] == torch.bfloat16 and y.dtype == torch.float32
     nearest = path_from_scheduler(cases.ddim(), nearest=True).clock
     assert nearest(torch.tensor([0.0, 0.5004, 1.0])).tolist() == [0, 499, 999]
-    assert Clock(1000, 1)(torch.tensor(0.5004)).item() == pytest.approx(499.4, abs=1e-3)
+    assert _Clock(1000, 1)(torch.tensor(0.5004)).item() == pytest.approx(499.4, abs=1e-3)
 
 
 @pytest.mark.parametrize("bad, words", [
@@ -602,7 +602,7 @@ def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
 
 def test_facts_can_be_given_by_hand():
     "A network of diffusers trained by other means, on a continuous path."
-    facts = SchedulerFacts(VPPath("cosine"), "v", Clock(1000))
+    facts = SchedulerFacts(VPPath("cosine"), "v", _Clock(1000))
     model = from_diffusers(cases.class_unet(), facts)
     x = torch.randn(2, 4, 8, 8)
     expected = model.net(x, torch.tensor([250.0, 250.0])).sample

@@ -8,7 +8,7 @@ import torch
 from weights import stir
 
 from guidance_nb.images.data import from_uint8
-from guidance_nb.images.features import cifar_resnet, dinov2_extractor, extract, feature_space, load_dinov2
+from guidance_nb.images.features import _dinov2_extractor, _load_dinov2, cifar_resnet, extract, feature_space
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_dinov2_features(weights):
             h = layer(h)
         tokens = model.layernorm(h)
     near = {"atol": 1e-4, "rtol": 0}
-    found = extract(images, dinov2_extractor(weights, 28, "cpu"), batch_size=2).rows
+    found = extract(images, _dinov2_extractor(weights, 28, "cpu"), batch_size=2).rows
     torch.testing.assert_close(found["features"], tokens[:, 0], **near)
     torch.testing.assert_close(
         found["patches"], (tokens[:, 4] + tokens[:, 5] + tokens[:, 6] + tokens[:, 7]) / 4, **near
@@ -67,18 +67,18 @@ def test_dinov2_features(weights):
 
 def test_dinov2_bad_input(weights, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="size = 30; allowed: a multiple of the patch size 14"):
-        dinov2_extractor(weights, 30)
+        _dinov2_extractor(weights, 30)
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        load_dinov2(tmp_path)
+        _load_dinov2(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     with pytest.raises(ValueError, match=r"model in .* = 'dinov2'; .* of a 'dinov2_with_registers'"):
-        load_dinov2(tmp_path)
+        _load_dinov2(tmp_path)
     (tmp_path / "config.json").write_text((weights / "config.json").read_text())
     with pytest.raises(OSError, match="safetensors"):
-        load_dinov2(tmp_path)
+        _load_dinov2(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'guidance_nb\[dinov2\]'"):
-        load_dinov2(weights)
+        _load_dinov2(weights)
 
 
 def test_dinov2_with_weights_missing(weights, tmp_path):
@@ -89,11 +89,11 @@ def test_dinov2_with_weights_missing(weights, tmp_path):
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((weights / "config.json").read_text())
     with pytest.raises(ValueError, match=r"missing weights in .*embeddings\.register_tokens"):
-        load_dinov2(tmp_path)
+        _load_dinov2(tmp_path)
     whole = (weights / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged weights"):
-        load_dinov2(tmp_path)
+        _load_dinov2(tmp_path)
 
 
 def test_spaces_by_name(tmp_path):

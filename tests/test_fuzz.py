@@ -26,9 +26,9 @@ from safetensors.torch import save
 
 from guidance_nb.cli._tour import load_stage
 from guidance_nb.cli.app import main
-from guidance_nb.cli.recipe import DiTSettings, FineTuning, Recipe, UNetSettings, _fields, override, read_recipe
+from guidance_nb.cli.recipe import FineTuning, Recipe, _DiTSettings, _fields, _UNetSettings, override, read_recipe
 from guidance_nb.cli.run import Request, train_recipe
-from guidance_nb.images.data import load_samples, read_header, read_image, save_samples
+from guidance_nb.images.data import _read_header, load_samples, read_image, save_samples
 from guidance_nb.images.features import read_reference
 from guidance_nb.images.latents import check_shard, write_shard
 
@@ -112,7 +112,7 @@ def keys(kind: Any, without: tuple[str, ...] = ()) -> dict[str, st.SearchStrateg
     "Texts for each key of a schema, but for those that would ask a server or a compiler."
     found = {name: values(field) for name, field in _fields(kind) if name not in without}
     if kind is Recipe:
-        inner = UNetSettings.model_fields | DiTSettings.model_fields
+        inner = _UNetSettings.model_fields | _DiTSettings.model_fields
         found |= {f"network.settings.{name}": values(field) for name, field in inner.items()}
         del found["network.settings"]
         found["training.steps"] = st.sampled_from(["1", "2", *ODD]).filter(
@@ -270,7 +270,7 @@ def test_an_image_file_is_read_or_refused_in_one_line(place, content, size, chan
     (place / "image").write_bytes(content)
     image = one_line(lambda: read_image(place / "image", channels, size))
     assert image is None or (image.dtype == torch.uint8 and len(image) == channels and image.numel())
-    one_line(lambda: read_header(place / "image"))
+    one_line(lambda: _read_header(place / "image"))
 
 
 def archive(**arrays: Any) -> bytes:

@@ -12,7 +12,7 @@ from guidance_nb import model_guidance
 from guidance_nb._random import keyed_generator
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import make_engine
-from guidance_nb.engine.run import Engine, Run, check_graphs
+from guidance_nb.engine.run import Engine, Run, _check_graphs
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
@@ -37,13 +37,13 @@ REFUSED = {
 
 
 def test_a_run_that_can_be_recorded_passes():
-    check_graphs(ready())
+    _check_graphs(ready())
 
 
 @pytest.mark.parametrize("where", REFUSED)
 def test_what_cannot_be_recorded_is_refused(where):
     with pytest.raises(ValueError, match=f"^cuda_graphs = True; allowed: False {where}$"):
-        check_graphs(ready(**REFUSED[where]))
+        _check_graphs(ready(**REFUSED[where]))
 
 
 def test_losses_say_whether_they_change():

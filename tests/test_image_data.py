@@ -238,7 +238,7 @@ def test_damaged_files_are_named(data, tmp_path, monkeypatch, name, damage):
 
 def test_the_named_folder_is_never_written_to(tmp_path, monkeypatch):
     monkeypatch.setenv("GUIDANCE_NB_DATA", str(tmp_path))
-    monkeypatch.setattr(image_data, "download_files", lambda *_: pytest.fail("a download was tried"))
+    monkeypatch.setattr(image_data, "_download_files", lambda *_: pytest.fail("a download was tried"))
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte is missing; allowed: set GUIDANCE_NB_DATA"):
         load_images("mnist")
     assert list(tmp_path.iterdir()) == []
@@ -312,7 +312,7 @@ def folder(tmp_path):
 def test_a_folder_is_imagefolder(folder, monkeypatch):
     expected = ImageFolder(folder)
     for limit in (2**28, 0):
-        monkeypatch.setattr(image_data, "CACHE_BYTES", limit)
+        monkeypatch.setattr(image_data, "_CACHE_BYTES", limit)
         data = load_images(folder)
         assert (data.pixels.cache is None) == (limit == 0)
         assert data.classes == tuple(expected.classes) and data.labels.tolist() == expected.targets

@@ -59,14 +59,14 @@ def weights(tmp_path_factory):
             value.normal_(0, math.sqrt(2 / value[0].numel()), generator=generator)
         elif key.startswith("fc."):
             value.normal_(0, 0.3, generator=generator)
-    path = tmp_path_factory.mktemp("inception") / fx.INCEPTION_FILE
+    path = tmp_path_factory.mktemp("inception") / fx._INCEPTION_FILE
     torch.save(state, path)
     return path
 
 
 @pytest.fixture(scope="session")
 def inception(weights):
-    return fx.inception(weights, name="inception_random", device="cpu")
+    return fx._inception(weights, name="inception_random", device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -144,13 +144,13 @@ def test_grey_images_are_repeated(inception):
 def test_only_inceptions_weights_make_fid(weights, monkeypatch):
     "The file's checksum decides; under another name every column says so."
     with pytest.raises(ValueError, match=r"which are not FID's.*; allowed: weights-inception-2015-12-05-6726825d\.pth"):
-        fx.inception(weights)
-    stated = fx.INCEPTION_FILE.replace("6726825d", fx.checksum(weights)[:8])
-    monkeypatch.setattr(fx, "INCEPTION_FILE", stated)
+        fx._inception(weights)
+    stated = fx._INCEPTION_FILE.replace("6726825d", fx.checksum(weights)[:8])
+    monkeypatch.setattr(fx, "_INCEPTION_FILE", stated)
     monkeypatch.setenv("GUIDANCE_NB_INCEPTION", str(weights))
     scores = im.image_scores(pictures(2, 0), pictures(2, 1), metrics="kid")
     assert list(scores) == ["kid"] and scores["kid"] != 0
-    assert fx.inception(layers=["spatial"]).network(pictures(1, 0))["spatial"].shape == (1, 2023)
+    assert fx._inception(layers=["spatial"]).network(pictures(1, 0))["spatial"].shape == (1, 2023)
 
 
 def test_columns_carry_the_extractor():
@@ -173,10 +173,10 @@ def test_missing_weights_are_one_line(tmp_path, monkeypatch):
     text = str(error.value)
     assert "\n" not in text and "weights=" in text and "GUIDANCE_NB_INCEPTION" in text and "no network" in text
     with pytest.raises(ValueError, match=r"no such file.*; allowed: weights-inception"):
-        fx.inception(tmp_path / "nothing.pth")
+        fx._inception(tmp_path / "nothing.pth")
     monkeypatch.setenv("GUIDANCE_NB_INCEPTION", str(tmp_path))
     with pytest.raises(ValueError, match=r"no such file"):
-        fx.inception()
+        fx._inception()
 
 
 # Arithmetic
@@ -303,11 +303,11 @@ def test_reference_file_is_read(tmp_path, inception, seen):
 
 
 def test_reference_files_images_give_neighbours(tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(fx, "INCEPTION_FILE", f"{fx.checksum(weights)[:8]}.pth")
+    monkeypatch.setattr(fx, "_INCEPTION_FILE", f"{fx.checksum(weights)[:8]}.pth")
     reference = fx.read_reference(reference_file(tmp_path / "ref.npz", images=4))
     samples = pictures(5, 5)[[0, 1, 2, 3]]  # nearly the images of the file, which were drawn six at a time
     scores = im.image_scores(samples, reference, metrics=["kid", "precision", "recall"], weights=weights, k=1)
-    rows = [fx.extract(x, fx.inception(weights, ["features"])).rows["features"] for x in (samples, reference.images)]
+    rows = [fx.extract(x, fx._inception(weights, ["features"])).rows["features"] for x in (samples, reference.images)]
     assert (scores["precision"], scores["recall"]) == pytest.approx(im.precision_recall(*rows[::-1], k=1))
     assert scores["kid"] == pytest.approx(im.kernel_distance(*rows), rel=1e-3)
 

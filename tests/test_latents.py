@@ -27,7 +27,7 @@ from guidance_nb.cli.app import app
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import Request, generate, load_trained, make_loss, recipe_shape, train_recipe
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
-from guidance_nb.images.data import crop_image, load_images, load_samples, resize_crop
+from guidance_nb.images.data import _resize_crop, crop_image, load_images, load_samples
 from guidance_nb.images.latents import (
     INDEX,
     check_shard,
@@ -100,9 +100,9 @@ def test_crops_are_those_of_adm_and_torchvision(sides):
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*sides, 3), dtype=np.uint8))
     assert np.array_equal(np.array(crop_image(image, 16)), adm_crop(image, 16))
     stock = transforms.Compose([transforms.Resize(16), transforms.CenterCrop(16)])
-    assert np.array_equal(np.array(resize_crop(image, 16)), np.array(stock(image)))
+    assert np.array_equal(np.array(_resize_crop(image, 16)), np.array(stock(image)))
     if min(sides) > 16:
-        assert not np.array_equal(np.array(resize_crop(image, 16)), adm_crop(image, 16))
+        assert not np.array_equal(np.array(_resize_crop(image, 16)), adm_crop(image, 16))
 
 
 # Posterior and shards
@@ -115,7 +115,7 @@ def test_stored_numbers_are_the_posterior_of_the_cropped_picture(place, tmp_path
     )
     vae, seen = AutoencoderKL.from_pretrained(place / "vae"), 0
     files = sorted((place / "pictures").glob("*/*.png"))
-    cut = {"adm": adm_crop, "torchvision": lambda image, n: np.array(resize_crop(image, n))}[crop]
+    cut = {"adm": adm_crop, "torchvision": lambda image, n: np.array(_resize_crop(image, n))}[crop]
     for shard in sorted(tmp_path.glob("shard-*.safetensors")):
         stored = load_file(shard)
         for moments, label in zip(stored["moments"], stored["labels"]):
@@ -143,7 +143,7 @@ def test_draws_and_decoding_by_hand():
 @pytest.mark.parametrize("constants", [{}, {"shift_factor": -0.2}, {"mean": True}, {"mean": True, "shift_factor": 3.0}])
 def test_one_convention_of_scaling_everywhere(place, tmp_path, constants):
     "Stored latents, their decoding here and that of a pipeline, against the formula of diffusers' pipelines."
-    from guidance_nb.interop.diffusers import decode_latents
+    from guidance_nb.interop.diffusers import _decode_latents
 
     mean, std = torch.tensor([0.1, -0.3, 0.5, 2.0]), torch.tensor([0.5, 1.0, 2.0, 3.0])
     settings = {key: value for key, value in constants.items() if key != "mean"}
@@ -160,7 +160,7 @@ def test_one_convention_of_scaling_everywhere(place, tmp_path, constants):
     assert_close(z, expected)
     with torch.no_grad():
         picture = vae.decode(raw).sample
-    assert_close(decode_latents(vae, z), picture, rtol=1e-4, atol=1e-4)
+    assert_close(_decode_latents(vae, z), picture, rtol=1e-4, atol=1e-4)
     grey = (picture * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     assert (decode(vae, z).int() - grey.int()).abs().max() <= 1  # on the border between two levels either is right
 
@@ -298,7 +298,7 @@ def test_training_reads_them_and_is_the_same_in_two_passes(place):
 
 
 def test_mapping_takes_neither_memory_nor_open_files(tmp_path):
-    from guidance_nb.images.latents import write_index, write_shard
+    from guidance_nb.images.latents import _write_index, write_shard
 
     def resident() -> int:
         "Bytes of this process that are no pages of files."
@@ -309,7 +309,7 @@ def test_mapping_takes_neither_memory_nor_open_files(tmp_path):
     entries = [write_shard(tmp_path / shard_name(k), moments, labels, settings) for k in range(32)]  # 128 MiB
     vae = {"factor": 1.0, "shift": 0.0, "name": ""}
     index = {"format": "guidance_nb latents 1", "classes": ["a"], "settings": settings, "vae": vae, "shards": entries}
-    write_index(tmp_path, index)
+    _write_index(tmp_path, index)
     files, before = len(os.listdir("/proc/self/fd")), resident()
     data = load_latents(tmp_path)
     data.fetch(torch.arange(0, 4096, 64), torch.Generator())

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from guidance_nb.cli import evaluation
 from guidance_nb.cli import run as run_module
 from guidance_nb.cli.evaluation import (
-    MeasuredGuidanceLoss,
-    baseline_size,
+    _baseline_size,
+    _is_done,
+    _match_labels,
+    _MeasuredGuidanceLoss,
     choose_metrics,
     find_feature_extractor,
     finish_sweep,
-    is_done,
     load_real,
-    match_labels,
     score,
     sweep_points,
 )
 from guidance_nb.cli.load import load, make_model
 from guidance_nb.cli.recipe import (
-    FOLDERS,
+    _FOLDERS,
     FineTuning,
     Recipe,
     describe_recipe,
@@ -39,20 +39,20 @@ from guidance_nb.cli.recipe import (
 )
 from guidance_nb.cli.run import (
     Request,
+    _read_labels,
+    _read_pairs,
     autocast_and_compile,
     complete_request,
     generate,
     load_trained,
     make_data,
     postprocess,
-    read_labels,
-    read_pairs,
     recipe_shape,
     take_images,
     train_recipe,
 )
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
-from guidance_nb.engine.checkpoints import read_checkpoint, seal_record
+from guidance_nb.engine.checkpoints import _seal_record, read_checkpoint
 from guidance_nb.images.data import ImageData, SampleFile, from_uint8, load_samples, save_samples
 from guidance_nb.images.features import INCEPTION, Extractor, Features, extract, read_reference
 from guidance_nb.images.metrics import PROVENANCE, append_rows
@@ -130,7 +130,7 @@ def test_every_key_has_a_meaning_that_is_printed(kind):
     written = describe_recipe(kind())
     for name, meaning in recipe_keys(kind).items():
         assert meaning and name.rpartition(".")[2] in written and meaning in written
-    for path in FOLDERS[kind].glob("*.toml"):
+    for path in _FOLDERS[kind].glob("*.toml"):
         tables = tomli.loads(path.read_text())
         keys = {f"{table}.{key}" for table, part in tables.items() if table != "title" for key in part}
         assert keys <= set(recipe_keys(kind))
@@ -224,12 +224,12 @@ def test_recipe_files_of_all_kinds(tmp_path, content, words):
     ],
 )
 def test_classes_named_by_numbers_are_names(classes, labels, expected):
-    assert read_labels(labels, 6, classes).tolist() == expected
+    assert _read_labels(labels, 6, classes).tolist() == expected
 
 
 def test_an_index_that_may_be_a_name_is_refused():
     with pytest.raises(ValueError, match="labels = '0'; allowed: 'balanced', 1, 2, 3"):
-        read_labels("0,1", 6, ("1", "2", "3"))
+        _read_labels("0,1", 6, ("1", "2", "3"))
 
 
 @pytest.mark.parametrize("names", [["cat", "truck"], ["truck"], ["cat", "dog", "truck"]])
@@ -238,10 +238,10 @@ def test_classes_are_matched_by_name(names):
     known = ("airplane", "cat", "dog", "truck")
     extractor = Extractor("known", lambda images: {}, classes=known)
     labels = torch.arange(len(names)).repeat(3)
-    found = match_labels(SampleFile(torch.zeros(len(labels)), labels, {"classes": names}), extractor)
+    found = _match_labels(SampleFile(torch.zeros(len(labels)), labels, {"classes": names}), extractor)
     assert [known[i] for i in found.tolist()] == [names[i] for i in labels.tolist()]
     with pytest.raises(ValueError, match="class of the samples = 'zebra'; allowed: airplane"):
-        match_labels(SampleFile(torch.zeros(1), torch.zeros(1).long(), {"classes": ["zebra"]}), extractor)
+        _match_labels(SampleFile(torch.zeros(1), torch.zeros(1).long(), {"classes": ["zebra"]}), extractor)
 
 
 def test_a_part_of_a_data_set_is_the_same_part_every_time():
@@ -255,7 +255,7 @@ def test_a_part_of_a_data_set_is_the_same_part_every_time():
 def test_a_measured_weight_moves_once_in_an_update_however_many_passes_it_takes():
     "Also where it is resumed at that update."
     asked, model = [], mlp_denoiser(2, FlowPath(), 3, width=8, depth=1)
-    make = lambda: MeasuredGuidanceLoss(ModelGuidanceLoss(), lambda ema: asked.append(ema) or 1.0, 2)  # noqa: E731
+    make = lambda: _MeasuredGuidanceLoss(ModelGuidanceLoss(), lambda ema: asked.append(ema) or 1.0, 2)  # noqa: E731
     loss, x0, c = make(), torch.zeros(4, 2), torch.arange(4) % 3
     for step in range(5):
         for _ in range(2):
@@ -271,7 +271,7 @@ def edit(checkpoint: Path, change) -> None:
     "Change the record of a checkpoint as another version of the package might have written it."
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     change(record)
-    (checkpoint / "checkpoint.json").write_text(seal_record(record))
+    (checkpoint / "checkpoint.json").write_text(_seal_record(record))
 
 
 @pytest.mark.parametrize(
@@ -378,11 +378,11 @@ def row(**facts) -> dict:
 
 def test_a_point_is_found_again_whatever_its_numbers_look_like(tmp_path):
     file = tmp_path / "rows.csv"
-    assert not is_done(file, {"scale": 2.0})
+    assert not _is_done(file, {"scale": 2.0})
     append_rows(file, [row(scale=2.0, n=100, seed=0, checkpoint="a/b")])
-    assert is_done(file, {"scale": 2, "n": 100, "steps": 4, "checkpoint": Path("a/b"), "classifier": ""})
+    assert _is_done(file, {"scale": 2, "n": 100, "steps": 4, "checkpoint": Path("a/b"), "classifier": ""})
     for other in ({"scale": 2.5}, {"n": 10}, {"checkpoint": "a/c"}, {"classifier": "c"}, {"correction": "d"}):
-        assert not is_done(file, {"scale": 2.0} | other)
+        assert not _is_done(file, {"scale": 2.0} | other)
 
 
 @pytest.mark.parametrize(("best", "scale"), [("fd_seen", 2.0), ("agreement_seen", 3.0), ("score_seen", 1.0)])
@@ -403,11 +403,11 @@ def test_the_best_point(tmp_path, best, scale):
 
 def test_the_baseline_is_as_large_as_there_are_images():
     published = Features("seen", {"features": torch.zeros(60_000, 1)}, name="mnist train")
-    assert baseline_size("mnist", published, 500) == ("test", 500)
-    assert baseline_size("mnist", published, 50_000) == ("test", 10_000)
-    assert baseline_size("mnist", replace(published, name="mnist test"), 500) == ("train", 500)
-    assert baseline_size("folder", replace(published, rows={"features": torch.zeros(31, 1)}), 500) == ("", 15)
-    assert baseline_size("stats.npz", Features(INCEPTION), 500) == ("", 0)
+    assert _baseline_size("mnist", published, 500) == ("test", 500)
+    assert _baseline_size("mnist", published, 50_000) == ("test", 10_000)
+    assert _baseline_size("mnist", replace(published, name="mnist test"), 500) == ("train", 500)
+    assert _baseline_size("folder", replace(published, rows={"features": torch.zeros(31, 1)}), 500) == ("", 15)
+    assert _baseline_size("stats.npz", Features(INCEPTION), 500) == ("", 0)
 
 
 def test_points_of_a_sweep():
@@ -448,12 +448,12 @@ def test_neighbours_by_what_a_classifier_sees(runs, monkeypatch):
     recipe, seen = override(load_trained(runs / "correction").recipe, {"space": "classifier"}), []
     monkeypatch.setattr(run_module, "pair_data", lambda x, real, c, labels, k, space, device: seen.append(space(x)))
     with count_nfe() as count:
-        read_pairs(override(recipe, {"weights": str(runs / "evaluation")}), make_data(recipe))
+        _read_pairs(override(recipe, {"weights": str(runs / "evaluation")}), make_data(recipe))
     model, x = load_trained(runs / "evaluation").model, load_samples(runs / "samples.npz").x
     torch.testing.assert_close(model.head(seen[0]), model(from_uint8(x), 0.0))
     assert count.total == 0
     with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'evaluation_classifier'"):
-        read_pairs(override(recipe, {"weights": str(runs / "base")}), make_data(recipe))
+        _read_pairs(override(recipe, {"weights": str(runs / "base")}), make_data(recipe))
 
 
 @pytest.mark.parametrize("name, shape", [("cifar10-base", (3, 32, 32)), ("cifar10-evaluation-classifier", (3, 16, 16))])
@@ -486,12 +486,12 @@ def test_an_empty_table_is_a_new_one(tmp_path):
     "A binary one is refused in one line that names it."
     file = tmp_path / "rows.csv"
     file.write_text("")
-    assert not is_done(file, {"scale": 2.0})
+    assert not _is_done(file, {"scale": 2.0})
     append_rows(file, [row(scale=2.0)])
-    assert is_done(file, {"scale": 2.0})
+    assert _is_done(file, {"scale": 2.0})
     file.write_bytes(bytes(range(128, 256)))
     with pytest.raises(ValueError, match=r"rows\.csv [^\n]*; allowed: [^\n]*$"):
-        is_done(file, {"scale": 2.0})
+        _is_done(file, {"scale": 2.0})
 
 
 def test_without_inception_the_alternatives_come_first(tmp_path, monkeypatch):

@@ -15,9 +15,9 @@ from guidance_nb.engine.cost import (
     Chip,
     LossNFE,
     NetworkCost,
+    _count_network,
     cost_sheet,
     count_loss_nfe,
-    count_network,
     count_sample_nfe,
     dit_flops,
     find_chip,
@@ -42,7 +42,7 @@ PLAIN = LossNFE(1.0, 0.0)
 def test_two_layers_by_hand():
     "6 -> 10 -> 4 with a ReLU: products 2 (6 10 + 10 4) forward; backward all twice but for the first layer's input."
     build = lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))  # noqa: E731
-    cost = count_network(build, lambda n: (torch.zeros(n, 6),), "fp32")
+    cost = _count_network(build, lambda n: (torch.zeros(n, 6),), "fp32")
     assert (cost.weights, cost.forward) == (6 * 10 + 10 + 10 * 4 + 4, 2 * (60 + 40))
     assert cost.backward == 2 * (60 + 40 + 40)
     assert (cost.activations, cost.copies) == (4 * (6 + 10), 0)  # the input and the ReLU's result, which serves twice
@@ -50,7 +50,7 @@ def test_two_layers_by_hand():
 
 def test_a_convolution_by_hand():
     "A 3x3 convolution from 5 to 7 channels on 8x8: nine products of 5 numbers for each of 7 x 64 results."
-    cost = count_network(lambda: nn.Conv2d(5, 7, 3, padding=1), lambda n: (torch.zeros(n, 5, 8, 8),), "fp32")
+    cost = _count_network(lambda: nn.Conv2d(5, 7, 3, padding=1), lambda n: (torch.zeros(n, 5, 8, 8),), "fp32")
     assert cost.forward == 2 * 9 * 5 * 7 * 64
     assert cost.activations == 4 * 5 * 64
 
@@ -135,7 +135,7 @@ def test_memory_by_hand():
 
 def test_the_estimate_of_memory_is_what_a_real_pass_keeps():
     "Bytes kept by real tensors on the CPU, for two numbers of rows, beside those counted on fakes."
-    from guidance_nb.engine.cost import kept_bytes
+    from guidance_nb.engine.cost import _kept_bytes
     from guidance_nb.images.networks import build_network
 
     settings = {"width": 32, "depth": 2, "heads": 2}
@@ -143,7 +143,7 @@ def test_the_estimate_of_memory_is_what_a_real_pass_keeps():
     net = build_network("dit-s/2", (4, 8, 8), 10, **settings)
     for n in (3, 5):
         args = torch.randn(n, 4, 8, 8), torch.rand(n), torch.zeros(n, dtype=torch.long)
-        assert abs(kept_bytes(net, lambda args=args: net(*args)) / (cost.copies + n * cost.activations) - 1) < 0.02
+        assert abs(_kept_bytes(net, lambda args=args: net(*args)) / (cost.copies + n * cost.activations) - 1) < 0.02
 
 
 def test_a_sheet_by_hand():

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import make_times
+from guidance_nb.cli.run import _make_times
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.engine.run import Engine
 from guidance_nb.mixtures import gaussian_pair, sample_mixture
@@ -150,6 +150,6 @@ def test_bad_input_is_one_line(make, words):
 
 def test_a_recipe_names_its_times():
     base = read_recipe("mnist-base")
-    assert make_times(base) is None
-    assert make_times(override(base, {"times": "0,1", "time_shift": 2.0})) == LogNormalTimes(2.0)
-    assert make_times(override(base, {"method.weight": "min_snr"})) == TrainingTimes(weight="min_snr")
+    assert _make_times(base) is None
+    assert _make_times(override(base, {"times": "0,1", "time_shift": 2.0})) == LogNormalTimes(2.0)
+    assert _make_times(override(base, {"method.weight": "min_snr"})) == TrainingTimes(weight="min_snr")

@@ -14,7 +14,7 @@ import zoo
 from guidance_nb.cli.load import MODELS, load, model_names
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import load_trained
-from guidance_nb.engine.checkpoints import DamagedCheckpoint
+from guidance_nb.engine.checkpoints import _DamagedCheckpoint
 from guidance_nb.images.data import from_uint8, load_images
 from guidance_nb.interop.hub import HubDenoiser
 
@@ -85,11 +85,11 @@ def test_bad_models_are_one_line(tmp_path):
     shutil.copytree(MODELS / "mnist-evaluation", tmp_path / "damaged")
     weights = tmp_path / "damaged" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(DamagedCheckpoint, match=r"ema.safetensors has .* bytes instead of"):
+    with pytest.raises(_DamagedCheckpoint, match=r"ema.safetensors has .* bytes instead of"):
         load(tmp_path / "damaged")
     record = json.loads((MODELS / "mnist-evaluation" / "checkpoint.json").read_text())
     (tmp_path / "damaged" / "checkpoint.json").write_text(json.dumps(record | {"format": 1}))
-    with pytest.raises(DamagedCheckpoint, match=r"checkpoint.json is not what was written"):
+    with pytest.raises(_DamagedCheckpoint, match=r"checkpoint.json is not what was written"):
         load(tmp_path / "damaged")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text("{}")

@@ -55,7 +55,7 @@ def parse_words(
     return places, flags
 
 
-def parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, Json]:
+def _parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, Json]:
     "The one place of a command and its flags, which name keys of a table of this `kind`."
     from guidance_nb.cli.recipe import find_key, is_switch
 
@@ -66,7 +66,7 @@ def parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, Json
     return places[0], flags
 
 
-class Command(TyperCommand):
+class _Command(TyperCommand):
     "A command whose options are given once, and not empty."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -80,7 +80,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-class KeyCommand(Command):
+class _KeyCommand(_Command):
     "A command that takes keys as flags; its help ends with them and, for recipes, with the recipes that there are."
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -97,13 +97,13 @@ class KeyCommand(Command):
         super().format_help(ctx, formatter)
 
 
-KEYS: Json = {
-    "cls": KeyCommand,
+_KEYS: Json = {
+    "cls": _KeyCommand,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
 
 
-def show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> None:
     "Print the version and stop, if that is `wanted`."
     if wanted:
         typer.echo(f"guidance-nb {__version__}")
@@ -111,15 +111,15 @@ def show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def common(
+def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it and stop.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and stop.")
     ] = False,
 ) -> None:
     "Guidance in diffusion and flow models: learn, compare and use five methods."
 
 
-def parse_numbers(name: str, text: str, kind: type = float) -> tuple[Any, ...]:
+def _parse_numbers(name: str, text: str, kind: type = float) -> tuple[Any, ...]:
     "Read a list of numbers of a `kind`; `name` is the option's, for the message."
     try:
         return tuple(kind(part) for part in text.split(",")) if text else ()
@@ -129,7 +129,7 @@ def parse_numbers(name: str, text: str, kind: type = float) -> tuple[Any, ...]:
 
 
 @contextmanager
-def interruptible(advice: str) -> Iterator[None]:
+def _interruptible(advice: str) -> Iterator[None]:
     "On Ctrl-C, give the `advice` what is kept and what to do, and exit with 130."
     try:
         yield
@@ -138,27 +138,27 @@ def interruptible(advice: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-RecipeName = Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")]
-Split = Annotated[str, typer.Option(help="train or test, of mnist and cifar10.")]
-Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
-Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, the folder of a run, or a name of guidance-nb models.")]
-Classifier = Annotated[
+_RecipeName = Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")]
+_Split = Annotated[str, typer.Option(help="train or test, of mnist and cifar10.")]
+_Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
+_Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, the folder of a run, or a name of guidance-nb models.")]
+_Classifier = Annotated[
     str | None, typer.Option(help="Guide by this classifier checkpoint instead of by the null label.")
 ]
-SampleOut = Annotated[Path, typer.Option(help="An .npz file, a .png for one picture of all, or a folder for PNGs.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace samples that are there.")]
-Samples = Annotated[str, typer.Argument(help="Samples of any origin: .npz, or a folder of images.")]
-FeatureExtractor = Annotated[
+_SampleOut = Annotated[Path, typer.Option(help="An .npz file, a .png for one picture of all, or a folder for PNGs.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace samples that are there.")]
+_Samples = Annotated[str, typer.Argument(help="Samples of any origin: .npz, or a folder of images.")]
+_FeatureExtractor = Annotated[
     str, typer.Option("--features", help="inception-v3-compat, resnet20, resnet56, or a classifier's checkpoint.")
 ]
-Weights = Annotated[str | None, typer.Option(help="Local file with the weights of a named feature extractor.")]
-RealData = Annotated[
+_Weights = Annotated[str | None, typer.Option(help="Local file with the weights of a named feature extractor.")]
+_RealData = Annotated[
     str, typer.Option("--reference", help="mnist, cifar10, images (.npz, or a folder, resized), or ADM statistics.")
 ]
 
 
-@app.command(cls=Command)
-def tour(
+@app.command(name="tour", cls=_Command)
+def _tour(
     data: Annotated[str, typer.Option(help="Data sets, separated by commas.")] = "fractal,digits",
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the results; finished stages in it are reused.")] = Path("tour"),
@@ -169,20 +169,20 @@ def tour(
     from guidance_nb.cli._tour import run_tour
     from guidance_nb.comparison import summary
 
-    with interruptible("finished stages are kept, start again to continue"):
-        asked = tuple(dict.fromkeys(data.split(","))), seeds, out, parse_numbers("scales", scales), quick
+    with _interruptible("finished stages are kept, start again to continue"):
+        asked = tuple(dict.fromkeys(data.split(","))), seeds, out, _parse_numbers("scales", scales), quick
         table, real = run_tour(*asked)
     for name in table.data.unique():
         typer.echo(f"\n{name}\n{summary(table, real, name).to_string(index=False)}")
     typer.echo(f"\nTables, figures and a page to read are in {out}: open {out / 'index.html'}")
 
 
-@app.command(name="train", **KEYS)
-def train_command(
+@app.command(name="train", **_KEYS)
+def _train_command(
     context: typer.Context,
-    recipe: RecipeName,
+    recipe: _RecipeName,
     out: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/RECIPE.")] = None,
-    progress: Progress = True,
+    progress: _Progress = True,
     may_change: Annotated[str, typer.Option(help="Keys that may differ from the run that is continued.")] = "",
 ) -> None:
     """Train a recipe; every key of it is also a flag, such as --steps 4000 or --method.scale 1.5.
@@ -196,22 +196,22 @@ def train_command(
     from guidance_nb.cli.run import check_trainable, is_main, main_only, train_recipe
     from guidance_nb.images.latents import read_index
 
-    name, flags = parse_keys(recipe, context, Recipe)
+    name, flags = _parse_keys(recipe, context, Recipe)
     chosen: Recipe = read_recipe(name, flags)
     folder = out or Path("runs") / Path(name).stem
     if chosen.latents is not None:
         check_trainable(chosen)
         read_index(chosen.latents)
-        main_only(lambda: show_cost(chosen, (), "h100", 0.35))
-    with interruptible("start again to go on from the last checkpoint"):
+        main_only(lambda: _show_cost(chosen, (), "h100", 0.35))
+    with _interruptible("start again to go on from the last checkpoint"):
         for state in train_recipe(chosen, folder, progress, tuple(may_change.split(",")) if may_change else ()):
             last = state
     if is_main():
         typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; checkpoints are in {folder}")
 
 
-@app.command(name="encode", cls=Command)
-def encode_command(
+@app.command(name="encode", cls=_Command)
+def _encode_command(
     source: Annotated[str, typer.Argument(help="A folder with one sub-folder per class, mnist or cifar10.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; finished shards in it are kept.")],
     vae: Annotated[str, typer.Option(help="Folder or name of a diffusers AutoencoderKL.")],
@@ -223,8 +223,8 @@ def encode_command(
     crop: Annotated[
         Literal["adm", "torchvision"], typer.Option(help="ADM's, or torchvision's Resize and CenterCrop.")
     ] = "adm",
-    split: Split = "train",
-    progress: Progress = True,
+    split: _Split = "train",
+    progress: _Progress = True,
 ) -> None:
     """Encode pictures into shards of latents, which recipes read as --source latents:FOLDER.
 
@@ -236,14 +236,14 @@ def encode_command(
     from guidance_nb.images.latents import encode_folder
 
     main_only(lambda: str(check_folder("out", out if out.exists() else out.parent)))
-    with interruptible("finished shards are kept, start again to go on"):
+    with _interruptible("finished shards are kept, start again to go on"):
         index = encode_folder(source, out, vae, size, flip, shard_rows, batch_size, dtype, crop, split, progress)
     if is_main():
         shards, pictures = len(index["shards"]), index["settings"]["pictures"]
         typer.echo(f"{pictures} pictures in {shards} shards: {out}; train on them with --source latents:{out}")
 
 
-def show_cost(recipe: "Recipe", gpus: tuple[int, ...], chip: str, share: float) -> None:
+def _show_cost(recipe: "Recipe", gpus: tuple[int, ...], chip: str, share: float) -> None:
     "Print what a `recipe` will take on so many `gpus` of a kind `chip`, at an assumed `share` of their peak."
     from guidance_nb.cli.run import recipe_cost
 
@@ -252,10 +252,10 @@ def show_cost(recipe: "Recipe", gpus: tuple[int, ...], chip: str, share: float) 
     typer.echo(sheet.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 
-@app.command(**KEYS)
-def cost(
+@app.command(name="cost", **_KEYS)
+def _cost(
     context: typer.Context,
-    recipe: RecipeName,
+    recipe: _RecipeName,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas. Default: 1,8.")] = "",
     chip: Annotated[str, typer.Option(help="Their kind, such as h100 or a100.")] = "h100",
     share: Annotated[float, typer.Option(help="Share of the peak that is assumed to be reached.")] = 0.35,
@@ -268,16 +268,16 @@ def cost(
     """
     from guidance_nb.cli.recipe import Recipe, read_recipe
 
-    name, flags = parse_keys(recipe, context, Recipe)
-    show_cost(read_recipe(name, flags), parse_numbers("gpus", gpus, int), chip, share)
+    name, flags = _parse_keys(recipe, context, Recipe)
+    _show_cost(read_recipe(name, flags), _parse_numbers("gpus", gpus, int), chip, share)
 
 
-@app.command(name="finetune", **KEYS)
-def finetune_command(
+@app.command(name="finetune", **_KEYS)
+def _finetune_command(
     context: typer.Context,
-    recipe: RecipeName,
+    recipe: _RecipeName,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
-    progress: Progress = True,
+    progress: _Progress = True,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU although there is an accelerator.")] = False,
 ) -> None:
     """Fine-tune a Stable Diffusion pipeline on captioned pictures; every key of the recipe is also a flag.
@@ -290,17 +290,17 @@ def finetune_command(
     from guidance_nb.cli.run import is_main
     from guidance_nb.interop.stable_diffusion import finetune
 
-    name, flags = parse_keys(recipe, context, FineTuning)
+    name, flags = _parse_keys(recipe, context, FineTuning)
     chosen = read_recipe(name, flags, FineTuning)
     folder = out or Path("runs") / Path(name).stem
-    with interruptible("start again to go on from the last checkpoint"):
+    with _interruptible("start again to go on from the last checkpoint"):
         for state in finetune(chosen, folder, progress, cpu):
             last = state
     if is_main():
         typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; the pipeline is in {folder / 'pipeline'}")
 
 
-def check_target(out: Path, overwrite: bool) -> None:
+def _check_target(out: Path, overwrite: bool) -> None:
     "Raise an error, before any work, for a name `out` that cannot be written or must not be overwritten."
     from guidance_nb.images.data import may_replace
 
@@ -313,7 +313,7 @@ def check_target(out: Path, overwrite: bool) -> None:
     check_folder("out", out.parent)
 
 
-def store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None:
+def _store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None:
     "Write samples as `out` says, a picture with so many `columns` for a .png, and tell."
     from guidance_nb.cli.run import write_picture
     from guidance_nb.images.data import from_uint8, save_samples
@@ -326,15 +326,15 @@ def store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None:
     typer.echo(f"{len(file.x)} samples, NFE {file.facts['nfe']:g}, {rate:.3g} a second: {out}")
 
 
-@app.command(name="sample", **KEYS)
-def sample_command(
+@app.command(name="sample", **_KEYS)
+def _sample_command(
     context: typer.Context,
-    checkpoint: Checkpoint,
-    out: SampleOut = Path("samples.npz"),
-    classifier: Classifier = None,
+    checkpoint: _Checkpoint,
+    out: _SampleOut = Path("samples.npz"),
+    classifier: _Classifier = None,
     ema: Annotated[bool, typer.Option(help="Sample the moving average of the weights.")] = True,
-    overwrite: Overwrite = False,
-    progress: Progress = True,
+    overwrite: _Overwrite = False,
+    progress: _Progress = True,
 ) -> None:
     """Draw samples from a trained model at a guidance scale, with the facts of their making.
 
@@ -344,28 +344,28 @@ def sample_command(
     """
     from guidance_nb.cli.run import Request, generate, load_trained, main_only
 
-    source, flags = parse_keys(checkpoint, context, Request)
+    source, flags = _parse_keys(checkpoint, context, Request)
     request = Request(**flags)
-    main_only(lambda: check_target(out, overwrite))
+    main_only(lambda: _check_target(out, overwrite))
     trained, guide = load_trained(source, ema), load_trained(classifier) if classifier else None
     columns = max(1, min(10, len(trained.classes)))
     if out.suffix == ".png" and "n" not in flags:
         request = request.changed(n=10 * columns)
     file = generate(trained, request, guide, progress)
-    main_only(lambda: store(out, file, overwrite, columns))
+    main_only(lambda: _store(out, file, overwrite, columns))
 
 
-@app.command(name="postprocess", cls=Command)
-def postprocess_command(
-    checkpoint: Checkpoint,
-    samples: Samples,
-    out: SampleOut = Path("corrected.npz"),
+@app.command(name="postprocess", cls=_Command)
+def _postprocess_command(
+    checkpoint: _Checkpoint,
+    samples: _Samples,
+    out: _SampleOut = Path("corrected.npz"),
     steps: Annotated[int, typer.Option(help="Steps of the correction.")] = 8,
     sampler: Annotated[str, typer.Option(help="euler, heun or dopri5.")] = "heun",
     scale: Annotated[float, typer.Option(help="Guidance scale of the correction itself; 1 is none.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Images at a time; changes no sample.")] = 256,
-    overwrite: Overwrite = False,
-    progress: Progress = True,
+    overwrite: _Overwrite = False,
+    progress: _Progress = True,
 ) -> None:
     """Correct samples, ours or anybody's, with a trained postprocessing flow.
 
@@ -377,27 +377,27 @@ def postprocess_command(
     from guidance_nb.images.data import load_samples
 
     def work() -> None:
-        check_target(out, overwrite)
+        _check_target(out, overwrite)
         trained = load_trained(checkpoint)
         file = load_samples(samples, size=trained.shape[-1], channels=trained.shape[0])
         corrected = postprocess(trained, file, steps, sampler, scale, batch_size, progress)
-        store(out, corrected, overwrite, 10)
+        _store(out, corrected, overwrite, 10)
 
     main_only(work)
 
 
-@app.command(name="evaluate", cls=Command)
-def evaluate_command(
-    samples: Samples,
-    reference: RealData = "mnist",
-    features: FeatureExtractor = "inception-v3-compat",
+@app.command(name="evaluate", cls=_Command)
+def _evaluate_command(
+    samples: _Samples,
+    reference: _RealData = "mnist",
+    features: _FeatureExtractor = "inception-v3-compat",
     metrics: Annotated[
         str, typer.Option(help="Such as fid,is,precision; fd,kd for other features. Default: all usual ones.")
     ] = "",
-    split: Split = "train",
-    weights: Weights = None,
+    split: _Split = "train",
+    weights: _Weights = None,
     rows: Annotated[Path | None, typer.Option(help="Table to append the row to.")] = None,
-    progress: Progress = True,
+    progress: _Progress = True,
 ) -> None:
     """Score samples against real images, and say how real images themselves score.
 
@@ -423,31 +423,31 @@ def evaluate_command(
         row = score(file, real, extractor, names, features=found)
         if rows is not None:
             append_rows(rows, [row])
-        show_row(row)
+        _show_row(row)
         if (baseline := baseline_row(reference, real, extractor, len(file.x), names)) is not None:
-            show_row(baseline)
+            _show_row(baseline)
 
     main_only(finish)
 
 
-@app.command(name="sweep", **KEYS)
-def sweep_command(
+@app.command(name="sweep", **_KEYS)
+def _sweep_command(
     context: typer.Context,
-    checkpoint: Checkpoint,
+    checkpoint: _Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder for rows.csv and curves.png; finished points are kept.")] = Path(
         "sweep"
     ),
     scales: Annotated[str, typer.Option(help="Guidance scales; 1 is none.")] = "1,1.5,2,3,4",
     steps: Annotated[str, typer.Option(help="Numbers of steps. Default: the recipe's.")] = "",
     samplers: Annotated[str, typer.Option(help="Samplers. Default: the recipe's.")] = "",
-    reference: RealData = "mnist",
-    split: Split = "train",
-    features: FeatureExtractor = "inception-v3-compat",
-    weights: Weights = None,
-    classifier: Classifier = None,
+    reference: _RealData = "mnist",
+    split: _Split = "train",
+    features: _FeatureExtractor = "inception-v3-compat",
+    weights: _Weights = None,
+    classifier: _Classifier = None,
     correction: Annotated[str | None, typer.Option(help="Score corrected samples, too, by this checkpoint.")] = None,
     best: Annotated[str, typer.Option(help="Column that picks the best point. Default: the Fréchet distance.")] = "",
-    progress: Progress = True,
+    progress: _Progress = True,
 ) -> None:
     """Score a model over scales, steps and samplers: a table, its curves, and the best point.
 
@@ -466,11 +466,11 @@ def sweep_command(
     from guidance_nb.cli.run import Request, complete_request, is_main, load_trained, main_only
     from guidance_nb.images.metrics import column
 
-    source, flags = parse_keys(checkpoint, context, Request)
-    names, counts = tuple(samplers.split(",")) if samplers else (), parse_numbers("steps", steps, int)
-    points = sweep_points(Request(**flags), parse_numbers("scales", scales), counts, names)
+    source, flags = _parse_keys(checkpoint, context, Request)
+    names, counts = tuple(samplers.split(",")) if samplers else (), _parse_numbers("steps", steps, int)
+    points = sweep_points(Request(**flags), _parse_numbers("scales", scales), counts, names)
     main_only(lambda: str(check_folder("out", out)))
-    with interruptible("finished points are kept, start again to go on"):
+    with _interruptible("finished points are kept, start again to go on"):
         trained, extractor = load_trained(source), find_feature_extractor(features, weights)
         guide, repair = (load_trained(name) if name else None for name in (classifier, correction))
         points = [complete_request(trained, point, guide) for point in points]
@@ -479,16 +479,16 @@ def sweep_command(
         real, metrics = extract_reference_features(reference, split, shape, extractor, None, best, progress)
         for row in sweep(trained, points, real, extractor, out, guide, repair, progress, reference, metrics):
             if is_main():
-                show_row(row)
+                _show_row(row)
     if is_main():
         same = point_facts(trained, points[0], real, guide)
         found = finish_sweep(out, best, {key: same[key] for key in ("checkpoint", "extractor", "reference_checksum")})
         typer.echo(f"\nbest point by {best}:")
-        show_row(found)
+        _show_row(found)
 
 
-@app.command(cls=Command)
-def info(
+@app.command(name="info", cls=_Command)
+def _info(
     source: Annotated[
         str, typer.Argument(help="A checkpoint, the folder of a run, a recipe, a sample file, or a folder of latents.")
     ],
@@ -520,11 +520,11 @@ def info(
         typer.echo(f"{len(file.x)} samples of shape {tuple(file.x.shape[1:])}, {'no ' if file.c is None else ''}labels")
         typer.echo(json.dumps(file.facts, indent=1))
     else:
-        typer.echo(describe_trained(load_trained(path)))
+        typer.echo(_describe_trained(load_trained(path)))
 
 
-@app.command(cls=Command)
-def models() -> None:
+@app.command(name="models", cls=_Command)
+def _models() -> None:
     """List the trained models that come with the package, each with what it is and how large.
 
     Example: guidance-nb models
@@ -537,7 +537,7 @@ def models() -> None:
         typer.echo(f"{name:24} {size:4.1f} MB  {title.split(';')[0]}")
 
 
-def describe_trained(trained: "Trained") -> str:
+def _describe_trained(trained: "Trained") -> str:
     "What a checkpoint of a `trained` network holds, as lines of text."
     from guidance_nb.cli.recipe import describe_recipe
 
@@ -552,7 +552,7 @@ def describe_trained(trained: "Trained") -> str:
     return "\n".join([*lines, "", describe_recipe(trained.recipe)])
 
 
-def show_row(row: Json) -> None:
+def _show_row(row: Json) -> None:
     "Print the metrics of a `row` of a table, and what it takes to read them."
     from guidance_nb.cli.evaluation import is_metric
 
@@ -586,11 +586,11 @@ def main() -> None:
     if message:
         typer.echo(message if "\n" in message else f"guidance-nb: {message}", err=True)
     if message or not code:
-        leave(failed=bool(message))
+        _leave(failed=bool(message))
     sys.exit(code)
 
 
-def leave(failed: bool = False) -> None:
+def _leave(failed: bool = False) -> None:
     "Part from other processes, if there are any; `failed` says whether they may still wait for this one."
     if "torch.distributed" in sys.modules:
         from guidance_nb._processes import destroy_process_group

@@ -50,13 +50,13 @@ if TYPE_CHECKING:
 
 __all__ = ["score"]
 
-METRICS = ("fd", "sfd", "kd", "score", "fid", "sfid", "kid", "is", "precision", "recall", "agreement")
-HIGHER = ("precision", "recall", "agreement", "is", "score")  # better if higher; all others are distances
+_METRICS = ("fd", "sfd", "kd", "score", "fid", "sfid", "kid", "is", "precision", "recall", "agreement")
+_HIGHER = ("precision", "recall", "agreement", "is", "score")  # better if higher; all others are distances
 
 
 def is_metric(name: str) -> bool:
     "Whether a column of this `name` holds a metric, such as fid or recall_resnet56."
-    return name.split("_")[0] in METRICS
+    return name.split("_")[0] in _METRICS
 
 
 def find_feature_extractor(
@@ -83,7 +83,7 @@ def find_feature_extractor(
     return Extractor(trained.recipe.method.name, layers, device, trained.classes)
 
 
-def check_size(samples: tuple[int, ...], reference: tuple[int, ...]) -> None:
+def _check_size(samples: tuple[int, ...], reference: tuple[int, ...]) -> None:
     "Raise an error for `samples` and `reference` of other heights and widths."
     if samples != reference:
         sizes = " and ".join("x".join(map(str, size)) for size in (samples, reference))
@@ -106,7 +106,7 @@ def load_real(
         square = shape[-1] if shape and shape[-1] == shape[-2] and path.is_dir() else None
         x, name = load_samples(path, size=square).x, path.name
     if shape:
-        check_size(tuple(shape[1:]), tuple(x.shape[2:]))
+        _check_size(tuple(shape[1:]), tuple(x.shape[2:]))
     return x, name
 
 
@@ -171,7 +171,7 @@ def extract_reference_features(
     return found[0], chosen
 
 
-def match_labels(file: SampleFile, extractor: Extractor) -> Tensor | None:
+def _match_labels(file: SampleFile, extractor: Extractor) -> Tensor | None:
     "Labels of the samples in a `file` as the `extractor` numbers its classes, by name where both have names."
     names = file.facts.get("classes")
     if file.c is None or not extractor.classes or not isinstance(names, list) or not names:
@@ -195,8 +195,8 @@ def score(
 ) -> Json:  # One row of a table
     "Score samples: all metrics, class agreement if the extractor classifies, and the facts of their making."
     if reference.size:
-        check_size(tuple(file.x.shape[2:]), tuple(reference.size))
-    labels, facts = match_labels(file, extractor), dict(file.facts)
+        _check_size(tuple(file.x.shape[2:]), tuple(reference.size))
+    labels, facts = _match_labels(file, extractor), dict(file.facts)
     features = features or extract(file.x, extractor, "samples", batch_size, progress)
     made = (facts.get("sampler", ""), facts.get("steps", 0), facts.get("scale", math.nan), facts.get("seed", 0))
     row = provenance(features, reference, *made, facts.get("labels", "none" if labels is None else "as given"))
@@ -210,7 +210,7 @@ def score(
     return row
 
 
-def baseline_size(source: str, reference: Features, n: int) -> tuple[str, int]:
+def _baseline_size(source: str, reference: Features, n: int) -> tuple[str, int]:
     """What can stand for real images that are not in the `reference`, which came from `source`: for n samples.
 
     The other split of a published data set, or "" for one half of the reference, and how many images there are.
@@ -229,7 +229,7 @@ def baseline_row(
     metrics: tuple[str, ...] | None = None,  # As for score
 ) -> Json | None:  # A row of method "real", or None where there are no other real images
     "How n real images score that are not in the reference: the other split, or one half of the reference on the other."
-    other, n = baseline_size(source, reference, n)
+    other, n = _baseline_size(source, reference, n)
     order = lambda total: torch.randperm(total, generator=torch.Generator().manual_seed(0))  # noqa: E731
     if other:
         data = load_images(source, other)
@@ -244,7 +244,7 @@ def baseline_row(
     return row | {"reference_checksum": reference.checksum} | feature_scores(one, two, metrics)
 
 
-class MeasuredGuidanceLoss:
+class _MeasuredGuidanceLoss:
     "Model-guidance with a weight moved every so many steps by an error of the moving average (arXiv 2502.12154)."
 
     changes = True  # from step to step
@@ -278,7 +278,7 @@ class MeasuredGuidanceLoss:
 
 def measured_loss(
     recipe: Recipe, data: ImageData | LatentData, latents: Json | None, loss: Any
-) -> MeasuredGuidanceLoss:
+) -> _MeasuredGuidanceLoss:
     "A Model-guidance `loss` whose weight follows the Fréchet distance of samples, as `recipe`, `data`, `latents` say."
     table = recipe.method
     extractor = find_feature_extractor(table.auto_features)
@@ -291,7 +291,7 @@ def measured_loss(
         file = generate(replace(blank, model=model), Request(n=table.auto_samples), progress=False)
         return main_only(lambda: float(score(file, real, extractor, names)[best]))
 
-    return MeasuredGuidanceLoss(loss, measure, table.auto_every)
+    return _MeasuredGuidanceLoss(loss, measure, table.auto_every)
 
 
 # Sweeps
@@ -329,7 +329,7 @@ def has_facts(row: Json, wanted: Json) -> bool:
     return all(_same(row.get(name, ""), value) for name, value in wanted.items())
 
 
-def is_done(file: Path, wanted: Json) -> bool:
+def _is_done(file: Path, wanted: Json) -> bool:
     "Whether a table in a `file` has a row with the `wanted` values."
     return file.exists() and any(has_facts(row, wanted) for row in read_rows(file)[1])
 
@@ -362,8 +362,8 @@ def sweep(
 
     def add_baseline() -> Json | None:
         n = max(point.n for point in points)
-        wanted = {"method": "real", "n": baseline_size(source, reference, n)[1], "extractor": reference.extractor}
-        if is_done(file, wanted | {"reference_checksum": reference.checksum}):
+        wanted = {"method": "real", "n": _baseline_size(source, reference, n)[1], "extractor": reference.extractor}
+        if _is_done(file, wanted | {"reference_checksum": reference.checksum}):
             return None
         row = baseline_row(source, reference, extractor, n, metrics)
         append_rows(file, [row] if row else [])
@@ -371,7 +371,7 @@ def sweep(
 
     def missing_parts(wanted: Json) -> list[str]:  # "" for the samples as drawn, and the correction
         parts = ["", *([str(correction.path)] if correction else [])]
-        return [part for part in parts if not is_done(file, wanted | {"correction": part})]
+        return [part for part in parts if not _is_done(file, wanted | {"correction": part})]
 
     def write(final: SampleFile, features: Features) -> Json:
         row = score(final, reference, extractor, metrics, features=features)
@@ -392,7 +392,7 @@ def sweep(
                 yield main_only(partial(write, final, features))
 
 
-def read_curves(out: Path) -> "tuple[DataFrame, DataFrame]":
+def _read_curves(out: Path) -> "tuple[DataFrame, DataFrame]":
     "The rows of a sweep in a folder `out` as two pandas tables: points, each with its curve's name, and real images."
     with extra("plots"):
         import pandas as pd
@@ -424,7 +424,7 @@ def finish_sweep(
         from matplotlib import pyplot
     from guidance_nb.plots import show_curves
 
-    table, real = read_curves(out)
+    table, real = _read_curves(out)
     shown = [name for name in table.columns if is_metric(name)]
     check_choice("best", best, shown)
     size = (3.2 * len(shown), 3)
@@ -442,5 +442,5 @@ def finish_sweep(
     rows = [row for row in records if has_facts(row, among or {})]
     if not rows:
         raise ValueError(f"{out / 'rows.csv'} has no row of this sweep with {best}; allowed: at least one")
-    choose = max if best.split("_")[0] in HIGHER else min
+    choose = max if best.split("_")[0] in _HIGHER else min
     return choose(rows, key=lambda row: row[best])

@@ -124,8 +124,8 @@ def _rising_or_empty(values: tuple[float, ...], info: ValidationInfo) -> tuple[f
 
 
 Pair = Annotated[tuple[float, ...], AfterValidator(_rising)]
-Range = Annotated[tuple[float, ...], AfterValidator(_rising_or_empty)]
-Schedule = Literal["cosine", "constant"]
+_Range = Annotated[tuple[float, ...], AfterValidator(_rising_or_empty)]
+_Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 SEED: Json = {"ge": 0, "lt": 2**63}
 
@@ -141,7 +141,7 @@ class DataTable(Table):
     vae: str = key("", "For latents: folder or name of the autoencoder that decodes; empty takes the one that encoded")
 
 
-class UNetSettings(Table):
+class _UNetSettings(Table):
     "Settings of the U-Nets."
 
     widths: tuple[int, ...] = key((), "Channels of each level")
@@ -153,7 +153,7 @@ class UNetSettings(Table):
     patch: int = key(1, "Side of the patches that become the channels of one pixel", ge=1)
 
 
-class DiTSettings(Table):
+class _DiTSettings(Table):
     "Settings of the transformers."
 
     width: int = key(384, "Width of the tokens", ge=1)
@@ -163,7 +163,7 @@ class DiTSettings(Table):
     dropout: float = key(0.0, "Dropout inside the blocks", ge=0, le=1)
 
 
-class NetworkTable(Table):
+class _NetworkTable(Table):
     "What learns it."
 
     name: str = key("unet-small", 'A key of `IMAGE_NETWORKS`, or "linear" for a classifier')
@@ -172,33 +172,33 @@ class NetworkTable(Table):
     settings: Json = key({}, "Changes of the network's settings, such as dropout")
 
     @model_validator(mode="after")
-    def _check_settings(self) -> "NetworkTable":
+    def _check_settings(self) -> "_NetworkTable":
         check_choice("name", self.name, ["linear", *IMAGE_NETWORKS])
         require(self.name != "linear" or not self.settings, "settings", self.settings, "none for 'linear'")
         try:
-            found = (UNetSettings if self.name.startswith("unet") else DiTSettings)(**self.settings)
+            found = (_UNetSettings if self.name.startswith("unet") else _DiTSettings)(**self.settings)
         except ValueError as error:
             raise ValueError(f"settings.{error}".replace("settings.unknown", "network.settings: unknown")) from None
         self.settings.update({name: getattr(found, name) for name in found.model_fields_set})
         return self
 
 
-Method = Literal[
+_Method = Literal[
     "plain", "aligned_loss", "model_guidance", "classifier", "evaluation_classifier", "flow_postprocessing"
 ]
 
 
-Weight = Literal["", "x0", "eps", "v", "min_snr", "p2"]
+_Weight = Literal["", "x0", "eps", "v", "min_snr", "p2"]
 
 
-class MethodTable(Table):
+class _MethodTable(Table):
     "The loss it trains by."
 
-    name: Method = key("plain", "The loss; classifiers see noisy images, evaluation classifiers clean ones")
+    name: _Method = key("plain", "The loss; classifiers see noisy images, evaluation classifiers clean ones")
     dropout: float = key(0.1, "Probability of training without the label, for losses with label dropout", ge=0, le=1)
     scale: float = key(2.0, 'Guidance scale trained for ("aligned_loss", "model_guidance" without `scale_range`)')
     anchor: float = key(0.0, 'Weight of the unconditional term of "aligned_loss"', ge=0)
-    scale_range: Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
+    scale_range: _Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
     guided_share: float = key(0.5, 'Share of a scale-aware "model_guidance" at a drawn scale, not at 1', ge=0, le=1)
     unconditional: Literal["null", "contrastive", "uniform"] = key("null", 'What "model_guidance" guides away from')
     interval: Pair = key((0.0, 0.75), 'Times at which "model_guidance" guides')
@@ -206,7 +206,7 @@ class MethodTable(Table):
         (), "Mean and deviation of log(sigma / alpha) at training times; empty: the path's own"
     )
     time_shift: float = key(1.0, "Factor on sigma / alpha at training times, above 1 for larger images", gt=0)
-    weight: Weight = key("", "Weighting over noise levels; empty keeps the loss's own")
+    weight: _Weight = key("", "Weighting over noise levels; empty keeps the loss's own")
     start_step: int = key(0, 'Step at which "model_guidance" begins to guide', ge=0)
     auto_every: int = key(
         0, 'Steps between moves of the weight of "model_guidance" by a measured error; 0 keeps it', ge=0
@@ -220,13 +220,13 @@ class MethodTable(Table):
     weights: str = key("", "Folder of the weights of `space`")
 
 
-class LoopTable(Table):
+class _LoopTable(Table):
     "For how long, and with what care."
 
     steps: int = key(2000, "Optimiser steps", ge=1)
     batch_size: int = key(128, "Images per optimiser step, over all processes together", ge=1)
     lr: float = key(1e-3, "Peak learning rate of AdamW", gt=0, le=1)
-    schedule: Schedule = key("cosine", "Decay of the learning rate")
+    schedule: _Schedule = key("cosine", "Decay of the learning rate")
     warmup: int = key(0, "Steps of linear warm-up", ge=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW", ge=0)
     clip: float = key(0.0, "Largest norm of the gradient; 0 does not clip", ge=0)
@@ -240,7 +240,7 @@ class LoopTable(Table):
     keep: int = key(2, "Newest checkpoints to keep", ge=1)
 
 
-class TrainingTable(LoopTable):
+class _TrainingTable(_LoopTable):
     "For how long, and with what care."
 
     compile: bool = key(False, "Whether to compile the network")
@@ -250,7 +250,7 @@ class TrainingTable(LoopTable):
     tracker: str = key("", 'A tracker of Accelerate, such as "tensorboard"')
 
 
-class SamplingTable(Table):
+class _SamplingTable(Table):
     "How it is sampled, unless the call says otherwise."
 
     sampler: Sampler = key("heun", "Sampler")
@@ -264,10 +264,10 @@ class Recipe(Table):
 
     title: str = key("", "What this is, in one line")
     data: DataTable = DataTable()
-    network: NetworkTable = NetworkTable()
-    method: MethodTable = MethodTable()
-    training: TrainingTable = TrainingTable()
-    sampling: SamplingTable = SamplingTable()
+    network: _NetworkTable = _NetworkTable()
+    method: _MethodTable = _MethodTable()
+    training: _TrainingTable = _TrainingTable()
+    sampling: _SamplingTable = _SamplingTable()
 
     @property
     def latents(self) -> Path | None:
@@ -297,7 +297,7 @@ class Recipe(Table):
         return self
 
 
-class CaptionedTable(Table):
+class _CaptionedTable(Table):
     "What is learned."
 
     source: str = key("", "Folder of captioned pictures")
@@ -307,7 +307,7 @@ class CaptionedTable(Table):
     crop: Literal["adm", "torchvision"] = key("adm", "How pictures are cropped")
 
 
-class PipelineTable(Table):
+class _PipelineTable(Table):
     "What learns it."
 
     name: str = key("", "Folder or Hub name of a Stable Diffusion pipeline")
@@ -324,22 +324,22 @@ class FineTuningMethodTable(Table):
     dropout: float = key(0.1, 'Probability of training without the caption ("plain", "model_guidance")', ge=0, le=1)
     scale: float = key(7.5, 'Guidance scale trained for; for "plain" the one suggested for sampling')
     two_stage: bool = key(False, 'Whether "aligned_loss" keeps the activations of one branch at a time')
-    scale_range: Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
+    scale_range: _Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
     interval: Pair = key((0.0, 1.0), 'Times at which "model_guidance" guides')
 
 
-class FineTuningLoopTable(LoopTable):
+class _FineTuningLoopTable(_LoopTable):
     "For how long, and with what care."
 
     steps: int = key(1000, "Optimiser steps", ge=1)
     batch_size: int = key(16, "Pictures per optimiser step, over all processes together", ge=1)
     lr: float = key(1e-5, "Peak learning rate of AdamW", gt=0, le=1)
-    schedule: Schedule = key("constant", "Decay of the learning rate")
+    schedule: _Schedule = key("constant", "Decay of the learning rate")
     clip: float = key(1.0, "Largest norm of the gradient; 0 does not clip", ge=0)
     precision: Precision = key("auto", "Arithmetic; auto is bf16 where the hardware is made for it")
 
 
-class GridTable(Table):
+class _GridTable(Table):
     "Pictures before and after."
 
     prompts: tuple[str, ...] = key((), "Prompts of the grid; none draws no grid")
@@ -352,11 +352,11 @@ class FineTuning(Table):
     "All that decides a fine-tuning run of a text-to-image pipeline."
 
     title: str = key("", "What this is, in one line")
-    data: CaptionedTable = CaptionedTable()
-    pipeline: PipelineTable = PipelineTable()
+    data: _CaptionedTable = _CaptionedTable()
+    pipeline: _PipelineTable = _PipelineTable()
     method: FineTuningMethodTable = FineTuningMethodTable()
-    training: FineTuningLoopTable = FineTuningLoopTable()
-    grid: GridTable = GridTable()
+    training: _FineTuningLoopTable = _FineTuningLoopTable()
+    grid: _GridTable = _GridTable()
 
     @model_validator(mode="after")
     def _check_together(self) -> "FineTuning":
@@ -366,8 +366,8 @@ class FineTuning(Table):
         return self
 
 
-FOLDERS: dict[type[Table], Path] = {Recipe: Path(__file__).parent / "recipe_files"}
-FOLDERS[FineTuning] = FOLDERS[Recipe] / "finetuning"
+_FOLDERS: dict[type[Table], Path] = {Recipe: Path(__file__).parent / "recipe_files"}
+_FOLDERS[FineTuning] = _FOLDERS[Recipe] / "finetuning"
 
 
 def _fields(kind: type[Table]) -> Iterator[tuple[str, FieldInfo]]:
@@ -405,7 +405,7 @@ def is_switch(
     kind: type[Table] = Recipe,  # Recipe, FineTuning or another table
 ) -> bool:
     "Whether a key is true or false."
-    setting = UNetSettings.model_fields.get(name.removeprefix("network.settings."))
+    setting = _UNetSettings.model_fields.get(name.removeprefix("network.settings."))
     fields = dict(_fields(kind)) | ({name: setting} if setting and name.startswith("network.settings.") else {})
     return name in fields and fields[name].annotation is bool
 
@@ -434,7 +434,9 @@ def recipe_names(
     kind: type[Table] = Recipe,  # Recipe or FineTuning
 ) -> list[str]:
     "Names of the recipes that come with the package; models/NAME is the one that the shipped model NAME comes from."
-    found = [path.relative_to(FOLDERS[kind]) for end in ("*.toml", "models/*.toml") for path in FOLDERS[kind].glob(end)]
+    found = [
+        path.relative_to(_FOLDERS[kind]) for end in ("*.toml", "models/*.toml") for path in _FOLDERS[kind].glob(end)
+    ]
     return sorted(path.with_suffix("").as_posix() for path in found)
 
 
@@ -445,7 +447,7 @@ def read_recipe(
 ) -> R:  # The recipe
     "Read a recipe; unknown names and keys, and values out of range, are a `ValueError` of one line."
     names = recipe_names(kind)
-    path = FOLDERS[kind] / f"{source}.toml" if str(source) in names else Path(source)
+    path = _FOLDERS[kind] / f"{source}.toml" if str(source) in names else Path(source)
     if not path.is_file():
         near = difflib.get_close_matches(str(source), names, 3, 0.4) or names
         raise ValueError(f"recipe = {str(source)!r}; allowed: a TOML file, or a name such as {', '.join(near)}")

@@ -99,7 +99,7 @@ def make_data(recipe: Recipe, split: str = "train") -> ImageData | LatentData:
     return take_images(data, table.limit) if table.limit else data
 
 
-def read_generated(
+def _read_generated(
     files: tuple[str, ...],  # Sample files or folders of images
     shape: tuple[int, ...],  # Shape that one image must have
     num_classes: int,  # Number of classes
@@ -117,10 +117,10 @@ def read_generated(
     return x, torch.cat(labels)
 
 
-def read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
+def _read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
     "Samples of a `recipe` of post-processing, each with its nearest images of `data`."
     method = recipe.method
-    x, c = read_generated(method.samples, data.shape, data.num_classes)
+    x, c = _read_generated(method.samples, data.shape, data.num_classes)
     real = from_uint8(data.images(torch.arange(len(data))))
     if method.space == "classifier":
         from guidance_nb.cli.evaluation import find_feature_extractor
@@ -146,15 +146,15 @@ def recipe_shape(recipe: Recipe) -> tuple[tuple[int, ...], int]:
 # Training
 
 
-LOOP = ("steps", "save_every", "keep", "precision", "gradient_accumulation_steps", "gradient_checkpointing")
-SPEED = ("compile", "cuda_graphs", "channels_last", "grid_every", "tracker")
-MAY_CHANGE = (  # at a resume; whether more steps may follow is for `fit` to say
+_LOOP = ("steps", "save_every", "keep", "precision", "gradient_accumulation_steps", "gradient_checkpointing")
+_SPEED = ("compile", "cuda_graphs", "channels_last", "grid_every", "tracker")
+_MAY_CHANGE = (  # at a resume; whether more steps may follow is for `fit` to say
     *("recipe.title", "recipe.sampling", "recipe.data.vae"),
-    *(f"recipe.training.{name}" for name in (*LOOP, *SPEED)),
+    *(f"recipe.training.{name}" for name in (*_LOOP, *_SPEED)),
 )
 
 
-class CleanLoss:
+class _CleanLoss:
     "Cross-entropy of a classifier of clean images."
 
     def __call__(self, model: nn.Module, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
@@ -176,13 +176,13 @@ def make_loss(recipe: Recipe) -> Callable:
     losses: dict[str, Callable] = {
         "plain": DenoisingLoss(method.dropout),
         "classifier": ClassifierLoss(PATHS[recipe.network.path]()),
-        "evaluation_classifier": CleanLoss(),
+        "evaluation_classifier": _CleanLoss(),
         "flow_postprocessing": PairLoss(),
     }
     return losses[method.name]
 
 
-def make_times(recipe: Recipe) -> TrainingTimes | None:
+def _make_times(recipe: Recipe) -> TrainingTimes | None:
     "The training times and weights of a `recipe`; None for those usual on its path."
     method = recipe.method
     options: Json = {"shift": method.time_shift, "weight": method.weight or None}
@@ -194,9 +194,9 @@ def make_times(recipe: Recipe) -> TrainingTimes | None:
 def make_engine(recipe: Recipe, folder: Path | None = None, metadata: Json | None = None) -> Engine:
     "How a `recipe` is run, in a `folder` of checkpoints that hold `metadata`."
     table = recipe.training
-    same = [*LOOP[1:], "compile", "cuda_graphs", "channels_last", "warmup", "weight_decay"]
+    same = [*_LOOP[1:], "compile", "cuda_graphs", "channels_last", "warmup", "weight_decay"]
     options: Json = {name: getattr(table, name) for name in same}
-    options |= {"folder": folder, "metadata": metadata or {}, "may_change": MAY_CHANGE}
+    options |= {"folder": folder, "metadata": metadata or {}, "may_change": _MAY_CHANGE}
     return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
 
 
@@ -231,7 +231,7 @@ def check_trainable(recipe: Recipe) -> None:
         check_compiler()
 
 
-def check_fits(recipe: Recipe, data: ImageData | LatentData) -> None:
+def _check_fits(recipe: Recipe, data: ImageData | LatentData) -> None:
     "Raise an error, before any work, for a `recipe` too large for its `data` or this machine's memory."
     table, channels = recipe.training, recipe.sampling.guided_channels
     most = data.shape[0]
@@ -255,7 +255,7 @@ def make_training(recipe: Recipe, data: Any) -> tuple[Any, Any, tuple[str, ...]]
     "What a `recipe` trains on its `data`: untrained model, data for fit, names of the classes the model knows."
     if recipe.method.name != "flow_postprocessing":
         return make_model(recipe, data.shape, data.num_classes), data, data.classes
-    pairs = read_pairs(recipe, data)
+    pairs = _read_pairs(recipe, data)
     classes = () if pairs.labels is None else data.classes
     net = make_model(recipe, data.shape, len(classes)).net
     return FlowPostprocessor.from_pairs(pairs, len(classes), net=net, dropout=recipe.method.dropout), pairs, classes
@@ -270,7 +270,7 @@ def train_recipe(
     "Train a recipe, from the newest intact checkpoint if there is one, and yield every state of `fit`."
     check_trainable(recipe)
     data = make_data(recipe)  # errors come before a folder is made
-    check_fits(recipe, data)
+    _check_fits(recipe, data)
     folder, table = check_folder("out", Path(folder)), recipe.training
     model, source, classes = make_training(recipe, data)
     facts: Json = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape)}
@@ -278,10 +278,10 @@ def train_recipe(
     if isinstance(data, LatentData):  # what decodes them must be kept
         facts["latents"] = {"vae": data.index["vae"], "settings": {"image": data.index["settings"]["image"]}}
         if table.grid_every:
-            find_vae(recipe, data.index)  # rather now than at the first grid
+            _find_vae(recipe, data.index)  # rather now than at the first grid
     same = ("batch_size", "lr", "schedule", "ema", "ema_warmup", "seed")
     options: Json = {name: getattr(table, name) for name in same}
-    options["times"], loss = make_times(recipe), make_loss(recipe)
+    options["times"], loss = _make_times(recipe), make_loss(recipe)
     if recipe.method.auto_every:
         from guidance_nb.cli.evaluation import measured_loss
 
@@ -295,7 +295,7 @@ def train_recipe(
             trained = Trained(
                 state.ema, recipe, data.shape, data.classes, state.step, folder, True, facts.get("latents")
             )
-            save_grid(trained, folder / f"grid-{state.step:08d}.png")
+            _save_grid(trained, folder / f"grid-{state.step:08d}.png")
         yield state
 
 
@@ -386,7 +386,7 @@ def build_guided(
     return trained.model
 
 
-def find_vae(recipe: Recipe, index: Json, source: str = "") -> VAE:
+def _find_vae(recipe: Recipe, index: Json, source: str = "") -> VAE:
     """The autoencoder of a `recipe` for latents, or the one named by `source`.
 
     One whose factor, shift or channels differ from the encoding's, which `index` or a checkpoint keeps, is an error.
@@ -404,7 +404,7 @@ def find_vae(recipe: Recipe, index: Json, source: str = "") -> VAE:
 
 
 @torch.no_grad()
-def save_grid(trained: Trained, file: Path, rows: int = 4) -> None:
+def _save_grid(trained: Trained, file: Path, rows: int = 4) -> None:
     "Draw `rows` samples of every class into a PNG `file`, from the same noise each time; a classifier has none."
     if not isinstance(trained.model, Denoiser):
         return
@@ -412,7 +412,7 @@ def save_grid(trained: Trained, file: Path, rows: int = 4) -> None:
     c, seed = torch.arange(rows * classes) % classes, trained.recipe.training.seed
     x = sample(build_guided(trained), c, trained.shape, table.sampler, table.sampler_steps, seed=seed, progress=False)
     if trained.latents is not None:
-        x = from_uint8(decode(find_vae(trained.recipe, trained.latents), x))
+        x = from_uint8(decode(_find_vae(trained.recipe, trained.latents), x))
     write_picture(x, file, classes)
 
 
@@ -428,7 +428,7 @@ def write_picture(x: Tensor, file: Path, columns: int) -> None:
 # Samples
 
 
-def read_labels(text: str, n: int, classes: tuple[str, ...]) -> Tensor:
+def _read_labels(text: str, n: int, classes: tuple[str, ...]) -> Tensor:
     """Labels `[n]` of samples to draw.
 
     `text` is "balanced", every class equally often, or names of `classes` separated by commas, used in turn. A class
@@ -469,11 +469,11 @@ def complete_request(trained: Trained, request: Request, classifier: Trained | N
     usual = {"scale": trained.scale, "sampler": table.sampler, "steps": table.sampler_steps}
     usual["channels"] = table.guided_channels
     asked = request.changed(**{name: value for name, value in usual.items() if getattr(request, name) is None})
-    read_labels(asked.labels, asked.n, trained.classes)
+    _read_labels(asked.labels, asked.n, trained.classes)
     view = build_guided(trained, asked.scale, classifier, asked.interval, asked.channels or 0)
     time_grid(view.path, asked.steps or 0, asked.sampler or "")
     if trained.latents is not None:
-        find_vae(trained.recipe, trained.latents, asked.vae)
+        _find_vae(trained.recipe, trained.latents, asked.vae)
     elif asked.vae:
         raise ValueError(f"vae = {asked.vae!r}; allowed: none, for {trained.path} was trained on pictures")
     return asked
@@ -501,7 +501,7 @@ def generate(
     "Draw samples, on all processes if there are several; latents are decoded, their pictures are in the main process."
     asked = complete_request(trained, request, classifier)
     model = build_guided(trained, asked.scale, classifier, asked.interval, asked.channels or 0)
-    c, start = read_labels(asked.labels, asked.n, trained.classes), time.perf_counter()
+    c, start = _read_labels(asked.labels, asked.n, trained.classes), time.perf_counter()
     device = next(trained.model.parameters()).device
     rank, world = find_processes(device)
     own = len(torch.arange(asked.n).tensor_split(world)[rank])
@@ -518,7 +518,7 @@ def generate(
     if trained.latents is None:
         images = to_uint8(x.cpu())
     else:
-        vae = find_vae(trained.recipe, trained.latents, asked.vae)
+        vae = _find_vae(trained.recipe, trained.latents, asked.vae)
         images = decode_all(vae, x, min(32, asked.batch_size), progress)
     facts["seconds"] = round(time.perf_counter() - start, 3)
     return SampleFile(images, c, facts)

@@ -20,11 +20,11 @@ from guidance_nb._files import Json, digest, parse_json, remove, write_aside
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
-FORMAT = 2  # Version of the layout of a checkpoint
-NAMES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+_FORMAT = 2  # Version of the layout of a checkpoint
+_NAMES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
-class DamagedCheckpoint(ValueError):
+class _DamagedCheckpoint(ValueError):
     """A checkpoint that is incomplete or whose content is not what was written."""
 
 
@@ -48,17 +48,17 @@ class Checkpoint:
     @cached_property
     def model(self) -> dict[str, Tensor]:
         """Weights of the model, for `load_state_dict`."""
-        return _read_tensors(self.path / NAMES[0])
+        return _read_tensors(self.path / _NAMES[0])
 
     @cached_property
     def ema(self) -> dict[str, Tensor]:
         """Weights of the moving average, for `load_state_dict`; sample from these."""
-        return _read_tensors(self.path / NAMES[1])
+        return _read_tensors(self.path / _NAMES[1])
 
     @cached_property
     def optimizer(self) -> dict[str, Tensor]:
         """Moments of AdamW, named `exp_avg/weight`, `exp_avg_sq/weight`, `step/weight`."""
-        return _read_tensors(self.path / NAMES[2])
+        return _read_tensors(self.path / _NAMES[2])
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def seal_record(record: Json) -> str:
+def _seal_record(record: Json) -> str:
     """The text of `checkpoint.json`: the record with a checksum of itself."""
     body = {key: value for key, value in record.items() if key != "checksum"}
     return json.dumps(body | {"checksum": digest(json.dumps(body, sort_keys=True))}, indent=1, sort_keys=True)
@@ -93,14 +93,14 @@ def write_checkpoint(folder: Path, record: Json, parts: tuple[Any, nn.Module, di
     try:
         with write_aside(target) as aside:
             aside.mkdir()
-            for name, part in zip(NAMES, parts):
+            for name, part in zip(_NAMES, parts):
                 if isinstance(part, dict):
                     save_file(part, aside / name)
                 else:  # weights that are shared are written once
                     save_model(part, str(aside / name))
                 files[name] = {"bytes": (aside / name).stat().st_size, "sha256": digest(aside / name)}
             name = "checkpoint.json"
-            (aside / name).write_text(seal_record(record | {"format": FORMAT, "files": files}), encoding="utf-8")
+            (aside / name).write_text(_seal_record(record | {"format": _FORMAT, "files": files}), encoding="utf-8")
     except OSError as error:
         left = f"the previous checkpoint ({older}) is intact" if older else "there is no earlier checkpoint"
         told = str(error.strerror).replace(str(target), str(target / name), 1)
@@ -115,10 +115,10 @@ def write_weights(saved: Checkpoint, target: Path, metadata: Json) -> None:
     weights = {name: value.half() if value.is_floating_point() else value for name, value in saved.ema.items()}
     with write_aside(target) as aside:
         aside.mkdir()
-        save_file(weights, aside / NAMES[1])
-        files = {NAMES[1]: {"bytes": (aside / NAMES[1]).stat().st_size, "sha256": digest(aside / NAMES[1])}}
+        save_file(weights, aside / _NAMES[1])
+        files = {_NAMES[1]: {"bytes": (aside / _NAMES[1]).stat().st_size, "sha256": digest(aside / _NAMES[1])}}
         record = saved.record | {"metadata": dict(metadata), "files": files}
-        (aside / "checkpoint.json").write_text(seal_record(record), encoding="utf-8")
+        (aside / "checkpoint.json").write_text(_seal_record(record), encoding="utf-8")
 
 
 def prune_checkpoints(newest: Path, keep: int) -> None:
@@ -133,23 +133,23 @@ def _check(path: Path) -> Json:
     try:
         text = (path / "checkpoint.json").read_text(encoding="utf-8")
         record = parse_json(text)
-        intact = text == seal_record(record)
+        intact = text == _seal_record(record)
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path}: checkpoint.json is missing") from None
+        raise _DamagedCheckpoint(f"{path}: checkpoint.json is missing") from None
     except (ValueError, AttributeError):
         intact = False
     if not intact:
-        raise DamagedCheckpoint(f"{path}: checkpoint.json is not what was written")
-    if record["format"] != FORMAT:
+        raise _DamagedCheckpoint(f"{path}: checkpoint.json is not what was written")
+    if record["format"] != _FORMAT:
         by = record.get("versions", {}).get("guidance_nb", "unknown")
-        raise ValueError(f"{path} has format {record['format']} (guidance_nb {by}); allowed: format {FORMAT}")
+        raise ValueError(f"{path} has format {record['format']} (guidance_nb {by}); allowed: format {_FORMAT}")
     for name, written in record["files"].items():
         if not (path / name).is_file():
-            raise DamagedCheckpoint(f"{path}: {name} is missing")
+            raise _DamagedCheckpoint(f"{path}: {name} is missing")
         if (size := (path / name).stat().st_size) != written["bytes"]:
-            raise DamagedCheckpoint(f"{path}: {name} has {size} bytes instead of {written['bytes']}")
+            raise _DamagedCheckpoint(f"{path}: {name} has {size} bytes instead of {written['bytes']}")
         if digest(path / name) != written["sha256"]:
-            raise DamagedCheckpoint(f"{path}: {name} is not what was written (wrong checksum)")
+            raise _DamagedCheckpoint(f"{path}: {name} is not what was written (wrong checksum)")
     return record
 
 
@@ -163,11 +163,11 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     for candidate in checkpoints_in(path):
         try:
             return Checkpoint(candidate, _check(candidate))
-        except DamagedCheckpoint as error:
+        except _DamagedCheckpoint as error:
             problems.append(str(error))
             warnings.warn(f"damaged checkpoint skipped: {error}", stacklevel=3)
     if problems:
-        raise DamagedCheckpoint(f"no intact checkpoint is left in {path} ({problems[0]}); allowed: another folder")
+        raise _DamagedCheckpoint(f"no intact checkpoint is left in {path} ({problems[0]}); allowed: another folder")
     raise FileNotFoundError(f"{path} holds no checkpoint; allowed: a folder with step-00001000 or the like")
 
 

@@ -41,7 +41,7 @@ class NetworkCost:
     gradient_checkpointing: bool = False  # Whether the activations are those of gradient checkpointing
 
 
-def kept_bytes(net: nn.Module, run: Callable[[], Tensor]) -> int:
+def _kept_bytes(net: nn.Module, run: Callable[[], Tensor]) -> int:
     """Bytes of all tensors that a forward pass keeps, each storage counted once, the network's own weights aside."""
     own = {p.untyped_storage()._cdata for p in net.parameters()}
     found: dict[int, Tensor] = {}
@@ -56,7 +56,7 @@ def kept_bytes(net: nn.Module, run: Callable[[], Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for x in found.values())
 
 
-def count_network(
+def _count_network(
     build: Callable[[], nn.Module],
     inputs: Callable[[int], tuple],
     precision: Literal["fp32", "bf16"] = "bf16",
@@ -83,7 +83,7 @@ def count_network(
         kept = []
         for n in (1, 2):
             with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
-                kept.append(kept_bytes(net, lambda args=inputs(n): net(*args)))  # type: ignore[misc]
+                kept.append(_kept_bytes(net, lambda args=inputs(n): net(*args)))  # type: ignore[misc]
     there, back = (float(mode.get_total_flops()) / 2 for mode in (forward, backward))
     weights, each = sum(p.numel() for p in net.parameters()), kept[1] - kept[0]
     return NetworkCost(weights, there, back, float(each), float(max(0, kept[0] - each)), gradient_checkpointing)
@@ -97,7 +97,7 @@ def _count_named(name: str, shape: tuple[int, ...], classes: int, options: tuple
         scales = (torch.ones(n),) if aware else ()
         return torch.zeros(n, *shape), torch.zeros(n), torch.zeros(n, dtype=torch.long), *scales
 
-    return count_network(lambda: build_network(name, shape, classes, aware, **dict(changes)), inputs, *how)
+    return _count_network(lambda: build_network(name, shape, classes, aware, **dict(changes)), inputs, *how)
 
 
 def network_cost(

@@ -44,7 +44,7 @@ def check_compiler() -> None:
         raise ValueError(f"compile = True; allowed: False, for torch.compile does not work here ({reason})") from None
 
 
-def outer_lists(model: nn.Module) -> list[list[nn.Module]]:
+def _outer_lists(model: nn.Module) -> list[list[nn.Module]]:
     """The lists of a network that are in no other list, such as that of its blocks; only parts with weights."""
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     outer = [part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
@@ -58,7 +58,7 @@ def compile_network(net: nn.Module) -> None:
         kinds = {(type(block), *(p.shape for p in block.parameters())) for block in blocks}
         return len(kinds) == 1 < len(blocks) and any(blocks[0].children())
 
-    lists = outer_lists(net)
+    lists = _outer_lists(net)
     for part in chain(*lists) if lists and all(map(equal, lists)) else [net]:
         part.compile()
 
@@ -146,7 +146,9 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]):
         super().__init__()
         self.model, self.rule = model, (loss,)  # a tuple, so that networks inside a loss are not taken for ours
-        self._no_split_modules = sorted({type(part).__name__ for parts in outer_lists(model) for part in parts})  # FSDP
+        self._no_split_modules = sorted(
+            {type(part).__name__ for parts in _outer_lists(model) for part in parts}
+        )  # FSDP
 
     def forward(self, x0: Tensor, c: Condition | None, context: LossContext) -> Tensor:
         """Per-sample losses `[batch]`."""

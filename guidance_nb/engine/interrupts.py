@@ -8,8 +8,8 @@ from typing import Any
 
 __all__: list[str] = []
 
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-IGNORABLE = (signal.SIG_DFL, signal.default_int_handler)  # whoever has set anything else, such as nohup, means it
+_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_IGNORABLE = (signal.SIG_DFL, signal.default_int_handler)  # whoever has set anything else, such as nohup, means it
 
 
 class _Stops:
@@ -43,7 +43,7 @@ def stop_signals() -> Iterator[None]:
         return
     if not _stops.runs:
         _stops.came = 0
-        _stops.before = {n: signal.getsignal(n) for n in STOPS if signal.getsignal(n) in IGNORABLE}
+        _stops.before = {n: signal.getsignal(n) for n in _STOPS if signal.getsignal(n) in _IGNORABLE}
         for number in _stops.before:
             signal.signal(number, _stops.handle)
     _stops.runs += 1

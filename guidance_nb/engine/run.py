@@ -96,7 +96,7 @@ class Engine:
                 return
             show = progress and run.accelerator.is_main_process
             bar = tqdm(total=settings["steps"], initial=run.step, desc=description, unit=" steps", disable=not show)
-            with bar, closing(run.batches(data)) as source, stop_signals(), save_on_interrupt(run), memory_hint(run):
+            with bar, closing(run.batches(data)) as source, stop_signals(), _save_on_interrupt(run), _memory_hint(run):
                 for x, c in source:
                     with uninterrupted():
                         run.train_step(x, c)
@@ -109,7 +109,7 @@ class Engine:
                             run.save()
 
 
-class DeferredLoss:
+class _DeferredLoss:
     """The loss of a step; a GPU sends it on its way, and it is waited for when somebody asks."""
 
     def __init__(self, value: Tensor, step: int):
@@ -142,7 +142,7 @@ class Run:
         extra = {name: getattr(engine, name) for name in ("clip", "warmup", "weight_decay")}
         self.law = settings.get("times")
         settings = settings | ({"times": repr(self.law)} if self.law else {})
-        self.settings = settings | extra | {"loss": describe_loss(loss), "data": describe_data(data, self.folder)}
+        self.settings = settings | extra | {"loss": _describe_loss(loss), "data": _describe_data(data, self.folder)}
         self.dropout = has_dropout(model)
         parts = [part for part in getattr(loss, "__dict__", {}).values() if isinstance(part, nn.Module)]
         for part in (model, *parts):
@@ -161,13 +161,13 @@ class Run:
         self.path: Path | None = None  # the newest checkpoint
         self.changes: list[dict] = []  # what differed at resumes
         self.whole = True  # False while weights, moments and average are not of one step
-        self.value: DeferredLoss | None = None  # loss of the last step
+        self.value: _DeferredLoss | None = None  # loss of the last step
         self.shown = math.nan  # the newest loss that is known without waiting
         self.eager = 0  # steps in this call that were not replayed
         self.graph: StepGraph | None = None
         self.decay: float | Tensor = 0.0  # of the average, at the coming step
         if engine.cuda_graphs:
-            check_graphs(self)
+            _check_graphs(self)
         if self.folder is not None:
             self.resume(held)
         if engine.compile:  # in place: names of weights and copies of the model stay plain
@@ -207,7 +207,7 @@ class Run:
             values = [self.forward_backward(x, c, n) for n in range(self.engine.gradient_accumulation_steps)]
             value = values[0] if len(values) == 1 else torch.stack(values).mean()
             value = self.accelerator.reduce(value, reduction="mean")
-        loss, last = DeferredLoss(value, self.step), self.step + 1 == self.settings["steps"]
+        loss, last = _DeferredLoss(value, self.step), self.step + 1 == self.settings["steps"]
         self.shown = self.check(self.value if loss.sent is not None and not last else loss)  # a GPU one step late
         if not self.engine.cuda_graphs or self.eager < 3:
             self.whole = False
@@ -275,7 +275,7 @@ class Run:
         self.whole = False
         return self.graph.replay(x, c, keyed_generator(self.settings["seed"], 0, self.step))
 
-    def check(self, loss: DeferredLoss | None) -> float:
+    def check(self, loss: _DeferredLoss | None) -> float:
         """The loss; an error if it is not finite."""
         if loss is None:
             return math.nan
@@ -308,7 +308,7 @@ class Run:
         loss, folder, main = self.check(self.value), self.folder, self.accelerator.is_main_process
         record = {
             "step": self.step, "loss": loss, "settings": self.settings, "metadata": self.engine.metadata,
-            "changes": self.changes, "loss_state": loss_state(self.loss),
+            "changes": self.changes, "loss_state": _loss_state(self.loss),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "versions": {"guidance_nb": guidance_nb.__version__, "torch": torch.__version__,
                          "python": platform.python_version()},
@@ -339,7 +339,7 @@ class Run:
         folder, engine = Path(self.engine.folder or ""), self.engine
 
         def find() -> Checkpoint | None:
-            loss_state(self.loss)  # finds out now, not at the first checkpoint, that it cannot be written
+            _loss_state(self.loss)  # finds out now, not at the first checkpoint, that it cannot be written
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 held.enter_context(locked(folder / ".lock", wait=False))
@@ -369,7 +369,7 @@ class Run:
         if self.scaler is not None and found.record["scaler"]:
             self.scaler.load_state_dict(found.record["scaler"])
         self.step, self.saved, self.path = found.step, found.step, found.path
-        self.value = DeferredLoss(torch.tensor(found.record["loss"], dtype=torch.float64), found.step - 1)
+        self.value = _DeferredLoss(torch.tensor(found.record["loss"], dtype=torch.float64), found.step - 1)
 
 
 def _check_json(name: str, value: object) -> Any:
@@ -379,19 +379,19 @@ def _check_json(name: str, value: object) -> Any:
         raise ValueError(f"{name} is no JSON ({error}); allowed: numbers, texts, lists, dicts") from None
 
 
-def loss_state(loss: Callable) -> Any:
+def _loss_state(loss: Callable) -> Any:
     """What a loss keeps between steps, if it has a `state_dict`."""
     return _check_json("loss.state_dict()", loss.state_dict()) if hasattr(loss, "state_dict") else None
 
 
-def describe_loss(loss: Callable) -> Json:
+def _describe_loss(loss: Callable) -> Json:
     """Name and plain settings of a loss, for the comparison at a resume."""
     plain = {k: v for k, v in getattr(loss, "__dict__", {}).items() if isinstance(v, bool | int | float | str | tuple)}
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
     return json.loads(json.dumps({"name": name, **plain}, default=repr))
 
 
-def describe_data(data: Data, folder: Path | None) -> Json:
+def _describe_data(data: Data, folder: Path | None) -> Json:
     """Size and digest of data, for the comparison at a resume; fetched data gives its own, if it has a `digest()`."""
     if isinstance(data, FetchData):
         identity = data.digest() if folder is not None and hasattr(data, "digest") else None
@@ -411,7 +411,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
         part.enable_gradient_checkpointing()
 
 
-def check_graphs(run: Run) -> None:
+def _check_graphs(run: Run) -> None:
     """Raise a one-line error for a run that cannot be recorded."""
     rules = {
         "on a CPU": run.device.type == "cuda",
@@ -426,7 +426,7 @@ def check_graphs(run: Run) -> None:
 
 
 @contextmanager
-def save_on_interrupt(run: Run) -> Iterator[None]:
+def _save_on_interrupt(run: Run) -> Iterator[None]:
     """Keep what is done when the caller stops or a signal comes, unless weights and average were caught apart."""
     try:
         yield
@@ -442,7 +442,7 @@ def save_on_interrupt(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def memory_hint(run: Run) -> Iterator[None]:
+def _memory_hint(run: Run) -> Iterator[None]:
     """Say in one line which options to change when memory runs out; still a `torch.OutOfMemoryError`."""
     try:
         yield

@@ -136,7 +136,7 @@ FILES = {  # bytes and md5 of the files as published; for CIFAR-10 torchvision h
 }
 
 
-def check_files(source: str, root: Path, advice: str) -> list[str]:
+def _check_files(source: str, root: Path, advice: str) -> list[str]:
     "Names of the missing files of a published data set; an error names truncated and altered ones."
     missing = []
     for name, (size, md5) in FILES[source].items():
@@ -152,7 +152,7 @@ def check_files(source: str, root: Path, advice: str) -> list[str]:
     return missing
 
 
-def download_files(source: str, root: Path) -> None:
+def _download_files(source: str, root: Path) -> None:
     "Let torchvision download into a folder aside, check the files, and move each into place whole."
     from http.client import HTTPException
 
@@ -164,7 +164,7 @@ def download_files(source: str, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside:
             kind(aside, download=True)
-            if missing := check_files(source, Path(aside), "try again"):
+            if missing := _check_files(source, Path(aside), "try again"):
                 raise ValueError(f"the download of {source} lacks {missing[0]}; allowed: try again")
             for name in FILES[source]:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,17 +183,17 @@ def find_files(source: str, root: str | Path | None = None, download: bool = Tru
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guidance_nb"
     folder = Path(root or given or cache).expanduser()
     advice = "replace it, or unset GUIDANCE_NB_DATA to download" if given else "delete it and load again to download it"
-    missing = check_files(source, folder, advice)
+    missing = _check_files(source, folder, advice)
     if missing and download and not given:
-        download_files(source, folder)
-        missing = check_files(source, folder, advice)
+        _download_files(source, folder)
+        missing = _check_files(source, folder, advice)
     if missing:
         advice = "set GUIDANCE_NB_DATA to a folder that has it, or unset it to download" if given else "download=True"
         raise ValueError(f"{folder / missing[0]} is missing; allowed: {advice}")
     return folder
 
 
-def shrink(x: Tensor, size: int) -> Tensor:
+def _shrink(x: Tensor, size: int) -> Tensor:
     "Square uint8 images brought to a side that divides theirs: a pixel is the mean of its block, halves rounded up."
     side = x.shape[3]
     require(side % size == 0, "size", size, f"{side}, as stored, or a divisor of it")
@@ -202,7 +202,7 @@ def shrink(x: Tensor, size: int) -> Tensor:
     return torch.cat([((2 * part + edge**2) / (2 * edge**2)).floor().to(torch.uint8) for part in sums])
 
 
-def read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     "Images `[n, channels, height, width]`, labels `[n]` and class names of checked files, through torchvision."
     with extra("images"):
         from torchvision import datasets
@@ -217,7 +217,7 @@ def read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor,
     return x, torch.tensor(cifar.targets), tuple(cifar.classes)
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -230,7 +230,7 @@ def image_files(folder: Path) -> list[Path]:
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = (Path(root, name) for name in sorted(names) if not name.startswith("."))
-        found += (path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
+        found += (path for path in visible if path.suffix.lower() in _IMAGE_SUFFIXES)
     for path in found:
         require(path.is_file(), "image", str(path), "a regular file, so replace or delete it")
     return sorted(found)
@@ -246,7 +246,7 @@ def crop_image(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def resize_crop(image: Image.Image, size: int) -> Image.Image:
+def _resize_crop(image: Image.Image, size: int) -> Image.Image:
     "torchvision's Resize and CenterCrop to a square: bilinear with antialiasing, then the centre."
     with extra("images"):
         from torchvision.transforms.functional import center_crop, resize
@@ -254,8 +254,8 @@ def resize_crop(image: Image.Image, size: int) -> Image.Image:
     return center_crop(resize(image, size), [size, size])
 
 
-CROPS: dict[Crop, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_image, "torchvision": resize_crop}
-ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
+CROPS: dict[Crop, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_image, "torchvision": _resize_crop}
+_ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
 
 
 def as_shown(file: Image.Image, channels: int) -> Image.Image:
@@ -280,12 +280,12 @@ def read_image(path: str | Path, channels: int, size: int | None = None, crop: C
     return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1).contiguous()
 
 
-def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
+def _read_header(path: str | Path) -> tuple[tuple[int, int], str]:
     "Height and width as shown, and the mode, of an image file, without decoding it."
     require(Path(path).is_file(), "image", str(path), "a regular file that is there")
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5
             return image.size if turned else image.size[::-1], image.mode
     except Exception:  # decoders of damaged files raise errors of many kinds
         raise ValueError(f"{path} is no image file; allowed: replace or delete it") from None
@@ -294,7 +294,7 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
 def common_size(paths: Sequence[str | Path]) -> tuple[int, int]:
     "The one height and width of all images, from their headers; names two files that differ."
     with ThreadPoolExecutor() as pool:
-        sizes = [size for size, _ in pool.map(read_header, paths)]
+        sizes = [size for size, _ in pool.map(_read_header, paths)]
     for path, size in zip(paths, sizes):
         if size != sizes[0]:
             a, b = (f"{width}x{height}" for height, width in (sizes[0], size))
@@ -302,7 +302,7 @@ def common_size(paths: Sequence[str | Path]) -> tuple[int, int]:
     return sizes[0]
 
 
-CACHE_BYTES = 2**28  # image folders that decode to at most this much, 256 MiB, are kept once decoded
+_CACHE_BYTES = 2**28  # image folders that decode to at most this much, 256 MiB, are kept once decoded
 
 
 class ImageFiles:
@@ -316,7 +316,7 @@ class ImageFiles:
         crop: Crop = "adm",  # How to do so
     ):
         self.paths, self.shape, self.size, self.crop = [str(path) for path in paths], shape, size, crop
-        small = len(paths) * shape[0] * shape[1] * shape[2] <= CACHE_BYTES
+        small = len(paths) * shape[0] * shape[1] * shape[2] <= _CACHE_BYTES
         self.cache = torch.empty(len(paths), *shape, dtype=torch.uint8) if small else None
         self.known = torch.zeros(len(paths), dtype=torch.bool)
 
@@ -343,18 +343,18 @@ class ImageFiles:
         return torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
 
 
-def class_folders(folder: Path) -> list[str]:
+def _class_folders(folder: Path) -> list[str]:
     "Sorted names of the sub-folders that are not hidden."
     return sorted(entry.name for entry in folder.glob("*") if entry.is_dir() and not entry.name.startswith("."))
 
 
-def folder_images(folder: Path, split: str, size: int | None, channels: int, flip: bool, crop: Crop) -> ImageData:
+def _folder_images(folder: Path, split: str, size: int | None, channels: int, flip: bool, crop: Crop) -> ImageData:
     "A folder of class sub-folders; labels follow the sorted names, as torchvision's `ImageFolder` has it."
-    if class_folders(folder / split):
+    if _class_folders(folder / split):
         folder = folder / split
     else:
         require(split == "train", "split", split, f"'train', or a sub-folder of {folder} that holds class folders")
-    classes = class_folders(folder)
+    classes = _class_folders(folder)
     require(classes, "class folders", f"none in {folder}", "one sub-folder of images per class")
     files = [(path, label) for label, name in enumerate(classes) for path in image_files(folder / name)]
     paths, labels = [path for path, _ in files], torch.tensor([label for _, label in files], dtype=torch.long)
@@ -364,13 +364,13 @@ def folder_images(folder: Path, split: str, size: int | None, channels: int, fli
     return ImageData(ImageFiles(paths, shape, size, crop), labels, tuple(classes), shape, flip, str(folder))
 
 
-def packed_images(file: Path, size: int | None, flip: bool) -> ImageData:
+def _packed_images(file: Path, size: int | None, flip: bool) -> ImageData:
     "Labelled images of an .npz that `save_samples` wrote with the names of the classes."
-    x, labels, facts = load_npz(file)
+    x, labels, facts = _load_npz(file)
     classes = facts.get("classes")
     fine = labels is not None and isinstance(classes, list) and int(labels.max()) < len(classes)
     require(fine, f"labels and classes of {file}", classes, "labels in arr_1, the names of all classes in the facts")
-    x = x if size in (None, x.shape[3]) else shrink(x, size)
+    x = x if size in (None, x.shape[3]) else _shrink(x, size)
     return ImageData(x, labels, tuple(classes), tuple(x.shape[1:]), flip, str(file))  # type: ignore[arg-type]
 
 
@@ -392,12 +392,12 @@ def load_images(
     if source not in FILES:
         require(Path(source).is_dir(), "source", str(source), "'mnist', 'cifar10', or a folder of class sub-folders")
         if (file := Path(source) / f"{split}.npz").is_file():
-            return packed_images(file, size, flip)
-        return folder_images(Path(source), split, size, channels or 3, flip, crop)
+            return _packed_images(file, size, flip)
+        return _folder_images(Path(source), split, size, channels or 3, flip, crop)
     check_choice("split", split, ("train", "test"))
-    x, labels, classes = read_published(str(source), find_files(str(source), root, download), split)
+    x, labels, classes = _read_published(str(source), find_files(str(source), root, download), split)
     require(channels in (None, x.shape[1]), "channels", channels, f"{x.shape[1]}, as stored")
-    x = x if size in (None, x.shape[3]) else shrink(x, size)
+    x = x if size in (None, x.shape[3]) else _shrink(x, size)
     return ImageData(x, labels, classes, (x.shape[1], x.shape[2], x.shape[3]), flip, str(source))
 
 
@@ -409,8 +409,8 @@ class SampleFile(NamedTuple):
     facts: Facts  # What is known of them
 
 
-FORMAT = "guidance_nb samples 1"
-FACTS = "facts.json"
+_FORMAT = "guidance_nb samples 1"
+_FACTS = "facts.json"
 
 
 def may_replace(path: Path, overwrite: bool) -> bool:
@@ -422,9 +422,9 @@ def may_replace(path: Path, overwrite: bool) -> bool:
         except zipfile.BadZipFile:
             return False
         return overwrite or {"arr_0.npy", "facts.npy"} <= names <= {"arr_0.npy", "arr_1.npy", "facts.npy"}
-    files = [p for p in path.rglob("*") if not p.is_dir() and p != path / FACTS]
+    files = [p for p in path.rglob("*") if not p.is_dir() and p != path / _FACTS]
     if overwrite:
-        return all(p.suffix.lower() in IMAGE_SUFFIXES for p in files)
+        return all(p.suffix.lower() in _IMAGE_SUFFIXES for p in files)
     ours = all(re.fullmatch(r"(\d{4,}/)?\d{6,}\.png", p.relative_to(path).as_posix()) for p in files)
     return not any(path.iterdir()) or (ours and _record(path) is not None)
 
@@ -432,8 +432,8 @@ def may_replace(path: Path, overwrite: bool) -> bool:
 def _record(folder: Path) -> Facts | None:
     "What `save_samples` wrote beside its images, or None for a folder made elsewhere."
     try:
-        found = parse_json(read_text(folder / FACTS))
-        return found if found["format"] == FORMAT else None
+        found = parse_json(read_text(folder / _FACTS))
+        return found if found["format"] == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -479,8 +479,8 @@ def _write_folder(folder: Path, images: np.ndarray, labels: np.ndarray | None, t
     folders = [folder] * len(images) if labels is None else [folder / f"{label:04d}" for label in labels]
     for name in {*folders}:
         name.mkdir(parents=True, exist_ok=True)
-    record = {"format": FORMAT, "shape": images.shape, "sha256": _pixels_digest(images, labels)}
-    (folder / FACTS).write_text(json.dumps(record | {"facts": json.loads(text)}, indent=1), encoding="utf-8")
+    record = {"format": _FORMAT, "shape": images.shape, "sha256": _pixels_digest(images, labels)}
+    (folder / _FACTS).write_text(json.dumps(record | {"facts": json.loads(text)}, indent=1), encoding="utf-8")
 
     def write(i: int) -> None:
         image = Image.fromarray(images[i] if images.shape[3] == 3 else images[i, :, :, 0])
@@ -506,7 +506,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} cannot be read ({reason}); allowed: an .npz file of numbers") from None
 
 
-def load_npz(path: Path) -> SampleFile:
+def _load_npz(path: Path) -> SampleFile:
     "Samples in ADM's layout; whatever is wrong with the file is said in one line."
     arrays = read_arrays(path)
     require("arr_0" in arrays, f"arrays of {path}", ", ".join(arrays) or "none", "arr_0, the images")
@@ -528,7 +528,7 @@ def load_npz(path: Path) -> SampleFile:
     return SampleFile(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), labels, facts)
 
 
-def load_folder(path: Path, size: int | None = None, channels: int | None = None) -> SampleFile:
+def _load_folder(path: Path, size: int | None = None, channels: int | None = None) -> SampleFile:
     "Samples from a folder that `save_samples` wrote or that was made elsewhere."
     files = image_files(path)
     depths = {len(file.relative_to(path).parts) for file in files}
@@ -552,7 +552,7 @@ def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Facts
         files = sorted(files, key=lambda file: int(file.stem))
         c = torch.tensor([int(file.parent.name) for file in files]) if by_class else None
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path / FACTS} is damaged, or a name is no number; allowed: as written") from None
+        raise ValueError(f"{path / _FACTS} is damaged, or a name is no number; allowed: as written") from None
     require(len(files) == count, f"images in {path}", len(files), f"all {count}, so write it anew")
     x = _decode(files, None, channels)
     same = _pixels_digest(x.permute(0, 2, 3, 1).numpy(), None if c is None else c.numpy()) == promised
@@ -564,7 +564,7 @@ def _folder_made_elsewhere(files: list[Path], by_class: bool, size: int | None, 
     "Labels follow the sorted names of the sub-folders, which the facts hold; grey stays grey if all are."
     if channels is None:
         with ThreadPoolExecutor() as pool:
-            channels = 1 if {mode for _, mode in pool.map(read_header, files)} <= {"1", "L"} else 3
+            channels = 1 if {mode for _, mode in pool.map(_read_header, files)} <= {"1", "L"} else 3
     x = _decode(files, size, channels)
     if not by_class:
         return SampleFile(x, None, {})
@@ -584,7 +584,7 @@ def load_samples(
         check_whole("size", size, 1)
     require(channels in (None, 1, 3), "channels", channels, "1, 3")
     require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")
-    found = load_folder(path, size, channels) if path.is_dir() else load_npz(path)
+    found = _load_folder(path, size, channels) if path.is_dir() else _load_npz(path)
     _, stored, *sides = found.x.shape
     require(size is None or sides == [size, size], f"size of the images of {path}", tuple(sides), f"{size}x{size}")
     require(channels in (None, stored), f"channels of {path}", stored, f"{channels}, as asked for")

@@ -201,7 +201,7 @@ def find_extractor(
         raise ValueError(f"extractor = {extractor!r}; allowed: {', '.join(names)}; did you mean {near}?")
     wanted = check_metrics(metrics, extractor)
     if extractor == INCEPTION:
-        return inception(weights, sorted({LAYERS[metric] for metric in wanted}))
+        return _inception(weights, sorted({LAYERS[metric] for metric in wanted}))
     return resnet_extractor(cifar_resnet(weights, int(extractor[-2:])))
 
 
@@ -210,20 +210,20 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the name ends with the SHA-256 it must have
+_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # the name ends with the SHA-256 it must have
 
 
 def inception_weights(weights: str | Path | None = None) -> Path:
     "Find the weights of Inception: as given, in GUIDANCE_NB_INCEPTION, or in torch's cache, downloaded once."
     if given := weights or os.environ.get("GUIDANCE_NB_INCEPTION"):
         path = Path(given).expanduser()
-        path = path / INCEPTION_FILE if path.is_dir() else path
-        require(path.is_file(), "weights", f"{path}, no such file", f"{INCEPTION_FILE}, torch-fidelity release v0.2.0")
+        path = path / _INCEPTION_FILE if path.is_dir() else path
+        require(path.is_file(), "weights", f"{path}, no such file", f"{_INCEPTION_FILE}, torch-fidelity release v0.2.0")
         return path
     with extra("images"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def inception_weights(weights: str | Path | None = None) -> Path:
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 "Inception's weights are not here: take another extractor (resnet56, or a classifier you trained), or "
-                f"get {INCEPTION_FILE} from torch-fidelity's release v0.2.0 on GitHub and name it by weights= or "
+                f"get {_INCEPTION_FILE} from torch-fidelity's release v0.2.0 on GitHub and name it by weights= or "
                 f"GUIDANCE_NB_INCEPTION; the download failed ({error})"
             ) from None
     return path
@@ -274,10 +274,10 @@ def spatial_extractor() -> str:  # The name under which torch-fidelity knows it
     return "inception-v3-compat-mixed6d"
 
 
-INCEPTION_LAYERS = {"features": "2048", "spatial": "mixed_6d_7", "logits": "logits_unbiased"}
+_INCEPTION_LAYERS = {"features": "2048", "spatial": "mixed_6d_7", "logits": "logits_unbiased"}
 
 
-def inception(
+def _inception(
     weights: str | Path | None = None,  # See inception_weights
     layers: Sequence[str] = ("features", "spatial", "logits"),  # Which to compute
     name: str = INCEPTION,  # Other weights than the ones behind FID need another name, which columns then contain
@@ -288,15 +288,15 @@ def inception(
         from torch_fidelity.utils import create_feature_extractor
 
     path = inception_weights(weights)
-    theirs = name != INCEPTION or checksum(path).startswith(INCEPTION_FILE[-12:-4])
-    require(theirs, "weights", f"{path}, which are not FID's", f"{INCEPTION_FILE}, or a name= of their own")
+    theirs = name != INCEPTION or checksum(path).startswith(_INCEPTION_FILE[-12:-4])
+    require(theirs, "weights", f"{path}, which are not FID's", f"{_INCEPTION_FILE}, or a name= of their own")
     if name != INCEPTION:
         torch.load(
             path, map_location="cpu", weights_only=True
         )  # raises an error for code before torch-fidelity unpickles it
-    layers = [layer for layer in INCEPTION_LAYERS if layer in layers]
+    layers = [layer for layer in _INCEPTION_LAYERS if layer in layers]
     kind = spatial_extractor() if "spatial" in layers else INCEPTION
-    wanted, device = [INCEPTION_LAYERS[layer] for layer in layers], device or best_device()
+    wanted, device = [_INCEPTION_LAYERS[layer] for layer in layers], device or best_device()
     options = {"cuda": False, "feature_extractor_weights_path": str(path), "verbose": False}
     network = create_feature_extractor(kind, wanted, **options).to(device)
 
@@ -308,12 +308,12 @@ def inception(
     return Extractor(name, features, device)
 
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # means and deviations of the channels, in [0, 1]
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # means and deviations of the channels, in [0, 1]
 
 
-def normalise(images: Tensor) -> Tensor:
+def _normalise(images: Tensor) -> Tensor:
     "uint8 images `[n, 3, h, w]` as networks trained on ImageNet's statistics want them."
-    mean, deviation = torch.tensor(IMAGENET, device=images.device)[..., None, None]
+    mean, deviation = torch.tensor(_IMAGENET, device=images.device)[..., None, None]
     return (images.float() / 255 - mean) / deviation
 
 
@@ -348,7 +348,7 @@ class CifarResNet(nn.Module):
 
     def layers(self, images: Tensor) -> dict[str, Tensor]:
         "Pooled features `[n, 64]` and logits `[n, 10]`."
-        x = F.relu(self.bn1(self.conv1(normalise(images))))
+        x = F.relu(self.bn1(self.conv1(_normalise(images))))
         x = self.layer3(self.layer2(self.layer1(x)))
         features = x.mean((2, 3))
         return {"features": features, "logits": self.linear(features)}
@@ -389,7 +389,7 @@ def resnet_extractor(network: CifarResNet) -> Extractor:
     return Extractor(f"resnet{network.depth}", network.layers, next(network.parameters()).device, classes)
 
 
-def load_dinov2(path: str | Path) -> Any:
+def _load_dinov2(path: str | Path) -> Any:
     "DINOv2 with registers (arXiv 2304.07193, 2309.16588) from a local folder; nothing is downloaded."
     file, allowed = Path(path) / "config.json", "a folder with config.json and model.safetensors"
     require(file.is_file(), "path", f"{path}, which has no config.json", allowed)
@@ -410,20 +410,20 @@ def load_dinov2(path: str | Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def dinov2_extractor(
+def _dinov2_extractor(
     path: str | Path,  # Folder with the weights, see load_dinov2
     size: int = 224,  # Height and width the network sees; a multiple of its patch size
     device: str | torch.device | None = None,  # CUDA where there is one
 ) -> Extractor:  # Layers "features", the class token, and "patches", the mean of the patch tokens
     "Features of DINOv2: images resized bicubically with antialiasing and normalised; register tokens take no part."
-    network, device = load_dinov2(path), device or best_device()
+    network, device = _load_dinov2(path), device or best_device()
     patch, first = network.config.patch_size, 1 + network.config.num_register_tokens
     require(size >= 1 and size % patch == 0, "size", size, f"a multiple of the patch size {patch}")
     network = network.to(device)
 
     def features(images: Tensor) -> dict[str, Tensor]:
         # Normalised first: resizing is linear, and keeps a constant.
-        x = F.interpolate(normalise(images), (size, size), mode="bicubic", antialias=True)
+        x = F.interpolate(_normalise(images), (size, size), mode="bicubic", antialias=True)
         tokens = network(pixel_values=x).last_hidden_state  # class, registers, patches
         return {"features": tokens[:, 0], "patches": tokens[:, first:].mean(1)}
 
@@ -431,7 +431,7 @@ def dinov2_extractor(
 
 
 Space = Literal["pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56"]
-SPACES: tuple[Space, ...] = ("pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56")
+_SPACES: tuple[Space, ...] = ("pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56")
 
 
 def feature_space(
@@ -444,11 +444,11 @@ def feature_space(
     "Where neighbours are sought: pixels, or what an extractor makes of images as a file would hold them."
     if name == "pixels":
         return name
-    if isinstance(name, Extractor) or check_choice("space", name, SPACES).startswith("resnet"):
+    if isinstance(name, Extractor) or check_choice("space", name, _SPACES).startswith("resnet"):
         extractor = find_extractor(name, path)
     else:
         require(path is not None, f"weights of {name!r}", path, "a folder of DINOv2 with registers")
-        extractor = dinov2_extractor(path or "", **options)
+        extractor = _dinov2_extractor(path or "", **options)
     layer = "patches" if name == "dinov2-patches" else "features"
 
     def features(x: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ from guidance_nb.images.data import Crop, Facts, ImageData, ImageFiles, from_uin
 __all__ = ["decode", "encode_folder", "load_latents"]
 
 VAE = Any  # an AutoencoderKL of diffusers, which types none of its methods
-Constant = float | list[float]  # one number, or one for each channel
+_Constant = float | list[float]  # one number, or one for each channel
 
 
-def latent_constants(config: Any) -> tuple[Constant, Constant]:
+def latent_constants(config: Any) -> tuple[_Constant, _Constant]:
     "f and b of z = f (m - b), between an autoencoder's output m and the latents z that networks see."
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:  # per channel, and then nothing else shifts
@@ -31,7 +31,7 @@ def latent_constants(config: Any) -> tuple[Constant, Constant]:
     return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
 
 
-def _by_channel(constant: Constant, like: Tensor) -> Tensor:
+def _by_channel(constant: _Constant, like: Tensor) -> Tensor:
     value = torch.as_tensor(constant, dtype=torch.float64)
     return (value[:, None, None] if value.ndim else value).to(like)
 
@@ -39,8 +39,8 @@ def _by_channel(constant: Constant, like: Tensor) -> Tensor:
 def draw_latents(
     moments: Tensor,  # Means and standard deviations, `[n, 2, channels, height, width]`
     noise: Tensor | None,  # Standard normal, `[n, channels, height, width]`; None takes the means
-    factor: Constant,  # f of latent_constants
-    shift: Constant = 0.0,  # b of latent_constants
+    factor: _Constant,  # f of latent_constants
+    shift: _Constant = 0.0,  # b of latent_constants
 ) -> Tensor:  # Latents `[n, channels, height, width]`
     "Latents as networks see them, f (mean + std noise - b) (arXiv 2112.10752)."
     mean, std = moments.float().unbind(1)
@@ -139,7 +139,7 @@ def decode_all(
 
 
 INDEX = "latents.json"
-FORMAT = "guidance_nb latents 1"
+_FORMAT = "guidance_nb latents 1"
 
 
 def shard_name(number: int) -> str:
@@ -152,14 +152,14 @@ def write_shard(path: Path, moments: Tensor, labels: Tensor, settings: Facts) ->
     from safetensors.torch import save_file
 
     promised = digest(moments, labels)
-    facts = {"format": FORMAT, "settings": settings, "sha256": promised}
+    facts = {"format": _FORMAT, "settings": settings, "sha256": promised}
     tensors = {"moments": moments.contiguous(), "labels": labels.contiguous()}
     with write_aside(path) as aside:
         save_file(tensors, aside, {"guidance_nb": json.dumps(facts)})  # one key, for several have no order
     return {"file": path.name, "rows": len(labels), "sha256": promised, "bytes": path.stat().st_size}
 
 
-class DamagedShard(ValueError):
+class _DamagedShard(ValueError):
     "A shard that is missing or not whole; an encoding makes it anew."
 
 
@@ -169,11 +169,11 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], Facts, str]:
 
     advice = "start the encoding again, which makes the shards that are missing or damaged and keeps the others"
     if not path.is_file():
-        raise DamagedShard(f"{path} is missing; allowed: {advice}")
+        raise _DamagedShard(f"{path} is missing; allowed: {advice}")
     try:
         with safe_open(path, "pt") as file:
             facts = parse_json((file.metadata() or {}).get("guidance_nb", "{}"))
-            if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+            if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
                 raise ValueError(f"{path} holds no latents of this package; allowed: shards of `guidance-nb encode`")
             tensors = {key: file.get_tensor(key) for key in ("moments", "labels")}
             if len(tensors["moments"]) != len(tensors["labels"]):
@@ -181,7 +181,7 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], Facts, str]:
             return tensors, facts["settings"], str(facts["sha256"])
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise DamagedShard(f"{path} is damaged ({reason}); allowed: {advice}") from None
+        raise _DamagedShard(f"{path} is damaged ({reason}); allowed: {advice}") from None
 
 
 def check_shard(path: Path) -> Facts:
@@ -190,7 +190,7 @@ def check_shard(path: Path) -> Facts:
     if (found := digest(tensors["moments"], tensors["labels"])) != promised:
         allowed = "delete it and start the encoding again, which makes it anew and keeps the others"
         wrong = f"SHA-256 {found[:9]}... instead of {promised[:9]}..."
-        raise DamagedShard(f"{path} is damaged: {wrong}; allowed: {allowed}")
+        raise _DamagedShard(f"{path} is damaged: {wrong}; allowed: {allowed}")
     return {"file": path.name, "rows": len(tensors["labels"]), "sha256": found, "bytes": path.stat().st_size}
 
 
@@ -201,12 +201,12 @@ def find_shard(path: Path, settings: Facts) -> Facts | None:
             key, old, new = found
             raise ValueError(f"{path} was made with {key} = {old!r}, not {new!r}; allowed: {old!r}, or another folder")
         return check_shard(path)
-    except DamagedShard:
+    except _DamagedShard:
         return None
 
 
 @dataclass
-class Encoding:
+class _Encoding:
     "Images on their way to latents; a shard is a function of the settings and of its images, and of nothing else."
 
     data: ImageData
@@ -251,7 +251,7 @@ class Encoding:
             found = in_all_processes(lambda: {k: self.make(k) for k in numbers}, world)
         entries = {k: entry for part in found for k, entry in part.items()}
         index = index | {"shards": [entries[k] for k in sorted(entries)]}
-        on_main(lambda: write_index(self.out, index), rank, world)
+        on_main(lambda: _write_index(self.out, index), rank, world)
         return index
 
 
@@ -292,11 +292,11 @@ def encode_folder(
         "vae": {key: value for key, value in facts.items() if key != "name"},
     }
     name = data.name if isinstance(source, ImageData) else str(source)
-    index = {"format": FORMAT, "name": name, "classes": list(data.classes), "settings": settings, "vae": facts}
-    return Encoding(data, vae, settings, Path(out), batch_size).run(index, progress)
+    index = {"format": _FORMAT, "name": name, "classes": list(data.classes), "settings": settings, "vae": facts}
+    return _Encoding(data, vae, settings, Path(out), batch_size).run(index, progress)
 
 
-def write_index(out: Path, index: Facts) -> None:
+def _write_index(out: Path, index: Facts) -> None:
     "Write the index completely or not at all, and remove what killed runs left behind."
     write_file(out / INDEX, json.dumps(index, indent=1))
     for pattern in ("shard-*", INDEX):
@@ -363,7 +363,7 @@ def read_index(folder: str | Path) -> Facts:
         raise ValueError(f"{folder} holds {found}; allowed: a folder that `guidance-nb encode` has finished")
     try:
         index = parse_json(read_text(path))
-        if index["format"] != FORMAT:
+        if index["format"] != _FORMAT:
             raise ValueError(f"format {index['format']!r}")
         if not index["classes"] or sum(entry["rows"] for entry in index["shards"]) != index["settings"]["pictures"]:
             raise ValueError("its counts do not add up")

@@ -242,7 +242,7 @@ def image_denoiser(
     return NetworkDenoiser(net, path, num_classes, prediction, scale_aware=scale_aware)
 
 
-class UNetEncoder(UNet):
+class _UNetEncoder(UNet):
     "The way down of a `UNet`, pooled: `encoder(x, time)` gives `[batch, widths[-1]]`; same arguments as `UNet`."
 
     def __init__(self, shape: Sequence[int], **settings: Any):
@@ -278,7 +278,7 @@ class ImageClassifier(nn.Module):
         settings = _settings(name, known, changes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = UNetEncoder(shape, **settings) if settings else None
+            self.encoder = _UNetEncoder(shape, **settings) if settings else None
             self.head = nn.Linear(self.encoder.width if self.encoder else math.prod(shape) + 1, num_classes)
         if self.encoder:
             _zero(self, "head")

@@ -22,10 +22,10 @@ from guidance_nb.interop.text_denoiser import check_pipeline
 
 __all__: list[str] = []
 
-TABLES = ("metadata.jsonl", "metadata.csv")
+_TABLES = ("metadata.jsonl", "metadata.csv")
 
 
-def read_table(
+def _read_table(
     path: Path,  # metadata.jsonl or metadata.csv
 ) -> list[Json]:  # Its rows
     "Rows of a table of captions; what cannot be read is a `ValueError` that names file and line."
@@ -49,12 +49,12 @@ def find_captions(
 ) -> dict[Path, str]:  # Caption of each picture, in the order of their names
     "The captions of a folder; a picture without one, and a row without a picture, is named."
     pictures = image_files(folder)
-    table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    table = next((folder / name for name in _TABLES if (folder / name).is_file()), None)
     if table is None:
         beside = {path: path.with_suffix(".txt") for path in pictures}
         found: dict[Path, Any] = {path: read_text(text) for path, text in beside.items() if text.is_file()}
     else:
-        found = {folder / row["file_name"]: row.get(column) for row in read_table(table)}
+        found = {folder / row["file_name"]: row.get(column) for row in _read_table(table)}
     if missing := sorted(found.keys() - set(pictures)):
         raise ValueError(f"{missing[0]} is in {table} but not in the folder; allowed: rows of pictures that are there")
     require(pictures, "pictures", f"none in {folder}", "a folder with captioned pictures")
@@ -66,7 +66,7 @@ def find_captions(
 
 
 @dataclass
-class DatasetPictures:
+class _DatasetPictures:
     "Pictures of a `datasets.Dataset`, decoded and cropped when asked for."
 
     dataset: Any  # What is indexed by number and gives rows
@@ -118,7 +118,7 @@ def load_captioned(
         for i, caption in enumerate(captions):
             said = isinstance(caption, str) and caption.strip()
             require(said, f"caption of picture {i} of {name}", caption, "text, not empty")
-        pixels = DatasetPictures(source, pictures, size, crop, name)
+        pixels = _DatasetPictures(source, pictures, size, crop, name)
         shape: Any = tuple(pixels.one(0).shape) if size is None else (3, size, size)
     else:
         require(Path(source).is_dir(), "source", str(source), "a folder of captioned pictures, or a datasets.Dataset")
@@ -136,7 +136,7 @@ def _texts_digest(captions: Sequence[str]) -> str:
     return digest(json.dumps(["", *captions]))
 
 
-def cache_text(
+def _cache_text(
     pipeline: Pipeline,  # A Stable Diffusion pipeline
     captions: Sequence[str],  # Distinct captions
     out: str | Path,  # Folder of the shards; whole ones in it are kept
@@ -223,7 +223,7 @@ def cache_captioned(
     data = source if isinstance(source, ImageData) else load_captioned(source, size, crop, column)
     how: Json = {"flip": flip, "shard_rows": 1024, "batch_size": batch_size, "crop": crop}
     encode_folder(data, Path(out) / "latents", pipeline.vae, **how, progress=progress)
-    cache_text(pipeline, data.classes, Path(out) / "text")
+    _cache_text(pipeline, data.classes, Path(out) / "text")
     return load_cached(out, flip)
 
 

@@ -60,7 +60,7 @@ def open_pipeline(
         return DiffusionPipeline.from_pretrained(str(source))
 
 
-def own_network(
+def _own_network(
     pipeline: Pipeline,  # A pipeline of diffusers
 ) -> Network:  # Its U-Net or transformer
     "The network a pipeline denoises with."
@@ -77,7 +77,7 @@ def has_encoder(
 
 
 @torch.no_grad()
-def decode_latents(
+def _decode_latents(
     vae: Autoencoder,  # An AutoencoderKL, or None where the data are the images
     latents: Tensor,  # Latents as the network sees them, `[n, channels, height, width]`
 ) -> Tensor:  # Images, in [-1, 1] up to what the decoder exceeds
@@ -154,7 +154,7 @@ class PipelineParts:
         return encode(prompts, device, 1, False, **self.options)[:1]
 
 
-def find_null(
+def _find_null(
     net: Network,  # A network of diffusers
     null: int | Condition | None,  # What stands for no condition: a label, or a condition `[1, ...]`
 ) -> tuple[int, Condition | None]:  # Number of classes or `EMBEDDINGS`, and the null condition
@@ -186,7 +186,7 @@ class DiffusersDenoiser(NetworkDenoiser):
         null: int | Condition | None = None,  # What stands for no condition: a label, or a condition `[1, ...]`
         guidance: float | None = None,  # Fixed scale for a network that takes one; None makes it scale-aware
     ):
-        classes, null = find_null(parts.net, null)
+        classes, null = _find_null(parts.net, null)
         aware = takes_scale(parts.net) and guidance is None
         super().__init__(parts.net, facts.path, classes, facts.prediction, facts.sigma_data, aware, null)
         self.parts, self.facts, self.guidance = parts, facts, guidance if takes_scale(parts.net) else None
@@ -202,7 +202,7 @@ class DiffusersDenoiser(NetworkDenoiser):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         "Images of samples, in [-1, 1] up to what the decoder exceeds."
-        return decode_latents(self.parts.vae, latents)
+        return _decode_latents(self.parts.vae, latents)
 
     def network_condition(self, c: Condition | None, drop: Tensor | None, x: Tensor) -> Condition:
         "The condition of every row, the null condition where there is none."
@@ -245,7 +245,7 @@ def from_diffusers(
 ) -> DiffusersDenoiser:  # With `shape`, `encode(prompts)`, `decode_latents(latents)`
     "A model of diffusers as a denoiser: with path, prediction and time of its scheduler, for any guidance."
     pipeline = None if isinstance(source, nn.Module) else open_pipeline(source)
-    parts = PipelineParts(source if pipeline is None else own_network(pipeline), pipeline, size, options)
+    parts = PipelineParts(source if pipeline is None else _own_network(pipeline), pipeline, size, options)
     scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
     facts = scheduler if isinstance(scheduler, SchedulerFacts) else path_from_scheduler(scheduler)
     if isinstance(null, str):

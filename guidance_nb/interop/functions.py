@@ -12,7 +12,7 @@ from guidance_nb.paths import FlowPath, Path
 __all__ = ["from_callable", "from_torchcfm"]
 
 
-class TorchCFMNet(nn.Module):
+class _TorchCFMNet(nn.Module):
     "A network of torchcfm in this package's convention, eq. (3): `net(x, time, labels)`."
 
     def __init__(
@@ -34,10 +34,10 @@ def from_torchcfm(
     path: Path = FlowPath(),  # FlowPath() for straight paths, VPPath("cosine") for trigonometric ones
 ) -> NetworkDenoiser:  # For sampling, guidance and training
     "A model of torchcfm as a denoiser, eq. (3)."
-    return NetworkDenoiser(TorchCFMNet(net, num_classes > 0), path, num_classes, "velocity")
+    return NetworkDenoiser(_TorchCFMNet(net, num_classes > 0), path, num_classes, "velocity")
 
 
-class CallableDenoiser(NetworkDenoiser):
+class _CallableDenoiser(NetworkDenoiser):
     "A function of `(x, t, c)` as a denoiser; made by `from_callable`."
 
     def output(
@@ -63,4 +63,4 @@ def from_callable(
     num_classes: int = 0,  # Number of classes, or `EMBEDDINGS`
 ) -> NetworkDenoiser:  # For sampling and guidance; for training, too, if `fn` is a module
     "A plain function, or a module with that signature, as a denoiser."
-    return CallableDenoiser(fn, path, num_classes, prediction)  # type: ignore[arg-type]
+    return _CallableDenoiser(fn, path, num_classes, prediction)  # type: ignore[arg-type]

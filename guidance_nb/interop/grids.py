@@ -23,11 +23,11 @@ from guidance_nb.samplers import sample
 
 __all__: list[str] = []
 
-Clip: TypeAlias = tuple[Any, Any] | str | Path  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
+_Clip: TypeAlias = tuple[Any, Any] | str | Path  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
 
 
-def load_clip(
-    source: Clip,  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
+def _load_clip(
+    source: _Clip,  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
 ) -> tuple[Any, Any]:  # Model and processor
     "A CLIP of `transformers`; one that cannot be loaded is a `ValueError`."
     if not isinstance(source, str | Path):
@@ -43,7 +43,7 @@ def load_clip(
 def clip_score(
     images: Tensor,  # `[n, 3, height, width]`, in [-1, 1] or uint8
     prompts: Sequence[str],  # One a picture
-    clip: Clip,  # See load_clip
+    clip: _Clip,  # See load_clip
     batch_size: int = 32,  # Pictures at a time
 ) -> Tensor:  # `[n]`, 0 to 100
     "Agreement of pictures with texts, eq. (4) (arXiv 2104.08718, with the factor of torchmetrics)."
@@ -51,7 +51,7 @@ def clip_score(
         from torchvision.transforms.functional import to_pil_image
 
     require(len(images) == len(prompts), "prompts", f"{len(prompts)} for {len(images)} images", "one an image")
-    model, processor = load_clip(clip)
+    model, processor = _load_clip(clip)
     levels, scores = images if images.dtype == torch.uint8 else to_uint8(images.cpu().clamp(-1, 1)), []
     for i in range(0, len(prompts), batch_size):
         pictures, texts = [to_pil_image(x.cpu()) for x in levels[i : i + batch_size]], list(prompts[i : i + batch_size])
@@ -68,7 +68,7 @@ def compare_scales(
     pipeline: Pipeline,  # Encodes the prompts and decodes the latents
     scales: Sequence[float] = (1.0, 2.0, 4.0, 7.5),  # Guidance scales; 1 is none
     *,
-    clip: Clip | None = None,  # See load_clip; None leaves the score out
+    clip: _Clip | None = None,  # See load_clip; None leaves the score out
     steps: int = 50,  # Steps of DDIM on the times of the pipeline's scheduler
     seed: int = 0,  # Picture i depends on (seed, i) alone, and not on model and scale
     size: int | None = None,  # Edge in pixels; None for the pipeline's own

@@ -19,7 +19,9 @@ with extra("diffusers"):
 
 __all__ = ["HubDenoiser", "TrainingFacts"]
 
-PATHS: dict[str, Callable[..., GaussianPath]] = {kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)}
+_PATHS: dict[str, Callable[..., GaussianPath]] = {
+    kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def path_to_json(
     path: GaussianPath,  # One of `PATHS`
 ) -> Json:  # Its kind and settings
     "A path as plain values."
-    return {"kind": check_choice("path", type(path).__name__, PATHS), **asdict(path)}
+    return {"kind": check_choice("path", type(path).__name__, _PATHS), **asdict(path)}
 
 
 def path_from_json(
@@ -49,10 +51,10 @@ def path_from_json(
 ) -> GaussianPath:
     "The inverse of `path_to_json`."
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return PATHS[check_choice("path kind", str(settings.pop("kind", None)), PATHS)](**settings)
+    return _PATHS[check_choice("path kind", str(settings.pop("kind", None)), _PATHS)](**settings)
 
 
-CARD = (Path(__file__).parent / "cards" / "network.txt").read_text(encoding="utf-8")
+_CARD = (Path(__file__).parent / "cards" / "network.txt").read_text(encoding="utf-8")
 
 
 class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
@@ -106,7 +108,7 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
         }
         named = {"network": self.network, "prediction": self.prediction, "path": self.path, "shape": self.shape}
         classes = {"num_classes": self.num_classes, "classes": max(self.num_classes, 1)}
-        return ModelCard(CARD.format(**words, **named, **classes))
+        return ModelCard(_CARD.format(**words, **named, **classes))
 
 
 def open_pretrained(

@@ -16,7 +16,7 @@ from guidance_nb.paths import EDMPath, FlowPath, Path
 
 __all__ = ["path_from_scheduler", "scheduler_times"]
 
-SCHEDULER_PREDICTIONS: dict[str, Parametrisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_SCHEDULER_PREDICTIONS: dict[str, Parametrisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 @lru_cache(maxsize=32)
@@ -85,7 +85,7 @@ class TablePath(Path):
 
 
 @dataclass(frozen=True)
-class Clock:
+class _Clock:
     "What a network is told of time: scale t - offset, not below 0."
 
     scale: float  # Number of training steps
@@ -107,7 +107,7 @@ class SchedulerFacts(NamedTuple):
 
     path: Path  # The path the network was trained on
     prediction: Parametrisation  # What the network predicts
-    clock: Clock | None  # What it is told of time; None for EDM's own
+    clock: _Clock | None  # What it is told of time; None for EDM's own
     sigma_data: float = 0.5  # Standard deviation of the data, used by `edm` alone
     sign: float = 1.0  # Sign of the output; -1 for EDM networks of type `v_prediction`
 
@@ -124,20 +124,20 @@ def path_from_scheduler(
         sign = 1.0 if check_choice(told, kind, ("epsilon", "v_prediction")) == "epsilon" else -1.0
         return SchedulerFacts(EDMPath(config["sigma_max"]), "edm", None, config["sigma_data"], sign)
     if (name.startswith("FlowMatch") and not config.get("invert_sigmas")) or kind == "flow_prediction":
-        return SchedulerFacts(FlowPath(), "velocity", Clock(steps, 0, nearest))
+        return SchedulerFacts(FlowPath(), "velocity", _Clock(steps, 0, nearest))
     table: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
     known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
     if table is None:
         raise ValueError(f"scheduler = {name!r}; allowed: {known}")
-    check_choice(told, kind, SCHEDULER_PREDICTIONS)
+    check_choice(told, kind, _SCHEDULER_PREDICTIONS)
     way_out = (
         "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing of the data"
     )
     signal = table[-1] > 0 and not config.get("rescale_betas_zero_snr")  # some leave 2^-24 of it even so
     require(signal or kind != "epsilon", f"{told} with zero terminal SNR", kind, way_out)
     angles = torch.atan2((1 - table.double()).sqrt(), table.double().sqrt())
-    clock = Clock(len(angles), 1, nearest)
-    return SchedulerFacts(TablePath(tuple(angles.tolist())), SCHEDULER_PREDICTIONS[str(kind)], clock)
+    clock = _Clock(len(angles), 1, nearest)
+    return SchedulerFacts(TablePath(tuple(angles.tolist())), _SCHEDULER_PREDICTIONS[str(kind)], clock)
 
 
 def scheduler_times(

@@ -29,14 +29,14 @@ from guidance_nb.training import DenoisingLoss, State, fit
 
 __all__ = ["finetune"]
 
-MAY_CHANGE = (  # at a resume
+_MAY_CHANGE = (  # at a resume
     "recipe.title", "recipe.data.source", "recipe.pipeline.name", "recipe.grid", "recipe.training.steps",
     "recipe.training.precision", "recipe.training.gradient_accumulation_steps",
     "recipe.training.gradient_checkpointing", "recipe.training.save_every", "recipe.training.keep",
 )  # fmt: skip
 
 
-def finetuning_loss(
+def _finetuning_loss(
     method: FineTuningMethodTable,  # A recipe's method
 ) -> Callable[..., Tensor]:  # For fit
     "The loss of a recipe."
@@ -66,7 +66,7 @@ def add_memory_hint(
         raise torch.OutOfMemoryError(f"{reason}; of the recipe: {', '.join([*keys, 'a smaller size'])}") from None
 
 
-def prepare_data(
+def _prepare_data(
     recipe: FineTuning,  # A recipe
     folder: str | Path,  # Folder of the cache
     progress: bool = True,  # Whether to show a progress bar
@@ -87,9 +87,9 @@ def finetune(
     cpu: bool = False,  # Whether to stay on the CPU although there is an accelerator
 ) -> Iterator[State]:
     "Encode, train with checkpoints, go on from the newest, and write the pipeline; yields as `fit` does."
-    out, loss, loop = Path(out), finetuning_loss(recipe.method), recipe.training
+    out, loss, loop = Path(out), _finetuning_loss(recipe.method), recipe.training
     with add_memory_hint(recipe):
-        data = prepare_data(recipe, out / "cache", progress)
+        data = _prepare_data(recipe, out / "cache", progress)
         model = load_text_denoiser(
             recipe.pipeline.name, data.null, lora_rank=recipe.pipeline.lora_rank, seed=loop.seed,
             lora_layers=recipe.pipeline.lora_layers, scale_aware=bool(recipe.method.scale_range),
@@ -97,7 +97,7 @@ def finetune(
         metadata = {"recipe": recipe.model_dump(), "data": data.latents.index["settings"]}
         metadata["weights"] = weights_digest(model.net.state_dict())
         engine = Engine(
-            folder=out, save_every=loop.save_every, keep=loop.keep, metadata=metadata, may_change=MAY_CHANGE,
+            folder=out, save_every=loop.save_every, keep=loop.keep, metadata=metadata, may_change=_MAY_CHANGE,
             precision=loop.precision, gradient_accumulation_steps=loop.gradient_accumulation_steps,
             gradient_checkpointing=loop.gradient_checkpointing, clip=loop.clip or None, warmup=loop.warmup,
             weight_decay=loop.weight_decay, cpu=cpu,
@@ -105,10 +105,10 @@ def finetune(
         how: Json = {key: getattr(loop, key) for key in ("batch_size", "lr", "schedule", "ema", "seed")}
         for state in fit(model, loss, data, loop.steps, **how, progress=progress, engine=engine):
             yield state
-        finish(recipe, out, state.ema, data.null, progress)
+        _finish(recipe, out, state.ema, data.null, progress)
 
 
-def finish(
+def _finish(
     recipe: FineTuning,  # A recipe
     out: Path,  # Folder of the run
     model: TextDenoiser,  # The trained network

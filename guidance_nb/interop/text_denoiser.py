@@ -22,10 +22,10 @@ from guidance_nb.training import LossContext
 
 __all__: list[str] = []
 
-LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+_LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def check_network(
+def _check_network(
     net: Network,  # The network of a pipeline
     scheduler: Scheduler,  # Its scheduler
 ) -> None:
@@ -46,7 +46,7 @@ def check_pipeline(
     name, vae, allowed = type(pipeline).__name__, getattr(pipeline, "vae", None), "a Stable Diffusion pipeline"
     for part in ("unet", "vae"):
         require(getattr(pipeline, part, None) is not None, f"{part} of {name}", None, allowed)
-    check_network(pipeline.unet, pipeline.scheduler)
+    _check_network(pipeline.unet, pipeline.scheduler)
     for part in ("text_encoder", "tokenizer"):
         told = "one, for the null prompt"
         require(has_encoder(pipeline) and getattr(pipeline, part, None) is not None, f"{part} of {name}", None, told)
@@ -55,7 +55,7 @@ def check_pipeline(
     require(channels == made, "channels of the unet", channels, allowed)
 
 
-def add_scale_input(
+def _add_scale_input(
     net: Network,  # A UNet2DConditionModel
     width: int = 256,  # Width of the embedding
 ) -> None:
@@ -68,10 +68,10 @@ def add_scale_input(
     net.register_to_config(time_cond_proj_dim=width)
 
 
-def add_lora(
+def _add_lora(
     net: Network,  # A UNet2DConditionModel
     rank: int,  # Rank of the additions
-    layers: Sequence[str] = LORA_LAYERS,  # How the names of the layers end
+    layers: Sequence[str] = _LORA_LAYERS,  # How the names of the layers end
     seed: int = 0,  # Seed of the additions
 ) -> None:
     "Freeze a network and add low-rank matrices to some of its layers, in place (arXiv 2106.09685)."
@@ -82,7 +82,7 @@ def add_lora(
     names = [name for name, _ in net.named_modules()]
     for layer in layers:
         found = any(name == layer or name.endswith(f".{layer}") for name in names)
-        require(found, "layer", layer, f"ends of the names of layers, {', '.join(LORA_LAYERS)}")
+        require(found, "layer", layer, f"ends of the names of layers, {', '.join(_LORA_LAYERS)}")
     net.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_generator(seed, 7).initial_seed())
@@ -100,7 +100,7 @@ class TextDenoiser(DiffusersDenoiser):
         scheduler: Scheduler,  # Its scheduler
         null: Tensor,  # Embedding of the null prompt, `[1, tokens, width]`
     ):
-        check_network(net, scheduler)
+        _check_network(net, scheduler)
         width = net.config.cross_attention_dim
         require(null.shape[-1] == width, "shape of null", tuple(null.shape), f"width {width}, as the network takes")
         super().__init__(PipelineParts(net), path_from_scheduler(scheduler), null)
@@ -129,7 +129,7 @@ def load_text_denoiser(
     null: Tensor,  # Embedding of the null prompt, `[1, tokens, width]`
     *,
     lora_rank: int = 0,  # Rank of LoRA; 0 trains all weights
-    lora_layers: Sequence[str] = LORA_LAYERS,  # How the names of the layers end that get it
+    lora_layers: Sequence[str] = _LORA_LAYERS,  # How the names of the layers end that get it
     scale_aware: bool = False,  # Whether to give the network an input for the scale
     seed: int = 0,  # Seed of LoRA
 ) -> TextDenoiser:  # Ready for fit
@@ -140,11 +140,11 @@ def load_text_denoiser(
     else:
         check_pipeline(source)
         net, scheduler = copy.deepcopy(source.unet), source.scheduler
-    check_network(net, scheduler)
+    _check_network(net, scheduler)
     if scale_aware:
-        add_scale_input(net)
+        _add_scale_input(net)
     if lora_rank:
-        add_lora(net, lora_rank, lora_layers, seed)
+        _add_lora(net, lora_rank, lora_layers, seed)
     return TextDenoiser(net, scheduler, null)
 
 
@@ -174,8 +174,8 @@ class TwoStageAlignedLoss(AlignedLoss):
         return error.flatten(1).mean(1)
 
 
-CARD = (Path(__file__).parent / "cards" / "pipeline.txt").read_text(encoding="utf-8")
-ADVICE = {
+_CARD = (Path(__file__).parent / "cards" / "pipeline.txt").read_text(encoding="utf-8")
+_ADVICE = {
     "plain": "This model is guided as the one it came from; {scale:g} is what its maker suggests.",
     "aligned_loss": "Trained by the aligned loss at {scale:g}: sampled there it is the conditional model, unguided.",
     "model_guidance": "Guidance is in the weights: `guidance_scale=1` is one pass a step, and more guides it twice.",
@@ -193,8 +193,8 @@ def pipeline_card(
     scale: float = 1.0,  # `guidance_scale` to sample with
 ) -> str:  # Markdown with the Hub's header
     "What the page of a fine-tuned pipeline says."
-    advice, data = ADVICE[check_choice("method", method, ADVICE)].format(scale=scale), f" of {data}" if data else ""
-    return CARD.format(method=method, steps=steps, samples=samples, data=data, base=base, advice=advice, scale=scale)
+    advice, data = _ADVICE[check_choice("method", method, _ADVICE)].format(scale=scale), f" of {data}" if data else ""
+    return _CARD.format(method=method, steps=steps, samples=samples, data=data, base=base, advice=advice, scale=scale)
 
 
 def merged_network(
