@@ -27,7 +27,7 @@ def take_rows(c: C, rows: Tensor | slice) -> C:
 
 def repeat(c: C, copies: int) -> C:
     """A condition several times over, `[copies * batch, ...]`."""
-    return map_condition(lambda part: part.repeat(copies, *[1] * (part.ndim - 1)), c)
+    return map_condition(lambda part: torch.cat([part] * copies), c)
 
 
 def output_pair(

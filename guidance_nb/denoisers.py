@@ -181,7 +181,8 @@ def check_labels(
         raise ValueError(f"c is {found}; allowed: a LongTensor [batch] of class indices, or None")
     if c.shape != (batch,):
         raise ValueError(f"c has shape {tuple(c.shape)}; allowed: [batch] = [{batch}]")
-    if (bad := (c < 0) | (c >= num_classes)).any():
+    if batch and not (0 <= (ends := torch.aminmax(c)).min.item() and ends.max.item() < num_classes):
+        bad = (c < 0) | (c >= num_classes)
         allowed = f"0 to {num_classes - 1}" if num_classes else "None, for the model has no classes"
         raise ValueError(f"c contains {c[bad][0].item()}; allowed: {allowed}")
     return c
@@ -327,11 +328,12 @@ class NetworkDenoiser(Denoiser):
         "Conditional and unconditional prediction, by one pass of twice the rows or by two passes."
         t, n = torch.as_tensor(t), len(x)
         if _one_pass(batching, x):
-            twice, drop = x.repeat(2, *[1] * (x.ndim - 1)), torch.arange(2 * n, device=x.device) >= n
-            y_c, y_u = self.output(twice, t.repeat(2) if t.ndim else t, repeat(c, 2), drop=drop).chunk(2)
-        else:
-            everything = torch.ones(n, dtype=torch.bool, device=x.device)
-            y_c, y_u = self.output(x, t, c), self.output(x, t, c, drop=everything)
+            twice, drop = torch.cat([x, x]), torch.arange(2 * n, device=x.device) >= n
+            t = t.repeat(2) if t.ndim else t
+            x0, eps = self.decode(self.output(twice, t, repeat(c, 2), drop=drop), twice, t)
+            return Prediction(x0[:n], eps[:n]), Prediction(x0[n:], eps[n:])
+        everything = torch.ones(n, dtype=torch.bool, device=x.device)
+        y_c, y_u = self.output(x, t, c), self.output(x, t, c, drop=everything)
         return self.decode(y_c, x, t), self.decode(y_u, x, t)
 
 # %% ../nbs/01_denoisers.ipynb #990b18c9

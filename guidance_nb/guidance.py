@@ -76,10 +76,10 @@ class Guidance(Denoiser):
     def guided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
         "The guided prediction where guidance acts."
         scale = self.scale_at(x.to(torch.promote_types(x.dtype, torch.float32)), t)
-        known = torch.as_tensor(scale)
-        if self.claims.conditional_at_one and (known == 1).all():
+        zero, one = ((scale == at).all() if isinstance(scale, Tensor) else scale == at for at in (0, 1))
+        if one and self.claims.conditional_at_one:
             return self.unguided(x, t, c)
-        if self.claims.unconditional_at_zero and (known == 0).all():
+        if zero and self.claims.unconditional_at_zero:
             return self.model(x, t, None)
         return self.combined(*self.pair(x, t, c), x, t, scale)
 

@@ -75,7 +75,9 @@ def check_time(
     t = torch.as_tensor(t)
     if not t.is_floating_point():
         t = t.to(torch.get_default_dtype())
-    if t.device.type == "cpu" and (bad := ~((t >= 0) & (t <= 1))).any():
+    if t.device.type != "cpu" or (t.ndim == 0 and 0 <= t.item() <= 1):
+        return t
+    if (bad := ~((t >= 0) & (t <= 1))).any():
         raise ValueError(f"t = {t[bad].flatten()[0].item():g}; allowed: 0 (data) to 1 (noise)")
     return t
 
