@@ -1,6 +1,6 @@
-"""Training and evaluation mode: whatever a function does to a model, it leaves it in the mode it came in."""
+"""Modes and layers: whatever a function does to a model, it leaves it as it came in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -17,3 +17,20 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+@contextmanager
+def swapped(
+    forwards: Mapping[nn.Module, Callable[..., object]],  # What each module computes meanwhile
+) -> Iterator[None]:
+    """Let modules compute something else inside a `with` block, and leave them exactly as they were."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, old in before.items():
+            vars(module).pop("forward", None)
+            if old is not None:
+                module.forward = old

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ._checks import check_number, check_scale, check_whole, require
 from ._extras import extra
+from ._modes import swapped
 from ._random import keyed_noise
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, check_inputs, check_labels, guide
@@ -123,23 +124,6 @@ def _repairing_scale(
     require(v_model != v_weak, "v_weak", v_weak, "another variance than v_model, for equals cannot guide")
     return math.log(v_weak / v) / math.log(v_weak / v_model)
 
-# %% ../nbs/17_weak_models.ipynb #d0965bfc
-@contextmanager
-def _swapped(
-    forwards: Mapping[nn.Module, Callable],  # What each module computes meanwhile
-) -> Iterator[None]:
-    "Let modules compute something else inside a `with` block, and leave them exactly as they were."
-    before = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, old in before.items():
-            vars(module).pop("forward", None)
-            if old is not None:
-                module.forward = old
-
 # %% ../nbs/17_weak_models.ipynb #b5081479
 _Layer: TypeAlias = Any  # A layer of diffusers
 
@@ -169,7 +153,9 @@ def _skippable_layers(
     return {
         name: part
         for name, part in model.named_modules()
-        if isinstance(part, BasicTransformerBlock) or (name in attention and part.residual_connection)
+        if isinstance(part, BasicTransformerBlock)
+        or hasattr(part, "ff_context")  # a block of SD3 or Flux, for image and text
+        or (name in attention and part.residual_connection)
     }
 
 # %% ../nbs/17_weak_models.ipynb #e6a1badf
@@ -212,7 +198,7 @@ def _identity_attention(
         return (out + h if layer.residual_connection else out) / layer.rescale_output_factor
 
     chosen = _choose_layers(_attention_layers(model), layers)
-    return _swapped({layer: partial(values_alone, layer) for layer in chosen})
+    return swapped({layer: partial(values_alone, layer) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #dd18d2a8
 def _gaussian_blur(
@@ -253,16 +239,27 @@ def _blurred_queries(
 
     require(sigma >= 0, "sigma", sigma, "0 or more, infinity included")
     chosen = _choose_layers(_attention_layers(model), layers)
-    return _swapped({layer.to_q: partial(blurred, layer.to_q.forward) for layer in chosen})
+    return swapped({layer.to_q: partial(blurred, layer.to_q.forward) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #3f74d97f
+def _left_out(
+    layer: _Layer,  # A layer that is skipped
+    hidden_states: Tensor,  # What it was given
+    *_: object,
+    **given: Tensor,  # A block of SD3 or Flux is given its text, too
+) -> Tensor | tuple[Tensor, Tensor]:
+    "What a layer was given, in the form in which it answers."
+    joint = hasattr(layer, "ff_context")
+    return (given["encoder_hidden_states"], hidden_states) if joint else hidden_states
+
+
 def _skipped_layers(
     model: nn.Module,  # Model whose layers to break
     layers: _Layers,  # Which, see _choose_layers
 ) -> AbstractContextManager[None]:  # A `with` block
     "Whole layers left out, as in the skip-layer guidance of Stable Diffusion 3.5."
     chosen = _choose_layers(_skippable_layers(model), layers)
-    return _swapped(dict.fromkeys(chosen, lambda hidden_states, *_, **__: hidden_states))
+    return swapped({layer: partial(_left_out, layer) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #9b265bec
 class _Perturbed(Denoiser):
@@ -351,7 +348,7 @@ def _recorded_attention(
         return forward(h, *args, **kwargs)
 
     chosen = _choose_layers(_attention_layers(model), layers)
-    with _swapped({layer: partial(record, layer, layer.forward) for layer in chosen}):
+    with swapped({layer: partial(record, layer, layer.forward) for layer in chosen}):
         yield received
 
 # %% ../nbs/17_weak_models.ipynb #a7d30192
@@ -490,7 +487,7 @@ class EmbeddedLabels(Denoiser):
             return self.model.predict(x, t, None)
         if c.shape[1:] != self.table.weight.shape[1:]:
             raise ValueError(f"c has shape {tuple(c.shape)}; allowed: [batch, {self.table.embedding_dim}]")
-        with _swapped({self.table: lambda _: c}):
+        with swapped({self.table: lambda _: c}):
             return self.model.predict(x, t, torch.zeros(len(x), dtype=torch.long, device=x.device))
 
 # %% ../nbs/17_weak_models.ipynb #0ba004f5

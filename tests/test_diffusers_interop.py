@@ -27,7 +27,7 @@ from guidance_nb.images.networks import image_denoiser
 from guidance_nb.interop._networks import to_patches
 from guidance_nb.interop.diffusers import DiffusersDenoiser, from_diffusers
 from guidance_nb.interop.functions import from_callable, from_torchcfm
-from guidance_nb.interop.guider import CachedPairDenoiser, DiffusersGuider
+from guidance_nb.interop.guider import PipelineDenoiser, DiffusersGuider
 from guidance_nb.interop.hub import HubDenoiser, TrainingFacts, path_from_json, path_to_json
 from guidance_nb.interop.schedulers import SchedulerFacts, TablePath, _Clock, path_from_scheduler, scheduler_times
 from guidance_nb.model_guidance import ModelGuidanceLoss
@@ -515,9 +515,9 @@ def test_guidance_that_looks_elsewhere_is_refused():
     assert_close(guided_loop(off, net, scheduler, start, 3, (text, None)), loop(scheduler, net, start, 3, text))
     fine = guided_loop(DiffusersGuider(Elsewhere, scheduler), net, scheduler, start, 3, (text, text))
     assert fine.isfinite().all() and not net._forward_pre_hooks
-    replay, pair = CachedPairDenoiser(FlowPath()), Prediction(torch.zeros(2, 3), torch.ones(2, 3))
+    replay, pair = PipelineDenoiser(FlowPath()), Prediction(torch.zeros(2, 3), torch.ones(2, 3))
     weak = NetworkDenoiser(nn.Identity(), FlowPath(), 3)
-    c = replay.load(torch.zeros(2, 3), torch.tensor(0.5), pair, pair)
+    c = replay.load(torch.zeros(2, 3), torch.tensor(0.5), {(True, frozenset()): pair})
     with pytest.raises(ValueError, match="allowed: a LongTensor"):  # another model cannot mistake it for a class
         weak.predict(torch.zeros(2, 3), 0.5, c)
     refuse(lambda: DiffusersGuider(lambda m: m, diffusers.EDMEulerScheduler()), "scheduler = 'EDMEulerScheduler'")

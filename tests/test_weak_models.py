@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from weights import stir
 
+from guidance_nb._modes import swapped
 from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, OnPath, Prediction, count_nfe
@@ -39,7 +40,6 @@ from guidance_nb.weak_models import (
     _repairing_scale,
     _skippable_layers,
     _skipped_layers,
-    _swapped,
     annealed_scale,
     carry_noise,
     widen,
@@ -271,8 +271,8 @@ def test_what_was_swapped_before_comes_back():
     "Libraries put a `forward` of their own on an instance (accelerate and diffusers do)."
     layer, ours = nn.Linear(2, 2), lambda x: 5 * x
     layer.forward = ours
-    with _swapped({layer: lambda x: 7 * x}):
-        with _swapped({layer: lambda x: 9 * x}):
+    with swapped({layer: lambda x: 7 * x}):
+        with swapped({layer: lambda x: 9 * x}):
             assert layer(torch.ones(1)).item() == 9
         assert layer(torch.ones(1)).item() == 7
     assert layer.forward is ours
