@@ -248,3 +248,14 @@ def test_magnitude_aware_guidance_of_diffusers_works_on_rows_of_tokens_alone():
     assert_close(latents, ours, rtol=0, atol=1e-5 * ours.abs().max().item())
     with pytest.raises(RuntimeError, match="dim must be a 2-tuple"):
         made("sdxl").run(theirs.MagnitudeAwareGuidance(guidance_scale=3.0))
+
+
+def test_a_band_at_scale_one_fails_in_frequency_decoupled_guidance_of_diffusers():
+    "Which elsewhere is ours; `kornia` is no requirement of this package."
+    pytest.importorskip("kornia")
+    it, bands = made("sdxl"), theirs.FrequencyDecoupledGuidance
+    latents = it.run(bands(guidance_scales=[3.0, 2.0]))
+    ours = it.own(gnb.FrequencyDecoupledGuidance(it.model, 3.0, shares=(1.0, 0.5)))
+    assert_close(latents, ours, rtol=0, atol=1e-5 * ours.abs().max().item())
+    with pytest.raises(RuntimeError, match="The size of tensor"):
+        it.run(bands(guidance_scales=[3.0, 1.0]))

@@ -66,7 +66,7 @@ class PipelineDenoiser(Denoiser):
         return Prediction(torch.zeros_like(x), torch.zeros_like(x))
 
 
-class WeakNetwork(Denoiser):
+class _WeakNetwork(Denoiser):
     "The same model with another network in the place of its own."
 
     def __init__(
@@ -105,7 +105,7 @@ class DiffusersGuider(BaseGuidance):
         weak = settings.get("weak")
         if isinstance(weak, nn.Module) and not isinstance(weak, Denoiser):
             require(net is not None, "source", type(source).__name__, "a pipeline, beside a weak network")
-            settings["weak"] = WeakNetwork(self.model, net, weak)
+            settings["weak"] = _WeakNetwork(self.model, net, weak)
         self.method = partial(method, **settings)
         self.guided = self.method(self.model)  # a wrong setting raises its error here
         one = "one whose pair a network could predict; CFG++ is ClassifierFreeGuidance with cfgpp_scales"
