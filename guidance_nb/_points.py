@@ -10,6 +10,7 @@ from .denoisers import check_labels
 
 SPARE = 8  # candidates beyond k; more are taken where these do not decide
 MEMORY = 2**28  # bytes that one table of distances may take
+CACHE = 2**23  # bytes of a table that a processor has near at hand
 
 
 def check_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1) -> Tensor:
@@ -50,7 +51,7 @@ def _squares(x: Tensor, y: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, 
     b = y - centre
     norms = b.square().sum(1)
     unit = (y.shape[1] + 8) * torch.finfo(torch.float64).eps
-    for part in x.split(max(1, rows)):
+    for part in x.split(max(1, min(rows, max(256, CACHE // (8 * len(y)))))):
         part = part.to(y)
         a = part - centre
         own = a.square().sum(1, keepdim=True)

@@ -11,6 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 from torch.utils.data import Dataset
+from torch_fidelity.metric_kid import kid_features_to_metric
 
 from guidance_nb.images import features as fx
 from guidance_nb.images import metrics as im
@@ -233,6 +234,13 @@ def test_kernel_distance_of_unequal_sets():
     "Subsets of the larger set; the mean over a hundred of them comes close to the double sum over all."
     x, y = cloud(40, 6, 0), cloud(80, 6, 1, scale=2.0)
     assert im.kernel_distance(x, y) == pytest.approx(double_sum(x, y), rel=0.05)
+
+
+@pytest.mark.parametrize("sizes", [(40, 80), (300, 40), (4, 300)])  # the last by torch-fidelity itself
+def test_kernel_distance_takes_the_subsets_of_torch_fidelity(sizes):
+    x, y = cloud(sizes[0], 6, 0), cloud(sizes[1], 6, 1, scale=2.0)
+    theirs = kid_features_to_metric(x, y, kid_subset_size=min(sizes), kid_subsets=100, verbose=False)
+    assert im.kernel_distance(x, y) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
 
 
 def test_kernel_distance_is_unbiased_where_frechet_is_not():
