@@ -1,6 +1,6 @@
 """Make nbs/results/toy_samples.npz, which method pages draw: `python tools/toy.py FOLDER`.
 
-Samples of the fractal at scales 1, 2 and 4, with the networks and the noise of `guidance-nb tour`, seed 0. Networks
+Samples of the fractal at a few scales, with the networks and the noise of `guidance-nb tour`, seed 0. Networks
 that FOLDER does not hold are trained into it, in some minutes. Coordinates are stored as whole numbers of 1/8192.
 """
 
@@ -13,8 +13,14 @@ import numpy as np
 from notebooks import ROOT
 
 TARGET = ROOT / "nbs" / "results" / "toy_samples.npz"
-METHODS = ("exact", "classifier_guidance", "classifier_free_guidance")
 SCALES = (1.0, 2.0, 4.0)
+STORED = {  # method -> scales
+    "exact": (0.5, *SCALES),  # the exact solution of the aligned loss is CFG at half the scale
+    "classifier_guidance": SCALES,
+    "classifier_free_guidance": SCALES,
+    "aligned_loss": SCALES,
+    "model_guidance": SCALES,
+}
 
 
 def main() -> None:
@@ -26,13 +32,13 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     budget, problem, saved = budget_for("fractal"), load_problem("fractal"), {}
-    for method in METHODS:
-        stage = Stage("fractal", 0, "sample", method, SCALES, budget)
+    for method, scales in STORED.items():
+        stage = Stage("fractal", 0, "sample", method, scales, budget)
         for need in stage.needs:
             if not (folder / need.file).exists():
                 run_stage(need, folder)
         tensors = sample_method(stage, problem, folder)[0]
-        for scale in SCALES:
+        for scale in scales:
             x = tensors[f"x {scale:g} {budget.steps}"]
             saved[f"{method} {scale:g}"] = (x * 8192).round().short().numpy()
     np.savez_compressed(TARGET, **saved)
