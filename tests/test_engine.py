@@ -2,6 +2,7 @@
 
 import copy
 import math
+import platform
 import sys
 import threading
 import time
@@ -129,6 +130,19 @@ def test_precision():
     state = train(model, loss, (points()[0], None), 2, 10, progress=False, engine=Engine(precision="bf16"))
     assert seen == [torch.bfloat16] * 4
     assert {p.dtype for p in [*state.model.parameters(), *state.ema.parameters()]} == {torch.float32}
+
+
+def test_an_emulated_precision_is_told_in_one_line(monkeypatch, recwarn):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for kind in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{kind}_supported", lambda: False)
+    assert choose_precision("auto", torch.device("cpu")) == "fp32" and not recwarn.list
+    with pytest.warns(
+        UserWarning, match="^precision = 'bf16' is emulated on this processor, so 'fp32' is faster here$"
+    ):
+        choose_precision("bf16", torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert choose_precision("bf16", torch.device("cpu")) == "bf16" and not recwarn.list
 
 
 class Convolution(nn.Module):

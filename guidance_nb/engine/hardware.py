@@ -1,6 +1,8 @@
 """Where a run takes place: device, precision, other processes and sharding, found and done by Accelerate."""
 
 import os
+import platform
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,15 +26,20 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Precision:
-    """Resolve `auto`: bf16 on GPUs and CPUs with units for it (AMX), fp32 elsewhere."""
+    """Resolve `auto`: bf16 on GPUs and CPUs with units for it (AMX), fp32 elsewhere; warn where bf16 is emulated."""
     if device.type == "cpu":
         require(precision != "fp16", "precision", precision, "'auto', 'fp32', 'bf16' on a CPU")
+        kinds = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        units, avx = (getattr(torch.cpu, kind, lambda: False)() for kind in kinds)
+        emulated = not (units or avx) and platform.machine() in ("x86_64", "AMD64")
+    else:
+        units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        emulated = device.type == "cuda" and not units
+    if precision == "bf16" and emulated:
+        warnings.warn("precision = 'bf16' is emulated on this processor, so 'fp32' is faster here", stacklevel=2)
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    amx = device.type == "cpu" and hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
-    return "bf16" if amx else "fp32"
+    return "bf16" if units else "fp32"
 
 
 def check_compiler() -> None:
