@@ -2,7 +2,8 @@
 
 Both sides are warmed up and then timed in turn, A B B A A B B A ..., so that a machine that slows down slows both.
 A ratio is the median over the rounds; the quartiles beside it tell how far it can be trusted. Before anything is timed,
-each benchmark checks that both sides compute the same thing. Rows are appended to nbs/results/bench.csv.
+each benchmark checks that both sides compute the same thing. All is measured on one thread, and on as many as there are
+cores. Rows go into nbs/results/bench.csv in place of those of the same name, hardware and threads; all others stay.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -33,6 +35,7 @@ from guidance_nb.images.metrics import image_scores
 from guidance_nb.images.networks import image_denoiser
 from guidance_nb.metrics import nearest_neighbours
 from guidance_nb.model_guidance import ModelGuidanceLoss
+from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath, VPPath
 from guidance_nb.samplers import sample
 from guidance_nb.training import DenoisingLoss, fit
@@ -50,15 +53,16 @@ class Sizes:
     shape: tuple[int, int, int] = (1, 28, 28)
     samples: int = 32
     steps: int = 12
+    batches: tuple[int, ...] = (1, 8, 64, 512)  # of samples drawn beside the network alone
     batch: int = 64  # of training
     train_steps: int = 2  # per timing
-    pairs: tuple[int, ...] = (2, 8, 32, 128, 640)  # batch sizes for batched and sequential guidance
+    pairs: tuple[int, ...] = (2, 8, 32, 128)  # batch sizes for batched and sequential guidance
     search: tuple[int, int, int] = (2_000, 10_000, 784)  # queries, real points, numbers in each
     depth: int = 56  # of the network that scores
     scored: tuple[int, ...] = (2_000,)  # numbers of images
     settings: dict[str, Any] = field(default_factory=dict)  # changes of the network's settings
     device: str = "cpu"
-    seconds: float = 10.0  # of timing per row, more if the least number of rounds takes longer
+    seconds: float = 4.0  # of timing per row, more if the least number of rounds takes longer
     rounds: tuple[int, int] = (4, 40)  # least and most; even
 
 
@@ -66,8 +70,8 @@ CPU = Sizes()
 LONG = replace(CPU, scored=(2_000, 10_000), seconds=40.0)
 CUDA = replace(CPU, network="unet-mnist", samples=256, batch=256, train_steps=8, device="cuda")
 QUICK = replace(
-    CPU, network="unet-tiny", samples=4, steps=4, batch=8, train_steps=1, pairs=(2, 4), search=(20, 50, 6), depth=20,
-    scored=(64,), seconds=0.0, rounds=(2, 2), settings={},
+    CPU, network="unet-tiny", samples=4, steps=4, batch=8, train_steps=1, pairs=(2, 4), batches=(1, 2),
+    search=(20, 50, 6), depth=20, scored=(64,), seconds=0.0, rounds=(2, 2), settings={},
 )  # fmt: skip
 
 
@@ -131,16 +135,24 @@ def check_same(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> str:
     return f"results differ by {gap:.0e}" if gap else "results equal"
 
 
-def build_model(sizes: Sizes, path: Any = None, prediction: str = "velocity", name: str = "") -> NetworkDenoiser:
+def build_model(
+    sizes: Sizes, path: Any = None, prediction: str = "velocity", name: str = "", **settings: Any
+) -> NetworkDenoiser:
     "The network, with random weights where it would start with zeros, since its output should depend on its input."
-    settings = {} if name else sizes.settings
-    model = image_denoiser(name or sizes.network, sizes.shape, path or FlowPath(), CLASSES, prediction, **settings)
+    settings = settings if name else sizes.settings
+    return stirred(
+        image_denoiser(name or sizes.network, sizes.shape, path or FlowPath(), CLASSES, prediction, **settings)
+    ).to(sizes.device)
+
+
+def stirred(model: NetworkDenoiser) -> NetworkDenoiser:
+    "The model with small random numbers in place of weights that are all zero."
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1 and not weight.any():
                 weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
-    return model.to(sizes.device).eval()
+    return model.eval()
 
 
 def labels(n: int) -> Tensor:
@@ -161,11 +173,9 @@ def rows_of(model: Denoiser, sizes: Sizes) -> int:
     return rows.total
 
 
-def sampling(sizes: Sizes) -> Iterator[Pair]:
-    "DDIM with classifier-free guidance against nothing but the calls of the network that it makes, replayed."
-    model = build_model(sizes)
+def record(model: NetworkDenoiser, guided: Denoiser, sizes: Sizes) -> tuple[Callable[[], None], str]:
+    "Nothing but the calls of the network that samples take, and a note that counts them."
     calls: list[tuple] = []
-    guided = ClassifierFreeGuidance(model, SCALE)
     hook = model.net.register_forward_pre_hook(lambda net, args: calls.append(args))
     draw(guided, sizes)
     hook.remove()
@@ -175,8 +185,23 @@ def sampling(sizes: Sizes) -> Iterator[Pair]:
         for args in calls:
             model.net(*args)
 
-    note = f"floor 1: {sum(len(args[0]) for args in calls)} rows in {len(calls)} calls on both sides"
-    yield Pair("sampling/network", lambda: draw(guided, sizes), replay, 1.03, note=note)
+    return replay, f"floor 1: {sum(len(args[0]) for args in calls)} rows in {len(calls)} calls on both sides"
+
+
+def sampling(sizes: Sizes) -> Iterator[Pair]:
+    "DDIM with classifier-free guidance against nothing but the calls of the network that it makes, replayed."
+    small = {"width": 128, "depth": 4, "heads": 4}
+    networks = {
+        "unet": (build_model(sizes), sizes.shape),
+        "dit": (build_model(sizes, name="dit-s/4", **small), sizes.shape),
+        "mlp": (stirred(mlp_denoiser(2, FlowPath(), CLASSES)).to(sizes.device), (2,)),
+    }
+    for name, (model, shape) in networks.items():
+        for n in sizes.batches:
+            few = replace(sizes, samples=n, shape=shape, steps=max(2, min(sizes.steps, 128 // n)))
+            guided = ClassifierFreeGuidance(model, SCALE)
+            replay, note = record(model, guided, few)
+            yield Pair(f"sampling/{name} {n}", partial(draw, guided, few), replay, 1.02, note=note)
 
 
 def model_guidance(sizes: Sizes) -> Iterator[Pair]:
@@ -195,15 +220,39 @@ def interval(sizes: Sizes) -> Iterator[Pair]:
     full, part = ClassifierFreeGuidance(model, SCALE), ClassifierFreeGuidance(model, SCALE, (0.25, 0.75))
     rows, every = rows_of(part, sizes), rows_of(full, sizes)
     share, note = rows / every, f"floor 1: {rows} rows of {every}, a share of {rows / every:.3f}"
-    sides = (lambda: draw(part, sizes)), (lambda: draw(full, sizes))
-    yield Pair("cfg interval/share", *sides, 1.05, expected=share, note=note)
+    ours, replay = partial(draw, part, sizes), record(model, part, sizes)
+    yield Pair("cfg interval/share", ours, partial(draw, full, sizes), 1.03, expected=share, note=note)
+    yield Pair("cfg interval/its calls", ours, replay[0], 1.02, note=replay[1])
+
+
+def euler_loop(sizes: Sizes) -> Iterator[Pair]:
+    "Euler's method against torchdiffeq's, on the same network and times."
+    from torchdiffeq import odeint
+
+    model, n = build_model(sizes), sizes.samples
+    times, c = torch.linspace(1, 0, sizes.steps + 1), labels(n).to(sizes.device)
+    noise = torch.randn((n, *sizes.shape), generator=torch.Generator().manual_seed(0)).to(sizes.device)
+
+    @torch.no_grad()
+    def other() -> Tensor:
+        return odeint(lambda t, x: model.net(x, t.expand(n), c), noise, times.to(sizes.device), method="euler")[-1]
+
+    ours = partial(draw, model, sizes, sampler="euler", init=noise)
+    note = f"floor 1: {n * sizes.steps} rows on both sides; {check_same(ours(), other())}"
+    yield Pair("euler loop/torchdiffeq", ours, other, 1.0, note=note)
 
 
 def diffusers_loop(sizes: Sizes) -> Iterator[Pair]:
     "DDIM with classifier-free guidance against the loop one writes around diffusers' DDIMScheduler, on the same U-Net."
+    for n in (1, sizes.samples):
+        yield diffusers_pair(replace(sizes, samples=n), n)
+
+
+def diffusers_pair(sizes: Sizes, n: int) -> Pair:
+    "Both loops for a number of samples."
     from diffusers import DDIMScheduler
 
-    model, n = build_model(sizes, VPPath(), "eps"), sizes.samples
+    model = build_model(sizes, VPPath(), "eps")
     scheduler: Any = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     scheduler.set_timesteps(sizes.steps, device=sizes.device)
     kept = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].double()
@@ -227,7 +276,7 @@ def diffusers_loop(sizes: Sizes) -> Iterator[Pair]:
 
     noise = torch.randn((n, *sizes.shape), generator=torch.Generator().manual_seed(0))
     note = f"floor 1: {2 * n * sizes.steps} rows on both sides; {check_same(ours(noise), other(noise))}"
-    yield Pair("ddim loop/diffusers", ours, other, 1.0, note=note)
+    return Pair(f"ddim loop/diffusers {n}", ours, other, 0.97, note=note)
 
 
 def training_data(sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -273,8 +322,8 @@ def count_units(loss: Any, sizes: Sizes, steps: int = 20) -> float:
 def training_cost(sizes: Sizes) -> Iterator[Pair]:
     "A training step of a loss against a plain one, same network, batch and data; teachers need no backward pass."
     losses = {
-        "aligned": (AlignedLoss(2.0), 2.05),
-        "model guidance": (ModelGuidanceLoss(0.5, dropout=0.1), 1.5),
+        "aligned": (AlignedLoss(2.0), 1.9),
+        "model guidance": (ModelGuidanceLoss(0.5, dropout=0.1), 1.48),
         "mg at any time": (ModelGuidanceLoss(0.5, dropout=0.1, interval=(0.0, 1.0)), None),
     }
     plain = ahead(start_training(build_model(sizes), DenoisingLoss(0.1), sizes), sizes)
@@ -314,7 +363,7 @@ def batching(sizes: Sizes) -> Iterator[Pair]:
 
 
 def throughput(sizes: Sizes) -> Iterator[Pair]:
-    "Training images per second of `fit` with an engine against a plain loop with torchcfm's ConditionalFlowMatcher."
+    "Images per second of `fit` with an engine, channels last, against a plain loop with torchcfm's flow matcher."
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
     matcher, (x, c), device = ConditionalFlowMatcher(sigma=0.0), training_data(sizes), sizes.device
@@ -341,14 +390,14 @@ def throughput(sizes: Sizes) -> Iterator[Pair]:
                 for kept, new in zip(average.parameters(), net.parameters()):
                     kept.copy_(kept * 0.999 + new * 0.001)
 
-    engine = Engine(precision="fp32", cpu=device == "cpu")
+    engine = Engine(precision="fp32", channels_last=True, cpu=device == "cpu")
     run = ahead(start_training(ours, DenoisingLoss(0.1), sizes, engine), sizes)
 
     def note(timing: Timing) -> str:
         ours, other = (sizes.batch * sizes.train_steps / median(each) for each in (timing.ours, timing.other))
         return f"floor 1: equal rows; {ours:.0f} and {other:.0f} images/s; noisy data and targets: {same}"
 
-    yield Pair("fit/torchcfm loop, speed", run, loop, 1.0, at_least=True, note=note)
+    yield Pair("fit/torchcfm loop, speed", run, loop, 1.1, at_least=True, note=note)
 
 
 def search(sizes: Sizes) -> Iterator[Pair]:
@@ -394,8 +443,7 @@ def scoring(sizes: Sizes) -> Iterator[Pair]:
 
         same = check_same(extract(images, extractor).rows["features"], bare())
         note = f"floor 1: {n} images through one network; features: {same}"
-        for name, metrics in (("all", None), ("fd", ["fd"])):
-            yield Pair(f"scoring {name} {n}/features", partial(score, metrics), bare, 1.1, note=note)
+        yield Pair(f"scoring all {n}/features", partial(score, None), bare, 1.1, note=note)
 
 
 def gpu(sizes: Sizes) -> Iterator[Pair]:
@@ -422,6 +470,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Pair]]] = {
     "model-guidance": model_guidance,
     "interval": interval,
     "diffusers": diffusers_loop,
+    "torchdiffeq": euler_loop,
     "training-cost": training_cost,
     "batching": batching,
     "throughput": throughput,
@@ -438,6 +487,14 @@ def hardware(device: str) -> str:
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return f"{named[1] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def processor(device: str) -> str:
+    "The kind of the processor: what it computes with."
+    if device == "cuda":
+        return "CUDA {}.{}".format(*torch.cuda.get_device_capability())
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return f"{torch.backends.cpu.get_cpu_capability()}{' with AMX' if amx else ''}"
 
 
 def versions() -> str:
@@ -476,24 +533,28 @@ LINE = "{benchmark:<27} {ratio:>8}  [{low_quartile:>8}, {high_quartile:>8}]  {go
 HEAD = f"{'ours/other':<27} {'ratio':>8}  [{'quartile':>8}, {'quartile':>8}]  {'goal':<7}  {'verdict':<8}  note"
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    "Add rows to a table, which is made if it is not there; refuses a table with other columns."
-    columns = list(rows[0])
+def store(path: Path, rows: list[dict[str, Any]]) -> None:
+    "Put rows into a table in place of those of the same name, hardware and threads; refuses one with other columns."
+    key = itemgetter("benchmark", "hardware", "threads")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", newline="", encoding="utf-8") as file:
-        file.seek(0)
-        found = next(csv.reader(file), None)
-        if found is not None and found != columns:
-            raise SystemExit(f"{path} has other columns ({', '.join(found)}); move it away or name another by --out")
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if found is None:
-            writer.writeheader()
-        writer.writerows(rows)
+    old: list[dict[str, Any]] = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            old = list(reader)
+        if reader.fieldnames != (wanted := list(rows[0])):
+            raise SystemExit(f"{path} has columns {reader.fieldnames}, not {wanted}; move it away or give --out")
+    new = {tuple(map(str, key(row))) for row in rows}
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*(row for row in old if key(row) not in new), *rows])
 
 
 def run_all(names: list[str], sizes: Sizes) -> list[dict[str, Any]]:
     "Measure the named benchmarks and print their rows as they come."
-    where = {"hardware": hardware(sizes.device), "threads": torch.get_num_threads(), "versions": versions()}
+    where = {"hardware": hardware(sizes.device), "processor": processor(sizes.device)}
+    where |= {"threads": str(torch.get_num_threads()), "versions": versions()}
     print(*(f"{key}: {value}" for key, value in where.items()), sep="\n")
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     print(f"processes that want a core at the start: {load}; the network is {sizes.network} on {sizes.shape}")
@@ -520,8 +581,9 @@ def main(arguments: list[str] | None = None) -> None:
     how.add_argument("--quick", action="store_true", help="tiny sizes: runs the machinery, the numbers mean nothing")
     how.add_argument("--long", action="store_true", help="more rounds, and scoring of 10,000 images")
     parser.add_argument("--seconds", type=float, help="of timing per row")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), help="on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="table to append to; without it nbs/results/bench.csv, if not --quick")
+    parser.add_argument("--out", type=Path, help="table to write to; without it nbs/results/bench.csv, if not --quick")
     chosen = parser.parse_args(arguments)
     sizes = QUICK if chosen.quick else LONG if chosen.long else CPU
     if chosen.device == "cuda":
@@ -530,9 +592,13 @@ def main(arguments: list[str] | None = None) -> None:
         sizes = replace(sizes, **changes)
     if chosen.seconds is not None:
         sizes = replace(sizes, seconds=chosen.seconds)
-    rows = run_all(chosen.only or list(BENCHMARKS), sizes)
-    if rows and (path := chosen.out or (None if chosen.quick else RESULTS)):
-        append(path, rows)
+    path, usual = chosen.out or (None if chosen.quick else RESULTS), torch.get_num_threads()
+    for threads in chosen.threads if chosen.device == "cpu" else [usual]:
+        torch.set_num_threads(threads)
+        rows = run_all(chosen.only or list(BENCHMARKS), sizes)
+        if rows and path:
+            store(path, rows)
+    torch.set_num_threads(usual)
 
 
 if __name__ == "__main__":
