@@ -1,15 +1,25 @@
-"""One line for a rule about an argument: an invalid value raises a `ValueError`, `name = value; allowed: ...`."""
+"""One line for a rule about an argument: an invalid value raises a `ValueError`, `name = value; allowed: ...`.
+
+A rule about one argument alone stands in its type: `@checked` reads `Share`, `Count` or a `Literal` in a signature.
+"""
 
 import difflib
-import json
+import functools
+import inspect
 import math
-from collections.abc import Collection, Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from guidance_nb.denoisers import NetworkDenoiser
 
-T = TypeVar("T")
+_T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
+Rule = Callable[[str, Any], Any]  # of a name and a value, which it returns
 
 
 def require(fine: object, name: str, value: object, allowed: str) -> None:
@@ -19,11 +29,28 @@ def require(fine: object, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} = {shown}; allowed: {allowed}")
 
 
-def check_choice(name: str, value: T, allowed: Collection[T]) -> T:
+def require_that(fine: object, problem: str, allowed: str) -> None:
+    """Raise the error about a `problem` in words unless `fine`."""
+    if not fine:
+        raise ValueError(f"{problem}; allowed: {allowed}")
+
+
+@contextmanager
+def explained(problem: str, allowed: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Say in one line what an error of other code means: `problem (its reason); allowed: ...`."""
+    try:
+        yield
+    except kinds as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{problem} ({reason}); allowed: {allowed}") from None
+
+
+def check_choice(name: str, value: _T, allowed: Collection[_T]) -> _T:
     """One of a few values; names the nearest where there is one."""
-    near = difflib.get_close_matches(str(value), map(str, allowed), 1) if len(allowed) > 12 else []
-    shown = f"{near[0]!r}, ..." if near else ", ".join(map(repr, allowed))
-    require(value in allowed, name, value, shown)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), map(str, allowed), 1)
+        shown = f"{near[0]!r}, ..." if near and len(allowed) > 12 else ", ".join(map(repr, allowed))
+        require(False, name, value, f"{shown}; did you mean {near[0]!r}?" if near else shown)
     return value
 
 
@@ -33,13 +60,6 @@ def check_number(name: str, value: float, low: float = -math.inf, high: float = 
     ends = {(False, False): "a finite number", (True, False): f"a number, {low:g} or more"}
     words = ends.get((math.isfinite(low), math.isfinite(high)), f"{low:g} to {high:g}")
     require(fine and low <= value <= high, name, value, allowed or words)
-    return value
-
-
-def check_nonzero(name: str, value: float) -> float:
-    """A finite number other than 0."""
-    allowed = "a finite number other than 0"
-    require(check_number(name, value, allowed=allowed), name, value, allowed)
     return value
 
 
@@ -56,34 +76,87 @@ def check_distinct(name: str, values: Iterable[Hashable]) -> None:
     require(values and len(set(values)) == len(values), name, values, "one or more, each once")
 
 
-def check_scale(scale: T, name: str = "scale") -> T:
+def check_nonzero(name: str, value: float) -> float:
+    """A finite number other than 0."""
+    allowed = "a finite number other than 0"
+    require(check_number(name, value, allowed=allowed), name, value, allowed)
+    return value
+
+
+def check_scale(scale: _T, name: str = "scale") -> _T:
     """A finite number, a tensor of finite numbers, or a function of time."""
     if not callable(scale):
-        import torch
-
-        numeric = isinstance(scale, int | float | torch.Tensor) and not isinstance(scale, bool)
+        numeric = isinstance(scale, int | float | Tensor) and not isinstance(scale, bool)
         require(numeric and torch.as_tensor(scale).isfinite().all(), name, scale, "a finite number")
     return scale
 
 
+def _two_numbers(values: object) -> tuple[float, float]:
+    """Both as numbers, NaN for what is none."""
+    try:
+        low, high = (float(value) for value in values)  # type: ignore[attr-defined]
+        return low, high
+    except (TypeError, ValueError):
+        return math.nan, math.nan
+
+
 def check_interval(interval: Iterable[float]) -> tuple[float, float]:
     """Two times in [0, 1], in order."""
-    try:
-        low, high = (float(t) for t in interval)
-    except (TypeError, ValueError):
-        low = high = math.nan
+    low, high = _two_numbers(interval)
     require(0 <= low <= high <= 1, "interval", interval, "two times, 0 <= first <= last <= 1")
     return low, high
 
 
-def check_scale_range(scale_range: Iterable[float] | None, positive: bool = False) -> None:
-    """None, or two finite scales in order."""
-    try:
-        low, high = (1.0, 1.0) if scale_range is None else (float(scale) for scale in scale_range)
-    except (TypeError, ValueError):
-        low = high = math.nan
+def check_scale_range(name: str, scale_range: _T, positive: bool = False) -> _T:
+    """Two finite scales in order."""
+    low, high = _two_numbers(scale_range)
     fine = (0 < low if positive else 0 <= low) and low <= high < math.inf
-    require(fine, "scale_range", scale_range, f"None, or (low, high) with 0 {'<' if positive else '<='} low <= high")
+    require(fine, name, scale_range, f"None, or (low, high) with 0 {'<' if positive else '<='} low <= high")
+    return scale_range
+
+
+def _rule(hint: object) -> Rule | None:
+    """What the type of an argument says of its value; None may stand where it is allowed."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return next((part for part in hint.__metadata__ if callable(part)), None)  # type: ignore[attr-defined]
+    if kind is Literal:
+        return lambda name, value: check_choice(name, value, parts)
+    if type(None) in parts and len(parts) == 2 and (rule := _rule(parts[0])):
+        return lambda name, value: value if value is None else rule(name, value)
+    return None
+
+
+def checked(made: _F) -> _F:
+    """Let a function, or the constructor of a class, check the arguments given by the rules in their types."""
+    function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
+    signature = inspect.signature(function)
+    rules = {name: rule for name, part in signature.parameters.items() if (rule := _rule(part.annotation))}
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        given = signature.bind(*args, **options)
+        for name in rules.keys() & given.arguments.keys():
+            given.arguments[name] = rules[name](name, given.arguments[name])
+        return function(*given.args, **given.kwargs)
+
+    if not isinstance(made, type):
+        return call  # type: ignore[return-value]
+    made.__init__ = call  # type: ignore[misc]
+    return made
+
+
+Number = Annotated[float, check_number]  # finite
+AtLeastZero = Annotated[float, functools.partial(check_number, low=0)]
+NonZero = Annotated[float, check_nonzero]
+Positive = Annotated[float, functools.partial(check_number, low=math.ulp(0.0), allowed="a positive, finite number")]
+Share = Annotated[float, functools.partial(check_number, low=0, high=1)]
+Whole = Annotated[int, check_whole]  # 0 or more
+Count = Annotated[int, functools.partial(check_whole, low=1)]
+Interval = Annotated[tuple[float, float], lambda name, value: check_interval(value)]
+ScaleRange = Annotated[tuple[float, float], check_scale_range]
+
+PositiveRange = Annotated[tuple[float, float], functools.partial(check_scale_range, positive=True)]
 
 
 def check_conditional(model: "NetworkDenoiser", c: object, scale_range: object = None) -> None:
@@ -91,13 +164,3 @@ def check_conditional(model: "NetworkDenoiser", c: object, scale_range: object =
     require(c is not None, "c", c, "one condition a sample, for guidance needs one")
     allowed = f"{'a range' if model.scale_aware else 'None'}, for model.scale_aware = {model.scale_aware}"
     require(model.scale_aware == (scale_range is not None), "scale_range", scale_range, allowed)
-
-
-def differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:
-    """Where two JSON-able values differ: `a.b` for b inside a, and both values."""
-    if isinstance(old, dict | None) and isinstance(new, dict | None):
-        old, new = old or {}, new or {}
-        for name in sorted({*old, *new}):
-            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif json.dumps(old) != json.dumps(new):
-        yield key, old, new

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+from guidance_nb._checks import explained, require_that
 
 Json = dict[str, Any]  # Values by name, as JSON holds them
 
@@ -72,24 +75,16 @@ def remove(path: Path) -> None:
 
 def read_text(path: Path) -> str:
     "Text in UTF-8; another encoding, and what is no regular file, is a `ValueError` that names the file."
-    if not path.is_file():
-        raise ValueError(f"{path} is no regular file; allowed: a text file that is there")
-    try:
+    require_that(path.is_file(), f"{path} is no regular file", "a text file that is there")
+    with explained(f"{path} is not UTF-8", "text in UTF-8", UnicodeDecodeError):
         return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; allowed: text in UTF-8") from None
 
 
 def check_folder(name: str, folder: Path) -> Path:
     "Make a `folder`; one that cannot be written to is an error that calls it `name`, before work is done."
-    try:
+    with explained(f"{name} = {str(folder)!r} cannot be written", "a writable folder", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror})"
-        raise ValueError(f"{name} = {str(folder)!r} {reason}; allowed: a writable folder") from None
+        tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
@@ -101,12 +96,20 @@ def parse_json(text: str) -> Any:
         raise json.JSONDecodeError("nested too deep", text[:20], 0) from None
 
 
+def differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:
+    "Where two JSON-able values differ: `a.b` for b inside a, and both values."
+    if isinstance(old, dict | None) and isinstance(new, dict | None):
+        old, new = old or {}, new or {}
+        for name in sorted({*old, *new}):
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif json.dumps(old) != json.dumps(new):
+        yield key, old, new
+
+
 def read_csv(path: Path) -> list[list[str]]:
     "The values of a table, line by line."
-    try:
+    with explained(f"{path} is no table", "values separated by commas", csv.Error):
         return list(csv.reader(io.StringIO(read_text(path), newline="")))
-    except csv.Error as error:
-        raise ValueError(f"{path} is no table ({error}); allowed: values separated by commas") from None
 
 
 @contextmanager

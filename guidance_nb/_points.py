@@ -13,7 +13,7 @@ MEMORY = 2**28  # bytes that one table of distances may take
 CACHE = 2**23  # bytes of a table that a processor has near at hand
 
 
-def check_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1) -> Tensor:
+def as_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1) -> Tensor:
     "Samples `[n, ...]` as points `[n, d]`, float64, on the CPU, or a `ValueError` that names the argument."
     if not isinstance(x, Tensor) or x.ndim < 2 or len(x) < at_least or not x[0].numel():
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -26,7 +26,7 @@ def check_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1
     return points
 
 
-def check_classes(name: str, c: Tensor, n: int, num_classes: int | None = None) -> Tensor:
+def as_labels(name: str, c: Tensor, n: int, num_classes: int | None = None) -> Tensor:
     "n labels as int64 on the CPU; a wrong type, length or range is a `ValueError` that names the argument."
     try:
         labels: Any = check_labels(c, 2**31 if num_classes is None else num_classes, n)
@@ -39,7 +39,7 @@ def moments(name: str, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     "Mean `[d]` and unbiased covariance `[d, d]` of points, float64; moments pass as they are."
     if isinstance(x, tuple):
         return x[0].double(), x[1].double()
-    points = check_points(name, x, at_least=2)
+    points = as_points(name, x, at_least=2)
     mean = points.mean(0)
     points = points - mean
     return mean, points.T @ points / (len(points) - 1)

@@ -6,31 +6,34 @@
 __all__ = ['AlignedLoss', 'scale_from_aligned']
 
 # %% ../nbs/12_aligned_loss.ipynb #d98f97b0
-import math
-
 import torch
 from torch import Tensor
 
 from guidance_nb._checks import (
+    AtLeastZero,
+    NonZero,
+    Number,
     check_conditional,
-    check_nonzero,
-    check_number,
-    require,
+    checked,
 )
 from ._conditions import output_pair
 from .denoisers import NetworkDenoiser
 from .training import LossContext
 
 # %% ../nbs/12_aligned_loss.ipynb #7cad31e8
+@checked
 class AlignedLoss:
     """Squared error of the guided combination, eqs. (3) and (7).
 
     `scale` is the training scale w, not 0; `anchor` is the weight a, 0 in
     arXiv 2311.00938."""
 
-    def __init__(self, scale: float = 2.0, anchor: float = 0.0) -> None:
-        self.scale = check_nonzero("scale", scale)
-        self.anchor = check_number("anchor", anchor, 0)
+    def __init__(
+        self,
+        scale: NonZero = 2.0,
+        anchor: AtLeastZero = 0.0,
+    ) -> None:
+        self.scale, self.anchor = scale, anchor
 
     def __call__(
         self,
@@ -49,12 +52,10 @@ class AlignedLoss:
         return error.flatten(1).mean(1)
 
 # %% ../nbs/12_aligned_loss.ipynb #02507e4a
+@checked
 def scale_from_aligned(
-    sampling: float,  # Scale s the model is sampled with
-    training: float,  # Scale w of its AlignedLoss, not 0
+    sampling: Number,  # Scale s the model is sampled with
+    training: NonZero,  # Scale w of its AlignedLoss
 ) -> float:  # The scale gamma = s / w
     "Guidance scale of a model with an exact unconditional output, eq. (8)."
-    fine = math.isfinite(sampling) and math.isfinite(training) and training != 0
-    allowed = "finite numbers, training not 0"
-    require(fine, "sampling, training", (sampling, training), allowed)
     return sampling / training

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_number, check_scale, require
+from ._checks import AtLeastZero, Number, Positive, checked, require
 from .denoisers import Prediction, guide
 from .guidance import Claims, Guidance
 
@@ -50,48 +50,40 @@ def dit_channel_scales(
     return torch.where(first, float(scale), 1.0)
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #700af9b9
-def _check_variances(v_c: float, v_u: float, scale: float) -> None:
-    "Raise a `ValueError` unless both variances are positive and all is finite."
-    check_scale(scale)
-    for name, v in (("v_c", v_c), ("v_u", v_u)):
-        require(0 < v < math.inf, name, v, "a positive, finite number")
-
-
+@checked
 def tilt_variance(
-    v_c: float,  # Variance of the conditional Gaussian
-    v_u: float,  # Variance of the unconditional Gaussian, same mean
-    scale: float,  # Guidance scale
+    v_c: Positive,  # Variance of the conditional Gaussian
+    v_u: Positive,  # Variance of the unconditional Gaussian, same mean
+    scale: Number,  # Guidance scale
 ) -> float:  # Its variance
     "Variance of the sharpened density p_u^(1 - scale) p_c^scale, eq. (7)."
-    _check_variances(v_c, v_u, scale)
     precision = scale / v_c + (1 - scale) / v_u
     exists = "scale / v_c + (1 - scale) / v_u > 0"
     require(precision > 0, "scale", scale, exists)
     return 1 / precision
 
 
+@checked
 def ode_variance(
-    v_c: float,  # Variance of the conditional Gaussian
-    v_u: float,  # Variance of the unconditional Gaussian, same mean
-    scale: float,  # Guidance scale
-    start: float | None = None,  # Noise-to-signal ratio, None for infinity
+    v_c: Positive,  # Variance of the conditional Gaussian
+    v_u: Positive,  # Variance of the unconditional Gaussian, same mean
+    scale: Number,  # Guidance scale
+    start: Positive | None = None,  # Noise-to-signal ratio, None for infinity
 ) -> float:  # Variance at t = 0
     "Variance at the end of the guided probability-flow ODE, eq. (8)."
-    _check_variances(v_c, v_u, scale)
     if start is None:
         return v_c**scale * v_u ** (1 - scale)
-    require(0 < start < math.inf, "start", start, "a positive number, or None")
     ratio_c, ratio_u = v_c / (v_c + start**2), v_u / (v_u + start**2)
     return start**2 * ratio_c**scale * ratio_u ** (1 - scale)
 
 
+@checked
 def sde_variance(
-    v_c: float,  # Variance of the conditional Gaussian
-    v_u: float,  # Variance of the unconditional Gaussian, same mean
-    scale: float,  # Guidance scale
+    v_c: Positive,  # Variance of the conditional Gaussian
+    v_u: Positive,  # Variance of the unconditional Gaussian, same mean
+    scale: Number,  # Guidance scale
 ) -> float:  # Variance at t = 0
     "Variance at the end of guided DDPM with many steps, eq. (10)."
-    _check_variances(v_c, v_u, scale)
     log_ratio, k = math.log(v_c / v_u), 2 * scale - 1
     if log_ratio == 0:
         return v_c
@@ -100,21 +92,17 @@ def sde_variance(
     return v_c * integral / -math.expm1(log_ratio)
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #f9b7edeb
+@checked
 def two_class_map(
     z: Tensor,  # Standard deviations from the class mean at `start`, `[n]`
-    scale: float,  # Guidance scale
-    ratio: float,  # r where the ODE ends; m / s at t = 0
-    start: float = 0.0,  # r where it starts; above `ratio` the map is inverted
-    log_odds: float = 0.0,  # log p(+) / p(-)
+    scale: Number,  # Guidance scale
+    ratio: AtLeastZero,  # r where the ODE ends; m / s at t = 0
+    start: AtLeastZero = 0.0,  # r where it starts; above `ratio` inverted
+    log_odds: Number = 0.0,  # log p(+) / p(-)
 ) -> Tensor:  # Position at `ratio`, `[n]`, float64
     "Solve the guided ODE of two Gaussian classes, eq. (12), to 1e-10."
     from scipy.integrate import solve_ivp
     from scipy.special import expit
-
-    check_scale(scale)
-    check_number("ratio", ratio, low=0)
-    check_number("start", start, low=0)
-    check_number("log_odds", log_odds)
 
     def slope(r, z):  # type: ignore[no-untyped-def]
         return 2 * (scale - 1) * expit(-2 * r * (r + z) - log_odds)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, require
+from ._checks import checked, require
 from .denoisers import Denoiser, Prediction, check_inputs
 from .guidance import Claims, Guidance, Scale, shift_prediction
 from .paths import clamp_time
@@ -34,6 +34,7 @@ def class_gradient(
         return torch.autograd.grad(chosen.sum(), point)[0]
 
 # %% ../nbs/10_classifier_guidance.ipynb #da3d5bb4
+@checked
 class ClassifierGuidance(Guidance):
     "The prediction `base` of a model guided by a classifier, eq. (4)."
 
@@ -49,9 +50,7 @@ class ClassifierGuidance(Guidance):
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided
     ):
         super().__init__(model, scale, interval)
-        self.form = check_choice("form", form, ("score", "mean_shift"))
-        check_choice("base", base, ("unconditional", "conditional"))
-        self.classifier = classifier
+        self.form, self.classifier = form, classifier
         self.conditional_base = base == "conditional"
         n = getattr(classifier, "num_classes", model.num_classes)
         known = model.num_classes or (0 if self.conditional_base else n)

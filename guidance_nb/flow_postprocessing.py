@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._checks import check_choice, check_number, check_whole, require
+from guidance_nb._checks import (
+    Count,
+    check_number,
+    check_whole,
+    checked,
+    require,
+)
 from ._modes import eval_mode
 from .denoisers import check_labels, record_nfe
 from .images.networks import build_network
@@ -127,15 +133,15 @@ def pair_data(
     return PairDraws(generated, real, near, labels, None if real_labels is None else int(real_labels.max()) + 1)
 
 # %% ../nbs/14_flow_postprocessing.ipynb #381c1009
+@checked
 def integrate_flow(
     velocity: Callable[[Tensor, Tensor], Tensor],  # `velocity(z, tau)` with `tau` `[batch]`, from 0 to 1
     z: Tensor,  # Generated samples, `[batch, ...]`
-    steps: int = 16,  # Number of steps, unused by "dopri5"
+    steps: Count = 16,  # Number of steps, unused by "dopri5"
     sampler: Literal["euler", "heun", "dopri5"] = "heun",  # Heun evaluates twice a step; dopri5 adapts its steps
 ) -> Tensor:  # Corrected samples
     "Integrate dz/dtau = v from tau = 0 (generated) to tau = 1 (corrected), eq. (5), by the steps of the samplers."
-    check_choice("sampler", sampler, ("euler", "heun", "dopri5"))
-    clock = torch.linspace(0, 1, check_whole("steps", steps, 1) + 1, dtype=torch.float64)
+    clock = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 
     def at(z: Tensor, tau: Tensor, c: None = None) -> Tensor:
         return velocity(z, tau.to(z).expand(len(z)))

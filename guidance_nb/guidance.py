@@ -17,7 +17,13 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_interval, check_number, check_scale, require
+from guidance_nb._checks import (
+    check_choice,
+    check_interval,
+    check_number,
+    check_scale,
+    require,
+)
 from ._conditions import Condition, take_rows
 from .denoisers import Batching, Denoiser, Prediction, check_inputs
 from .paths import Path, clamp_time, expand_time

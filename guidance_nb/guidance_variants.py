@@ -16,7 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_number, check_scale, check_whole, require
+from guidance_nb._checks import (
+    check_number,
+    check_scale,
+    check_whole,
+    require,
+    require_that,
+)
 from ._conditions import Condition
 from .denoisers import Denoiser, Prediction, check_inputs, guide
 from .guidance import Claims, Guidance, Scale, predict_where, shift_prediction
@@ -330,8 +336,8 @@ class RatioTable(nn.Module):
         ratios: Tensor,  # Ratios at these times, `[k, classes, ...]`
     ):
         super().__init__()
-        if times.ndim != 1 or len(times) < 2 or not (times.diff() > 0).all() or len(ratios) != len(times):
-            raise ValueError("times; allowed: two times or more, rising, one for each row of ratios")
+        fine = times.ndim == 1 and len(ratios) == len(times) > 1 and (times.diff() > 0).all()
+        require_that(fine, "times", "two times or more, rising, one for each row of ratios")
         self.times, self.ratios = nn.Buffer(times.double()), nn.Buffer(ratios)
 
     def forward(self, t: Tensor, c: Tensor) -> Tensor:
@@ -354,8 +360,7 @@ def estimate_ratios(
 ) -> RatioTable:  # E[e_c e_u] / E[e_u^2] by time and class
     "Estimate the ratio of eq. (8) element by element on noised data of each class (arXiv 2410.18737)."
     counts = c.bincount(minlength=model.num_classes)
-    if not counts.all():
-        raise ValueError(f"c has no sample of class {counts.argmin()}; allowed: samples of every class")
+    require_that(counts.all(), f"c has no sample of class {counts.argmin()}", "samples of every class")
     ratios = []
     for t in times:
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)

@@ -13,11 +13,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._checks import check_whole, require
+from guidance_nb._checks import (
+    Positive,
+    check_whole,
+    checked,
+    require,
+    require_that,
+)
 from ._extras import extra
 from guidance_nb._points import (
-    check_classes,
-    check_points,
+    as_labels,
+    as_points,
     inside,
     moments,
     search,
@@ -37,8 +43,8 @@ def nll(
     mixture: Mixture,  # The true distribution
 ) -> float:  # In nats; the baseline is the entropy of p(x | c)
     "Mean negative log-likelihood under the true class density, eq. (1)."
-    points = check_points("x", x, mixture.dim)
-    return -log_prob(mixture, points, check_classes("c", c, len(points), mixture.num_classes)).mean().item()
+    points = as_points("x", x, mixture.dim)
+    return -log_prob(mixture, points, as_labels("c", c, len(points), mixture.num_classes)).mean().item()
 
 # %% ../nbs/06_metrics.ipynb #2fb48e4b
 def outlier_threshold(
@@ -62,8 +68,8 @@ def outlier_rate(
     threshold: Tensor | None = None,  # From outlier_threshold, which is called when absent
 ) -> float:  # Share of samples, 0 to 1; the baseline is the quantile of the threshold
     "Fraction of samples whose true class density lies below the threshold, eq. (2)."
-    points = check_points("x", x, mixture.dim)
-    c = check_classes("c", c, len(points), mixture.num_classes)
+    points = as_points("x", x, mixture.dim)
+    c = as_labels("c", c, len(points), mixture.num_classes)
     threshold = outlier_threshold(mixture) if threshold is None else threshold
     shape, classes = tuple(threshold.shape), mixture.num_classes
     require(shape == (classes,), "shape of threshold", shape, f"({classes},)")
@@ -79,13 +85,13 @@ def nearest_neighbours(
     device: str | torch.device | None = None,  # Where to search; None: the CPU
 ) -> tuple[Tensor, Tensor]:  # Distances, ascending, and indices, `[n, k]` each
     "The k nearest y of each x, exactly; infinitely far, index -1, if there are fewer."
-    a = check_points("x", x)
-    b = check_points("y", y, a.shape[1])
+    a = as_points("x", x)
+    b = as_points("y", y, a.shape[1])
     check_whole("k", k, 1)
-    if (x_c is None) != (y_c is None):
-        raise ValueError("labels for one set only; allowed: for both or for none")
-    a_c = torch.zeros(len(a)) if x_c is None else check_classes("x_c", x_c, len(a))
-    b_c = torch.zeros(len(b)) if y_c is None else check_classes("y_c", y_c, len(b))
+    both = (x_c is None) == (y_c is None)
+    require_that(both, "labels for one set only", "for both or for none")
+    a_c = torch.zeros(len(a)) if x_c is None else as_labels("x_c", x_c, len(a))
+    b_c = torch.zeros(len(b)) if y_c is None else as_labels("y_c", y_c, len(b))
     distance = torch.full((len(a), k), torch.inf, dtype=torch.float64)
     index = torch.full((len(a), k), -1)
     for label in a_c.unique():
@@ -97,15 +103,15 @@ def nearest_neighbours(
     return distance, index
 
 # %% ../nbs/06_metrics.ipynb #e8f90996
+@checked
 def coverage(
     real: Tensor,  # Real points, `[m, ...]`
     generated: Tensor,  # Generated points, `[n, ...]`
     real_c: Tensor,  # Labels of the real points, `[m]`
     generated_c: Tensor,  # Labels of the generated points, `[n]`
-    radius: float = 0.038,  # Euclidean; by the rule, for the fractal at 2,000 points
+    radius: Positive = 0.038,  # Euclidean; by the rule, for the fractal at 2,000 points
 ) -> float:  # Share of real points, 0 to 1; the baseline is .95 by the rule
     "Fraction of real points with a generated point of their class in reach, eq. (3)."
-    require(radius > 0, "radius", radius, "a positive number")
     nearest, _ = nearest_neighbours(real, generated, 1, real_c, generated_c)
     return (nearest <= radius).double().mean().item()
 
@@ -118,8 +124,8 @@ def precision_recall(
 ) -> tuple[float, float]:  # Precision and recall, 0 to 1
     "Improved precision and recall, eq. (4) (arXiv 1904.06991)."
     check_whole("k", k, 1)
-    y = check_points("real", real, at_least=k + 1)
-    x = check_points("generated", generated, y.shape[1], at_least=k + 1)
+    y = as_points("real", real, at_least=k + 1)
+    x = as_points("generated", generated, y.shape[1], at_least=k + 1)
 
     def share(points: Tensor, centres: Tensor) -> float:
         squares, _ = search(centres, centres, k + 1, device)
@@ -156,14 +162,14 @@ def sliced_wasserstein(
 ) -> float:  # In the unit of the data
     "Sliced 2-Wasserstein distance, eq. (6); in one dimension the distance itself."
     if a_c is not None and b_c is not None:
-        a_c, b_c = check_classes("a_c", a_c, len(a)), check_classes("b_c", b_c, len(b))
+        a_c, b_c = as_labels("a_c", a_c, len(a)), as_labels("b_c", b_c, len(b))
         classes = b_c.unique().tolist()
         require(a_c.unique().tolist() == classes, "classes of a", a_c.unique().tolist(), f"{classes}, those of b")
         each = [(a[a_c == k], b[b_c == k]) for k in classes]
         return sum(sliced_wasserstein(*pair, projections=projections, seed=seed) for pair in each) / len(each)
     check_whole("projections", projections, 1)
-    a = check_points("a", a)
-    b = check_points("b", b, a.shape[1])
+    a = as_points("a", a)
+    b = as_points("b", b, a.shape[1])
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(projections, a.shape[1], dtype=torch.float64, generator=generator)
     theta = theta / theta.norm(dim=1, keepdim=True)
@@ -184,7 +190,7 @@ def class_accuracy(
     classifier: Mixture | Callable[[Tensor], Tensor],  # Samples -> logits `[n, classes]`; of a mixture Bayes' rule
 ) -> float:  # Share of samples, 0 to 1; the baseline is that of held-out real data
     "Fraction of samples that an evaluation classifier assigns to their label."
-    check_points("x", x)
+    as_points("x", x)
     with torch.no_grad():
         if isinstance(classifier, Mixture):
             scores = log_posterior(classifier, x.cpu())
@@ -192,7 +198,7 @@ def class_accuracy(
             scores = classifier(x)
     fine = scores.ndim == 2 and len(scores) == len(x) and not scores.isnan().any()
     require(fine, "logits", tuple(scores.shape), f"({len(x)}, num_classes), without NaN")
-    c = check_classes("c", c, len(x), scores.shape[1])
+    c = as_labels("c", c, len(x), scores.shape[1])
     return (scores.argmax(1).cpu() == c).double().mean().item()
 
 # %% ../nbs/06_metrics.ipynb #4cab5b44
@@ -203,7 +209,7 @@ def digits_classifier() -> Callable[[Tensor], Tensor]:  # `[n, ...]` of 64 value
 
     x, c = digits("train")
     svc = SVC(C=10.0).fit(x.double().numpy(), c.numpy())
-    return lambda x: torch.from_numpy(svc.decision_function(check_points("x", x, 64).numpy()))
+    return lambda x: torch.from_numpy(svc.decision_function(as_points("x", x, 64).numpy()))
 
 # %% ../nbs/06_metrics.ipynb #2529bc66
 def calibration_error(
@@ -213,8 +219,8 @@ def calibration_error(
 ) -> float:  # 0 (calibrated) to 1
     "Expected calibration error of the predicted class, eq. (7) (arXiv 1706.04599)."
     check_whole("bins", bins, 1)
-    p = check_points("probabilities", probabilities)
-    labels = check_classes("labels", labels, len(p), p.shape[1])
+    p = as_points("probabilities", probabilities)
+    labels = as_labels("labels", labels, len(p), p.shape[1])
     fine = p.min() >= 0 and (p.sum(1) - 1).abs().max() <= 1e-3
     require(fine, "sums of probabilities", p.sum(1)[:2].tolist(), "1, of numbers from 0 (apply softmax to logits)")
     confidence, predicted = p.max(1)

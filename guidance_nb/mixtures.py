@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, require
+from ._checks import check_choice, require, require_that
 from ._extras import extra
 from .denoisers import Denoiser, Prediction, check_inputs, check_labels
 from .paths import FlowPath, Path
@@ -63,14 +63,13 @@ class Mixture:
         weights = torch.ones(len(means)) if weights is None else weights
         shape = tuple(means.shape)
         require(means.ndim == 2 and len(means), "shape of means", shape, "[K, d] with K >= 1")
-        require(means.isfinite().all(), "means", means.tolist(), "finite values")
         given = tuple(covariances.shape)
         require(given in (shape[:1], (*shape, shape[1])), "shape of covariances", given, "[K, d, d], or variances [K]")
-        require(covariances.isfinite().all(), "covariances", covariances.tolist(), "finite values")
         require(weights.shape == shape[:1], "shape of weights", tuple(weights.shape), f"[K] = [{shape[0]}]")
-        require(
-            (weights > 0).all() and weights.isfinite().all(), "weights", weights.tolist(), "positive, finite numbers"
-        )
+        for name, values in (("means", means), ("covariances", covariances)):
+            require(values.isfinite().all(), name, values.tolist(), "finite values")
+        fine = (weights > 0).all() and weights.isfinite().all()
+        require(fine, "weights", weights.tolist(), "positive, finite numbers")
         self.num_classes = int(labels.max()) + 1
         check_labels(labels, self.num_classes, len(means))
         if covariances.ndim == 1:
@@ -103,8 +102,8 @@ def _mixture_at(
     k = slice(None) if chosen is None else chosen
     alpha, sigma = path.alpha(t.double()), path.sigma(t.double())
     variance = alpha**2 * mixture.eigenvalues[k] + sigma**2  # [K] or [K, d]
-    if (variance <= 0).any():
-        raise ValueError("t = 0 with zero-variance components; allowed: t > 0, for data points have no density")
+    dense = (variance > 0).all()
+    require_that(dense, "t = 0 with zero-variance components", "t > 0, for data points have no density")
     norm = mixture.weights[k].log() - 0.5 * mixture.dim * math.log(2 * math.pi)
     if mixture.eigenvectors is None:
         return _MixtureAtTime(alpha * mixture.means[k], 1 / variance, norm - 0.5 * mixture.dim * variance.log())
@@ -121,8 +120,8 @@ def _map_by_time_and_class(
     c: Tensor | None,  # Labels `[batch]`, or None for all classes
 ) -> Tensor:  # Results in the order of `x`, float64
     "Apply `fn` to rows that share a time and a class, in blocks of bounded size."
-    if x.ndim != 2 or x.shape[1] != mixture.dim:
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: [batch, {mixture.dim}]")
+    fine = x.ndim == 2 and x.shape[1] == mixture.dim
+    require_that(fine, f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]")
     key_t = t.reshape(-1).expand(len(x))
     key_c = torch.full((len(x),), -1) if c is None else c
     parts, order = [], []

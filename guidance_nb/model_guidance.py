@@ -11,19 +11,20 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import (
-    check_choice,
+    Interval,
+    ScaleRange,
+    Share,
+    Whole,
     check_conditional,
-    check_interval,
     check_number,
     check_scale,
-    check_scale_range,
-    check_whole,
+    checked,
     require,
 )
 from ._conditions import output_pair, take_rows
@@ -83,27 +84,21 @@ def _guidance_direction(
     return y[c, torch.arange(size).to(c)] - torch.einsum("bn,nb...->b...", p, y)
 
 
+@checked
 @dataclass
 class _Options:
     weight: float | Callable[[], float] = 0.5  # w, or a function for it
-    dropout: float = 0.1  # Probability of dropping the condition
+    dropout: Share = 0.1  # Probability of dropping the condition
     target: Literal["ema", "online", "frozen"] = "ema"  # The teacher
-    start_step: int = 0  # First step with guidance
-    interval: tuple[float, float] = (0.0, 0.75)  # Times with guidance
+    start_step: Whole = 0  # First step with guidance
+    interval: Interval = (0.0, 0.75)  # Times with guidance
     unconditional: _Negative = "null"  # What the direction moves away from
-    scale_range: tuple[float, float] | None = None  # To draw scales from
-    guided_share: float = 0.5  # Probability of a drawn scale, not 1
+    scale_range: ScaleRange | None = None  # To draw scales from
+    guided_share: Share = 0.5  # Probability of a drawn scale, not 1
     frozen: NetworkDenoiser | None = None  # For target="frozen"
     classifier: nn.Module | None = None  # For "posterior": noisy logits
 
     def __post_init__(self) -> None:
-        check_number("dropout", self.dropout, 0, 1)
-        check_number("guided_share", self.guided_share, 0, 1)
-        check_choice("target", self.target, ("ema", "online", "frozen"))
-        check_choice("unconditional", self.unconditional, get_args(_Negative))
-        check_whole("start_step", self.start_step)
-        self.interval = check_interval(self.interval)
-        check_scale_range(self.scale_range)
         frozen, classifier = (part and type(part).__name__ for part in (self.frozen, self.classifier))
         fine = (frozen is not None) == (self.target == "frozen")
         require(fine, "frozen", frozen, "a network if and only if target='frozen'")

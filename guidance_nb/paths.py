@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._checks import Positive, checked, require_that
+
 # %% ../nbs/00_paths.ipynb #3f713ef6
 def expand_time(
     t: Tensor,  # Coefficients or times, scalar or `[batch]`
@@ -23,8 +25,8 @@ def expand_time(
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.ndim == 0:
         return t
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t has shape {tuple(t.shape)}; allowed: a scalar or [batch] = [{x.shape[0]}]")
+    fine, batch = t.shape == x.shape[:1], x.shape[0]
+    require_that(fine, f"t has shape {tuple(t.shape)}", f"a scalar or [batch] = [{batch}]")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 # %% ../nbs/00_paths.ipynb #5ee101bc
@@ -62,8 +64,8 @@ class Path:
 
     def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         "The point x_t of eq. (1), same shape as `x0`."
-        if x0.shape != eps.shape:
-            raise ValueError(f"eps has shape {tuple(eps.shape)}; allowed: the shape of x0, {tuple(x0.shape)}")
+        same, found = x0.shape == eps.shape, f"eps has shape {tuple(eps.shape)}"
+        require_that(same, found, f"the shape of x0, {tuple(x0.shape)}")
         t = check_time(t)
         return expand_time(self.alpha(t), x0) * x0 + expand_time(self.sigma(t), x0) * eps
 
@@ -102,17 +104,14 @@ class FlowPath(Path):
         return 1 / (1 + 1 / noise_to_signal)
 
 # %% ../nbs/00_paths.ipynb #fe95dd30
+@checked
 @dataclass(frozen=True)
 class VPPath(Path):
     "Path with alpha^2 + sigma^2 = 1: DDPM's linear schedule, eq. (3), or the cosine (arXiv 2102.09672)."
 
-    schedule: str = "linear"
+    schedule: Literal["linear", "cosine"] = "linear"
     beta_min: float = 0.1
     beta_max: float = 20.0
-
-    def __post_init__(self) -> None:
-        if self.schedule not in ("linear", "cosine"):
-            raise ValueError(f"schedule = {self.schedule!r}; allowed: 'linear', 'cosine'")
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2)
@@ -147,15 +146,12 @@ class VPPath(Path):
         return 2 * log_snr / (self.beta_min + root).clamp(min=1e-30)
 
 # %% ../nbs/00_paths.ipynb #cf2c092a
+@checked
 @dataclass(frozen=True)
 class EDMPath(Path):
     "The variance-exploding path alpha = 1, sigma = sigma_max t, eq. (4) (arXiv 2206.00364)."
 
-    sigma_max: float = 80.0
-
-    def __post_init__(self) -> None:
-        if not self.sigma_max > 0:
-            raise ValueError(f"sigma_max = {self.sigma_max}; allowed: a positive number")
+    sigma_max: Positive = 80.0
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

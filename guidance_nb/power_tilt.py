@@ -10,13 +10,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._checks import check_choice, check_number, check_scale, check_whole, require
+from guidance_nb._checks import (
+    Count,
+    Positive,
+    Share,
+    Whole,
+    check_scale,
+    check_whole,
+    checked,
+    require,
+    require_that,
+)
 from ._conditions import take_rows
 from ._modes import eval_mode
 from ._random import NoiseSource
@@ -87,8 +97,8 @@ def tilt_mixture(
     "The power tilt where it is a Gaussian mixture, eq. (2); raises `ValueError` where it is not, or does not exist."
     check_scale(scale)
     several = len(toward.means) > 1
-    if len(away.means) > 1 or (several and not (float(scale).is_integer() and scale >= 1)):
-        raise ValueError(f"scale = {scale}; allowed: a whole number from 1 for a mixture toward, and one Gaussian away")
+    fine = len(away.means) == 1 and (not several or (float(scale).is_integer() and scale >= 1))
+    require(fine, "scale", scale, "a whole number from 1 for a mixture toward, and one Gaussian away")
     count = int(scale) if several else 1
     power = scale / count  # of each factor: 1, or the scale itself for a single Gaussian
     spread_c, spread_u = _full_covariances(toward), _full_covariances(away)[0]
@@ -98,8 +108,8 @@ def tilt_mixture(
     for chosen in combinations_with_replacement(range(len(toward.means)), count):
         k = torch.tensor(chosen)
         precision = power * precision_c[k].sum(0) + (1 - scale) * precision_u
-        if torch.linalg.eigvalsh(precision).min() <= 0:
-            raise ValueError(f"scale = {scale} leaves a negative precision; allowed: scales at which the tilt exists")
+        exists = torch.linalg.eigvalsh(precision).min() > 0
+        require_that(exists, f"scale = {scale} leaves a negative precision", "scales at which the tilt exists")
         linear = power * torch.einsum("kij,kj->i", precision_c[k], toward.means[k])
         mean = torch.linalg.solve(precision, linear + (1 - scale) * precision_u @ away.means[0])
         normal = torch.distributions.MultivariateNormal(toward.means[k], spread_c[k])
@@ -121,9 +131,9 @@ def tilt_on_grid(
     "The power tilt by quadrature, eq. (1): a weighted set of points; an error if the grid does not hold it."
     weights = _log_tilt(toward, away, scale, grid).softmax(0)
     edge = ((grid == grid.amin(0)) | (grid == grid.amax(0))).any(1)
-    if not weights[edge].sum() < 1e-6:
-        found = f"grid has a fraction {weights[edge].sum():.1g} of the tilt on its edge"
-        raise ValueError(f"{found}; allowed: below 1e-6, by a wider grid or a scale at which the tilt exists")
+    found = f"grid has a fraction {weights[edge].sum():.1g} of the tilt on its edge"
+    allowed = "below 1e-6, by a wider grid or a scale at which the tilt exists"
+    require_that(weights[edge].sum() < 1e-6, found, allowed)
     grid, weights = grid[weights > 0], weights[weights > 0]  # far out they are zero to rounding
     return Mixture(grid, torch.zeros(len(grid)), torch.zeros(len(grid)).long(), weights)
 
@@ -191,6 +201,7 @@ def _restrict(
     return basis * ((v * basis).sum(dims, keepdim=True) / size)
 
 # %% ../nbs/18_power_tilt.ipynb #d884c448
+@checked
 class CharacteristicGuidance(Guidance):
     "Guidance at the fixed point of eq. (5), classifier-free guidance where there is none (arXiv 2312.07586)."
 
@@ -202,15 +213,13 @@ class CharacteristicGuidance(Guidance):
         scale: Scale = 1.0,  # Guidance scale
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
         batching: Batching = "auto",  # How to evaluate the first pair; later ones lie at two points
-        iterations: int = 50,  # Pairs evaluated for a sample at most
-        tolerance: float = 1e-4,  # Root mean square residual at which the shift is found, in units of the noise
-        memory: int = 2,  # Differences of Anderson's extrapolation, 0 for the plain iteration
+        iterations: Count = 50,  # Pairs evaluated for a sample at most
+        tolerance: Positive = 1e-4,  # Root mean square residual at which the shift is found, in units of the noise
+        memory: Whole = 2,  # Differences of Anderson's extrapolation, 0 for the plain iteration
         span: _Span = "all",  # "all", or multiples of the first difference by "sample" or by "channel"
     ):
         super().__init__(model, scale, interval, batching=batching)
-        require(0 < tolerance < math.inf, "tolerance", tolerance, "a positive, finite number")
-        self.solver = check_whole("iterations", iterations, 1), tolerance, check_whole("memory", memory)
-        self.span = check_choice("span", span, get_args(_Span))
+        self.solver, self.span = (iterations, tolerance, memory), span
         self.solved = self.fell_back = 0
 
     def guided(self, x: Tensor, t: Tensor, c: Any) -> Prediction:
@@ -255,17 +264,16 @@ def _langevin_steps(
     return x
 
 # %% ../nbs/18_power_tilt.ipynb #fddc88b7
+@checked
 @dataclass(frozen=True)
 class PredictorCorrector:
     "A step for `sample`: DDIM on the sampled model, then Langevin steps with the corrector's score (arXiv 2408.09000)."
 
     corrector: Denoiser  # Whose score the Langevin steps follow, usually a guided model
-    count: int = 1  # Langevin steps at each level
-    size: float = 1.0  # Their size, as a multiple of the ancestral one
+    count: Whole = 1  # Langevin steps at each level
+    size: Positive = 1.0  # Their size, as a multiple of the ancestral one
 
     def __post_init__(self) -> None:
-        check_whole("count", self.count)
-        require(0 < self.size < math.inf, "size", self.size, "a positive, finite number")
         allowed = "a model with a velocity and a score; CFG++ has none"
         require(self.corrector.consistent, "corrector", self.corrector, allowed)
 
@@ -293,8 +301,8 @@ def _systematic_resample(
 ) -> Tensor:  # Indices `[n]`; particle i appears n w_i times, rounded up or down
     "Systematic resampling: n equally spaced pointers into the cumulated weights."
     total = weights.double().sum()
-    if not (weights >= 0).all() or not 0 < total < math.inf:
-        raise ValueError("weights; allowed: finite numbers, 0 or more, not all 0")
+    fine = (weights >= 0).all() and 0 < total < math.inf
+    require_that(fine, "weights", "finite numbers, 0 or more, not all 0")
     require(0 <= offset < 1, "offset", offset, "0 or more and below 1")
     n, cumulated = len(weights), weights.double().cumsum(0) / total
     pointers = (torch.arange(n, dtype=torch.float64, device=weights.device) + offset) / n
@@ -311,6 +319,7 @@ class _WeightedSamples(NamedTuple):
     nfe: float  # Network function evaluations per particle
 
 # %% ../nbs/18_power_tilt.ipynb #0eaea366
+@checked
 @torch.no_grad()
 def sample_feynman_kac(
     model: Denoiser,  # A model that answers with and without condition
@@ -320,16 +329,14 @@ def sample_feynman_kac(
     scale: float,  # Guidance scale
     steps: int = 100,  # Number of steps
     seed: int = 0,  # Of the noise and of the resampling
-    count: int = 0,  # Langevin steps at each level, two NFE each
-    threshold: float = 0.5,  # Resample when the effective fraction falls below; 0 never, 1 always
+    count: Whole = 0,  # Langevin steps at each level, two NFE each
+    threshold: Share = 0.5,  # Resample when the effective fraction falls below; 0 never, 1 always
     times: Tensor | None = None,  # Falling times, instead of `time_grid(model.path, steps)`
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> _WeightedSamples:  # Particles and weights; systematic_resample makes them equal
     "Weighted guided ancestral sampling, eq. (10), of the power tilt (arXiv 2503.02819)."
     path, guided = model.path, ClassifierFreeGuidance(model, scale)
-    check_number("threshold", threshold, 0, 1)
-    check_whole("count", count)
     labels = torch.as_tensor(c)
     labels = labels.expand(n, *labels.shape).contiguous()
     times = time_grid(path, steps) if times is None else times.double().cpu()

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import check_conditional, check_interval, check_number, check_scale_range, require
+from guidance_nb._checks import (
+    Interval,
+    Number,
+    Positive,
+    PositiveRange,
+    ScaleRange,
+    Share,
+    check_conditional,
+    check_number,
+    checked,
+    require,
+    require_that,
+)
 from ._modes import eval_mode
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import Denoiser, NetworkDenoiser, Prediction
@@ -39,21 +51,19 @@ def _branch_outputs(
         return model.output(x, t, c, drop=drop).unflatten(0, (len(branches), -1))
 
 # %% ../nbs/19_trained_guidance.ipynb #093a692a
+@checked
 @dataclass
 class MeanFlowGuidanceLoss:
     "Squared error to the guided target of eq. (3) at r = t, the guidance of MeanFlow alone (arXiv 2505.13447)."
 
-    omega: float = 1.0  # Weight of the plain target
+    omega: Number = 1.0  # Weight of the plain target
     kappa: float = 0.5  # Weight of the network's own conditional output, below 1
-    interval: tuple[float, float] = (0.0, 1.0)  # Times, both included, with guidance
-    dropout: float = 0.1  # Probability of training a sample without its condition
+    interval: Interval = (0.0, 1.0)  # Times, both included, with guidance
+    dropout: Share = 0.1  # Probability of training a sample without its condition
 
     def __post_init__(self) -> None:
-        check_number("omega", self.omega)
-        check_number("dropout", self.dropout, 0, 1)
         allowed = "a finite number below 1, for at 1 and above training diverges"
         check_number("kappa", self.kappa, high=math.nextafter(1, 0), allowed=allowed)
-        self.interval = check_interval(self.interval)
 
     def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
@@ -86,18 +96,14 @@ def _draw_scales(
     return low + (high - low) * uniform
 
 # %% ../nbs/19_trained_guidance.ipynb #a99e7a67
+@checked
 @dataclass
 class GuidanceFreeTrainingLoss:
     "Squared error of a mixture with the own unconditional output, eq. (4) (arXiv 2501.15420); beta = 1 / scale."
 
-    scale: float = 2.0  # Guidance scale to train for, 1 / beta; unused with `scale_range`
-    dropout: float = 0.1  # Probability of training a sample without its condition
-    scale_range: tuple[float, float] | None = None  # For scale-aware networks: lowest and highest scale
-
-    def __post_init__(self) -> None:
-        check_number("scale", self.scale, math.ulp(0.0), allowed="a finite number above 0")
-        check_number("dropout", self.dropout, 0, 1)
-        check_scale_range(self.scale_range, positive=True)
+    scale: Positive = 2.0  # Guidance scale to train for, 1 / beta; unused with `scale_range`
+    dropout: Share = 0.1  # Probability of training a sample without its condition
+    scale_range: PositiveRange | None = None  # For scale-aware networks: lowest and highest scale
 
     def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
@@ -114,21 +120,20 @@ class GuidanceFreeTrainingLoss:
         return (beta * y + (1 - beta) * null - target).square().flatten(1).mean(1)
 
 # %% ../nbs/19_trained_guidance.ipynb #01b750b3
+@checked
 @dataclass
 class GuidedDistillationLoss:
     "Squared error to a frozen guided teacher, eq. (5) (arXiv 2210.03142, first stage)."
 
     teacher: Denoiser  # Guided already; or plain, to be guided by `guidance` at scales of `scale_range`
-    scale_range: tuple[float, float] | None = None  # For scale-aware students: lowest and highest scale
-    dropout: float = 0.1  # Probability of training a sample without its condition
+    scale_range: ScaleRange | None = None  # For scale-aware students: lowest and highest scale
+    dropout: Share = 0.1  # Probability of training a sample without its condition
     guidance: Callable[[Denoiser, Tensor], Denoiser] = ClassifierFreeGuidance  # With `scale_range`: what guides
 
     def __post_init__(self) -> None:
         require(isinstance(self.teacher, Denoiser), "teacher", self.teacher, "a Denoiser")
         require(self.teacher.consistent, "teacher", self.teacher, "a model with a velocity and a score; CFG++ has none")
         require(callable(self.guidance), "guidance", self.guidance, "a function of a denoiser and scales [batch]")
-        check_number("dropout", self.dropout, 0, 1)
-        check_scale_range(self.scale_range)
 
     @torch.no_grad()
     def answer(self, x: Tensor, t: Tensor, c: Tensor, drop: Tensor, scale: Tensor | None) -> Prediction:
@@ -141,8 +146,8 @@ class GuidedDistillationLoss:
     def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         check_conditional(model, c, self.scale_range)
-        if self.teacher.path != model.path:
-            raise ValueError(f"teacher is on {self.teacher.path}; allowed: {model.path}, as the model; see `OnPath`")
+        same, told = self.teacher.path == model.path, f"teacher is on {self.teacher.path}"
+        require_that(same, told, f"{model.path}, as the model; see `OnPath`")
         t, eps, drop = context.times(x0), context.noise(x0), context.drop(x0, self.dropout)
         scale = None if self.scale_range is None else _draw_scales(self.scale_range, x0, context)
         x = model.path.interpolate(x0, eps, t)

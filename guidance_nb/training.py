@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from ._checks import check_choice, check_number, check_whole, require
+from guidance_nb._checks import (
+    AtLeastZero,
+    Count,
+    Share,
+    check_number,
+    checked,
+    require,
+)
 from ._conditions import Condition, count, map_condition, take_rows
 from ._processes import prefetch
 from ._random import has_dropout, keyed_generator, keyed_global_rng, visiting_order
@@ -236,15 +243,16 @@ class State:
         return float(self.value)
 
 # %% ../nbs/05_training.ipynb #d55c4597
+@checked
 def fit(
     model: nn.Module,  # A NetworkDenoiser or a classifier; trained in place
     loss: Callable[..., Tensor],  # `loss(model, x0, c, context)` -> `[batch]`
     data: Data,  # `(x, c)`, or `draw(n, generator) -> (x, c)`, or FetchData
-    steps: int,  # Number of steps
-    batch_size: int = 1024,  # Samples per step
-    lr: float = 2e-3,  # Largest learning rate of AdamW
+    steps: Count,  # Number of steps
+    batch_size: Count = 1024,  # Samples per step
+    lr: AtLeastZero = 2e-3,  # Largest learning rate of AdamW
     schedule: Literal["cosine", "constant"] = "cosine",  # See learning_rate
-    ema: float | None = None,  # Decay m; None: 0.999 with a warm-up
+    ema: Share | None = None,  # Decay m; None: 0.999 with a warm-up
     ema_warmup: bool = False,  # Whether the decay rises to m, eq. (3)
     seed: int = 0,  # Seed of data order, times, noise and dropout
     progress: bool = True,  # Whether to show a progress bar
@@ -253,12 +261,7 @@ def fit(
     times: _Times | None = None,  # TrainingTimes; None: the path's usual ones
 ) -> Generator[State, None, None]:
     "Train with AdamW and yield a `State` after every step."
-    check_whole("steps", steps, 1)
-    check_whole("batch_size", batch_size, 1)
-    check_choice("schedule", schedule, ("cosine", "constant"))
     ema, ema_warmup = (0.999, True) if ema is None else (ema, ema_warmup)
-    check_number("ema", ema, 0, 1)
-    check_number("lr", lr, 0)
     if engine is not None:
         settings: dict[str, Any] = {"steps": steps, "seed": seed, "lr": lr}
         settings |= {"batch_size": batch_size, "schedule": schedule}

@@ -12,24 +12,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_number, require
+from ._checks import Number, Positive, checked, require
 from .denoisers import NetworkDenoiser
 from .paths import Path
 
 # %% ../nbs/09_training_times.ipynb #d23f0824
+@checked
 @dataclass(frozen=True)
 class TrainingTimes:
     "The usual times of a path, shifted, and the weight of each noise level."
 
-    shift: float = 1.0  # Factor on sigma / alpha; above 1 for larger images
+    shift: Positive = 1.0  # Factor on sigma / alpha; above 1 for larger images
     weight: Literal["x0", "eps", "v", "min_snr", "p2"] | None = None  # w; None: k
     corrected: bool = False  # Whether to divide by the density of the times
-
-    def __post_init__(self) -> None:
-        fine = check_number("shift", self.shift) > 0
-        require(fine, "shift", self.shift, "a positive number")
-        names = ("x0", "eps", "v", "min_snr", "p2", None)
-        check_choice("weight", self.weight, names)
 
     def usual(self, u: Tensor, path: Path) -> Tensor:
         "Times at uniform numbers before the shift."
@@ -63,18 +58,13 @@ class TrainingTimes:
         return factor * weights[self.weight] / (a - b * snr.sqrt()) ** 2
 
 
+@checked
 @dataclass(frozen=True)
 class LogNormalTimes(TrainingTimes):
     "Times at which log(sigma / alpha) is normal, eq. (1)."
 
-    mean: float = 0.0  # m
-    std: float = 1.0  # s
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("mean", self.mean)
-        fine = check_number("std", self.std) > 0
-        require(fine, "std", self.std, "a positive number")
+    mean: Number = 0.0  # m
+    std: Positive = 1.0  # s
 
     def usual(self, u: Tensor, path: Path) -> Tensor:
         "Times at uniform numbers before the shift."

@@ -19,7 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_number, check_scale, check_whole, require
+from guidance_nb._checks import (
+    check_number,
+    check_scale,
+    check_whole,
+    require,
+    require_that,
+)
 from ._extras import extra
 from ._modes import swapped
 from ._random import keyed_noise
@@ -83,8 +89,8 @@ class Autoguidance(WeakGuidance):
         cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
     ):
         super().__init__(model, scale, interval, cfg_scale)
-        if not isinstance(weak, Denoiser):
-            raise ValueError(f"weak is a {type(weak).__name__}; allowed: a Denoiser, such as a NetworkDenoiser")
+        told = f"weak is a {type(weak).__name__}"
+        require_that(isinstance(weak, Denoiser), told, "a Denoiser, such as a NetworkDenoiser")
         require(weak.consistent, "weak", weak, "a model with a velocity and a score; CFG++ has none")
         require(weak.path == model.path, "weak.path", weak.path, f"the path of the model, {model.path}, see OnPath")
         require(weak.num_classes == model.num_classes, "weak.num_classes", weak.num_classes, str(model.num_classes))
@@ -173,9 +179,8 @@ def _choose_layers(
             hits = [name for name in names if wanted in name]
         else:
             hits = names[wanted : wanted + 1] if wanted >= 0 else []
-        if not hits:
-            there = f"0 to {len(names) - 1}, or part of a name: {', '.join(names)}" if names else "no layer is there"
-            raise ValueError(f"layers = {wanted!r}; allowed: {there}")
+        there = f"0 to {len(names) - 1}, or part of a name: {', '.join(names)}" if names else "no layer is there"
+        require(hits, "layers", wanted, there)
         chosen += hits
     return [found[name] for name in dict.fromkeys(chosen)]
 
@@ -222,8 +227,8 @@ def _token_grid(
 ) -> Tensor:  # `[batch, channels, side, side]`
     "Lay tokens out as the square image they were cut from."
     side = math.isqrt(tokens.shape[-1])
-    if side**2 != tokens.shape[-1]:
-        raise ValueError(f"{tokens.shape[-1]} tokens; allowed: a square number, for square images")
+    n = tokens.shape[-1]
+    require_that(side**2 == n, f"{n} tokens", "a square number, for square images")
     return tokens.unflatten(-1, (side, side))
 
 # %% ../nbs/17_weak_models.ipynb #3c029125
@@ -369,16 +374,16 @@ class SelfAttentionGuidance(WeakGuidance):
     ):
         super().__init__(model, scale, interval, cfg_scale)
         require(sigma >= 0, "sigma", sigma, "0 or more, infinity included")
-        if (n := len(_choose_layers(_attention_layers(model), layer))) != 1:
-            raise ValueError(f"layer = {layer!r} fits {n} layers; allowed: one")
+        n = len(_choose_layers(_attention_layers(model), layer))
+        require_that(n == 1, f"layer = {layer!r} fits {n} layers", "one")
         self.layer, self.sigma, self.threshold = layer, sigma, threshold
 
     def pair(self, x: Tensor, t: Tensor, c: Tensor | None) -> tuple[Prediction, Prediction]:
         "The model's prediction at x, and at the point with the blur."
         with _recorded_attention(self.model, self.layer) as received:
             own = self.model(x, t, c)
-        if [len(rows) for rows in received] != [len(x)]:
-            raise ValueError(f"model evaluates its network {len(received)} times; allowed: once for each sample")
+        once = [len(rows) for rows in received] == [len(x)]
+        require_that(once, f"model evaluates its network {len(received)} times", "once for each sample")
         mask = _token_grid((received[0] > self.threshold).to(x)[:, None])
         mask = nn.functional.interpolate(mask, x.shape[2:])
         x0 = torch.lerp(own.x0, _gaussian_blur(own.x0, self.sigma), mask)
@@ -445,8 +450,8 @@ class CADS(Denoiser):
 
     def question(self, c: Tensor, t: Tensor) -> Tensor:
         "The corrupted embeddings `[batch, ...]` at time t, eq. (6), from conditions with noise."
-        if c.ndim < 3 or c.shape[1] < 2:
-            raise ValueError(f"c has shape {tuple(c.shape)}; allowed: [batch, 1 + draws, ...], from carry_noise")
+        fine = c.ndim > 2 and c.shape[1] > 1
+        require_that(fine, f"c has shape {tuple(c.shape)}", "[batch, 1 + draws, ...], from carry_noise")
         y, draws, time = c[:, 0], c.shape[1] - 1, t.to(c.device, c.dtype).expand(len(c))
         n = c[torch.arange(len(c)), 1 + (time * draws).long().clamp(max=draws - 1)]
         share = expand_time(_annealing(time, self.tau), y)
@@ -472,8 +477,8 @@ class EmbeddedLabels(Denoiser):
         super().__init__(model.path, EMBEDDINGS)
         rows = model.num_classes + 1
         tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part.num_embeddings == rows]
-        if len(tables) != 1 or model.num_classes < 1:
-            raise ValueError(f"model has {len(tables)} label embeddings; allowed: one, of classes + 1 = {rows} rows")
+        fine, told = len(tables) == 1 and model.num_classes > 0, f"model has {len(tables)} label embeddings"
+        require_that(fine, told, f"one, of classes + 1 = {rows} rows")
         self.model, self.table = model, tables[0]
 
     def embed(self, labels: Tensor) -> Tensor:
@@ -485,8 +490,8 @@ class EmbeddedLabels(Denoiser):
         t = check_inputs(x, t, c, self.num_classes)
         if c is None:
             return self.model.predict(x, t, None)
-        if c.shape[1:] != self.table.weight.shape[1:]:
-            raise ValueError(f"c has shape {tuple(c.shape)}; allowed: [batch, {self.table.embedding_dim}]")
+        width = self.table.embedding_dim
+        require_that(c.shape[1:] == (width,), f"c has shape {tuple(c.shape)}", f"[batch, {width}]")
         with swapped({self.table: lambda _: c}):
             return self.model.predict(x, t, torch.zeros(len(x), dtype=torch.long, device=x.device))
 
@@ -499,8 +504,8 @@ def _log_ratio(
 ) -> Tensor:  # log d / (1 - d), `[batch]`
     "Log odds of real against generated, eq. (7), from logits `[batch, 2]` or `[batch, 2 * classes]`, generated first."
     logits = discriminator(x, t)
-    if logits.ndim != 2 or logits.shape[1] % 2:
-        raise ValueError(f"discriminator gives {tuple(logits.shape)}; allowed: [batch, 2] or [batch, 2 * classes]")
+    fine, told = logits.ndim == 2 and logits.shape[1] % 2 == 0, f"discriminator gives {tuple(logits.shape)}"
+    require_that(fine, told, "[batch, 2] or [batch, 2 * classes]")
     generated, real = logits.chunk(2, 1)
     if c is None or generated.shape[1] == 1:
         return real.logsumexp(1) - generated.logsumexp(1)
@@ -546,8 +551,8 @@ class _ExactDiscriminator(nn.Module):
         path: Path,  # Path of the noisy data
     ):
         super().__init__()
-        if real.num_classes != generated.num_classes:
-            raise ValueError(f"generated has {generated.num_classes} classes; allowed: as real has, {real.num_classes}")
+        n = generated.num_classes
+        require_that(n == real.num_classes, f"generated has {n} classes", f"as real has, {real.num_classes}")
         self.real, self.generated, self.path = real, generated, path
 
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:

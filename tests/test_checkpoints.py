@@ -346,7 +346,7 @@ def test_two_trainings_in_one_folder(tmp_path, whole):
     "The second is refused in one line, from this process or another; a killed owner leaves no lock behind."
     run = start("plain", tmp_path)
     seen = [next(run).loss for _ in range(5)]
-    refused = r"plain; allowed: another folder, for a run is at work in it$"
+    refused = r"plain \(.*\); allowed: another folder, for a run is at work in it$"
     with pytest.raises(ValueError, match=refused):
         next(start("plain", tmp_path))
     told = child("in_turn", tmp_path, STEPS, 4, "plain", stderr=subprocess.PIPE).communicate(timeout=120)[1]

@@ -27,7 +27,7 @@ from guidance_nb.images.networks import image_denoiser
 from guidance_nb.interop._networks import to_patches
 from guidance_nb.interop.diffusers import DiffusersDenoiser, from_diffusers
 from guidance_nb.interop.functions import from_callable, from_torchcfm
-from guidance_nb.interop.guider import PipelineDenoiser, DiffusersGuider
+from guidance_nb.interop.guider import DiffusersGuider, PipelineDenoiser
 from guidance_nb.interop.hub import HubDenoiser, TrainingFacts, path_from_json, path_to_json
 from guidance_nb.interop.schedulers import SchedulerFacts, TablePath, _Clock, path_from_scheduler, scheduler_times
 from guidance_nb.model_guidance import ModelGuidanceLoss

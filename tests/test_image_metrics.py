@@ -349,7 +349,7 @@ def test_files_that_are_no_reference(tmp_path):
         fx.read_reference(tmp_path / "array.npy")
     bare = fx.read_reference(reference_file(path, mu_s=None, sigma_s=None, arr_0=None))
     samples = fx.Features(INCEPTION, {"features": cloud(5, 2048, 0)})
-    with pytest.raises(ValueError, match=r"ref\.npz has no moments of spatial; needed for sfid: mu_s, sigma_s"):
+    with pytest.raises(ValueError, match=r"ref\.npz has no moments of spatial; allowed: files with mu_s, sigma_s"):
         im.image_scores(samples, bare, metrics=["sfid"])
     with pytest.raises(ValueError, match="kid needs rows"):
         im.image_scores(samples, bare, metrics=["kid"])
@@ -505,7 +505,7 @@ def test_other_tables_are_refused(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as a spreadsheet program saves it
     assert len(im.read_rows(path)[1]) == 1
     path.write_text(path.read_text("utf-8-sig") + "1,2\n")
-    with pytest.raises(ValueError, match="is damaged: line 3 has 2 values, the header 15"):
+    with pytest.raises(ValueError, match="is damaged: line 3 has 2 values; allowed: 15, as the header"):
         im.append_rows(path, [row()])
 
 
@@ -565,9 +565,9 @@ GOOD = pictures(10, 0)
         (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["fd"]), "features has shape .1, 24.; allowed: .* n >= 2"),
         (lambda: im.image_scores(GOOD, GOOD[:3], QUARTERS), "real has shape .3, 24.; allowed: .* n >= 4"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["score"]), r"samples .* has layers features; score_q"),
-        (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["precison"]), "did you mean precision"),
+        (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["precison"]), "did you mean 'precision'"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, []), "metrics = .*; allowed: some of"),
-        (lambda: im.image_scores(GOOD, GOOD, "resnet65"), "extractor = 'resnet65'; .* did you mean resnet56"),
+        (lambda: im.image_scores(GOOD, GOOD, "resnet65"), "extractor = 'resnet65'; .* did you mean 'resnet56'"),
         (lambda: im.image_scores(GOOD, fx.extract(GOOD, QUARTERS), "resnet56"), "features of resnet56"),
         (lambda: fx.extract(GOOD, fx.Extractor("bad", lambda x: plain(x) * math.nan)), "features are not finite = 10"),
         (lambda: fx.extract(GOOD, fx.Extractor("bad", lambda x: plain(x)[1:])), r"features of bad = \(9, 24\)"),

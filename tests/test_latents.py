@@ -361,8 +361,8 @@ def test_damaged_and_foreign_indices(place, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     good = json.loads((tmp_path / INDEX).read_text())
     for change, words in (
-        ({"format": "other"}, "latents.json is damaged (format 'other')"),
-        ({"shards": good["shards"][:-1]}, "latents.json is damaged (its counts do not add up)"),
+        ({"format": "other"}, "latents.json is damaged (format = 'other';"),
+        ({"shards": good["shards"][:-1]}, "latents.json is damaged (counts = ("),
         ({"classes": []}, "latents.json is damaged"),
         ({"settings": good["settings"] | {"crop": "x"}}, "shard-00000.safetensors belongs to another encoding"),
     ):

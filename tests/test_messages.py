@@ -149,7 +149,7 @@ METHODS = [
     (lambda: trained_guidance.MeanFlowGuidanceLoss(kappa=1.0), "kappa = 1.0; allowed: a finite number below 1"),
     (lambda: trained_guidance.MeanFlowGuidanceLoss(NAN), "omega = nan; allowed: a finite number"),
     (lambda: trained_guidance.MeanFlowGuidanceLoss(interval=(0.8, 0.2)), "interval = (0.8, 0.2)"),
-    (lambda: trained_guidance.GuidanceFreeTrainingLoss(0), "scale = 0; allowed: a finite number above 0"),
+    (lambda: trained_guidance.GuidanceFreeTrainingLoss(0), "scale = 0; allowed: a positive, finite number"),
     (lambda: trained_guidance.GuidanceFreeTrainingLoss(scale_range=(0.0, 4.0)), "allowed: None, or (low, high)"),
     (lambda: trained_guidance.GuidedDistillationLoss(MODEL, dropout=1.5), "dropout = 1.5; allowed: 0 to 1"),
     (lambda: trained_guidance.GuidedDistillationLoss("CFG"), "teacher = 'CFG'; allowed: a Denoiser"),

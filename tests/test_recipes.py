@@ -279,7 +279,7 @@ def edit(checkpoint: Path, change) -> None:
     [
         (lambda r: r.update(format=99), "has format 99 (guidance_nb "),
         (lambda r: r["metadata"].clear(), "holds no recipe; allowed: checkpoints of `guidance-nb train`"),
-        (lambda r: r["metadata"]["recipe"]["data"].update(colour=1), "holds a recipe of another version ("),
+        (lambda r: r["metadata"]["recipe"]["data"].update(colour=1), "holds a recipe of another version, "),
         (
             lambda r: r["metadata"]["recipe"]["network"].update(name="unet-small"),
             "allowed: the network of the checkpoint",
@@ -502,7 +502,7 @@ def test_without_inception_the_alternatives_come_first(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match="take another extractor") as caught:
+    with pytest.raises(ValueError, match="allowed: another extractor") as caught:
         find_feature_extractor(INCEPTION)
     assert str(caught.value).index("resnet56") < str(caught.value).index(".pth")
 

@@ -469,7 +469,7 @@ def test_bad_pipelines_are_refused_in_one_line(pipeline, cached, folder, saved):
         "prediction_type of DDIMScheduler = 'flow'": make_pipeline(
             DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="flow")
         ),
-        "conditioned on more than text": make_pipeline(
+        "conditioned on text alone": make_pipeline(
             addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=40
         ),
     }

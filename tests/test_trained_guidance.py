@@ -484,7 +484,7 @@ def test_learned_scale():
         (lambda: MeanFlowGuidanceLoss("2"), "omega = '2'"),
         (lambda: MeanFlowGuidanceLoss(interval=(0.5, 0.2)), r"interval = \(0.5, 0.2\)"),
         (lambda: MeanFlowGuidanceLoss(dropout=1.1), "dropout = 1.1; allowed: 0 to 1"),
-        (lambda: GuidanceFreeTrainingLoss(0.0), "scale = 0.0; allowed: a finite number above 0"),
+        (lambda: GuidanceFreeTrainingLoss(0.0), "scale = 0.0; allowed: a positive, finite number"),
         (lambda: GuidanceFreeTrainingLoss(-2.0), "scale = -2.0"),
         (lambda: GuidanceFreeTrainingLoss(math.inf), "scale = inf"),
         (lambda: GuidanceFreeTrainingLoss(None), "scale = None"),

@@ -128,9 +128,9 @@ def test_a_resumed_run_keeps_its_times(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     {
-        "a shift": (lambda: TrainingTimes(0.0), "shift = 0.0; allowed: a positive number"),
+        "a shift": (lambda: TrainingTimes(0.0), "shift = 0.0; allowed: a positive, finite number"),
         "a weight": (lambda: TrainingTimes(weight="snr"), "weight = 'snr'; allowed: 'x0'"),
-        "a deviation": (lambda: LogNormalTimes(std=-1.0), "std = -1.0; allowed: a positive number"),
+        "a deviation": (lambda: LogNormalTimes(std=-1.0), "std = -1.0; allowed: a positive, finite number"),
         "no path": (lambda: TrainingTimes().draw(U, None), "path of the model = None; allowed: one, for times"),
         "a recipe": (
             lambda: read_recipe("mnist-base", {"times": "0"}),

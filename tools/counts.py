@@ -2,13 +2,15 @@
 
 Public names are those in `__all__` of the modules whose name does not begin with an underscore. Code lines hold neither
 blanks nor comments nor docstrings. Validation is what only refuses input: a `raise` with the condition above it, a call
-of `require` or of a `check_...`, and those functions themselves. `Any` counts where it stands in annotations, and so do
-the uses of names that a module makes of it, in a column of their own: another library's objects and what JSON holds.
+of `require...`, `explained` or a `check_...`, a `@checked`, those functions themselves, and all of `_checks`. `Any`
+counts where it stands in annotations, and so do the uses of names that a module makes of it, in a column of their own:
+another library's objects and what JSON holds.
 """
 
 import argparse
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from pathlib import Path
 from notebooks import ROOT
 
 PACKAGE = ROOT / "guidance_nb"
-CHECKS = ("require", "check_")
+CHECKS = re.compile(r"_*(require(_that)?|explained|checked|check_\w+)")
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -63,24 +65,29 @@ def code_lines(source: str, tree: ast.Module) -> set[int]:
     return found - docstring_lines(tree)
 
 
+def names_check(node: ast.AST | None) -> bool:
+    "Whether it is a check, or the call of one."
+    node = node.func if isinstance(node, ast.Call) else node
+    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return bool(CHECKS.fullmatch(name))
+
+
 def is_check(node: ast.AST) -> bool:
     "Whether a statement only refuses: `raise ...`, `require(...)`, `self.check_it(...)`, `x = check_number(...)`."
-    if isinstance(node, ast.Raise):
-        return True
     call = getattr(node, "value", None) if isinstance(node, ast.Expr | ast.Assign | ast.AnnAssign) else None
-    if not isinstance(call, ast.Call):
-        return False
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    return name.lstrip("_").startswith(CHECKS)
+    return isinstance(node, ast.Raise) or (isinstance(call, ast.Call) and names_check(call))
 
 
 def validation_lines(tree: ast.Module) -> set[int]:
     "Numbers of the lines that only refuse input."
     found: set[int] = set()
     for node in ast.walk(tree):
+        parts = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+        parts = [part for part in [*parts, *getattr(node, "decorator_list", [])] if names_check(part)]
         whole = isinstance(node, ast.If) and not node.orelse and all(map(is_check, node.body))
-        if whole or is_check(node) or (isinstance(node, Function) and node.name.lstrip("_").startswith(CHECKS)):
-            found |= set(range(node.lineno, (node.end_lineno or 0) + 1))  # type: ignore[attr-defined]
+        if whole or is_check(node) or (isinstance(node, Function) and CHECKS.fullmatch(node.name)):
+            parts.append(node)  # type: ignore[arg-type]
+        found |= {n for part in parts for n in range(part.lineno, (part.end_lineno or 0) + 1)}
     return found
 
 
@@ -133,7 +140,7 @@ def weigh(name: str, path: Path, made: set[str]) -> Weight:
     return Weight(
         0 if is_private(name) else len(public_names(tree)),
         len(lines),
-        len(lines & validation_lines(tree)),
+        len(lines if name == "_checks" else lines & validation_lines(tree)),
         max(bodies, default=(0, "")),
         count(ast.walk(tree), {"Any"}),
         count(ast.walk(tree), made),

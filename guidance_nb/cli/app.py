@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from guidance_nb import __version__
-from guidance_nb._checks import require
+from guidance_nb._checks import require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, check_folder
 
@@ -48,8 +48,7 @@ def parse_words(
         elif not given:
             fine = rest and not rest[0].startswith("--")
             value = rest.popleft() if fine else ""
-            if not fine:
-                raise ValueError(f"{word} has no value; allowed: {word} value")
+            require_that(fine, f"{word} has no value", f"{word} value")
         require(key not in flags, f"--{key}", value, f"once, and {flags.get(key)!r} was given before")
         flags[key] = value
     return places, flags
@@ -61,8 +60,8 @@ def _parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, Jso
 
     words = [first, *context.args]
     places, flags = parse_words(words, lambda name: find_key(name, kind), lambda key: is_switch(key, kind))
-    if len(places) != 1:
-        raise ValueError(f"unexpected {places[1]!r}; allowed: --key value" if places else "a name is missing")
+    require_that(places, "a name is missing", "--help, which says of what")
+    require_that(len(places) == 1, f"unexpected {places[-1]!r}", "--key value")
     return places[0], flags
 
 
@@ -97,10 +96,7 @@ class _KeyCommand(_Command):
         super().format_help(ctx, formatter)
 
 
-_KEYS: Json = {
-    "cls": _KeyCommand,
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
-}
+_KEYS: Json = {"cls": _KeyCommand, "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
 
 
 def _show_version(wanted: bool) -> None:
@@ -304,10 +300,10 @@ def _check_target(out: Path, overwrite: bool) -> None:
     "Raise an error, before any work, for a name `out` that cannot be written or must not be overwritten."
     from guidance_nb.images.data import may_replace
 
-    if out.suffix.lower() in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors"):
-        raise ValueError(f"out = {str(out)!r}; allowed: a name that ends in .npz or .png, or a folder")
-    if out.exists() and not overwrite:
-        raise ValueError(f"out = {str(out)!r} is there already; allowed: another name, or --overwrite")
+    other = out.suffix.lower() in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors")
+    require(not other, "out", str(out), "a name that ends in .npz or .png, or a folder")
+    free = overwrite or not out.exists()
+    require_that(free, f"out = {str(out)!r} is there already", "another name, or --overwrite")
     ours = out.is_file() if out.suffix == ".png" else out.is_dir() != (out.suffix == ".npz") and may_replace(out, True)
     require(not out.exists() or ours, "out", str(out), "another name, for it holds other things than samples")
     check_folder("out", out.parent)
@@ -434,9 +430,7 @@ def _evaluate_command(
 def _sweep_command(
     context: typer.Context,
     checkpoint: _Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder for rows.csv and curves.png; finished points are kept.")] = Path(
-        "sweep"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for table and curves; finished points are kept.")] = Path("sweep"),
     scales: Annotated[str, typer.Option(help="Guidance scales; 1 is none.")] = "1,1.5,2,3,4",
     steps: Annotated[str, typer.Option(help="Numbers of steps. Default: the recipe's.")] = "",
     samplers: Annotated[str, typer.Option(help="Samplers. Default: the recipe's.")] = "",

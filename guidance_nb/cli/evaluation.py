@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, check_distinct, require
+from guidance_nb._checks import check_choice, check_distinct, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
 from guidance_nb.cli.load import model_names, own_device
@@ -85,9 +85,10 @@ def find_feature_extractor(
 
 def _check_size(samples: tuple[int, ...], reference: tuple[int, ...]) -> None:
     "Raise an error for `samples` and `reference` of other heights and widths."
-    if samples != reference:
-        sizes = " and ".join("x".join(map(str, size)) for size in (samples, reference))
-        raise ValueError(f"samples and reference have {sizes} pixels; allowed: one size, since resizing changes all")
+    told = (
+        f"samples and reference have {' and '.join('x'.join(map(str, size)) for size in (samples, reference))} pixels"
+    )
+    require_that(samples == reference, told, "one size, since resizing changes all")
 
 
 def load_real(
@@ -304,10 +305,8 @@ def sweep_points(
     samplers: tuple[str, ...] = (),  # Samplers; empty takes that of `request`
 ) -> list[Request]:  # One for each combination
     "The points of a sweep."
-    check_distinct("scales", scales)
-    for name, values in (("steps", steps), ("samplers", samplers)):
-        if values:
-            check_distinct(name, values)
+    for name, values in {"scales": scales, "steps": steps or (0,), "samplers": samplers or ("",)}.items():
+        check_distinct(name, values)
     return [
         request.changed(scale=scale, steps=n, sampler=sampler)
         for sampler in samplers or (request.sampler,)
@@ -385,9 +384,8 @@ def sweep(
         if missing := main_only(partial(missing_parts, wanted)):
             drawn = generate(trained, point, classifier, progress)
             for part in missing:
-                final = (
-                    postprocess(correction, drawn, progress=progress and is_main()) if part and correction else drawn
-                )
+                show = progress and is_main()
+                final = postprocess(correction, drawn, progress=show) if part and correction else drawn
                 features = extract_sharded(final.x, extractor, "samples", 256, progress)
                 yield main_only(partial(write, final, features))
 
@@ -408,9 +406,8 @@ def _read_curves(out: Path) -> "tuple[DataFrame, DataFrame]":
         if key in table:
             names = names.mask(table[key] != "", name)
     if len(table[["sampler", "steps"]].drop_duplicates()) > 1:
-        names = (
-            names.map(lambda name: METHOD_LABELS.get(name, name)) + ", " + table.sampler + " " + table.steps.astype(str)
-        )
+        labels = names.map(lambda name: METHOD_LABELS.get(name, name))
+        names = labels + ", " + table.sampler + " " + table.steps.astype(str)
     return table.assign(curve=names), real
 
 
@@ -440,7 +437,6 @@ def finish_sweep(
     pyplot.close(fig)
     records: list[Json] = table.dropna(subset=[best]).to_dict("records")  # type: ignore[assignment]
     rows = [row for row in records if has_facts(row, among or {})]
-    if not rows:
-        raise ValueError(f"{out / 'rows.csv'} has no row of this sweep with {best}; allowed: at least one")
+    require_that(rows, f"{out / 'rows.csv'} has no row of this sweep with {best}", "at least one")
     choose = max if best.split("_")[0] in _HIGHER else min
     return choose(rows, key=lambda row: row[best])

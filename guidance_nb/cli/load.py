@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from guidance_nb._checks import require, require_that
 from guidance_nb._files import Json
 from guidance_nb._processes import find_processes
 from guidance_nb.engine.checkpoints import Checkpoint, load_weights, read_checkpoint
@@ -69,12 +70,11 @@ def open_checkpoint(
     folder = Path(source)
     if not folder.exists() and (names := model_names()):
         near = difflib.get_close_matches(str(source), names, 1, 0.4) or names
-        if str(source) not in names:
-            raise ValueError(f"model = {str(source)!r}; allowed: a folder that is there, or {', '.join(near)}")
+        require(str(source) in names, "model", str(source), f"a folder that is there, or {', '.join(near)}")
         folder = MODELS / str(source)
     saved = read_checkpoint(folder)
-    if not {"recipe", "shape", "classes"} <= set(saved.metadata):
-        raise ValueError(f"{saved.path} holds no recipe; allowed: checkpoints of `guidance-nb train`")
+    holds = {"recipe", "shape", "classes"} <= set(saved.metadata)
+    require_that(holds, f"{saved.path} holds no recipe", "checkpoints of `guidance-nb train`")
     return saved
 
 
@@ -109,7 +109,5 @@ def load(
 
         return _ready(open_pretrained(str(source)))
     saved = open_checkpoint(source)
-    tables = {
-        name: SimpleNamespace(**part) for name, part in saved.metadata["recipe"].items() if isinstance(part, dict)
-    }
-    return restore(saved, SimpleNamespace(**tables), ema)
+    tables = {name: part for name, part in saved.metadata["recipe"].items() if isinstance(part, dict)}
+    return restore(saved, SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in tables.items()}), ema)

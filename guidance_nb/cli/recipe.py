@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from guidance_nb._checks import check_choice, require
+from guidance_nb._checks import check_choice, explained, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.images.features import Space
@@ -183,11 +183,8 @@ class _NetworkTable(Table):
         return self
 
 
-_Method = Literal[
-    "plain", "aligned_loss", "model_guidance", "classifier", "evaluation_classifier", "flow_postprocessing"
-]
-
-
+_Denoising = Literal["plain", "aligned_loss", "model_guidance"]
+_Method = Literal[_Denoising, "classifier", "evaluation_classifier", "flow_postprocessing"]
 _Weight = Literal["", "x0", "eps", "v", "min_snr", "p2"]
 
 
@@ -202,15 +199,11 @@ class _MethodTable(Table):
     guided_share: float = key(0.5, 'Share of a scale-aware "model_guidance" at a drawn scale, not at 1', ge=0, le=1)
     unconditional: Literal["null", "contrastive", "uniform"] = key("null", 'What "model_guidance" guides away from')
     interval: Pair = key((0.0, 0.75), 'Times at which "model_guidance" guides')
-    times: tuple[float, ...] = key(
-        (), "Mean and deviation of log(sigma / alpha) at training times; empty: the path's own"
-    )
+    times: tuple[float, ...] = key((), "Mean and deviation of log(sigma / alpha) at training times; empty: usual ones")
     time_shift: float = key(1.0, "Factor on sigma / alpha at training times, above 1 for larger images", gt=0)
     weight: _Weight = key("", "Weighting over noise levels; empty keeps the loss's own")
     start_step: int = key(0, 'Step at which "model_guidance" begins to guide', ge=0)
-    auto_every: int = key(
-        0, 'Steps between moves of the weight of "model_guidance" by a measured error; 0 keeps it', ge=0
-    )
+    auto_every: int = key(0, 'Steps between moves of the "model_guidance" weight by a measured error; 0: none', ge=0)
     auto_samples: int = key(1000, "Samples of each such measurement", ge=4)
     auto_features: str = key("inception-v3-compat", "Their feature extractor: a name, or an evaluation classifier")
     auto_reference: str = key("", "Real images to compare them with, as for `evaluate`; empty takes the data's source")
@@ -277,16 +270,18 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _check_together(self) -> "Recipe":
-        method, networks = self.method, list(IMAGE_NETWORKS)
+        method = self.method
         two = not method.times or (len(method.times) == 2 and method.times[1] > 0)
         require(two, "method.times", list(method.times), "a mean and a deviation above 0")
-        noisy = method.name in ("plain", "aligned_loss", "model_guidance") or not method.weight
+        noisy = method.name in get_args(_Denoising) or not method.weight
         require(noisy, "method.weight", method.weight, "'', except for losses that train a denoiser")
         if method.name not in ("classifier", "evaluation_classifier"):
-            check_choice("network.name", self.network.name, networks)
-        measured = method.name == "model_guidance" and not method.scale_range
-        require(measured or not method.auto_every, "method.auto_every", method.auto_every,
-                "0, except for model_guidance without scale_range")  # fmt: skip
+            check_choice("network.name", self.network.name, list(IMAGE_NETWORKS))
+        measured, told = (
+            method.name == "model_guidance" and not method.scale_range,
+            "model_guidance without scale_range",
+        )
+        require(measured or not method.auto_every, "method.auto_every", method.auto_every, f"0, except for {told}")
         late = method.name == "model_guidance" and method.start_step >= self.training.steps
         require(not late, "method.start_step", method.start_step, f"below training.steps = {self.training.steps}")
         if self.latents is not None:
@@ -320,7 +315,7 @@ class _PipelineTable(Table):
 class FineTuningMethodTable(Table):
     "The loss it trains by."
 
-    name: Literal["plain", "aligned_loss", "model_guidance"] = key("plain", "The loss")
+    name: _Denoising = key("plain", "The loss")
     dropout: float = key(0.1, 'Probability of training without the caption ("plain", "model_guidance")', ge=0, le=1)
     scale: float = key(7.5, 'Guidance scale trained for; for "plain" the one suggested for sampling')
     two_stage: bool = key(False, 'Whether "aligned_loss" keeps the activations of one branch at a time')
@@ -360,9 +355,8 @@ class FineTuning(Table):
 
     @model_validator(mode="after")
     def _check_together(self) -> "FineTuning":
-        aware = bool(self.method.scale_range)
-        require(not aware or not self.pipeline.lora_rank, "pipeline.lora_rank", self.pipeline.lora_rank,
-                "0 for a scale-aware network, whose new input is trained")  # fmt: skip
+        rank, told = self.pipeline.lora_rank, "0 for a scale-aware network, whose new input is trained"
+        require(not self.method.scale_range or not rank, "pipeline.lora_rank", rank, told)
         return self
 
 
@@ -434,10 +428,8 @@ def recipe_names(
     kind: type[Table] = Recipe,  # Recipe or FineTuning
 ) -> list[str]:
     "Names of the recipes that come with the package; models/NAME is the one that the shipped model NAME comes from."
-    found = [
-        path.relative_to(_FOLDERS[kind]) for end in ("*.toml", "models/*.toml") for path in _FOLDERS[kind].glob(end)
-    ]
-    return sorted(path.with_suffix("").as_posix() for path in found)
+    found = [path for end in ("*.toml", "models/*.toml") for path in _FOLDERS[kind].glob(end)]
+    return sorted(path.relative_to(_FOLDERS[kind]).with_suffix("").as_posix() for path in found)
 
 
 def read_recipe(
@@ -448,13 +440,11 @@ def read_recipe(
     "Read a recipe; unknown names and keys, and values out of range, are a `ValueError` of one line."
     names = recipe_names(kind)
     path = _FOLDERS[kind] / f"{source}.toml" if str(source) in names else Path(source)
-    if not path.is_file():
-        near = difflib.get_close_matches(str(source), names, 3, 0.4) or names
-        raise ValueError(f"recipe = {str(source)!r}; allowed: a TOML file, or a name such as {', '.join(near)}")
-    try:
+    near = difflib.get_close_matches(str(source), names, 3, 0.4) or names
+    require(path.is_file(), "recipe", str(source), f"a TOML file, or a name such as {', '.join(near)}")
+    kinds = tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError
+    with explained(f"recipe {path} is not TOML", "a file such as `guidance-nb info` shows", *kinds):
         tables = tomli.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"recipe {path} is not TOML: {error}") from None
     return override(override(kind(), tables), changes or {})
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import check_choice, check_interval, require
+from guidance_nb._checks import check_choice, check_interval, check_number, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, check_folder, write_aside
 from guidance_nb._processes import find_processes, on_main
@@ -107,9 +107,8 @@ def _read_generated(
     "Read samples made here or elsewhere, several files one after the other."
     parts = [load_samples(name, size=shape[-1], channels=shape[0]) for name in files]
     labels = [part.c for part in parts if part.c is not None]
-    if len(labels) not in (0, len(parts)):
-        bare = next(name for name, part in zip(files, parts) if part.c is None)
-        raise ValueError(f"{bare} has no labels and others have; allowed: all or none")
+    bare = [name for name, part in zip(files, parts) if part.c is None]
+    require_that(len(bare) in (0, len(parts)), f"{', '.join(bare)} has no labels and others have", "all or none")
     x = from_uint8(torch.cat([part.x for part in parts]))
     if not labels:
         return x, None
@@ -224,9 +223,8 @@ def check_trainable(recipe: Recipe) -> None:
     make_loss(recipe)
     make_engine(recipe)
     check_tracker(recipe.training.tracker or None, ".")
-    wanted = "sample files, of `guidance-nb sample` or made elsewhere"
-    if recipe.method.name == "flow_postprocessing" and not recipe.method.samples:
-        raise ValueError(f"method.samples is empty; allowed: {wanted}")
+    given = recipe.method.name != "flow_postprocessing" or recipe.method.samples
+    require_that(given, "method.samples is empty", "sample files, of `guidance-nb sample` or made elsewhere")
     if recipe.training.compile:
         check_compiler()
 
@@ -242,9 +240,8 @@ def _check_fits(recipe: Recipe, data: ImageData | LatentData) -> None:
     device = own_device()
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _physical_memory()
     needed = 20 * weights  # four bytes each for weights, gradients, two moments and the average
-    if needed > memory:
-        told = f"{recipe.network.name} with {recipe.network.settings} needs {needed / 1e9:.0f} GB to be trained"
-        raise ValueError(f"network = {told}; allowed: at most {memory / 1e9:.0f} GB, the memory of this machine")
+    told = f"network = {recipe.network.name} with {recipe.network.settings} needs {needed / 1e9:.0f} GB to be trained"
+    require_that(needed <= memory, told, f"at most {memory / 1e9:.0f} GB, the memory of this machine")
 
 
 def _physical_memory() -> float:
@@ -292,9 +289,8 @@ def train_recipe(
     options |= {"engine": replace(engine, may_change=stated), "progress": progress}
     for state in fit(model, loss, source, table.steps, description=recipe.method.name, **options):
         if table.grid_every and state.step % table.grid_every == 0 and is_main():
-            trained = Trained(
-                state.ema, recipe, data.shape, data.classes, state.step, folder, True, facts.get("latents")
-            )
+            made = state.step, folder, True, facts.get("latents")
+            trained = Trained(state.ema, recipe, data.shape, data.classes, *made)
             _save_grid(trained, folder / f"grid-{state.step:08d}.png")
         yield state
 
@@ -329,8 +325,7 @@ class Trained:
     def require(self, *methods: str) -> "Trained":
         "Raise an error for a network trained by other `methods`, such as a classifier where a denoiser is needed."
         name = self.recipe.method.name
-        if name not in methods:
-            raise ValueError(f"{self.path} was trained by method {name!r}; allowed: {', '.join(map(repr, methods))}")
+        require_that(name in methods, f"{self.path} was trained by method {name!r}", ", ".join(map(repr, methods)))
         return self
 
 
@@ -340,11 +335,9 @@ def load_trained(
 ) -> Trained:  # On the accelerator if there is one
     "A trained network with its recipe."
     saved = open_checkpoint(source)
-    try:
+    by = saved.record["versions"]["guidance_nb"]
+    with explained(f"{saved.path} holds a recipe of another version, {by}", "those of this version", ValueError):
         recipe = override(Recipe(), saved.metadata["recipe"])
-    except ValueError as error:
-        by = saved.record["versions"]["guidance_nb"]
-        raise ValueError(f"{saved.path} holds a recipe of another version ({by}): {error}") from None
     if recipe.method.auto_every:  # the scale that its weight has reached
         reached = scale_from_mg_weight(saved.record["loss_state"]["weight"]["value"])
         recipe = override(recipe, {"method.scale": reached})
@@ -363,26 +356,25 @@ def build_guided(
     "A trained model at a guidance scale, by the method it was trained for."
     method = trained.require("plain", "aligned_loss", "model_guidance").recipe.method
     scale = trained.scale if scale is None else scale
-    require(math.isfinite(scale), "scale", scale, "a finite number")
+    check_number("scale", scale)
     free = classifier is None and method.name != "model_guidance"
     fine = free or check_interval(interval) == (0, 1)
     require(fine, "interval", interval, "(0, 1), for only classifier-free guidance can pause")
     most = f"0 to {trained.shape[0]}, and only for classifier-free guidance"
     require(not channels or (free and 0 < channels <= trained.shape[0]), "channels", channels, most)
     if classifier is not None:
-        if trained.shape != classifier.require("classifier").shape or trained.classes != classifier.classes:
-            raise ValueError(f"{classifier.path} is for other images or classes than {trained.path}; allowed: the same")
-        if trained.model.path != classifier.model.path:
-            paths = " and ".join(f"{each.path} is on {each.model.path}" for each in (classifier, trained))
-            raise ValueError(f"{paths}; allowed: one path, since noise must mean the same to both")
+        same = trained.shape == classifier.require("classifier").shape and trained.classes == classifier.classes
+        require_that(same, f"{classifier.path} is for other images or classes than {trained.path}", "the same")
+        paths = " and ".join(f"{each.path} is on {each.model.path}" for each in (classifier, trained))
+        same = trained.model.path == classifier.model.path
+        require_that(same, paths, "one path, since noise must mean the same to both")
         return ClassifierGuidance(trained.model, classifier.model, scale)
     if free:
         by_channel = dit_channel_scales(scale, trained.shape[0], channels) if channels else scale
         return ClassifierFreeGuidance(trained.model, by_channel, check_interval(interval))
     if is_scale_aware(trained.recipe):
         return FixedScale(trained.model, scale)
-    if scale != method.scale:
-        raise ValueError(f"scale = {scale:g}; allowed: {method.scale:g}, which {trained.path} was trained for")
+    require(scale == method.scale, "scale", scale, f"{method.scale:g}, which {trained.path} was trained for")
     return trained.model
 
 
@@ -393,13 +385,12 @@ def _find_vae(recipe: Recipe, index: Json, source: str = "") -> VAE:
     """
     known = index["vae"]
     name = source or recipe.data.vae or known["name"]
-    if not name:
-        raise ValueError("the latents were encoded by a nameless autoencoder; allowed: data.vae or --vae, its folder")
+    require_that(name, "the latents were encoded by a nameless autoencoder", "data.vae or --vae, its folder")
     vae = load_vae(name)
     config = dict(zip(("factor", "shift"), latent_constants(vae.config)))
     for part, found in (config | {"latent_channels": vae.config.latent_channels}).items():
-        if found != known[part]:
-            raise ValueError(f"{name} has {part} = {found}; allowed: {known[part]}, as the latents were encoded with")
+        allowed = f"{known[part]}, as the latents were encoded with"
+        require_that(found == known[part], f"{name} has {part} = {found}", allowed)
     return vae
 
 
@@ -474,8 +465,8 @@ def complete_request(trained: Trained, request: Request, classifier: Trained | N
     time_grid(view.path, asked.steps or 0, asked.sampler or "")
     if trained.latents is not None:
         _find_vae(trained.recipe, trained.latents, asked.vae)
-    elif asked.vae:
-        raise ValueError(f"vae = {asked.vae!r}; allowed: none, for {trained.path} was trained on pictures")
+    fine = trained.latents is not None or not asked.vae
+    require(fine, "vae", asked.vae, f"none, for {trained.path} was trained on pictures")
     return asked
 
 
@@ -535,8 +526,8 @@ def postprocess(
 ) -> SampleFile:  # Corrected samples, with the facts of both makings
     "Move samples to where real ones are, with a trained correction."
     trained.require("flow_postprocessing")
-    if tuple(file.x.shape[1:]) != trained.shape:
-        raise ValueError(f"samples have shape {tuple(file.x.shape[1:])}; allowed: {trained.shape}, as {trained.path}")
+    found = tuple(file.x.shape[1:])
+    require_that(found == trained.shape, f"samples have shape {found}", f"{trained.shape}, as {trained.path}")
     start, labels = time.perf_counter(), file.c if trained.model.num_classes else None
     with count_nfe() as count:
         x = trained.model(from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress)

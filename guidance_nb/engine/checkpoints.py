@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from guidance_nb._checks import differences
-from guidance_nb._files import Json, digest, parse_json, remove, write_aside
+from guidance_nb._checks import require_that
+from guidance_nb._files import Json, differences, digest, parse_json, remove, write_aside
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
@@ -140,9 +140,9 @@ def _check(path: Path) -> Json:
         intact = False
     if not intact:
         raise _DamagedCheckpoint(f"{path}: checkpoint.json is not what was written")
-    if record["format"] != _FORMAT:
-        by = record.get("versions", {}).get("guidance_nb", "unknown")
-        raise ValueError(f"{path} has format {record['format']} (guidance_nb {by}); allowed: format {_FORMAT}")
+    by = record.get("versions", {}).get("guidance_nb", "unknown")
+    told = f"{path} has format {record['format']} (guidance_nb {by})"
+    require_that(record["format"] == _FORMAT, told, f"format {_FORMAT}")
     for name, written in record["files"].items():
         if not (path / name).is_file():
             raise _DamagedCheckpoint(f"{path}: {name} is missing")
@@ -178,9 +178,8 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     state = module.state_dict()
     own, found = ({name: tuple(value.shape) for name, value in part.items()} for part in (state, tensors))
     for name in sorted({*own, *found}):
-        if own.get(name) != found.get(name):
-            a, b = (f"shape {shapes[name]}" if name in shapes else "nothing" for shapes in (found, own))
-            raise ValueError(f"{source} has {a} for {name!r}, this network {b}; allowed: the network of the checkpoint")
+        a, b = (f"shape {shapes[name]}" if name in shapes else "nothing" for shapes in (found, own))
+        require_that(a == b, f"{source} has {a} for {name!r}, this network {b}", "the network of the checkpoint")
     module.load_state_dict({name: shard_like(value, state[name]) for name, value in tensors.items()})
 
 
@@ -190,8 +189,8 @@ def find_changes(checkpoint: Checkpoint, settings: dict, metadata: dict, may_cha
     longer = settings["schedule"] == "constant" and settings["steps"] >= checkpoint.step
     for old, new in ((record["settings"], settings), (record["metadata"], metadata)):
         for key, was, now in differences(old, json.loads(json.dumps(new))):
-            if not any(f"{key}.".startswith(f"{name}.") for name in may_change) and not (key == "steps" and longer):
-                allowed = f"{was!r}, another folder, or {key!r} in may_change"
-                raise ValueError(f"{checkpoint.path} has {key} = {was!r}, this run {now!r}; allowed: {allowed}")
+            fine = (key == "steps" and longer) or any(f"{key}.".startswith(f"{name}.") for name in may_change)
+            told = f"{checkpoint.path} has {key} = {was!r}, this run {now!r}"
+            require_that(fine, told, f"{was!r}, another folder, or {key!r} in may_change")
             changes.append({"step": checkpoint.step, "key": key, "was": was, "now": now})
     return changes

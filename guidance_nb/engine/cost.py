@@ -1,7 +1,6 @@
 """What a run will cost before it starts: FLOPs, memory, hours and money, counted rather than guessed."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._checks import AtLeastZero, Count, Positive, check_choice, check_whole, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._random import keyed_generator
 from guidance_nb.denoisers import Denoiser, count_nfe
@@ -194,12 +193,10 @@ def find_chip(name: str) -> Chip:
     return CHIPS[found[0]]
 
 
-def mfu(images_per_second: float, flops_per_image: float, peak: float, gpus: int = 1) -> float:
+@checked
+def mfu(images_per_second: AtLeastZero, flops_per_image: AtLeastZero, peak: Positive, gpus: Count = 1) -> float:
     """Model FLOP utilisation, eq. (3), of a speed measured over all GPUs; above 1 one of the numbers is wrong."""
-    for name, value in {"images_per_second": images_per_second, "flops_per_image": flops_per_image}.items():
-        require(0 <= value < math.inf, name, value, "a finite number, 0 or more")
-    require(0 < peak < math.inf, "peak", peak, "a positive number")
-    share = images_per_second * flops_per_image / (check_whole("gpus", gpus, 1) * peak)
+    share = images_per_second * flops_per_image / (gpus * peak)
     require(share <= 1, "mfu", float(f"{share:.3g}"), "at most 1, so the count, the time or the peak is wrong")
     return share
 
@@ -212,12 +209,13 @@ def memory_per_gpu(cost: NetworkCost, trained: float, gpus: int = 1, sharded: bo
     return parts | {"copies": cost.copies, "activations": trained * cost.activations}
 
 
+@checked
 def cost_sheet(
     cost: NetworkCost,
     nfe: LossNFE,
     steps: int,
     batch_size: int,
-    gradient_accumulation_steps: int = 1,
+    gradient_accumulation_steps: Count = 1,
     gpus: Sequence[int] = (1, 8),
     chip: str | Chip = "h100",
     share: float = 0.35,
@@ -228,7 +226,6 @@ def cost_sheet(
         import pandas as pd
 
     require(0 < share <= 1, "share", share, "above 0, at most 1")
-    check_whole("gradient_accumulation_steps", gradient_accumulation_steps, 1)
     found = find_chip(chip) if isinstance(chip, str) else chip
     needed = training_flops(cost, nfe)
     hours = steps * batch_size * needed / (share * found.peak) / 3600

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import check_choice, require
+from guidance_nb._checks import check_choice, explained, require
 from guidance_nb._conditions import Condition
 from guidance_nb._extras import extra
 from guidance_nb.training import LossContext
@@ -44,11 +44,8 @@ def choose_precision(precision: Precision, device: torch.device) -> Precision:
 
 def check_compiler() -> None:
     """Compile something tiny, so that a missing compiler is found before the training and not within it."""
-    try:
+    with explained("compile = True", "False, for torch.compile does not work here", Exception):
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"compile = True; allowed: False, for torch.compile does not work here ({reason})") from None
 
 
 def _outer_lists(model: nn.Module) -> list[list[nn.Module]]:
@@ -153,9 +150,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable[..., Tensor]):
         super().__init__()
         self.model, self.rule = model, (loss,)  # a tuple, so that networks inside a loss are not taken for ours
-        self._no_split_modules = sorted(
-            {type(part).__name__ for parts in _outer_lists(model) for part in parts}
-        )  # FSDP
+        self._no_split_modules = sorted({type(part).__name__ for part in chain(*_outer_lists(model))})  # FSDP
 
     def forward(self, x0: Tensor, c: Condition | None, context: LossContext) -> Tensor:
         """Per-sample losses `[batch]`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._checks import AtLeastZero, Count, Positive, Whole, check_whole, checked, explained, require
 from guidance_nb._conditions import Condition, map_condition, take_rows
 from guidance_nb._files import Json, clean_remnants, digest, locked
 from guidance_nb._processes import on_main
@@ -48,6 +48,7 @@ from guidance_nb.training import Data, FetchData, LossContext, State, batches, e
 __all__ = ["Engine"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """Where a run is kept and how it is run: `fit(..., engine=Engine(folder="run"))`. Accelerate does the work.
@@ -57,32 +58,26 @@ class Engine:
     """
 
     folder: str | os.PathLike | None = None  # Holds a folder `step-00001000` for each checkpoint; None keeps nothing
-    save_every: int = 1000  # Steps between two checkpoints; one is also written at the end
-    keep: int = 3  # Number of checkpoints to keep
+    save_every: Count = 1000  # Steps between two checkpoints; one is also written at the end
+    keep: Count = 3  # Number of checkpoints to keep
     resume: bool = True  # Whether to go on from the newest; if not, the folder must hold none
     metadata: Json = field(default_factory=dict)  # Whatever describes the run
     may_change: tuple[str, ...] = ()  # Keys that may differ at a resume; the checkpoints record what did
     precision: Precision = "auto"  # "auto" is bf16 where the hardware multiplies it, else fp32
-    gradient_accumulation_steps: int = 1  # Passes per optimiser step; each sees an equal share of the batch
+    gradient_accumulation_steps: Count = 1  # Passes per optimiser step; each sees an equal share of the batch
     compile: bool = False  # Whether to compile the network, or each of its equal blocks (`torch.compile`, in place)
     channels_last: bool = False  # Whether images and convolutions are kept channels last, as tensor cores prefer
     gradient_checkpointing: bool = False  # Whether blocks compute activations again (diffusers' alone)
     cuda_graphs: bool = False  # Whether a step is recorded once as a CUDA graph and replayed
-    clip: float | None = None  # Largest norm of the gradient; None for no clipping
-    warmup: int = 0  # Steps of linear warm-up of the learning rate
-    weight_decay: float = 0.0  # Decoupled weight decay
+    clip: Positive | None = None  # Largest norm of the gradient; None for no clipping
+    warmup: Whole = 0  # Steps of linear warm-up of the learning rate
+    weight_decay: AtLeastZero = 0.0  # Decoupled weight decay
     tracker: str | None = None  # An Accelerate tracker, such as "tensorboard", that logs into the folder
-    log_every: int = 50  # Steps between two logs
+    log_every: Count = 50  # Steps between two logs
     cpu: bool = False  # Whether to stay on the CPU although there is an accelerator
     find_unused_parameters: bool = False  # Whether some weights take no part in the loss; for several processes
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        for name in ("save_every", "keep", "gradient_accumulation_steps", "log_every"):
-            check_whole(name, getattr(self, name), 1)
-        check_whole("warmup", self.warmup)
-        require(self.clip is None or 0 < self.clip < math.inf, "clip", self.clip, "None or a positive number")
-        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number, 0 or more")
         _check_json("metadata", self.metadata)
 
     def __call__(
@@ -341,10 +336,8 @@ class Run:
         def find() -> Checkpoint | None:
             _loss_state(self.loss)  # finds out now, not at the first checkpoint, that it cannot be written
             folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with explained(f"folder = {folder}", "another folder, for a run is at work in it", BlockingIOError):
                 held.enter_context(locked(folder / ".lock", wait=False))
-            except BlockingIOError:
-                raise ValueError(f"folder = {folder}; allowed: another folder, for a run is at work in it") from None
             clean_remnants(folder, "step-*")
             if not (paths := checkpoints_in(folder)):
                 return None
@@ -373,10 +366,8 @@ class Run:
 
 
 def _check_json(name: str, value: object) -> Any:
-    try:
+    with explained(f"{name} is no JSON", "numbers, texts, lists, dicts", TypeError, ValueError):
         return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is no JSON ({error}); allowed: numbers, texts, lists, dicts") from None
 
 
 def _loss_state(loss: Callable) -> Any:

@@ -6,8 +6,9 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._checks import Count, check_choice, check_whole, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, digest, parse_json, read_text, write_aside
 from guidance_nb._random import keyed_generator
@@ -138,17 +139,13 @@ FILES = {  # bytes and md5 of the files as published; for CIFAR-10 torchvision h
 
 def _check_files(source: str, root: Path, advice: str) -> list[str]:
     "Names of the missing files of a published data set; an error names truncated and altered ones."
-    missing = []
+    missing = [name for name in FILES[source] if not (root / name).is_file()]
     for name, (size, md5) in FILES[source].items():
-        path = root / name
-        if not path.is_file():
-            missing.append(name)
-            continue
-        blob = path.read_bytes()
-        if len(blob) != size:
-            raise ValueError(f"{path} is damaged: {len(blob):,} bytes instead of {size:,}; allowed: {advice}")
-        if hashlib.md5(blob, usedforsecurity=False).hexdigest() != md5:
-            raise ValueError(f"{path} is damaged: its md5 is not {md5}; allowed: {advice}")
+        if name not in missing:
+            blob, damaged = (root / name).read_bytes(), f"{root / name} is damaged"
+            require_that(len(blob) == size, f"{damaged}: {len(blob):,} bytes instead of {size:,}", advice)
+            found = hashlib.md5(blob, usedforsecurity=False).hexdigest()
+            require_that(found == md5, f"{damaged}: its md5 is not {md5}", advice)
     return missing
 
 
@@ -160,21 +157,17 @@ def _download_files(source: str, root: Path) -> None:
         from torchvision import datasets
 
     kind: Any = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[source]
-    try:
+    advice = "try again, or set GUIDANCE_NB_DATA to a folder that holds it"
+    problem, kinds = f"{source} could not be downloaded to {root}", (OSError, RuntimeError, EOFError, HTTPException)
+    with explained(problem, advice, *kinds):  # no network, no space, wrong md5
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside:
             kind(aside, download=True)
-            if missing := _check_files(source, Path(aside), "try again"):
-                raise ValueError(f"the download of {source} lacks {missing[0]}; allowed: try again")
+            missing = _check_files(source, Path(aside), "try again")
+            require_that(not missing, f"the download of {source} lacks {missing[:1]}", "try again")
             for name in FILES[source]:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(aside) / name, root / name)
-    except (OSError, RuntimeError, EOFError, HTTPException) as error:  # no network, no space, wrong md5
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{source} could not be downloaded to {root} ({reason}); allowed: try again, or set GUIDANCE_NB_DATA to a "
-            "folder that holds it"
-        ) from None
 
 
 def find_files(source: str, root: str | Path | None = None, download: bool = True) -> Path:
@@ -267,28 +260,28 @@ def as_shown(file: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    "An image file; one that is damaged is named, for which decoders raise errors of many kinds."
+    require(Path(path).is_file(), "image", str(path), "a regular file that is there")
+    told = f"{path} cannot be read"
+    with explained(told, "an image file, so replace or delete it", Exception), Image.open(path) as file:
+        yield file
+
+
 def read_image(path: str | Path, channels: int, size: int | None = None, crop: Crop = "adm") -> Tensor:
     "An image file as uint8 `[channels, height, width]`, cropped to `size`; a damaged one is named."
-    require(Path(path).is_file(), "image", str(path), "a regular file that is there")
-    try:
-        with Image.open(path) as file:
-            image = as_shown(file, channels)
-    except Exception as error:  # decoders of damaged files raise errors of many kinds
-        reason = " ".join(str(error).split()).replace(f" {str(path)!r}", "")
-        raise ValueError(f"{path} cannot be read ({reason}); allowed: an image file, so replace or delete it") from None
+    with _opened(path) as file:
+        image = as_shown(file, channels)
     array = np.array(image if size is None else CROPS[crop](image, size))
     return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1).contiguous()
 
 
 def _read_header(path: str | Path) -> tuple[tuple[int, int], str]:
     "Height and width as shown, and the mode, of an image file, without decoding it."
-    require(Path(path).is_file(), "image", str(path), "a regular file that is there")
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-            return image.size if turned else image.size[::-1], image.mode
-    except Exception:  # decoders of damaged files raise errors of many kinds
-        raise ValueError(f"{path} is no image file; allowed: replace or delete it") from None
+    with _opened(path) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        return image.size if turned else image.size[::-1], image.mode
 
 
 def common_size(paths: Sequence[str | Path]) -> tuple[int, int]:
@@ -374,21 +367,18 @@ def _packed_images(file: Path, size: int | None, flip: bool) -> ImageData:
     return ImageData(x, labels, tuple(classes), tuple(x.shape[1:]), flip, str(file))  # type: ignore[arg-type]
 
 
+@checked
 def load_images(
     source: str | Path,  # "mnist", "cifar10", or a folder: of a sub-folder per class, or of train.npz and test.npz
     split: str = "train",  # "train" or "test"; for a folder, the sub-folder of this name if there is one
     root: str | Path | None = None,  # Where MNIST and CIFAR-10 are; default: GUIDANCE_NB_DATA, else the user's cache
-    size: int | None = None,  # Side to bring images to: those in image files by `crop`, all others by `shrink`
+    size: Count | None = None,  # Side to bring images to: those in image files by `crop`, all others by `shrink`
     flip: bool = False,  # Whether `fetch` mirrors a random half of the images
     download: bool = True,  # Whether to download MNIST or CIFAR-10 if missing; never into GUIDANCE_NB_DATA
     channels: Literal[1, 3] | None = None,  # For a folder: 3 for RGB, the default, or 1 for grey
     crop: Crop = "adm",  # For a folder: how to crop and resize, as ADM or as torchvision does
 ) -> ImageData:  # With checked files
     "MNIST, CIFAR-10 or a folder of images; missing and damaged files are named."
-    if size is not None:
-        check_whole("size", size, 1)
-    require(channels in (None, 1, 3), "channels", channels, "1, 3")
-    check_choice("crop", crop, CROPS)
     if source not in FILES:
         require(Path(source).is_dir(), "source", str(source), "'mnist', 'cifar10', or a folder of class sub-folders")
         if (file := Path(source) / f"{split}.npz").is_file():
@@ -455,15 +445,13 @@ def save_samples(
         fine = not c.is_floating_point() and c.shape == x.shape[:1] and bool((c >= 0).all())
         require(fine, "c", f"{c.dtype} {tuple(c.shape)}", f"{len(x)} whole numbers, 0 or more, one per sample")
     require(isinstance(facts, dict | None), "facts", facts, "a dict")
-    try:
+    with explained("facts cannot be written as JSON", "text, numbers, lists, dicts", TypeError, ValueError):
         text = json.dumps(facts or {})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"facts cannot be written as JSON ({error}); allowed: text, numbers, lists, dicts") from None
     images = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu().permute(0, 2, 3, 1).contiguous().numpy()
     labels = None if c is None else c.cpu().long().numpy()
-    if path.exists() and (path.is_dir() == (path.suffix == ".npz") or not may_replace(path, overwrite)):
-        advice = "another name" if overwrite else "another name, or overwrite=True if these are samples"
-        raise ValueError(f"{path} exists and save_samples did not write all of it; allowed: {advice}")
+    free = not path.exists() or (path.is_dir() != (path.suffix == ".npz") and may_replace(path, overwrite))
+    advice = "another name" if overwrite else "another name, or overwrite=True if these are samples"
+    require_that(free, f"{path} exists and save_samples did not write all of it", advice)
     with write_aside(path) as aside:
         if path.suffix == ".npz":
             arrays: Any = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
@@ -496,14 +484,11 @@ def _pixels_digest(images: np.ndarray, labels: np.ndarray | None) -> str:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
-    try:
+    with explained(f"{path} cannot be read", "an .npz file of numbers", Exception):  # of many kinds, if damaged
         require(path.is_file(), "kind of file", "none", "a regular file that is there")
         require(zipfile.is_zipfile(path), "kind of file", "no complete zip archive", "an .npz archive")
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}
-    except Exception as error:  # a damaged archive raises errors of many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be read ({reason}); allowed: an .npz file of numbers") from None
 
 
 def _load_npz(path: Path) -> SampleFile:
@@ -511,14 +496,15 @@ def _load_npz(path: Path) -> SampleFile:
     arrays = read_arrays(path)
     require("arr_0" in arrays, f"arrays of {path}", ", ".join(arrays) or "none", "arr_0, the images")
     x, c = arrays["arr_0"], arrays.get("arr_1")
-    if x.dtype != np.uint8:
-        span = f" in [{x.min():.3g}, {x.max():.3g}]" if x.size and np.issubdtype(x.dtype, np.number) else ""
-        raise ValueError(f"{path}: arr_0 is {x.dtype}{span}; allowed: uint8 (to_uint8 converts floats in [-1, 1])")
+    span = f" in [{x.min():.3g}, {x.max():.3g}]" if x.size and np.issubdtype(x.dtype, np.number) else ""
+    told = f"{path}: arr_0 is {x.dtype}{span}"
+    require_that(x.dtype == np.uint8, told, "uint8 (to_uint8 converts floats in [-1, 1])")
     first = ", channels first" if x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3) else ""
-    if x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
-        raise ValueError(f"{path}: arr_0 has shape {x.shape}{first}; allowed: [n, height, width, 1 or 3], not empty")
-    if c is not None and (c.shape != x.shape[:1] or not np.issubdtype(c.dtype, np.integer) or (c < 0).any()):
-        raise ValueError(f"{path}: arr_1 is {c.dtype} {c.shape}; allowed: {len(x)} whole numbers, 0 or more")
+    fine = x.ndim == 4 and x.shape[3] in (1, 3) and x.size
+    require_that(fine, f"{path}: arr_0 has shape {x.shape}{first}", "[n, height, width, 1 or 3], not empty")
+    if c is not None:
+        fine = c.shape == x.shape[:1] and np.issubdtype(c.dtype, np.integer) and (c >= 0).all()
+        require_that(fine, f"{path}: arr_1 is {c.dtype} {c.shape}", f"{len(x)} whole numbers, 0 or more")
     try:
         facts = parse_json(str(arrays.get("facts", "{}")))
     except ValueError:
@@ -547,12 +533,11 @@ def _decode(files: list[Path], size: int | None, channels: int) -> Tensor:
 
 def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Facts) -> SampleFile:
     "File names are the numbers of samples, folder names the labels; all must be there, and unchanged."
-    try:
+    damaged = f"{path / _FACTS} is damaged, or a name is no number"
+    with explained(damaged, "as written", KeyError, TypeError, ValueError):
         (count, _, _, channels), promised, facts = record["shape"], record["sha256"], dict(record["facts"])
         files = sorted(files, key=lambda file: int(file.stem))
         c = torch.tensor([int(file.parent.name) for file in files]) if by_class else None
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path / _FACTS} is damaged, or a name is no number; allowed: as written") from None
     require(len(files) == count, f"images in {path}", len(files), f"all {count}, so write it anew")
     x = _decode(files, None, channels)
     same = _pixels_digest(x.permute(0, 2, 3, 1).numpy(), None if c is None else c.numpy()) == promised
@@ -573,16 +558,14 @@ def _folder_made_elsewhere(files: list[Path], by_class: bool, size: int | None, 
     return SampleFile(x, torch.tensor([classes.index(name) for name in names]), {"classes": classes})
 
 
+@checked
 def load_samples(
     path: str | Path,  # An .npz file in ADM's layout, or a folder of images
-    size: int | None = None,  # Side wanted: images of a folder made elsewhere are resized, other files must have it
-    channels: int | None = None,  # Channels wanted, 1 or 3
+    size: Count | None = None,  # Side wanted: images of a folder made elsewhere are resized, other files must have it
+    channels: Literal[1, 3] | None = None,  # Channels wanted
 ) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
     "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
     path = Path(path)
-    if size is not None:
-        check_whole("size", size, 1)
-    require(channels in (None, 1, 3), "channels", channels, "1, 3")
     require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")
     found = _load_folder(path, size, channels) if path.is_dir() else _load_npz(path)
     _, stored, *sides = found.x.shape

@@ -1,6 +1,5 @@
 """Feature extractors: what networks see in images, on which image metrics and neighbours are computed."""
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -8,14 +7,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guidance_nb._checks import check_choice, require
+from guidance_nb._checks import check_choice, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import digest, parse_json, read_text
 from guidance_nb._points import moments
@@ -123,11 +122,7 @@ def check_metrics(metrics: Sequence[str] | None, extractor: str) -> list[str]:
     names, known = [metrics] if isinstance(metrics, str) else list(metrics), [*QUOTED, *LAYERS]
     require(names, "metrics", names, f"some of {', '.join(known)}")
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"metric = {name!r}; allowed: {', '.join(known)}{hint}")
-        ours = name not in QUOTED or extractor == INCEPTION
+        ours = check_choice("metric", name, known) not in QUOTED or extractor == INCEPTION
         require(ours, f"metric of {extractor}", name, f"{QUOTED.get(name)!r}, since {name!r} is Inception's")
     return list(dict.fromkeys(QUOTED.get(name, name) for name in names))
 
@@ -159,8 +154,9 @@ def _complete(
     if not isinstance(images, Reference):
         return images
     wanted = check_metrics(metrics, INCEPTION)
-    for layer in {LAYERS[metric] for metric in wanted if metric in ("fd", "sfd")} - {*images.moments}:
-        raise ValueError(f"{images.name} has no moments of {layer}; needed for sfid: mu_s, sigma_s")
+    lacking = {LAYERS[metric] for metric in wanted if metric in ("fd", "sfd")} - {*images.moments}
+    problem = f"{images.name} has no moments of {', '.join(lacking)}"
+    require_that(not lacking, problem, "files with mu_s, sigma_s for sfid")
     if images.images is not None and {"kd", "precision", "recall"} & set(wanted):
         network = find_extractor(extractor or INCEPTION, weights, wanted)
         images.rows.update(_pass(images.images, network, images.name, batch_size, progress).rows)
@@ -195,14 +191,11 @@ def find_extractor(
     "The feature extractor of a name."
     if isinstance(extractor, Extractor):
         return extractor
-    names = [INCEPTION, "resnet20", "resnet56"]
-    if extractor not in names:
-        near = (difflib.get_close_matches(extractor, names, n=1, cutoff=0.3) or [INCEPTION])[0]
-        raise ValueError(f"extractor = {extractor!r}; allowed: {', '.join(names)}; did you mean {near}?")
+    check_choice("extractor", extractor, (INCEPTION, "resnet20", "resnet56"))
     wanted = check_metrics(metrics, extractor)
     if extractor == INCEPTION:
         return _inception(weights, sorted({LAYERS[metric] for metric in wanted}))
-    return resnet_extractor(cifar_resnet(weights, int(extractor[-2:])))
+    return resnet_extractor(cifar_resnet(weights, 20 if extractor == "resnet20" else 56))
 
 
 def best_device() -> str:
@@ -225,15 +218,11 @@ def inception_weights(weights: str | Path | None = None) -> Path:
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
     if not path.is_file():
-        try:
+        advice = f"another extractor, such as resnet56; or {_INCEPTION_FILE} of torch-fidelity's release v0.2.0"
+        advice += " on GitHub, named by weights= or GUIDANCE_NB_INCEPTION"
+        with explained("the download of Inception's weights failed", advice, OSError, RuntimeError):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=path.stem[-8:], progress=False)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                "Inception's weights are not here: take another extractor (resnet56, or a classifier you trained), or "
-                f"get {_INCEPTION_FILE} from torch-fidelity's release v0.2.0 on GitHub and name it by weights= or "
-                f"GUIDANCE_NB_INCEPTION; the download failed ({error})"
-            ) from None
     return path
 
 
@@ -291,9 +280,7 @@ def _inception(
     theirs = name != INCEPTION or checksum(path).startswith(_INCEPTION_FILE[-12:-4])
     require(theirs, "weights", f"{path}, which are not FID's", f"{_INCEPTION_FILE}, or a name= of their own")
     if name != INCEPTION:
-        torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # raises an error for code before torch-fidelity unpickles it
+        torch.load(path, map_location="cpu", weights_only=True)  # fails on code, before torch-fidelity unpickles it
     layers = [layer for layer in _INCEPTION_LAYERS if layer in layers]
     kind = spatial_extractor() if "spatial" in layers else INCEPTION
     wanted, device = [_INCEPTION_LAYERS[layer] for layer in layers], device or best_device()
@@ -357,13 +344,13 @@ class CifarResNet(nn.Module):
         return self.layers(images)["logits"]
 
 
+@checked
 def cifar_resnet(
     path: str | Path | None = None,  # File, or folder to look in; without it GUIDANCE_NB_DATA/classifiers
-    depth: int = 56,  # 20 or 56
+    depth: Literal[20, 56] = 56,
     device: str | torch.device | None = None,  # CUDA where there is one
 ) -> CifarResNet:  # A classifier of CIFAR-10; resnet_extractor makes its features an Extractor
     "Load a ResNet trained on CIFAR-10, without executing what the file may hold."
-    check_choice("depth", depth, (20, 56))
     wanted = f"resnet{depth}-*.th"
     folder = os.environ.get("GUIDANCE_NB_DATA")
     require(path or folder, "path", path, f"{wanted}, or GUIDANCE_NB_DATA with it in classifiers/")
@@ -371,15 +358,12 @@ def cifar_resnet(
     file = next(iter(sorted(place.glob(wanted))), place) if place.is_dir() else place
     require(file.is_file(), "path", f"{file}, no {wanted} there", "the file or the folder that holds it")
     stated = re.search(r"-([0-9a-f]{8})$", file.stem)
-    if stated and not checksum(file).startswith(stated[1]):
-        raise ValueError(f"{file} is damaged: its name and its SHA-256 disagree; fetch it again")
+    whole = not stated or checksum(file).startswith(stated[1])
+    require_that(whole, f"{file} is damaged: its name and its SHA-256 disagree", "the file as published")
     network = CifarResNet(depth)
-    try:
+    with explained(f"{file} does not hold a ResNet-{depth}", "weights as published", Exception):
         state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} does not hold a ResNet-{depth}: {reason}") from None
     return network.eval().requires_grad_(False).to(device or best_device())
 
 
@@ -400,11 +384,9 @@ def _load_dinov2(path: str | Path) -> Any:
         from safetensors import SafetensorError
         from transformers import Dinov2WithRegistersModel
 
-    try:
-        read: Any = Dinov2WithRegistersModel.from_pretrained
+    read: Any = Dinov2WithRegistersModel.from_pretrained
+    with explained(f"{path} holds damaged weights", allowed, SafetensorError):
         model, report = read(path, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} holds damaged weights ({error}); allowed: {allowed}") from error
     missing = sorted(set(report["missing_keys"]) - {"embeddings.mask_token"})
     require(not missing, f"missing weights in {path}", missing[:1], "none")
     return model.eval().requires_grad_(False)
@@ -431,7 +413,6 @@ def _dinov2_extractor(
 
 
 Space = Literal["pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56"]
-_SPACES: tuple[Space, ...] = ("pixels", "dinov2", "dinov2-patches", "resnet20", "resnet56")
 
 
 def feature_space(
@@ -444,7 +425,7 @@ def feature_space(
     "Where neighbours are sought: pixels, or what an extractor makes of images as a file would hold them."
     if name == "pixels":
         return name
-    if isinstance(name, Extractor) or check_choice("space", name, _SPACES).startswith("resnet"):
+    if isinstance(name, Extractor) or check_choice("space", name, get_args(Space)).startswith("resnet"):
         extractor = find_extractor(name, path)
     else:
         require(path is not None, f"weights of {name!r}", path, "a folder of DINOv2 with registers")

@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidance_nb._checks import check_choice, check_whole, differences, require
+from guidance_nb._checks import Count, checked, explained, require, require_that
 from guidance_nb._extras import extra
-from guidance_nb._files import clean_remnants, digest, parse_json, read_text, weights_digest, write_aside, write_file
+from guidance_nb._files import (
+    clean_remnants,
+    differences,
+    digest,
+    parse_json,
+    read_text,
+    weights_digest,
+    write_aside,
+    write_file,
+)
 from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
 from guidance_nb.images.data import Crop, Facts, ImageData, ImageFiles, from_uint8, load_images, to_uint8
 
@@ -74,11 +83,9 @@ def _read_vae(source: str) -> VAE:
         from diffusers import AutoencoderKL
 
     inside = {"subfolder": "vae"} if (Path(source) / "vae" / "config.json").is_file() else {}
-    try:
+    kinds = OSError, ValueError, KeyError, RuntimeError
+    with explained(f"vae = {source!r} cannot be loaded", "a folder or name of one", *kinds):
         return AutoencoderKL.from_pretrained(source, **inside).eval().requires_grad_(False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"vae = {source!r} cannot be loaded ({reason}); allowed: a folder or name of one") from None
 
 
 def describe_vae(vae: VAE, name: str = "") -> Facts:
@@ -225,7 +232,7 @@ class _Encoding:
         if len(bad):
             files, first = self.data.pixels, int(indices[bad[0]])
             file = files.paths[first] if isinstance(files, ImageFiles) else f"image {first} of {self.data.name}"
-            raise ValueError(f"the latents of {file} are not finite in {kind}; allowed: a sound image, or 'float32'")
+            require_that(False, f"the latents of {file} are not finite in {kind}", "a sound image, or 'float32'")
         return moments
 
     def make(self, number: int) -> Facts:
@@ -255,23 +262,21 @@ class _Encoding:
         return index
 
 
+@checked
 def encode_folder(
     source: str | Path | ImageData,  # A folder with one sub-folder per class, "mnist", "cifar10", or images
     out: str | Path,  # Folder for the shards and their index; finished shards in it are kept
     vae: VAE,  # An `AutoencoderKL`, or its folder or name
-    size: int | None = None,  # Side of the square to crop and resize to; None wants images of one size
+    size: Count | None = None,  # Side of the square to crop and resize to; None wants images of one size
     flip: bool = True,  # Whether to encode the mirror image of each image, too
-    shard_rows: int = 4096,  # Images of a shard
-    batch_size: int = 32,  # Images at a time
+    shard_rows: Count = 4096,  # Images of a shard
+    batch_size: Count = 32,  # Images at a time
     dtype: Literal["float32", "float16"] = "float32",  # How numbers are stored
     crop: Crop = "adm",  # How to crop and resize, as ADM or as torchvision does
     split: str = "train",  # "train" or "test"
     progress: bool = True,  # Whether to show a progress bar
 ) -> Facts:  # The index
     "Encode images into shards of latents, on all processes if there are several; goes on where it was interrupted."
-    check_whole("batch_size", batch_size, 1)
-    check_whole("shard_rows", shard_rows, 1)
-    check_choice("dtype", dtype, ("float32", "float16"))
     named, vae = str(vae) if isinstance(vae, str | Path) else "", load_vae(vae)
     facts, data = describe_vae(vae, named), source
     if not isinstance(data, ImageData):
@@ -279,9 +284,8 @@ def encode_folder(
         data = load_images(data, split, size=size, channels=channels, crop=crop)
     require(data.shape[0] == facts["in_channels"], "channels", data.shape[0], f"{facts['in_channels']}, as vae takes")
     n, sides = facts["reduction"], "x".join(map(str, data.shape[1:]))
-    require(
-        not any(side % n for side in data.shape[1:]), "sides", sides, f"multiples of {n}, by which vae divides them"
-    )
+    fine = not any(side % n for side in data.shape[1:])
+    require(fine, "sides", sides, f"multiples of {n}, by which vae divides them")
     files = data.pixels.paths if isinstance(data.pixels, ImageFiles) else [data.name]
     names = "\n".join("/".join(Path(file).parts[-2:]) for file in files)  # class folder and file name
     settings = {
@@ -358,20 +362,15 @@ class LatentData:
 def read_index(folder: str | Path) -> Facts:
     "The index of a folder of latents; a folder without one is a `ValueError`."
     path = Path(folder) / INDEX
-    if not path.is_file():
-        found = "an unfinished encoding: start it again" if any(Path(folder).glob("shard-*")) else "no latents"
-        raise ValueError(f"{folder} holds {found}; allowed: a folder that `guidance-nb encode` has finished")
-    try:
+    found = "an unfinished encoding: start it again" if any(Path(folder).glob("shard-*")) else "no latents"
+    require_that(path.is_file(), f"{folder} holds {found}", "a folder that `guidance-nb encode` has finished")
+    advice = "start the encoding again, which keeps the shards"
+    with explained(f"{path} is damaged", advice, ValueError, KeyError, TypeError):
         index = parse_json(read_text(path))
-        if index["format"] != _FORMAT:
-            raise ValueError(f"format {index['format']!r}")
-        if not index["classes"] or sum(entry["rows"] for entry in index["shards"]) != index["settings"]["pictures"]:
-            raise ValueError("its counts do not add up")
+        require(index["format"] == _FORMAT, "format", index["format"], _FORMAT)
+        counts = sum(entry["rows"] for entry in index["shards"]), index["settings"]["pictures"]
+        require(index["classes"] and counts[0] == counts[1], "counts", counts, "numbers that agree, and classes")
         return index
-    except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        advice = "start the encoding again, which keeps the shards"
-        raise ValueError(f"{path} is damaged ({reason}); allowed: {advice}") from None
 
 
 def load_latents(
@@ -391,8 +390,8 @@ def load_latents(
         if verify:
             check_shard(path)
         tensors, settings, promised = open_shard(path)
-        if promised != entry["sha256"] or next(differences(settings, index["settings"]), None):
-            raise ValueError(f"{path} belongs to another encoding than {folder / INDEX}; allowed: shards of one run")
+        same = promised == entry["sha256"] and not [*differences(settings, index["settings"])]
+        require_that(same, f"{path} belongs to another encoding than {folder / INDEX}", "shards of one run")
         shards.append(tensors["moments"])
         labels.append(tensors["labels"].clone())
     data = LatentData(folder, index, shards, torch.cat(labels), flip, posterior)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb import __version__
-from guidance_nb._checks import check_number, check_whole, require
+from guidance_nb._checks import Count, Share, checked, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, locked, read_csv, write_file
-from guidance_nb._points import check_classes
+from guidance_nb._points import as_labels
 from guidance_nb.images.features import (
     INCEPTION,
     LAYERS,
@@ -179,7 +179,7 @@ def class_agreement(
         classifier = Extractor("classifier", classifier, "cpu" if parameter is None else parameter.device)
     rows = extract(images, classifier, "images", batch_size).rows
     logits = rows.get("logits", rows.get("features", torch.empty(0, 0)))
-    c = check_classes("labels", labels, len(images), logits.shape[1])
+    c = as_labels("labels", labels, len(images), logits.shape[1])
     right = (logits.argmax(1) == c).double()
     hits, asked = (torch.zeros(logits.shape[1], dtype=torch.float64).index_add(0, c, v) for v in (right, right * 0 + 1))
     return right.mean().item(), hits / asked
@@ -199,20 +199,21 @@ def nearest_images(
     return distance / math.sqrt(images[0].numel()), index
 
 
+@checked
 def copy_share(
     images: Tensor,  # uint8, `[n, channels, h, w]`
     train: Tensor,  # uint8, `[m, channels, h, w]`
-    ratio: float = 1 / 3,  # Of the distances to the nearest and the second nearest, below which an image is a copy
+    ratio: Share = 1 / 3,  # Of the distances to the nearest and the second nearest, below which an image is a copy
 ) -> tuple[float, float]:  # Share of copies, and mean distance to the nearest in grey levels
     "Share of the images far closer to one training image than to any other, and the mean distance."
-    check_number("ratio", ratio, 0, 1)
     near, second = nearest_images(images, train)[0].T
     return (near <= ratio * second).double().mean().item(), near.mean().item()
 
 
-def balanced_labels(n: int, num_classes: int) -> Tensor:
+@checked
+def balanced_labels(n: Count, num_classes: Count) -> Tensor:
     "The label policy of this package, 0, 1, ..., 0, 1, ...: every class equally often, up to one."
-    return torch.arange(check_whole("n", n, 1)) % check_whole("num_classes", num_classes, 1)
+    return torch.arange(n) % num_classes
 
 
 PROVENANCE = (
@@ -251,12 +252,12 @@ def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
         return [*PROVENANCE], []
     columns = lines[0]
     missing = [key for key in PROVENANCE if key not in columns]
-    if missing or len(set(columns)) < len(columns):
-        found = f"lacks {', '.join(missing)}" if missing else "has a column twice"
-        raise ValueError(f"{path} is not a table of image metrics: it {found}; allowed: a table that append_rows wrote")
+    fine, found = not missing and len(set(columns)) == len(columns), ", ".join(missing) or "a column twice"
+    told = f"{path} is not a table of image metrics: it {'lacks' if missing else 'has'} {found}"
+    require_that(fine, told, "a table that append_rows wrote")
     for number, line in enumerate(lines[1:], 2):
-        if len(line) != len(columns):
-            raise ValueError(f"{path} is damaged: line {number} has {len(line)} values, the header {len(columns)}")
+        told = f"{path} is damaged: line {number} has {len(line)} values"
+        require_that(len(line) == len(columns), told, f"{len(columns)}, as the header")
     return columns, [dict(zip(columns, line)) for line in lines[1:]]
 
 

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Collection, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import require
+from guidance_nb._checks import check_choice, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
@@ -199,17 +198,9 @@ IMAGE_NETWORKS: dict[str, Json] = {
 
 
 def _settings(name: str, allowed: Collection[str], changes: Json) -> Json:
-    "The settings of a name with some changed; unknown names are answered with the nearest known one."
-
-    def known(what: str, word: str, words: Collection[str]) -> str:
-        near = get_close_matches(str(word), words, 1)
-        if word not in words:
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(words)}"
-            raise ValueError(f"{what} = {word!r}; {hint}")
-        return word
-
-    settings = IMAGE_NETWORKS.get(known("name", name, allowed), {})
-    return settings | {known("setting", key, settings): value for key, value in changes.items()}
+    "The settings of a name with some changed."
+    settings = IMAGE_NETWORKS.get(check_choice("name", name, allowed), {})
+    return settings | {check_choice("setting", key, settings): value for key, value in changes.items()}
 
 
 def build_network(

@@ -24,9 +24,7 @@ CONDITIONS = {
 }
 
 
-def network_family(
-    net: Network,  # A network of diffusers, or one wrapped by peft
-) -> str:  # A key of `CONDITIONS`
+def network_family(net: Network) -> str:
     "The class whose calling convention a network follows; a `ValueError` for any other."
     plain = net.get_base_model() if hasattr(net, "get_base_model") else net
     names = [kind.__name__ for kind in type(plain).__mro__]
@@ -35,18 +33,14 @@ def network_family(
     return family
 
 
-def condition_names(
-    net: Network,  # A network of diffusers
-) -> tuple[str, ...]:  # Names of its conditions
+def condition_names(net: Network) -> tuple[str, ...]:
     "The tensors a network is conditioned on."
     names = CONDITIONS[network_family(net)]
     sized = net.config.get("addition_embed_type") == "text_time"  # SDXL
     return (*names, "text_embeds", "time_ids") if sized else names
 
 
-def takes_labels(
-    net: Network,  # A network of diffusers
-) -> bool:
+def takes_labels(net: Network) -> bool:
     "Whether conditions are class indices."
     return condition_names(net) == ("class_labels",)
 
@@ -65,9 +59,7 @@ def name_conditions(
     return {name: c[name] for name in names}
 
 
-def latent_channels(
-    net: Network,  # A network of diffusers
-) -> int:  # Channels of the data
+def latent_channels(net: Network) -> int:
     "Channels of the noisy data a network takes."
     patch = 4 if network_family(net) == "FluxTransformer2DModel" else 1
     return net.config.in_channels // patch
@@ -106,9 +98,7 @@ def embed_scale(
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def takes_scale(
-    net: Network,  # A network of diffusers
-) -> bool:
+def takes_scale(net: Network) -> bool:
     "Whether the guidance scale is an input of the network."
     return bool(net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim"))
 

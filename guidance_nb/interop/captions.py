@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._checks import Count, check_choice, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
@@ -25,21 +25,17 @@ __all__: list[str] = []
 _TABLES = ("metadata.jsonl", "metadata.csv")
 
 
-def _read_table(
-    path: Path,  # metadata.jsonl or metadata.csv
-) -> list[Json]:  # Its rows
+def _read_table(path: Path) -> list[Json]:
     "Rows of a table of captions; what cannot be read is a `ValueError` that names file and line."
     lines = [] if path.suffix == ".csv" else read_text(path).split("\n")
     columns, *values = ([[]] if lines else read_csv(path)) or [[]]
     rows: list[Json] = [dict(zip(columns, line)) for line in values if line]
     for number, line in enumerate(lines, 1):
-        try:
+        with explained(f"{path} line {number} is no JSON", "one object a line", json.JSONDecodeError):
             rows += [parse_json(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is no JSON ({error}); allowed: one object a line") from None
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise ValueError(f"{path} row {number} has no file_name; allowed: one for every row")
+        named = isinstance(row, dict) and isinstance(row.get("file_name"), str)
+        require_that(named, f"{path} row {number} has no file_name", "one for every row")
     return rows
 
 
@@ -55,13 +51,13 @@ def find_captions(
         found: dict[Path, Any] = {path: read_text(text) for path, text in beside.items() if text.is_file()}
     else:
         found = {folder / row["file_name"]: row.get(column) for row in _read_table(table)}
-    if missing := sorted(found.keys() - set(pictures)):
-        raise ValueError(f"{missing[0]} is in {table} but not in the folder; allowed: rows of pictures that are there")
+    for path in sorted(found.keys() - set(pictures)):
+        require_that(False, f"{path} is in {table} but not in the folder", "rows of pictures that are there")
     require(pictures, "pictures", f"none in {folder}", "a folder with captioned pictures")
     for path in pictures:
-        if not isinstance(caption := found.get(path), str) or not caption.strip():
-            where = path.with_suffix(".txt").name if table is None else f"a row of {table.name} with {column!r}"
-            raise ValueError(f"{path} has no caption; allowed: {where}")
+        said = isinstance(caption := found.get(path), str) and caption.strip()
+        where = path.with_suffix(".txt").name if table is None else f"a row of {table.name} with {column!r}"
+        require_that(said, f"{path} has no caption", where)
     return {path: found[path].strip() for path in pictures}
 
 
@@ -80,35 +76,29 @@ class _DatasetPictures:
         with extra("images"):
             from torchvision.transforms.functional import pil_to_tensor
 
-        try:
+        with explained(f"picture {i} of {self.name} cannot be read", "pictures", Exception):  # of many kinds
             picture = as_shown(self.dataset[i][self.column], 3)
-        except Exception as error:  # decoders of damaged files raise errors of many kinds
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(f"picture {i} of {self.name} cannot be read ({reason}); allowed: pictures") from None
         return pil_to_tensor(picture if self.size is None else CROPS[self.crop](picture, self.size))
 
     def __call__(self, indices: Tensor) -> Tensor:
         "The pictures `[b, 3, height, width]`, uint8."
         found = [self.one(i) for i in indices.tolist()]
         for i, picture in zip(indices.tolist(), found):
-            if picture.shape != found[0].shape:
-                a, b = ("x".join(map(str, x.shape[:0:-1])) for x in (found[0], picture))
-                told = f"picture {indices[0]} of {self.name} is {a} and picture {i} is {b}"
-                raise ValueError(f"{told}; allowed: pictures of one size, or give size")
+            a, b = ("x".join(map(str, x.shape[:0:-1])) for x in (found[0], picture))
+            told = f"picture {indices[0]} of {self.name} is {a} and picture {i} is {b}"
+            require_that(a == b, told, "pictures of one size, or give size")
         return torch.stack(found)
 
 
+@checked
 def load_captioned(
     source: Any,  # A folder of captioned pictures, or a `datasets.Dataset`
-    size: int | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
+    size: Count | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
     crop: Crop = "adm",  # A key of `CROPS`
     column: str = "text",  # Column of the captions
     pictures: str = "image",  # Column of the pictures, of a `datasets.Dataset`
 ) -> ImageData:  # Pictures with one class for each distinct caption
     "Captioned pictures, decoded when asked for; missing captions, unreadable and unlike pictures are named."
-    check_choice("crop", crop, CROPS)
-    if size is not None:
-        check_whole("size", size, 1)
     pixels: Any
     if hasattr(source, "column_names"):
         name = f"dataset {getattr(source, '_fingerprint', '')}".strip()
@@ -235,12 +225,10 @@ def load_cached(
     latents, text = load_latents(Path(folder) / "latents", flip), Path(folder) / "text"
     finished = (text / "text.json").is_file()
     require(finished, "embeddings", f"none in {text}", "a folder that `cache_captioned` has finished")
-    try:
+    with explained(f"{text / 'text.json'} is damaged", "delete it and start again", ValueError, KeyError, TypeError):
         index = parse_json(read_text(text / "text.json"))
         captions, rows = (index["settings"][key] for key in ("captions", "shard_rows"))
         files = [text / entry["file"] for entry in index["shards"]]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{text / 'text.json'} is damaged; allowed: delete it and start again") from None
-    if captions != _texts_digest(latents.classes):
-        raise ValueError(f"{text} has embeddings of other captions than the latents; allowed: both of one run")
+    same = captions == _texts_digest(latents.classes)
+    require_that(same, f"{text} has embeddings of other captions than the latents", "both of one run")
     return CaptionedLatents(latents, [open_shard(file)[0]["moments"] for file in files], rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import require
+from guidance_nb._checks import explained, require
 from guidance_nb._conditions import Condition, drop_rows, null_rows
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
@@ -40,16 +40,12 @@ def opening(
     source: str | Path,  # Its folder or name
 ) -> Iterator[None]:
     "Put into one line what another library says of something that it cannot open."
-    try:
+    kinds = OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError
+    with explained(f"{name} = {str(source)!r} cannot be opened", "a folder or name", *kinds):
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{name} = {str(source)!r} cannot be opened ({reason}); allowed: a folder or name") from None
 
 
-def open_pipeline(
-    source: Pipeline | str | Path,  # A pipeline, or its folder or name on the Hub
-) -> Pipeline:  # A pipeline, on the CPU if it is opened here
+def open_pipeline(source: Pipeline | str | Path) -> Pipeline:
     "A pipeline of `diffusers`; one that cannot be opened is a `ValueError`."
     if not isinstance(source, str | Path):
         return source
@@ -60,18 +56,14 @@ def open_pipeline(
         return DiffusionPipeline.from_pretrained(str(source))
 
 
-def _own_network(
-    pipeline: Pipeline,  # A pipeline of diffusers
-) -> Network:  # Its U-Net or transformer
+def _own_network(pipeline: Pipeline) -> Network:
     "The network a pipeline denoises with."
     net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     require(net is not None, "pipeline", type(pipeline).__name__, "one with a unet or a transformer")
     return net
 
 
-def has_encoder(
-    pipeline: Pipeline,  # A pipeline of diffusers
-) -> bool:
+def has_encoder(pipeline: Pipeline) -> bool:
     "Whether a pipeline can encode prompts."
     return any(getattr(pipeline, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
 
@@ -135,9 +127,8 @@ class PipelineParts:
     def _encode_classes(self, classes: Sequence[str | int]) -> Tensor:
         known = getattr(self.pipeline, "labels", {})
         for name in classes:
-            require(
-                not isinstance(name, str) or name in known, "class", name, f"an index, or one of {len(known)} names"
-            )
+            found = not isinstance(name, str) or name in known
+            require(found, "class", name, f"an index, or one of {len(known)} names")
         return torch.tensor([known[name] if isinstance(name, str) else int(name) for name in classes])
 
     @torch.no_grad()
@@ -218,9 +209,8 @@ class DiffusersDenoiser(NetworkDenoiser):
         "Raw network output, shape of `x`; arguments as in `NetworkDenoiser.output`."
         t, clock, channels = check_inputs(x, t, c, self.num_classes), self.facts.clock, self.shape[0]
         t = clamp_time(self.path, t) if self.prediction == "eps" else t
-        require(
-            x.ndim == 4 and x.shape[1] == channels, "shape of x", tuple(x.shape), f"[batch, {channels}, height, width]"
-        )
+        fine = x.ndim == 4 and x.shape[1] == channels
+        require(fine, "shape of x", tuple(x.shape), f"[batch, {channels}, height, width]")
         named = name_conditions(self.net, self.network_condition(c, drop, x)) if self.num_classes else {}
         asked: Any = (1.0 if scale is None else scale) if self.scale_aware else self.guidance
         if asked is not None:
@@ -233,10 +223,7 @@ class DiffusersDenoiser(NetworkDenoiser):
 
 
 def from_diffusers(
-    source: Pipeline
-    | Network
-    | str
-    | Path,  # A pipeline (DDPM, DiT, Stable Diffusion, SDXL, SD3, Flux), its folder or name, or a network alone
+    source: Pipeline | Network | str | Path,  # A pipeline of any kind, its folder or name, or a network alone
     scheduler: Scheduler = None,  # Scheduler (or SchedulerFacts) of a network alone; of a pipeline None takes its own
     null: str | int | Condition | None = "",  # The null prompt, label or condition `[1, ...]`; None for none
     size: int | None = None,  # Edge of the images in pixels; None for the pipeline's own

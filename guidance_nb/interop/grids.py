@@ -26,9 +26,7 @@ __all__: list[str] = []
 _Clip: TypeAlias = tuple[Any, Any] | str | Path  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
 
 
-def _load_clip(
-    source: _Clip,  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
-) -> tuple[Any, Any]:  # Model and processor
+def _load_clip(source: _Clip) -> tuple[Any, Any]:
     "A CLIP of `transformers`; one that cannot be loaded is a `ValueError`."
     if not isinstance(source, str | Path):
         return source

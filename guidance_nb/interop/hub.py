@@ -39,16 +39,12 @@ class TrainingFacts:
     sampler_steps: int = 32  # Its steps
 
 
-def path_to_json(
-    path: GaussianPath,  # One of `PATHS`
-) -> Json:  # Its kind and settings
+def path_to_json(path: GaussianPath) -> Json:
     "A path as plain values."
     return {"kind": check_choice("path", type(path).__name__, _PATHS), **asdict(path)}
 
 
-def path_from_json(
-    values: Json,  # Kind and settings
-) -> GaussianPath:
+def path_from_json(values: Json) -> GaussianPath:
     "The inverse of `path_to_json`."
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return _PATHS[check_choice("path kind", str(settings.pop("kind", None)), _PATHS)](**settings)
@@ -111,9 +107,7 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
         return ModelCard(_CARD.format(**words, **named, **classes))
 
 
-def open_pretrained(
-    source: str,  # A folder or a name on the Hub
-) -> Denoiser:
+def open_pretrained(source: str) -> Denoiser:
     "A network that `HubDenoiser` wrote, or else a pipeline of diffusers; what is neither is a `ValueError`."
     with extra("diffusers"):
         from huggingface_hub.errors import EntryNotFoundError

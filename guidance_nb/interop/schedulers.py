@@ -126,13 +126,11 @@ def path_from_scheduler(
     if (name.startswith("FlowMatch") and not config.get("invert_sigmas")) or kind == "flow_prediction":
         return SchedulerFacts(FlowPath(), "velocity", _Clock(steps, 0, nearest))
     table: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
-    known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
     if table is None:
+        known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
         raise ValueError(f"scheduler = {name!r}; allowed: {known}")
     check_choice(told, kind, _SCHEDULER_PREDICTIONS)
-    way_out = (
-        "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing of the data"
-    )
+    way_out = "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing"
     signal = table[-1] > 0 and not config.get("rescale_betas_zero_snr")  # some leave 2^-24 of it even so
     require(signal or kind != "epsilon", f"{told} with zero terminal SNR", kind, way_out)
     angles = torch.atan2((1 - table.double()).sqrt(), table.double().sqrt())

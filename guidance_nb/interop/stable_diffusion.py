@@ -36,9 +36,7 @@ _MAY_CHANGE = (  # at a resume
 )  # fmt: skip
 
 
-def _finetuning_loss(
-    method: FineTuningMethodTable,  # A recipe's method
-) -> Callable[..., Tensor]:  # For fit
+def _finetuning_loss(method: FineTuningMethodTable) -> Callable[..., Tensor]:
     "The loss of a recipe."
     if method.name == "plain":
         return DenoisingLoss(method.dropout)
@@ -51,9 +49,7 @@ def _finetuning_loss(
 
 
 @contextmanager
-def add_memory_hint(
-    recipe: FineTuning,  # A recipe
-) -> Iterator[None]:
+def add_memory_hint(recipe: FineTuning) -> Iterator[None]:
     "Add the keys of fine-tuning to the advice when memory runs out."
     try:
         yield

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from guidance_nb._checks import check_choice, check_whole, require
+from guidance_nb._checks import Whole, check_choice, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._files import write_aside
 from guidance_nb._random import keyed_generator
@@ -30,18 +30,14 @@ def _check_network(
     scheduler: Scheduler,  # Its scheduler
 ) -> None:
     "Raise an error for a network that is not fine-tuned here, or a scheduler that does not say what it predicts."
-    name, more = type(net).__name__, ""
-    if name == "UNet2DConditionModel" and condition_names(net) != ("encoder_hidden_states",):
-        more = ", conditioned on more than text"
-    fine = name == "UNet2DConditionModel" and not more
-    require(fine, "network", name + more, "a UNet2DConditionModel with text alone, as in Stable Diffusion 1 and 2")
+    name = type(net).__name__
+    fine = name == "UNet2DConditionModel" and condition_names(net) == ("encoder_hidden_states",)
+    require(fine, "network", name, "a UNet2DConditionModel conditioned on text alone")
     clock = path_from_scheduler(scheduler).clock
     require(clock, "scheduler", type(scheduler).__name__, "any but those of EDM")
 
 
-def check_pipeline(
-    pipeline: Pipeline,  # A Stable Diffusion pipeline
-) -> None:
+def check_pipeline(pipeline: Pipeline) -> None:
     "Raise a one-line error for a pipeline that cannot be fine-tuned."
     name, vae, allowed = type(pipeline).__name__, getattr(pipeline, "vae", None), "a Stable Diffusion pipeline"
     for part in ("unet", "vae"):
@@ -78,7 +74,6 @@ def _add_lora(
     with extra("sd"):
         from peft import LoraConfig
 
-    check_whole("rank", rank, 1)
     names = [name for name, _ in net.named_modules()]
     for layer in layers:
         found = any(name == layer or name.endswith(f".{layer}") for name in names)
@@ -122,13 +117,12 @@ class TextDenoiser(DiffusersDenoiser):
         return new
 
 
+@checked
 def load_text_denoiser(
-    source: Pipeline
-    | str
-    | Path,  # A pipeline, or its folder or name; of a folder or name, only network and scheduler are read
+    source: Pipeline | str | Path,  # A pipeline; or its folder or name, of which network and scheduler are read
     null: Tensor,  # Embedding of the null prompt, `[1, tokens, width]`
     *,
-    lora_rank: int = 0,  # Rank of LoRA; 0 trains all weights
+    lora_rank: Whole = 0,  # Rank of LoRA; 0 trains all weights
     lora_layers: Sequence[str] = _LORA_LAYERS,  # How the names of the layers end that get it
     scale_aware: bool = False,  # Whether to give the network an input for the scale
     seed: int = 0,  # Seed of LoRA
@@ -197,9 +191,7 @@ def pipeline_card(
     return _CARD.format(method=method, steps=steps, samples=samples, data=data, base=base, advice=advice, scale=scale)
 
 
-def merged_network(
-    model: TextDenoiser,  # A trained network; left as it is
-) -> Network:  # A plain UNet2DConditionModel on the CPU
+def merged_network(model: TextDenoiser) -> Network:
     "The network with its LoRA layers merged into the weights."
     net: Network = copy.deepcopy(model.net).cpu().eval().requires_grad_(False)
     if getattr(net, "peft_config", None):
