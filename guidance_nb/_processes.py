@@ -65,11 +65,8 @@ def row_shares(n: int, batch_size: int, world: int) -> list[int]:
 
 
 def share_rows(
-    action: Callable[[slice], dict[str, Tensor]],  # Makes some of the rows, `[their number, ...]` each
-    n: int,  # Number of rows
-    device: torch.device,  # Where the work is done
-    batch_size: int = 1,  # Rows are divided in whole batches, the last one aside
-) -> dict[str, Tensor]:  # All rows, in every process
+    action: Callable[[slice], dict[str, Tensor]], n: int, device: torch.device, batch_size: int = 1
+) -> dict[str, Tensor]:
     "Make rows, each process a contiguous share of them; an error of one is raised in all."
     rank, world = find_processes(device)
     if world == 1:

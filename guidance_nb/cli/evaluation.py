@@ -60,10 +60,8 @@ def is_metric(name: str) -> bool:
 
 
 def find_feature_extractor(
-    source: str,  # "inception-v3-compat", "resnet20", "resnet56", or the checkpoint of a classifier
-    weights: str | None = None,  # Local file with the weights of a named network
-    metrics: tuple[str, ...] | None = None,  # What it is for
-) -> Extractor:  # For extract
+    source: str, weights: str | None = None, metrics: tuple[str, ...] | None = None
+) -> Extractor:
     "The feature extractor of a name, or of a checkpoint of an evaluation classifier."
     if not Path(source).exists() and source not in model_names():
         return find_extractor(source, weights, metrics)
@@ -122,11 +120,8 @@ def _holds_moments(path: Path) -> bool:
 
 
 def choose_metrics(
-    real: Tensor | Reference,  # What will be compared with
-    extractor: Extractor,  # The feature extractor
-    metrics: tuple[str, ...] | None = None,  # Names, or all that these two allow
-    best: str = "",  # Column that somebody will ask for
-) -> tuple[str, ...]:  # Names for score
+    real: Tensor | Reference, extractor: Extractor, metrics: tuple[str, ...] | None = None, best: str = ""
+) -> tuple[str, ...]:
     "The metrics of a comparison; an error for a column that they do not give."
     names = check_metrics(metrics, extractor.name)
     if isinstance(real, Reference) and metrics is None:
@@ -223,12 +218,8 @@ def _baseline_size(source: str, reference: Features, n: int) -> tuple[str, int]:
 
 
 def baseline_row(
-    source: str,  # Where the reference came from, see load_real
-    reference: Features,  # Features of the reference
-    extractor: Extractor,  # The feature extractor
-    n: int,  # Number of samples to compare with
-    metrics: tuple[str, ...] | None = None,  # As for score
-) -> Json | None:  # A row of method "real", or None where there are no other real images
+    source: str, reference: Features, extractor: Extractor, n: int, metrics: tuple[str, ...] | None = None
+) -> Json | None:
     "How n real images score that are not in the reference: the other split, or one half of the reference on the other."
     other, n = _baseline_size(source, reference, n)
     order = lambda total: torch.randperm(total, generator=torch.Generator().manual_seed(0))  # noqa: E731
@@ -250,12 +241,7 @@ class _MeasuredGuidanceLoss:
 
     changes = True  # from step to step
 
-    def __init__(
-        self,
-        loss: ModelGuidanceLoss,  # The loss at any weight
-        measure: Callable[[NetworkDenoiser], float],  # Error of a model; lower is better
-        every: int,  # Steps between two moves
-    ):
+    def __init__(self, loss: ModelGuidanceLoss, measure: Callable[[NetworkDenoiser], float], every: int):
         self.auto, self.measure, self.every, self.moved_at = AutoWeight(), measure, every, 0
         self.loss = replace(loss, weight=self.auto)
 
@@ -299,11 +285,8 @@ def measured_loss(
 
 
 def sweep_points(
-    request: Request,  # What all points share
-    scales: tuple[float, ...],  # Guidance scales
-    steps: tuple[int, ...] = (),  # Steps; empty takes those of `request`
-    samplers: tuple[str, ...] = (),  # Samplers; empty takes that of `request`
-) -> list[Request]:  # One for each combination
+    request: Request, scales: tuple[float, ...], steps: tuple[int, ...] = (), samplers: tuple[str, ...] = ()
+) -> list[Request]:
     "The points of a sweep."
     for name, values in {"scales": scales, "steps": steps or (0,), "samplers": samplers or ("",)}.items():
         check_distinct(name, values)
@@ -411,11 +394,7 @@ def _read_curves(out: Path) -> "tuple[DataFrame, DataFrame]":
     return table.assign(curve=names), real
 
 
-def finish_sweep(
-    out: Path,  # Folder of a sweep
-    best: str,  # Column that decides
-    among: Json | None = None,  # Values that the best row must have, such as its checkpoint
-) -> Json:  # The best row
+def finish_sweep(out: Path, best: str, among: Json | None = None) -> Json:
     "Draw the curves of a sweep into curves.png and pick its best point."
     with extra("plots"):
         from matplotlib import pyplot

@@ -41,11 +41,7 @@ def model_names() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob("*/checkpoint.json"))
 
 
-def make_model(
-    recipe: Any,  # A `Recipe`, or anything with the same attributes
-    shape: tuple[int, ...],  # Shape of one sample
-    num_classes: int,  # Number of classes
-) -> Any:  # A NetworkDenoiser, an ImageClassifier or a FlowPostprocessor
+def make_model(recipe: Any, shape: tuple[int, ...], num_classes: int) -> Any:
     "The untrained network of a recipe, the same on every call."
     network, method, seed = recipe.network, recipe.method, recipe.training.seed
     path = PATHS[network.path]()
@@ -78,11 +74,7 @@ def open_checkpoint(
     return saved
 
 
-def restore(
-    saved: Checkpoint,  # See open_checkpoint
-    recipe: Any,  # Its recipe, as for make_model
-    ema: bool = True,  # Whether to take the moving average of the weights
-) -> Any:  # The network on the accelerator if there is one, in evaluation mode, its weights without gradients
+def restore(saved: Checkpoint, recipe: Any, ema: bool = True) -> Any:
     "Rebuild a trained network."
     model = make_model(recipe, tuple(saved.metadata["shape"]), len(saved.metadata["classes"]))
     load_weights(model, saved.ema if ema else saved.model, str(saved.path))

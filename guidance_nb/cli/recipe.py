@@ -378,10 +378,7 @@ def recipe_keys(
     return {name: f"{field.description}{choices.get(name, '')}" for name, field in _fields(kind)}
 
 
-def find_key(
-    name: str,  # "training.lr", "lr", or "settings.dropout" for a change of the network's settings
-    kind: type[Table] = Recipe,  # Recipe or FineTuning
-) -> str:  # The full key, `table.key`
+def find_key(name: str, kind: type[Table] = Recipe) -> str:
     "The key a name stands for; an unknown or ambiguous name is a `ValueError` with the nearest keys."
     keys, name = list(recipe_keys(kind)), name.replace("-", "_")
     if name in keys:
@@ -394,20 +391,14 @@ def find_key(
     raise ValueError(f"{name} is in several tables; allowed: {', '.join(found)}" if found else _unknown(name, keys))
 
 
-def is_switch(
-    name: str,  # A full key, see find_key
-    kind: type[Table] = Recipe,  # Recipe, FineTuning or another table
-) -> bool:
+def is_switch(name: str, kind: type[Table] = Recipe) -> bool:
     "Whether a key is true or false."
     setting = _UNetSettings.model_fields.get(name.removeprefix("network.settings."))
     fields = dict(_fields(kind)) | ({name: setting} if setting and name.startswith("network.settings.") else {})
     return name in fields and fields[name].annotation is bool
 
 
-def override(
-    recipe: R,  # A recipe
-    changes: Json,  # Values by key, as text or not; a table of keys is as good
-) -> R:  # The changed recipe
+def override(recipe: R, changes: Json) -> R:
     "Replace values of a recipe by key, and check the whole."
     tables = recipe.model_dump()
     for name, value in changes.items():

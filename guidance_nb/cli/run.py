@@ -99,11 +99,7 @@ def make_data(recipe: Recipe, split: str = "train") -> ImageData | LatentData:
     return take_images(data, table.limit) if table.limit else data
 
 
-def _read_generated(
-    files: tuple[str, ...],  # Sample files or folders of images
-    shape: tuple[int, ...],  # Shape that one image must have
-    num_classes: int,  # Number of classes
-) -> tuple[Tensor, Tensor | None]:  # Images `[n, ...]` in [-1, 1] and their classes `[n]`, None if no file has any
+def _read_generated(files: tuple[str, ...], shape: tuple[int, ...], num_classes: int) -> tuple[Tensor, Tensor | None]:
     "Read samples made here or elsewhere, several files one after the other."
     parts = [load_samples(name, size=shape[-1], channels=shape[0]) for name in files]
     labels = [part.c for part in parts if part.c is not None]
@@ -199,12 +195,7 @@ def make_engine(recipe: Recipe, folder: Path | None = None, metadata: Json | Non
     return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
 
 
-def recipe_cost(
-    recipe: Recipe,  # A recipe that trains a denoiser
-    gpus: tuple[int, ...] = (),  # Numbers of GPUs; none takes 1 and, if it divides the batch, 8
-    chip: str = "h100",  # Their kind
-    share: float = 0.35,  # Assumed share of the peak
-) -> "DataFrame":  # A pandas table, see cost_sheet
+def recipe_cost(recipe: Recipe, gpus: tuple[int, ...] = (), chip: str = "h100", share: float = 0.35) -> "DataFrame":
     "GPU-hours and memory that a recipe will take: an estimate that assumes a fraction of the peak."
     table, network, at_once = recipe.training, recipe.network, recipe.training.gradient_accumulation_steps
     denoisers = ("plain", "aligned_loss", "model_guidance")
@@ -329,10 +320,7 @@ class Trained:
         return self
 
 
-def load_trained(
-    source: str | Path,  # A checkpoint, the folder of a run, or the name of a model that comes with the package
-    ema: bool = True,  # Whether to take the moving average of the weights
-) -> Trained:  # On the accelerator if there is one
+def load_trained(source: str | Path, ema: bool = True) -> Trained:
     "A trained network with its recipe."
     saved = open_checkpoint(source)
     by = saved.record["versions"]["guidance_nb"]

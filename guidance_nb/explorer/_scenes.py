@@ -132,14 +132,7 @@ class Tempered(nn.Module):
 class Scene:
     """A data set to look at: exact density in 1-D or 2-D, noise to start from, real points, and what those score."""
 
-    def __init__(
-        self,
-        label: str,  # Name for a menu
-        mixture: Mixture,  # The exact distribution, 1-D or 2-D
-        extent: float,  # Half the side of the window
-        n: int = 256,  # Number of samples, and of real points of each class
-        seed: int = 0,  # Seed of the noise and of the real points
-    ):
+    def __init__(self, label: str, mixture: Mixture, extent: float, n: int = 256, seed: int = 0):
         require(mixture.dim in (1, 2), "dimension of the mixture", mixture.dim, "1 or 2, to be drawn")
         self.label, self.mixture, self.extent = label, mixture, extent
         c, generator = torch.arange(mixture.num_classes).repeat_interleave(n), torch.Generator().manual_seed(seed)

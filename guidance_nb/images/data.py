@@ -102,11 +102,7 @@ class ImageData:
         return x, self.labels[mine]
 
 
-def balanced_subset(
-    data: ImageData,  # Data to choose from
-    per_class: int,  # Images of each class
-    seed: int = 0,  # Seed of the choice
-) -> ImageData:  # `per_class * num_classes` images, class after class
+def balanced_subset(data: ImageData, per_class: int, seed: int = 0) -> ImageData:
     "As many images of every class, chosen by seed."
     check_whole("per_class", per_class, 1, int(data.labels.bincount(minlength=data.num_classes).min()))
     chosen = []
@@ -301,13 +297,7 @@ _CACHE_BYTES = 2**28  # image folders that decode to at most this much, 256 MiB,
 class ImageFiles:
     "Image files decoded when asked for, by a pool of threads; small sets are kept."
 
-    def __init__(
-        self,
-        paths: Sequence[str | Path],  # Image files
-        shape: tuple[int, int, int],  # Channels, height, width of the result
-        size: int | None,  # Side to crop and resize to, or None
-        crop: Crop = "adm",  # How to do so
-    ):
+    def __init__(self, paths: Sequence[str | Path], shape: tuple[int, int, int], size: int | None, crop: Crop = "adm"):
         self.paths, self.shape, self.size, self.crop = [str(path) for path in paths], shape, size, crop
         small = len(paths) * shape[0] * shape[1] * shape[2] <= _CACHE_BYTES
         self.cache = torch.empty(len(paths), *shape, dtype=torch.uint8) if small else None

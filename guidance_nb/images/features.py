@@ -89,10 +89,7 @@ def checksum(data: Tensor | Path) -> str:
     return digest(*((str(tuple(data.shape)), data) if isinstance(data, Tensor) else (data,)))[:16]
 
 
-def read_reference(
-    path: str | Path,  # `.npz` in the layout of ADM's evaluation suite
-    n: int | None = None,  # Number of images behind the moments, which the file does not say
-) -> Reference:
+def read_reference(path: str | Path, n: int | None = None) -> Reference:
     "Read an ADM reference: mu, sigma, for sFID mu_s, sigma_s, and for neighbours arr_0 (arXiv 2105.05233)."
     path = Path(path)
     found, known = read_arrays(path), {}
@@ -184,9 +181,7 @@ def _pass(images: Tensor, extractor: Extractor, name: str, batch_size: int, prog
 
 
 def find_extractor(
-    extractor: str | Extractor,  # "inception-v3-compat", "resnet20", "resnet56", or an Extractor
-    weights: str | Path | None = None,  # File with the weights, for a name
-    metrics: Sequence[str] | None = None,  # What it is for, to compute no other layer
+    extractor: str | Extractor, weights: str | Path | None = None, metrics: Sequence[str] | None = None
 ) -> Extractor:
     "The feature extractor of a name."
     if isinstance(extractor, Extractor):

@@ -94,11 +94,8 @@ def _check_sets(samples: Features, reference: Features, metrics: list[str]) -> N
 
 
 def feature_scores(
-    samples: Features,  # Of generated images
-    reference: Features,  # Of real images
-    metrics: Sequence[str] | None = None,  # Names, or all that are usual for the extractor
-    k: int = 3,  # Neighbour that sets the radius for precision and recall
-) -> dict[str, float]:  # Column -> value
+    samples: Features, reference: Features, metrics: Sequence[str] | None = None, k: int = 3
+) -> dict[str, float]:
     "The metrics of two sets of features."
     names, values = check_metrics(metrics, samples.extractor), {}
     _check_sets(samples, reference, names)
@@ -261,10 +258,7 @@ def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [dict(zip(columns, line)) for line in lines[1:]]
 
 
-def append_rows(
-    path: str | Path,  # Table, `.csv`; made if it is not there
-    rows: Sequence[Json],  # Each with the keys of provenance and any further columns
-) -> None:
+def append_rows(path: str | Path, rows: Sequence[Json]) -> None:
     "Append rows to a table: columns are united, what is there stays, and a crash leaves the old table or the new one."
     path = Path(path)
     for row in rows:

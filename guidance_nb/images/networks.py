@@ -20,12 +20,7 @@ __all__ = ["IMAGE_NETWORKS", "ImageClassifier", "build_network", "image_denoiser
 class Conditioning(nn.Module):
     "What is asked of an image network as one vector: the label's and, if scale-aware, the scale's (arXiv 2502.12154)."
 
-    def __init__(
-        self,
-        width: int,  # Length of the vector
-        num_classes: int = 0,  # Number of classes; label `num_classes` is the null label
-        scale_aware: bool = False,  # Whether a guidance scale is asked for, too
-    ):
+    def __init__(self, width: int, num_classes: int = 0, scale_aware: bool = False):
         super().__init__()
         self.label = nn.Embedding(num_classes + 1, width)
         self.scale: nn.Sequential | None = None

@@ -45,10 +45,7 @@ def takes_labels(net: Network) -> bool:
     return condition_names(net) == ("class_labels",)
 
 
-def name_conditions(
-    net: Network,  # A network of diffusers
-    c: Tensor | Mapping[str, Tensor],  # Conditions, by name where there are several
-) -> dict[str, Tensor]:
+def name_conditions(net: Network, c: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Conditions by the names the network gives them."
     names, found = condition_names(net), ["a tensor"] if isinstance(c, Tensor) else sorted(c)
     if isinstance(c, Tensor) and len(names) == 1:

@@ -39,10 +39,7 @@ def _read_table(path: Path) -> list[Json]:
     return rows
 
 
-def find_captions(
-    folder: Path,  # Pictures, in sub-folders or not
-    column: str = "text",  # Column of the captions, where there is a table
-) -> dict[Path, str]:  # Caption of each picture, in the order of their names
+def find_captions(folder: Path, column: str = "text") -> dict[Path, str]:
     "The captions of a folder; a picture without one, and a row without a picture, is named."
     pictures = image_files(folder)
     table = next((folder / name for name in _TABLES if (folder / name).is_file()), None)
@@ -92,12 +89,8 @@ class _DatasetPictures:
 
 @checked
 def load_captioned(
-    source: Any,  # A folder of captioned pictures, or a `datasets.Dataset`
-    size: Count | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
-    crop: Crop = "adm",  # A key of `CROPS`
-    column: str = "text",  # Column of the captions
-    pictures: str = "image",  # Column of the pictures, of a `datasets.Dataset`
-) -> ImageData:  # Pictures with one class for each distinct caption
+    source: Any, size: Count | None = None, crop: Crop = "adm", column: str = "text", pictures: str = "image"
+) -> ImageData:
     "Captioned pictures, decoded when asked for; missing captions, unreadable and unlike pictures are named."
     pixels: Any
     if hasattr(source, "column_names"):
@@ -217,10 +210,7 @@ def cache_captioned(
     return load_cached(out, flip)
 
 
-def load_cached(
-    folder: str | Path,  # What cache_captioned wrote
-    flip: bool = False,  # Whether to take the mirror image of a random half
-) -> CaptionedLatents:
+def load_cached(folder: str | Path, flip: bool = False) -> CaptionedLatents:
     "Latents and embeddings of a folder; missing, truncated and foreign files are named."
     latents, text = load_latents(Path(folder) / "latents", flip), Path(folder) / "text"
     finished = (text / "text.json").is_file()

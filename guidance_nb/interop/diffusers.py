@@ -35,10 +35,7 @@ __all__ = ["DiffusersDenoiser", "from_diffusers"]
 
 
 @contextmanager
-def opening(
-    name: str,  # What is opened
-    source: str | Path,  # Its folder or name
-) -> Iterator[None]:
+def opening(name: str, source: str | Path) -> Iterator[None]:
     "Put into one line what another library says of something that it cannot open."
     kinds = OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError
     with explained(f"{name} = {str(source)!r} cannot be opened", "a folder or name", *kinds):
@@ -145,10 +142,7 @@ class PipelineParts:
         return encode(prompts, device, 1, False, **self.options)[:1]
 
 
-def _find_null(
-    net: Network,  # A network of diffusers
-    null: int | Condition | None,  # What stands for no condition: a label, or a condition `[1, ...]`
-) -> tuple[int, Condition | None]:  # Number of classes or `EMBEDDINGS`, and the null condition
+def _find_null(net: Network, null: int | Condition | None) -> tuple[int, Condition | None]:
     "How many classes a network has, and what stands for none of them."
     if not takes_labels(net):
         for c in [] if null is None else [null] if isinstance(null, int | Tensor) else null.values():

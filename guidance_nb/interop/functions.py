@@ -15,11 +15,7 @@ __all__ = ["from_callable", "from_torchcfm"]
 class _TorchCFMNet(nn.Module):
     "A network of torchcfm in this package's convention, eq. (3): `net(x, time, labels)`."
 
-    def __init__(
-        self,
-        net: nn.Module,  # `net(t, x)`, or `net(t, x, y)` if conditional; data at t = 1, velocity towards it
-        conditional: bool = False,  # Whether it takes labels
-    ):
+    def __init__(self, net: nn.Module, conditional: bool = False):
         super().__init__()
         self.net, self.conditional = net, conditional
 

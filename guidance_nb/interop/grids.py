@@ -90,11 +90,7 @@ def compare_scales(
     return torch.stack(pictures).unflatten(0, (len(models), len(scales))), rows
 
 
-def save_grid(
-    pictures: Tensor,  # See compare_scales
-    table: list[Json],  # See compare_scales
-    out: Path,  # Folder for grid.png and grid.csv
-) -> None:
+def save_grid(pictures: Tensor, table: list[Json], out: Path) -> None:
     "Write a grid, one row for each model and scale and one column for each prompt, and its table."
     with extra("images"):
         from torchvision.transforms.functional import to_pil_image

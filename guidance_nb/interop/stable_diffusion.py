@@ -62,11 +62,7 @@ def add_memory_hint(recipe: FineTuning) -> Iterator[None]:
         raise torch.OutOfMemoryError(f"{reason}; of the recipe: {', '.join([*keys, 'a smaller size'])}") from None
 
 
-def _prepare_data(
-    recipe: FineTuning,  # A recipe
-    folder: str | Path,  # Folder of the cache
-    progress: bool = True,  # Whether to show a progress bar
-) -> CaptionedLatents:
+def _prepare_data(recipe: FineTuning, folder: str | Path, progress: bool = True) -> CaptionedLatents:
     "Latents and embeddings of a recipe; the pipeline that makes them is gone afterwards."
     data = recipe.data
     require(recipe.pipeline.name, "pipeline", "", "a folder or name, as --pipeline FOLDER")
@@ -104,13 +100,7 @@ def finetune(
         _finish(recipe, out, state.ema, data.null, progress)
 
 
-def _finish(
-    recipe: FineTuning,  # A recipe
-    out: Path,  # Folder of the run
-    model: TextDenoiser,  # The trained network
-    null: Tensor,  # Embedding of the null prompt
-    progress: bool = True,  # Whether to show a progress bar
-) -> None:
+def _finish(recipe: FineTuning, out: Path, model: TextDenoiser, null: Tensor, progress: bool = True) -> None:
     "Write pipeline, LoRA and the grid before and after, in the main process."
     device, grid = next(model.parameters()).device, recipe.grid
     if find_processes(device)[0]:

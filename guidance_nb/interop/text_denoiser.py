@@ -25,10 +25,7 @@ __all__: list[str] = []
 _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def _check_network(
-    net: Network,  # The network of a pipeline
-    scheduler: Scheduler,  # Its scheduler
-) -> None:
+def _check_network(net: Network, scheduler: Scheduler) -> None:
     "Raise an error for a network that is not fine-tuned here, or a scheduler that does not say what it predicts."
     name = type(net).__name__
     fine = name == "UNet2DConditionModel" and condition_names(net) == ("encoder_hidden_states",)
@@ -51,10 +48,7 @@ def check_pipeline(pipeline: Pipeline) -> None:
     require(channels == made, "channels of the unet", channels, allowed)
 
 
-def _add_scale_input(
-    net: Network,  # A UNet2DConditionModel
-    width: int = 256,  # Width of the embedding
-) -> None:
+def _add_scale_input(net: Network, width: int = 256) -> None:
     "Give a network an input for the guidance scale, of zero weight, in place."
     if net.config.time_cond_proj_dim is not None:
         return
@@ -64,12 +58,7 @@ def _add_scale_input(
     net.register_to_config(time_cond_proj_dim=width)
 
 
-def _add_lora(
-    net: Network,  # A UNet2DConditionModel
-    rank: int,  # Rank of the additions
-    layers: Sequence[str] = _LORA_LAYERS,  # How the names of the layers end
-    seed: int = 0,  # Seed of the additions
-) -> None:
+def _add_lora(net: Network, rank: int, layers: Sequence[str] = _LORA_LAYERS, seed: int = 0) -> None:
     "Freeze a network and add low-rank matrices to some of its layers, in place (arXiv 2106.09685)."
     with extra("sd"):
         from peft import LoraConfig
@@ -200,12 +189,7 @@ def merged_network(model: TextDenoiser) -> Network:
     return net
 
 
-def save_pipeline(
-    model: TextDenoiser,  # A trained network
-    source: Pipeline | str | Path,  # The pipeline it came from, or its folder or name
-    folder: str | Path,  # Folder to write
-    card: str = "",  # Its page, see `pipeline_card`
-) -> None:
+def save_pipeline(model: TextDenoiser, source: Pipeline | str | Path, folder: str | Path, card: str = "") -> None:
     "Write an ordinary pipeline of `diffusers`, completely or not at all."
     pipeline, folder = open_pipeline(source), Path(folder)
     free = not folder.exists() or (folder / "model_index.json").is_file()
@@ -220,10 +204,7 @@ def save_pipeline(
         pipeline.register_modules(unet=old)
 
 
-def save_lora(
-    model: TextDenoiser,  # A network trained with LoRA
-    folder: str | Path,  # Folder to write
-) -> None:
+def save_lora(model: TextDenoiser, folder: str | Path) -> None:
     "Write LoRA's additions as `load_lora_weights` of `diffusers` reads them."
     with extra("diffusers"):
         from diffusers import StableDiffusionPipeline
