@@ -11,7 +11,7 @@ __all__ = ['RescaledGuidance', 'MagnitudeAwareGuidance', 'CFGZeroStar', 'Tangent
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from guidance_nb._checks import (
     require_that,
 )
 from ._conditions import Condition
-from .denoisers import Denoiser, Prediction, check_inputs, guide
+from .denoisers import Batching, Denoiser, Prediction, check_inputs, guide
 from .guidance import Claims, Guidance, Scale, predict_where, shift_prediction
 from .paths import Path, clamp_time, expand_time
 
@@ -39,9 +39,10 @@ class RescaledGuidance(Guidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         phi: float = 0.7,  # Share of the rescaling, 0 to 1
-        **options: Any,  # `interval` and `batching` of Guidance
+        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
-        super().__init__(model, scale, **options)
+        super().__init__(model, scale, interval, batching)
         self.phi = check_number("phi", phi, 0, 1)
 
     def combine(
@@ -80,9 +81,10 @@ class MagnitudeAwareGuidance(Guidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale where the two predictions agree
         damping: float = 8.0,  # How fast it falls, a of eq. (2), 0 or more
-        **options: Any,  # `interval` and `batching` of Guidance
+        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
-        super().__init__(model, scale, **options)
+        super().__init__(model, scale, interval, batching)
         self.damping = check_number("damping", damping, 0)
 
     def combine(
@@ -105,9 +107,10 @@ class CFGZeroStar(Guidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         zero_from: float = 1.0,  # The velocity is zero at times from here up; `math.inf`: nowhere
-        **options: Any,  # `interval` and `batching` of Guidance
+        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
-        super().__init__(model, scale, **options)
+        super().__init__(model, scale, interval, batching)
         require(zero_from > 0, "zero_from", zero_from, "a time above 0, or inf for never")
         self.zero_from = zero_from
 
@@ -194,9 +197,10 @@ class AdaptiveProjectedGuidance(Guidance):
         eta: float = 0.0,  # Share kept of the part along the conditional prediction
         norm: float = math.inf,  # Largest norm of the difference, r of eq. (5)
         momentum: float = 0.0,  # Share of earlier differences, beta of eq. (5), above -1 and below 1
-        **options: Any,  # `interval` and `batching` of Guidance
+        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
-        super().__init__(model, scale, **options)
+        super().__init__(model, scale, interval, batching)
         require(norm > 0 and -1 < momentum < 1, "norm, momentum", (norm, momentum), "norm above 0, momentum in (-1, 1)")
         self.eta, self.norm, self.momentum = check_number("eta", eta), norm, momentum
         self.memory = StepMemory()
@@ -255,9 +259,10 @@ class FrequencyDecoupledGuidance(Guidance):
         model: Denoiser,  # A model of images that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale of a band with a factor of 1
         shares: tuple[float, ...] = (1.0, 0.5),  # Fraction of scale - 1 for each band, finest first
-        **options: Any,  # `interval` and `batching` of Guidance
+        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
-        super().__init__(model, scale, **options)
+        super().__init__(model, scale, interval, batching)
         require(shares and all(map(math.isfinite, shares)), "shares", shares, "one finite number or more")
         self.shares = tuple(shares)
 
@@ -283,9 +288,10 @@ class DynamicThresholding(Guidance):
         scale: Scale = 1.0,  # Guidance scale
         quantile: float = 0.995,  # Share of the values of a sample that is not clipped
         limit: float = 1.0,  # Largest absolute value of the data
-        **options: Any,  # `interval` and `batching` of Guidance
+        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
-        super().__init__(model, scale, **options)
+        super().__init__(model, scale, interval, batching)
         require(0 < limit < math.inf, "limit", limit, "a finite number above 0")
         self.quantile, self.limit = check_number("quantile", quantile, 0, 1), limit
 
@@ -309,12 +315,13 @@ class RectifiedGuidance(Guidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         ratios: float | Callable[[Tensor, Tensor], Tensor] = 1.0,  # rho of eq. (8), or a function of times and classes
-        **options: Any,  # `interval` and `batching` of Guidance
+        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
-        super().__init__(model, scale, **options)
+        super().__init__(model, scale, interval, batching)
         self.ratios = ratios if callable(ratios) else check_number("ratios", ratios)
 
-    def pair(self, x: Tensor, t: Tensor, c: Any) -> tuple[Prediction, Prediction]:
+    def pair(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Prediction, Prediction]:
         "The conditional pair, and the unconditional one with rho times its noise."
         conditional, unconditional = super().pair(x, t, c)
         ratio = self.ratios(t, c).to(x) if callable(self.ratios) else self.ratios

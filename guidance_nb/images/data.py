@@ -490,10 +490,10 @@ def _load_npz(path: Path) -> SampleFile:
     told = f"{path}: arr_0 is {x.dtype}{span}"
     require_that(x.dtype == np.uint8, told, "uint8 (to_uint8 converts floats in [-1, 1])")
     first = ", channels first" if x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3) else ""
-    fine = x.ndim == 4 and x.shape[3] in (1, 3) and x.size
+    fine = x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
     require_that(fine, f"{path}: arr_0 has shape {x.shape}{first}", "[n, height, width, 1 or 3], not empty")
     if c is not None:
-        fine = c.shape == x.shape[:1] and np.issubdtype(c.dtype, np.integer) and (c >= 0).all()
+        fine = c.shape == x.shape[:1] and np.issubdtype(c.dtype, np.integer) and bool((c >= 0).all())
         require_that(fine, f"{path}: arr_1 is {c.dtype} {c.shape}", f"{len(x)} whole numbers, 0 or more")
     try:
         facts = parse_json(str(arrays.get("facts", "{}")))
@@ -552,10 +552,11 @@ def _folder_made_elsewhere(files: list[Path], by_class: bool, size: int | None, 
 def load_samples(
     path: str | Path,  # An .npz file in ADM's layout, or a folder of images
     size: Count | None = None,  # Side wanted: images of a folder made elsewhere are resized, other files must have it
-    channels: Literal[1, 3] | None = None,  # Channels wanted
+    channels: int | None = None,  # Channels wanted, 1 or 3
 ) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
     "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
     path = Path(path)
+    require(channels in (None, 1, 3), "channels", channels, "1, 3")
     require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")
     found = _load_folder(path, size, channels) if path.is_dir() else _load_npz(path)
     _, stored, *sides = found.x.shape
