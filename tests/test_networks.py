@@ -261,10 +261,20 @@ def test_classifiers_take_states_in_double_precision():
 @pytest.mark.parametrize(
     ("name", "shape", "changes", "message"),
     [
-        ("resnet50", SHAPE, {}, "name = 'resnet50'; allowed: unet-tiny, unet-small"),
+        ("resnet50", SHAPE, {}, "name = 'resnet50'; allowed: 'unet-tiny', 'unet-small'"),
         ("dit-s2", SHAPE, {}, "did you mean 'dit-s/2'"),
-        ("unet-mnist", SHAPE, {"block": 3}, "setting = 'block'; did you mean 'blocks'"),
-        ("dit-b/4", SHAPE, {"widths": (8,)}, "setting = 'widths'; did you mean 'width'"),
+        (
+            "unet-mnist",
+            SHAPE,
+            {"block": 3},
+            "setting = 'block'; allowed: 'head', 'film', 'attention', 'dropout', 'patch', 'widths', 'blocks'; did you mean 'blocks'?",
+        ),
+        (
+            "dit-b/4",
+            SHAPE,
+            {"widths": (8,)},
+            "setting = 'widths'; allowed: 'width', 'depth', 'heads', 'dropout', 'patch'; did you mean 'width'?",
+        ),
         ("unet-cifar10", (3, 28, 28), {}, "allowed: height and width divisible by 8, for patch 1 and 4 levels"),
         ("unet-small", (3, 28, 30), {}, "shape = (3, 28, 30); allowed: height and width divisible by 4"),
         ("dit-s/8", (1, 28, 28), {}, "divisible by 8, for patch 8"),
@@ -295,7 +305,7 @@ def test_images_of_another_shape_are_refused(name):
 
 
 def test_bad_classifiers_are_refused():
-    with pytest.raises(ValueError, match="name = 'dit-s/2'; allowed: linear, unet-tiny"):
+    with pytest.raises(ValueError, match="name = 'dit-s/2'; allowed: 'linear', 'unet-tiny'"):
         ImageClassifier("dit-s/2", SHAPE, 10, FlowPath())
     with pytest.raises(ValueError, match="setting = 'widths'"):
         ImageClassifier("linear", SHAPE, 10, FlowPath(), widths=(8,))
