@@ -267,7 +267,7 @@ def test_classifiers_take_states_in_double_precision():
             "unet-mnist",
             SHAPE,
             {"block": 3},
-            "setting = 'block'; allowed: 'head', 'film', 'attention', 'dropout', 'patch', 'widths', 'blocks'; did you mean 'blocks'?",
+            "'patch', 'widths', 'blocks'; did you mean 'blocks'?",
         ),
         (
             "dit-b/4",
