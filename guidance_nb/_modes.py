@@ -10,7 +10,7 @@ from torch import nn
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Put modules and all their parts into evaluation mode inside a `with` block, and each back into its own."""
     training = [part for model in models for part in model.modules() if part.training]
-    for model in models:
+    for model in models if training else ():
         model.eval()
     try:
         yield
