@@ -11,9 +11,6 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
     from guidance_nb.denoisers import NetworkDenoiser
 
@@ -86,7 +83,9 @@ def check_nonzero(name: str, value: float) -> float:
 def check_scale(scale: _T, name: str = "scale") -> _T:
     """A finite number, a tensor of finite numbers, or a function of time."""
     if not callable(scale):
-        numeric = isinstance(scale, int | float | Tensor) and not isinstance(scale, bool)
+        import torch  # here, for the help of the command needs none
+
+        numeric = isinstance(scale, int | float | torch.Tensor) and not isinstance(scale, bool)
         require(numeric and torch.as_tensor(scale).isfinite().all(), name, scale, "a finite number")
     return scale
 
