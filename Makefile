@@ -1,7 +1,7 @@
 # Needs Python 3.10 to 3.13, git and make; everything else goes into .venv.
 #   PYTHON=python3.12   the Python that .venv is made with
 #   TORCH_INDEX=URL     another index for torch and torchvision, such as the one with CPU-only builds
-#   ARGS="..."          passed on to the command behind tour, test, lint, bench, cifar10, gpu and notebooks
+#   ARGS="..."          passed on to the command behind digits, tour, test, lint, bench, cifar10, gpu and notebooks
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,11 +9,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 METADATA := settings.ini pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test lint mutants bench cifar10 gpu lab method notebooks export docs clean
+.PHONY: help digits tour test lint mutants bench cifar10 gpu lab method notebooks export docs clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
 	@sed -n 's/^#   /  /p' Makefile
+
+digits: .venv/installed ## draw guided digits into digits.png with a trained model, in seconds
+	@$(BIN)/guidance-nb sample mnist-cfg --scale 3 --n 50 --out digits.png --overwrite $(ARGS)
 
 tour: .venv/installed ## all methods side by side
 	@$(BIN)/guidance-nb tour $(ARGS)

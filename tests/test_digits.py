@@ -298,18 +298,20 @@ def test_keyboard_and_names(open_page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_a_phone_and_is_readable(open_page, scheme):
-    page = open_page(width=360, color_scheme=scheme, has_touch=True)
+    page = open_page(width=390, color_scheme=scheme, has_touch=True, is_mobile=True)
     page.select_option("[name=steps]", "5")
     page.locator("[name=load]").tap()
     finished(page, digit=3)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     outside = page.evaluate(
         f"[...{HOST}.shadowRoot.querySelectorAll('input, select, button, canvas, pre')]"
-        ".filter((node) => node.getBoundingClientRect().right > 360).length"
+        ".filter((node) => node.getBoundingClientRect().right > 390).length"
     )
     assert outside == 0
     for node in page.locator("select:visible, button:visible, input:visible").all():
-        assert node.bounding_box()["height"] >= 30
+        assert node.bounding_box()["height"] >= 44  # a finger's width
+    slider = page.locator("[name=scale]").bounding_box()
+    assert slider["y"] + slider["height"] <= 844  # below the picture, on one screen with it
     paper = page.evaluate(f"getComputedStyle({HOST}.shadowRoot.querySelector('.frame')).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == (scheme == "dark")
 
