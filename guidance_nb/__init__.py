@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .guidance_variants import TangentialGuidance as TangentialGuidance
     from .images.networks import image_denoiser as image_denoiser
     from .interop.diffusers import from_diffusers as from_diffusers
+    from .loss_guidance import LossGuidance as LossGuidance
     from .mixtures import ExactClassifier as ExactClassifier
     from .mixtures import ExactDenoiser as ExactDenoiser
     from .mixtures import Mixture as Mixture
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .samplers import Trajectory as Trajectory
     from .samplers import sample as sample
     from .samplers import sample_trajectory as sample_trajectory
+    from .several_conditions import ComposedConditions as ComposedConditions
     from .trained_guidance import GuidanceFreeTrainingLoss as GuidanceFreeTrainingLoss
     from .trained_guidance import GuidedDistillationLoss as GuidedDistillationLoss
     from .trained_guidance import MeanFlowGuidanceLoss as MeanFlowGuidanceLoss
@@ -92,6 +94,8 @@ _NAMES = {
     ),
     "power_tilt": "CharacteristicGuidance PredictorCorrector",
     "trained_guidance": "MeanFlowGuidanceLoss GuidanceFreeTrainingLoss GuidedDistillationLoss",
+    "loss_guidance": "LossGuidance",
+    "several_conditions": "ComposedConditions",
     "interop.diffusers": "from_diffusers",
     "cli.load": "load",
 }

@@ -1,6 +1,6 @@
 """Conditions: class labels `[batch]`, embeddings `[batch, ...]`, or a mapping of such tensors; None is no condition."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
@@ -28,6 +28,14 @@ def take_rows(c: C, rows: Tensor | slice) -> C:
 def repeat(c: C, copies: int) -> C:
     """A condition several times over, `[copies * batch, ...]`."""
     return map_condition(lambda part: torch.cat([part] * copies), c)
+
+
+def join(conditions: Sequence[Condition]) -> Condition:
+    """Several batches of conditions as one."""
+    first = conditions[0]
+    if isinstance(first, Mapping):
+        return {name: torch.cat([c[name] for c in conditions]) for name in first}  # type: ignore
+    return torch.cat(list(conditions))  # type: ignore
 
 
 def output_pair(

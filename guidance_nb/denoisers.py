@@ -9,7 +9,7 @@ __all__ = ['Parametrisation', 'PREDICTIONS', 'Batching', 'EMBEDDINGS', 'Predicti
 # %% ../nbs/01_denoisers.ipynb #cd2e7cba
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice
-from ._conditions import Condition, drop_rows, null_rows, repeat
+from ._conditions import Condition, drop_rows, join, null_rows, repeat
 from .paths import Path, change_path, check_time, clamp_time, expand_time
 
 # %% ../nbs/01_denoisers.ipynb #7e073ce3
@@ -118,6 +118,19 @@ class Denoiser(nn.Module):
     ) -> tuple[Prediction, Prediction]:
         "The conditional and the unconditional prediction."
         return self(x, t, c), self(x, t, None)
+
+    def predict_each(
+        self, x: Tensor, t: Tensor, conditions: Sequence[Condition | None], batching: Batching = "auto"
+    ) -> list[Prediction]:
+        "The predictions under several conditions, None being no condition."
+        asked = [c for c in conditions if c is not None]
+        if len(asked) < 2 or not _one_pass(batching, x):
+            return [self(x, t, c) for c in conditions]
+        rows = torch.arange(len(x)).repeat(len(asked))
+        many, times = x[rows.to(x.device)], t[rows.to(t.device)] if t.ndim else t
+        pair = self.for_rows(rows)(many, times, join(asked))
+        found = iter(zip(*(part.chunk(len(asked)) for part in pair)))
+        return [self(x, t, None) if c is None else Prediction(*next(found)) for c in conditions]
 
     @property
     def consistent(self) -> bool:
@@ -335,6 +348,20 @@ class NetworkDenoiser(Denoiser):
         everything = torch.ones(n, dtype=torch.bool, device=x.device)
         y_c, y_u = self.output(x, t, c), self.output(x, t, c, drop=everything)
         return self.decode(y_c, x, t), self.decode(y_u, x, t)
+
+    def predict_each(
+        self, x: Tensor, t: Tensor, conditions: Sequence[Condition | None], batching: Batching = "auto"
+    ) -> list[Prediction]:
+        "The predictions under several conditions, by one pass for all or by one pass for each."
+        asked = [c for c in conditions if c is not None]
+        if not asked or not _one_pass(batching, x):
+            return [self(x, t, c) for c in conditions]
+        copies, t = len(conditions), torch.as_tensor(t)
+        drop = torch.tensor([c is None for c in conditions], device=x.device).repeat_interleave(len(x))
+        filled = join([asked[0] if c is None else c for c in conditions])
+        many, times = x.repeat(copies, *[1] * (x.ndim - 1)), t.repeat(copies) if t.ndim else t
+        y = self.output(many, times, filled, drop=drop)
+        return [self.decode(part, x, t) for part in y.chunk(copies)]
 
 # %% ../nbs/01_denoisers.ipynb #990b18c9
 def _one_pass(batching: Batching, x: Tensor) -> bool:

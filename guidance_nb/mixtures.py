@@ -91,6 +91,13 @@ class Mixture:
         "Dimension of the data."
         return self.means.shape[1]
 
+    @property
+    def covariances(self) -> Tensor:
+        "Covariance matrices of the components, `[K, d, d]`."
+        if self.eigenvectors is None:
+            return self.eigenvalues[:, None, None] * torch.eye(self.dim, dtype=torch.float64)
+        return (self.eigenvectors * self.eigenvalues[:, None]) @ self.eigenvectors.mT
+
 # %% ../nbs/02_mixtures.ipynb #b34cecd6
 def _mixture_at(
     mixture: Mixture,  # The mixture

@@ -9,11 +9,11 @@ __all__ = ['WeakGuidance', 'Autoguidance', 'widen', 'PerturbedAttentionGuidance'
 
 # %% ../nbs/17_weak_models.ipynb #8dd58d7b
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from guidance_nb._checks import (
     require_that,
 )
 from ._extras import extra
+from ._layers import Layer, Layers, choose_layers
 from ._modes import swapped
 from ._random import keyed_noise
 from .classifier_free_guidance import ClassifierFreeGuidance
@@ -131,12 +132,9 @@ def _repairing_scale(
     return math.log(v_weak / v) / math.log(v_weak / v_model)
 
 # %% ../nbs/17_weak_models.ipynb #b5081479
-_Layer: TypeAlias = Any  # A layer of diffusers
-
-
 def _attention_layers(
     model: nn.Module,  # Any model or network
-) -> dict[str, _Layer]:  # Its self-attention layers by name, in order
+) -> dict[str, Layer]:  # Its self-attention layers by name, in order
     "The self-attention layers of `diffusers` networks inside a model."
     with extra("diffusers"):
         from diffusers.models.attention_processor import Attention
@@ -150,7 +148,7 @@ def _attention_layers(
 
 def _skippable_layers(
     model: nn.Module,  # Any model or network
-) -> dict[str, _Layer]:  # Layers that may be left out, by name, in order
+) -> dict[str, Layer]:  # Layers that may be left out, by name, in order
     "Transformer blocks of `diffusers` networks, and attention layers with a residual of their own, as in its U-Nets."
     with extra("diffusers"):
         from diffusers.models.attention import BasicTransformerBlock
@@ -164,28 +162,8 @@ def _skippable_layers(
         or (name in attention and part.residual_connection)
     }
 
-# %% ../nbs/17_weak_models.ipynb #e6a1badf
-_Layers = int | str | Sequence[int | str]  # Numbers, or parts of names
-
-
-def _choose_layers(
-    found: Mapping[str, _Layer],  # Layers by name
-    layers: _Layers,  # Numbers, or parts of names; an empty list chooses none
-) -> list[_Layer]:  # Those layers
-    "Look up layers, or say in one line which there are."
-    names, chosen = list(found), []
-    for wanted in [layers] if isinstance(layers, int | str) else layers:
-        if isinstance(wanted, str):
-            hits = [name for name in names if wanted in name]
-        else:
-            hits = names[wanted : wanted + 1] if wanted >= 0 else []
-        there = f"0 to {len(names) - 1}, or part of a name: {', '.join(names)}" if names else "no layer is there"
-        require(hits, "layers", wanted, there)
-        chosen += hits
-    return [found[name] for name in dict.fromkeys(chosen)]
-
 # %% ../nbs/17_weak_models.ipynb #e83dfcb8
-def _tokens(layer: _Layer, h: Tensor) -> Tensor:
+def _tokens(layer: Layer, h: Tensor) -> Tensor:
     "What an attention layer sees, `[batch, tokens, channels]`; a U-Net hands it maps instead."
     tokens = h.flatten(2).mT if h.ndim == 4 else h
     return tokens if layer.group_norm is None else layer.group_norm(tokens.mT).mT
@@ -193,16 +171,16 @@ def _tokens(layer: _Layer, h: Tensor) -> Tensor:
 
 def _identity_attention(
     model: nn.Module,  # Model whose layers to break
-    layers: _Layers,  # Which, see _choose_layers
+    layers: Layers,  # Which, see choose_layers
 ) -> AbstractContextManager[None]:  # A `with` block
     "Self-attention with A = I, eq. (4): every token attends to itself (arXiv 2403.17377)."
 
-    def values_alone(layer: _Layer, h: Tensor, *_: object, **__: object) -> Tensor:
+    def values_alone(layer: Layer, h: Tensor, *_: object, **__: object) -> Tensor:
         out = layer.to_out[1](layer.to_out[0](layer.to_v(_tokens(layer, h))))
         out = out.mT.reshape(h.shape) if h.ndim == 4 else out
         return (out + h if layer.residual_connection else out) / layer.rescale_output_factor
 
-    chosen = _choose_layers(_attention_layers(model), layers)
+    chosen = choose_layers(_attention_layers(model), layers)
     return swapped({layer: partial(values_alone, layer) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #dd18d2a8
@@ -234,7 +212,7 @@ def _token_grid(
 # %% ../nbs/17_weak_models.ipynb #3c029125
 def _blurred_queries(
     model: nn.Module,  # Model whose layers to break
-    layers: _Layers,  # Which, see _choose_layers
+    layers: Layers,  # Which, see choose_layers
     sigma: float,  # Standard deviation of the blur in tokens; 0 changes nothing, infinity leaves the mean
 ) -> AbstractContextManager[None]:  # A `with` block
     "Self-attention whose queries are blurred over the square grid of tokens, eq. (4) (arXiv 2408.00760)."
@@ -243,12 +221,12 @@ def _blurred_queries(
         return _gaussian_blur(_token_grid(project(tokens).mT), sigma).flatten(2).mT
 
     require(sigma >= 0, "sigma", sigma, "0 or more, infinity included")
-    chosen = _choose_layers(_attention_layers(model), layers)
+    chosen = choose_layers(_attention_layers(model), layers)
     return swapped({layer.to_q: partial(blurred, layer.to_q.forward) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #3f74d97f
 def _left_out(
-    layer: _Layer,  # A layer that is skipped
+    layer: Layer,  # A layer that is skipped
     hidden_states: Tensor,  # What it was given
     *_: object,
     **given: Tensor,  # A block of SD3 or Flux is given its text, too
@@ -260,10 +238,10 @@ def _left_out(
 
 def _skipped_layers(
     model: nn.Module,  # Model whose layers to break
-    layers: _Layers,  # Which, see _choose_layers
+    layers: Layers,  # Which, see choose_layers
 ) -> AbstractContextManager[None]:  # A `with` block
     "Whole layers left out, as in the skip-layer guidance of Stable Diffusion 3.5."
-    chosen = _choose_layers(_skippable_layers(model), layers)
+    chosen = choose_layers(_skippable_layers(model), layers)
     return swapped({layer: partial(_left_out, layer) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #9b265bec
@@ -294,7 +272,7 @@ class PerturbedAttentionGuidance(Autoguidance):
     def __init__(
         self,
         model: Denoiser,  # A model with a `diffusers` network
-        layers: _Layers,  # Self-attention layers, by number or part of the name
+        layers: Layers,  # Self-attention layers, by number or part of the name
         scale: Scale = 4.0,  # 0 is the broken model, 1 the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
         cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
@@ -311,7 +289,7 @@ class SmoothedEnergyGuidance(Autoguidance):
     def __init__(
         self,
         model: Denoiser,  # A model with a `diffusers` network
-        layers: _Layers,  # Self-attention layers, by number or part of the name
+        layers: Layers,  # Self-attention layers, by number or part of the name
         scale: Scale = 4.0,  # 0 is the broken model, 1 the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
         cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
@@ -329,7 +307,7 @@ class SkipLayerGuidance(Autoguidance):
     def __init__(
         self,
         model: Denoiser,  # A model with a `diffusers` network
-        layers: _Layers,  # Transformer blocks or a U-Net's attention layers, by number or part of the name
+        layers: Layers,  # Transformer blocks or a U-Net's attention layers, by number or part of the name
         scale: Scale = 3.8,  # 0 is the broken model, 1 the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
         cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
@@ -341,18 +319,18 @@ class SkipLayerGuidance(Autoguidance):
 @contextmanager
 def _recorded_attention(
     model: nn.Module,  # Model to watch
-    layers: _Layers,  # Self-attention layers, see _choose_layers
+    layers: Layers,  # Self-attention layers, see choose_layers
 ) -> Iterator[list[Tensor]]:  # One `[batch, tokens]` for each evaluation of a layer
     "Collect how much attention every token receives, sum_q A_qk averaged over heads, eq. (5) (arXiv 2210.00939)."
     received: list[Tensor] = []
 
-    def record(layer: _Layer, forward: Callable, h: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def record(layer: Layer, forward: Callable, h: Tensor, *args: object, **kwargs: object) -> Tensor:
         tokens = _tokens(layer, h)
         q, k = (to(tokens).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for to in (layer.to_q, layer.to_k))
         received.append((q @ k.mT * layer.scale).softmax(-1).mean(1).sum(1))
         return forward(h, *args, **kwargs)
 
-    chosen = _choose_layers(_attention_layers(model), layers)
+    chosen = choose_layers(_attention_layers(model), layers)
     with swapped({layer: partial(record, layer, layer.forward) for layer in chosen}):
         yield received
 
@@ -374,7 +352,7 @@ class SelfAttentionGuidance(WeakGuidance):
     ):
         super().__init__(model, scale, interval, cfg_scale)
         require(sigma >= 0, "sigma", sigma, "0 or more, infinity included")
-        n = len(_choose_layers(_attention_layers(model), layer))
+        n = len(choose_layers(_attention_layers(model), layer))
         require_that(n == 1, f"layer = {layer!r} fits {n} layers", "one")
         self.layer, self.sigma, self.threshold = layer, sigma, threshold
 

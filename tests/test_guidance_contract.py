@@ -37,10 +37,12 @@ from guidance_nb.guidance_variants import (
     RescaledGuidance,
     TangentialGuidance,
 )
+from guidance_nb.loss_guidance import LossGuidance
 from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path, expand_time
 from guidance_nb.power_tilt import CharacteristicGuidance
 from guidance_nb.samplers import sample
+from guidance_nb.several_conditions import ComposedConditions, NormalizedAttentionGuidance
 from guidance_nb.weak_models import (
     Autoguidance,
     DiscriminatorGuidance,
@@ -105,11 +107,25 @@ def by_judge(model: Denoiser, scale: float, **options) -> Denoiser:
     return DiscriminatorGuidance(model, _ExactDiscriminator(law(6, 3), law(7, 3), model.path), scale, **options)
 
 
+def by_loss(model: Denoiser, scale: float, **options) -> Denoiser:
+    return LossGuidance(model, lambda x0, c: (x0 - 0.5).square().flatten(1).sum(1) / 40, scale, **options)
+
+
+def composed(model: Denoiser, scale: float, **options) -> Denoiser:
+    return ComposedConditions(model, scale=scale, **options)
+
+
+def by_attention(model: Denoiser, scale: float, **options) -> Denoiser:
+    return NormalizedAttentionGuidance(model, 2, 0, scale, tau=1.1, **options)
+
+
 def broken(method: type[Denoiser], layers: int | str | list[int], **fixed) -> Case:
     make = lambda model, scale, **options: method(model, layers, scale, **fixed, **options)  # noqa: E731
     return Case(make, method.claims, batching=False, attention=True)
 
 
+THREE = replace(ComposedConditions.claims, nfe=4, conditional_at_one=False, unconditional_at_zero=True)
+NEGATIVE = replace(ComposedConditions.claims, nfe=2)
 JUDGE = replace(DiscriminatorGuidance.claims, nfe=1)  # an exact judge is no network
 
 # name -> how it is made and what it claims
@@ -134,6 +150,11 @@ CASES: dict[str, Case] = {
     "skipped layer": broken(SkipLayerGuidance, [0]),
     "self-attention": broken(SelfAttentionGuidance, 0, sigma=1.0),
     "discriminator": Case(by_judge, JUDGE, exact=True, batching=False),
+    "loss": Case(by_loss, LossGuidance.claims, batching=False),
+    "loss at the output": Case(partial(by_loss, through=False, steps=3), LossGuidance.claims, batching=False),
+    "three conditions": Case(partial(composed, others=[2, 0], weights=[0.7, -0.4]), THREE),
+    "negative condition": Case(partial(composed, away=2), NEGATIVE),
+    "normalized attention": Case(by_attention, NormalizedAttentionGuidance.claims, batching=False, attention=True),
     "independent condition": Case(IndependentConditionGuidance, IndependentConditionGuidance.claims, batching=False),
 }
 

@@ -17,7 +17,6 @@ from guidance_nb.power_tilt import (
     CharacteristicGuidance,
     MixturePair,
     PredictorCorrector,
-    _anderson_step,
     _class_mixture,
     _effective_share,
     _langevin_steps,
@@ -25,6 +24,7 @@ from guidance_nb.power_tilt import (
     _restrict,
     _solve_rows,
     _systematic_resample,
+    anderson_step,
     sample_feynman_kac,
     tilt_mixture,
     tilt_on_grid,
@@ -271,7 +271,7 @@ def test_anderson_solves_affine_maps_in_few_steps():
     plain, found = _solve_rows(fn, start, tolerance=1e-9, memory=0)  # diverges: the first answer comes back
     assert not found.any() and torch.equal(plain[0], start)
     a, b = torch.tensor([[1.0]]), torch.tensor([[2.0]])  # the secant method: residuals 4 and 1 vanish at 2 1/3
-    assert_close(_anderson_step([a, b], [torch.tensor([[4.0]]), torch.tensor([[1.0]])]), torch.tensor([[7 / 3]]))
+    assert_close(anderson_step([a, b], [torch.tensor([[4.0]]), torch.tensor([[1.0]])]), torch.tensor([[7 / 3]]))
 
 
 @pytest.mark.parametrize(

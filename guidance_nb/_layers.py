@@ -1,0 +1,25 @@
+"""Layers of a network by number or name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+Layer: TypeAlias = Any  # A layer of diffusers
+Layers: TypeAlias = int | str | Sequence[int | str]  # Numbers, or parts of names
+
+
+def choose_layers(
+    found: Mapping[str, Layer],  # Layers by name
+    layers: Layers,  # Numbers, or parts of names; an empty list chooses none
+) -> list[Layer]:  # Those layers
+    "Look up layers, or say in one line which there are."
+    names, chosen = list(found), []
+    for wanted in [layers] if isinstance(layers, int | str) else layers:
+        if isinstance(wanted, str):
+            hits = [name for name in names if wanted in name]
+        else:
+            hits = names[wanted : wanted + 1] if wanted >= 0 else []
+        if not hits:
+            there = f"0 to {len(names) - 1}, or part of a name: {', '.join(names)}" if names else "no layer is there"
+            raise ValueError(f"layers = {wanted!r}; allowed: {there}")
+        chosen += hits
+    return [found[name] for name in dict.fromkeys(chosen)]
