@@ -62,6 +62,11 @@ class Path:
         "sigma(t) / alpha(t): grows from 0 at data; infinite where no signal is left."
         return self.sigma(t) / self.alpha(t)
 
+    @cached_property
+    def _inner_times(self) -> tuple[float, float]:  # where noise-to-signal is 1e-3, and 1e3 if the signal ends
+        first, last = (self.time_at(torch.tensor(ratio, dtype=torch.float64)).item() for ratio in (1e-3, 1e3))
+        return first, last if self.alpha(torch.ones(())) <= 1e-3 else math.inf
+
     def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         "The point x_t of eq. (1), same shape as `x0`."
         same, found = x0.shape == eps.shape, f"eps has shape {tuple(eps.shape)}"
@@ -198,8 +203,5 @@ def clamp_time(
     end: Literal["noise", "data"] = "noise",  # Which end of the path to keep away from
 ) -> Tensor:  # `t`, moved inside where a formula would divide by zero
     "Keep a formula away from t = 1 if alpha vanishes there (end 'noise'), or from t = 0, where sigma does ('data')."
-    if end == "data":
-        return t.clamp(min=path.time_at(torch.tensor(1e-3, dtype=torch.float64)).item())
-    if path.alpha(torch.ones(())) > 1e-3:  # the signal does not end
-        return t
-    return t.clamp(max=path.time_at(torch.tensor(1e3, dtype=torch.float64)).item())
+    first, last = path._inner_times
+    return t.clamp(min=first) if end == "data" else t.clamp(max=last)
