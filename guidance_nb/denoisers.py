@@ -75,10 +75,9 @@ def to_prediction(
         t = clamp_time(path, t, "noise" if prediction == "eps" else "data")
     a, b = target_coefficients(prediction, path, t, sigma_data)
     alpha, sigma = path.alpha(t), path.sigma(t)
-    det = alpha * b - sigma * a
-    x0 = expand_time(b / det, x) * x - expand_time(sigma / det, x) * y
-    eps = expand_time(alpha / det, x) * y - expand_time(a / det, x) * x
-    return Prediction(x0, eps)
+    ratios = torch.stack([a, b, alpha, sigma]) / (alpha * b - sigma * a)
+    a, b, alpha, sigma = (expand_time(k, x) for k in ratios.to(x))  # moved to the device of x together
+    return Prediction(b * x - sigma * y, alpha * y - a * x)
 
 # %% ../nbs/01_denoisers.ipynb #e60ca5ab
 def guide(
