@@ -192,7 +192,12 @@ def test_markdown_shows_what_the_site_shows():
     assert all(word in source for word in ("prose", "output", "shown")) and "hidden" not in source
 
 
-EXPORTED = """import os
+EXPORTED = """from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from os import PathLike
+else:
+    PathLike = object
 
 
 class Ring:

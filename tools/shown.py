@@ -25,6 +25,12 @@ def defined(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
             yield from defined(node.body, f"{prefix}{node.name}.") if isinstance(node, ast.ClassDef) else ()
 
 
+def is_import(node: ast.stmt) -> bool:
+    "An import, or those that only a type checker reads, with what stands for them."
+    checked = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return checked or isinstance(node, ast.Import | ast.ImportFrom)
+
+
 def numbered(source: str) -> str:
     "Equations with `\\tag{n}` as blocks of two columns: the formula, which scrolls by itself, and its number."
     block = "\n\n::: {{.numbered #equation-{1}}}\n$${0}{2}$$\n\n[({1})]{{.number}}\n:::\n\n"
@@ -51,7 +57,7 @@ class Shown:
                 names = list(dict.fromkeys(defined(body)))
                 anchors = "".join(f"[]{{#{name}}}" for name in names)
                 cells += [mk_cell(anchors, cell_type="markdown")] if names else []
-                imports = all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
+                imports = all(map(is_import, body))
                 cell.source = (FOLDED if imports else FROM_PACKAGE) + cell.source
             cells.append(cell)
         self.nb.cells = cells
