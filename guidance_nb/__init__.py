@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for editors and type checkers, who read the names here
     from .denoisers import NetworkDenoiser as NetworkDenoiser
     from .denoisers import Prediction as Prediction
     from .denoisers import count_nfe as count_nfe
+    from .editing import inpaint as inpaint
     from .flow_postprocessing import FlowPostprocessor as FlowPostprocessor
     from .guidance import Guidance as Guidance
     from .guidance_variants import AdaptiveProjectedGuidance as AdaptiveProjectedGuidance
@@ -96,6 +97,7 @@ _NAMES = {
     "trained_guidance": "MeanFlowGuidanceLoss GuidanceFreeTrainingLoss GuidedDistillationLoss",
     "loss_guidance": "LossGuidance",
     "several_conditions": "ComposedConditions",
+    "editing": "inpaint",
     "interop.diffusers": "from_diffusers",
     "cli.load": "load",
 }

@@ -57,7 +57,7 @@ def ddim_step(
     model: Denoiser,  # What is sampled, guided or not
     x: Tensor,  # Samples at time `t`, `[batch, ...]`
     t: Tensor,  # The time they are at, scalar
-    s: Tensor,  # The time they are brought to, scalar, below `t`
+    s: Tensor,  # The time they are brought to, scalar; below `t`, or above it with rising times
     c: Condition | None,  # Conditions `[batch]`, or None
     extra: StepContext,  # Noise, options and memory between steps
 ) -> Tensor:  # Samples at time `s`, `[batch, ...]`
@@ -91,6 +91,13 @@ def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | N
     u = model.velocity(x, t, c)
     guess = x + (s - t) * u
     return guess if s == 0 else x + (s - t) * (u + model.velocity(guess, s, c)) / 2
+
+
+def _heun_step_from_data(
+    model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext
+) -> Tensor:
+    "Heun's step; with rising times the one that leaves t = 0 is eq. (2). Same arguments as `ddim_step`."
+    return (ddim_step if t == 0 else heun_step)(model, x, t, s, c, extra)
 
 # %% ../nbs/03_samplers.ipynb #ad5981f1
 def _sit_diffusion(path: Path, t: Tensor) -> Tensor:
@@ -126,17 +133,18 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddim": ddim_step,
     "ddpm": ddpm_step,
     "euler": euler_step,
-    "heun": heun_step,
+    "heun": _heun_step_from_data,
     "euler_maruyama": _euler_maruyama_step,
     "dpmpp_2m": dpmpp_2m_step,
 }
+_REVERSIBLE = ("ddim", "euler", "heun", "dopri5")  # those that may go from data to noise, too
 
 
 class Trajectory(NamedTuple):
     "What `sample_trajectory` returns: every point on the way from noise to data."
 
     points: Tensor  # Points at `times`, `[len(times), n, ...]`
-    times: Tensor  # Falling times, `[steps + 1]`
+    times: Tensor  # The times, `[steps + 1]`
     nfe: float  # Network function evaluations per sample
 
     @property
@@ -166,8 +174,10 @@ def check_request(
     require(sized, "shape", shape, "the shape of one sample, (...) with positive whole numbers")
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
-    falling = times.ndim == 1 and len(times) > 1 and ((times >= 0) & (times <= 1)).all() and (times.diff() < 0).all()
-    require(falling, "times", times.tolist(), "two times or more in [0, 1], strictly falling")
+    fine = times.ndim == 1 and len(times) > 1 and ((times >= 0) & (times <= 1)).all() and (times.diff() != 0).all()
+    one_way = callable(sampler) or (times.diff() < 0).all() or ((times.diff() > 0).all() and sampler in _REVERSIBLE)
+    rising = f"; or strictly rising, for {', '.join(_REVERSIBLE)}"
+    require(fine and one_way, "times", times.tolist(), f"two times or more in [0, 1], strictly falling{rising}")
     return c if isinstance(c, int) else count(c)
 
 # %% ../nbs/03_samplers.ipynb #b98a0855
@@ -206,7 +216,7 @@ def _integrate_adaptively(model: Denoiser, x: Tensor, c: Condition | None, times
     radii = torch.hypot(path.alpha(times), path.sigma(times))
 
     def turn(angle: Tensor, y: Tensor) -> Tensor:
-        t = path.time_at(torch.tan(angle)).clamp(times[-1], times[0])
+        t = path.time_at(torch.tan(angle)).clamp(times.min(), times.max())
         x0, eps = model(y * torch.hypot(path.alpha(t), path.sigma(t)), t, c)
         return angle.cos() * eps - angle.sin() * x0
 
@@ -226,8 +236,8 @@ def sample(
     steps: int = 32,  # Number of steps
     seed: int = 0,  # Together with the sample's index, the only source of randomness
     start: int = 0,  # Index of the first sample, for sampling in parts
-    times: Tensor | None = None,  # Falling times, instead of `time_grid(model.path, steps, sampler)`
-    init: Tensor | None = None,  # Noisy data `[n, *shape]` to start from at `times[0]`, instead of pure noise
+    times: Tensor | None = None,  # Instead of `time_grid(model.path, steps, sampler)`; rising: from data to noise
+    init: Tensor | None = None,  # Where to start at `times[0]`, `[n, *shape]`, instead of pure noise
     batch_size: int | None = None,  # Samples per batch, all at once by default; never changes a sample
     eta: float = 0.0,  # Share of ancestral noise in "ddim", 0 to 1
     diffusion: Callable[[Path, Tensor], Tensor] = _sit_diffusion,  # g^2 of "euler_maruyama"
@@ -240,7 +250,9 @@ def sample(
         raise ValueError(f"model is a {type(model).__name__}; allowed: a Denoiser, such as NetworkDenoiser(net, path)")
     times = time_grid(model.path, steps, str(sampler)) if times is None else times.double().cpu()
     n = check_request(model, c, shape, sampler, times)
-    check_number("eta", eta, 0, 1)
+    rising = times[0] < times[1]
+    require(init is not None or not rising, "init", init, "the points to start from, for rising times")
+    check_number("eta", eta, 0, 0 if rising else 1)
     batch_size = n if batch_size is None else check_whole("batch_size", batch_size, 1)
     if init is not None and init.shape != (n, *shape):
         raise ValueError(f"init has shape {tuple(init.shape)}; allowed: {(n, *shape)}, that of all samples")

@@ -79,7 +79,7 @@ FOUNDATIONS = [
     (lambda: samplers.time_grid(FLOW, 0), "steps = 0; allowed: a whole number"),
     (lambda: samplers.sample(MODEL, torch.tensor([0, 2]), (1,)), "c contains 2; allowed: 0 to 1"),
     (lambda: samplers.sample(MODEL, 2, (1,), "rk4"), "sampler = 'rk4'; allowed: 'ddim'"),
-    (lambda: samplers.sample(MODEL, 2, (1,), times=torch.tensor([0.0, 1.0])), "strictly falling"),
+    (lambda: samplers.sample(MODEL, 2, (1,), times=torch.tensor([1.0, 1.0])), "strictly falling"),
     (lambda: samplers.sample(MODEL, 2, ()), "shape = ()"),
     (lambda: next(training.batches((FIVE[:0], LABELS[:0]), 4, 0, 1)), "samples of data = 0"),
     (lambda: next(training.batches((FIVE, LABELS[:3]), 4, 0, 1)), "labels of data = 3"),

@@ -200,7 +200,8 @@ def test_divergence_is_reported():
         ({"batch_size": 0}, "batch_size = 0; allowed: a whole number, 1 or more"),
         ({"init": torch.zeros(3, 1)}, "init has shape (3, 1); allowed: (2, 1)"),
         ({"seed": -1}, "seed = -1"),
-        ({"times": torch.tensor([0.0, 1.0])}, "strictly falling"),
+        ({"times": torch.tensor([0.0, 1.0])}, "for rising times"),
+        ({"times": torch.tensor([1.0, 0.0, 0.5])}, "strictly falling"),
         ({"times": torch.tensor([2.0, 1.0])}, "in [0, 1]"),
     ],
 )
