@@ -34,15 +34,11 @@ class _Known(Denoiser):
         super().__init__(model.path, model.num_classes)
         self.model, self.known, self.mask = model, known, mask
 
-    def forward(
-        self, x: Tensor, t: Tensor, c: Condition | None = None
-    ) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
         "The model's own."
         return self.model(x, t, c)
 
-    def mean_shift(
-        self, x: Tensor, t: Tensor, c: Condition | None = None
-    ) -> Tensor | None:
+    def mean_shift(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Tensor | None:
         "The model's own."
         return self.model.mean_shift(x, t, c)
 

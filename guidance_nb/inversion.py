@@ -9,7 +9,6 @@ __all__ = ['invert']
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ._checks import check_whole, require

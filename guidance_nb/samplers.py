@@ -174,10 +174,10 @@ def check_request(
     require(sized, "shape", shape, "the shape of one sample, (...) with positive whole numbers")
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
-    fine = times.ndim == 1 and len(times) > 1 and ((times >= 0) & (times <= 1)).all() and (times.diff() != 0).all()
+    valid = times.ndim == 1 and len(times) > 1 and ((times >= 0) & (times <= 1)).all() and (times.diff() != 0).all()
     one_way = callable(sampler) or (times.diff() < 0).all() or ((times.diff() > 0).all() and sampler in _REVERSIBLE)
     rising = f"; or strictly rising, for {', '.join(_REVERSIBLE)}"
-    require(fine and one_way, "times", times.tolist(), f"two times or more in [0, 1], strictly falling{rising}")
+    require(valid and one_way, "times", times.tolist(), f"two times or more in [0, 1], strictly falling{rising}")
     return c if isinstance(c, int) else count(c)
 
 # %% ../nbs/03_samplers.ipynb #b98a0855

@@ -105,7 +105,10 @@ def test_bad_rising_requests(options, words):
 
 def test_bad_requests_to_invert():
     model = ExactDenoiser(ONE, FlowPath())
-    for call, words in (({"sampler": "dopri5"}, "sampler = 'dopri5'; allowed: ddim"), ({"iterations": -1}, "iterations")):
+    for call, words in (
+        ({"sampler": "dopri5"}, "sampler = 'dopri5'; allowed: ddim"),
+        ({"iterations": -1}, "iterations"),
+    ):
         with pytest.raises(ValueError, match=words):
             invert(model, X, **call)
     with pytest.raises(ValueError, match="sampler = 'heun'; allowed: ddim"):

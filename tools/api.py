@@ -24,7 +24,10 @@ HOW_TO = {  # machinery -> the page that shows how to use it; the longest beginn
     "interop.stable_diffusion": "36_stable_diffusion", "cli": "31_recipes", "cli.app": "30_cli",
     "explorer": "28_explorer",
 }  # fmt: skip
-PARTS = {"Foundations": range(0, 8), "Guidance": range(8, 15), "Family": range(15, 20), "Evidence": range(20, 30)}
+PARTS = {
+    "Foundations": range(0, 8), "Guidance": range(8, 15), "Family": (*range(15, 20), 21, 25, 27, 39),
+    "Evidence": range(20, 30),
+}  # fmt: skip
 STEMS = [path.stem for path in NOTEBOOKS]
 TAUGHT = {module: path.stem for path in NOTEBOOKS if (module := module_of(path))}
 
