@@ -54,7 +54,8 @@ def summary(
     real: DataFrame,  # Rows of real samples, baseline.csv
     data: str,  # One of `DATA`
 ) -> DataFrame:  # Strings, one line per method and scale
-    "Means over seeds, with standard deviations if there are several; the last line is the real-data baseline."
+    """Means over seeds, with standard deviations if there are several; the
+    last line is the real-data baseline."""
 
     def text(values: Series) -> str:
         spread = f" ±{values.std():.2g}" if len(values) > 1 and values.std() > 0 else ""
@@ -123,7 +124,8 @@ METHODS = (
 
 @dataclass
 class Problem:
-    "Training data, held-out real data and the exact distribution of a data set."
+    """Training data, held-out real data and the exact distribution of a data
+    set."""
 
     name: str  # One of `DATA`
     x: Tensor  # Training data, `[n, d]`
@@ -162,7 +164,8 @@ def score_samples(
     c: Tensor,  # Their labels, `[n]`
     problem: Problem,  # What they should look like
 ) -> dict[str, float]:  # Metrics by name
-    "Against the exact density of the fractal, or against held-out digits, by pixels."
+    """Against the exact density of the fractal, or against held-out digits, by
+    pixels."""
     accuracy = class_accuracy(x, c, problem.classifier)
     if problem.name == "digits":
         precision, recall = precision_recall(problem.real, x)

@@ -22,13 +22,15 @@ from .paths import Path, change_path, check_time, clamp_time, expand_time
 
 # %% ../nbs/01_denoisers.ipynb #7e073ce3
 class Prediction(NamedTuple):
-    "Posterior means of clean data and noise at one (x, t); both `[batch, ...]`, tied by eq. (1)."
+    """Posterior means of clean data and noise at one (x, t); both `[batch,
+    ...]`, tied by eq. (1)."""
 
     x0: Tensor
     eps: Tensor
 
     def score(self, path: Path, t: Tensor) -> Tensor:
-        "Gradient of the log density at t, -eps / sigma (Tweedie), eq. (2); infinite at t = 0."
+        """Gradient of the log density at t, -eps / sigma (Tweedie), eq. (2);
+        infinite at t = 0."""
         return -self.eps / expand_time(path.sigma(torch.as_tensor(t)), self.eps)
 
     def velocity(self, path: Path, t: Tensor) -> Tensor:
@@ -47,7 +49,8 @@ def target_coefficients(
     t: Tensor,  # Time, scalar or `[batch]`
     sigma_data: float = 0.5,  # Standard deviation of the data, used by `edm` alone
 ) -> tuple[Tensor, Tensor]:  # (a, b), each shaped like `t`
-    "Coefficients of the training target y = a x0 + b eps for each parametrisation."
+    """Coefficients of the training target y = a x0 + b eps for each
+    parametrisation."""
     alpha, sigma = path.alpha(t), path.sigma(t)
     if prediction == "velocity":
         return path.d_alpha(t), path.d_sigma(t)
@@ -85,7 +88,8 @@ def guide(
     reference: Prediction,  # Prediction to move away from, usually the unconditional one
     scale: float | Tensor,  # Guidance scale: 0 gives `reference`, 1 gives `conditional`; a tensor must broadcast
 ) -> Prediction:  # The guided pair
-    "Extrapolate from the reference through the conditional prediction, eq. (4)."
+    """Extrapolate from the reference through the conditional prediction, eq.
+    (4)."""
     return Prediction(*(r + scale * (c - r) for c, r in zip(conditional, reference)))
 
 # %% ../nbs/01_denoisers.ipynb #84871183
@@ -94,7 +98,8 @@ EMBEDDINGS = -1  # `num_classes` of a model whose conditions are embeddings `[ba
 
 # %% ../nbs/01_denoisers.ipynb #18c18096
 class Denoiser(nn.Module):
-    "The interface of every model here: posterior means at (x, t), with or without a condition."
+    """The interface of every model here: posterior means at (x, t), with or
+    without a condition."""
 
     def __init__(
         self,
@@ -105,7 +110,8 @@ class Denoiser(nn.Module):
         self.path, self.num_classes = path, num_classes
 
     def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
-        "Posterior means at noisy data `x` `[batch, ...]`, time `t` (scalar or `[batch]`), condition `c` `[batch]`."
+        """Posterior means at noisy data `x` `[batch, ...]`, time `t` (scalar
+        or `[batch]`), condition `c` `[batch]`."""
         raise NotImplementedError
 
     def predict(self, x: Tensor, t: Tensor, c: Condition | None = None, **options: Any) -> Prediction:
@@ -133,15 +139,18 @@ class Denoiser(nn.Module):
 
     @property
     def consistent(self) -> bool:
-        "Whether its pairs satisfy x = alpha x0 + sigma eps; if not, they are steps of DDIM and nothing else."
+        """Whether its pairs satisfy x = alpha x0 + sigma eps; if not, they are
+        steps of DDIM and nothing else."""
         return all(part.consistent for part in self.children() if isinstance(part, Denoiser))
 
     def mean_shift(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Tensor | None:
-        "A gradient by which ancestral sampling moves its mean, per unit of variance; None for no shift."
+        """A gradient by which ancestral sampling moves its mean, per unit of
+        variance; None for no shift."""
         return None
 
     def for_rows(self, rows: Tensor | slice) -> "Denoiser":
-        "The same model for some samples of a batch: what it holds for each sample is narrowed to them."
+        """The same model for some samples of a batch: what it holds for each
+        sample is narrowed to them."""
         parts = {name: part for name, part in self._modules.items() if isinstance(part, Denoiser)}
         narrow = {name: part.for_rows(rows) for name, part in parts.items()}
         if all(narrow[name] is parts[name] for name in parts):
@@ -206,7 +215,8 @@ def check_inputs(
     c: Condition | None,  # Labels `[batch]`, embeddings `[batch, ...]`, a mapping of such, or None
     num_classes: int,  # Number of classes, or `EMBEDDINGS`
 ) -> Tensor:  # `t` as a tensor
-    "Check the arguments of a denoiser; values on an accelerator are not read back, only shapes."
+    """Check the arguments of a denoiser; values on an accelerator are not read
+    back, only shapes."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x is {found}; allowed: a floating-point tensor [batch, ...]")
@@ -222,7 +232,8 @@ def check_inputs(
 
 # %% ../nbs/01_denoisers.ipynb #77c334e6
 class _NFECount:
-    "Network evaluations made while the counter was open, in `total`: one a sample, each time it passes a network."
+    """Network evaluations made while the counter was open, in `total`: one a
+    sample, each time it passes a network."""
 
     total: int = 0
 
@@ -233,7 +244,8 @@ _open_counters: list[_NFECount] = []
 def record_nfe(
     rows: int,  # Number of samples about to pass through a network once
 ) -> None:
-    "Report network evaluations to every open counter; a model calls this next to its network."
+    """Report network evaluations to every open counter; a model calls this
+    next to its network."""
     for counter in _open_counters:
         counter.total += rows
 
@@ -250,7 +262,8 @@ def count_nfe() -> Iterator[_NFECount]:
 
 # %% ../nbs/01_denoisers.ipynb #cae1c042
 class NetworkDenoiser(Denoiser):
-    "A trainable network as a denoiser: `net(x, time, c)`, whose output is decoded by eq. (3)."
+    """A trainable network as a denoiser: `net(x, time, c)`, whose output is
+    decoded by eq. (3)."""
 
     def __init__(
         self,
@@ -271,7 +284,8 @@ class NetworkDenoiser(Denoiser):
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
 
     def network_inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        "Data and time `[batch]` as the network sees them; EDM's have unit variance and are a quarter of log sigma."
+        """Data and time `[batch]` as the network sees them; EDM's have unit
+        variance and are a quarter of log sigma."""
         weight = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
         x = x.to(weight)
         time = t.to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))  # 16 bits would round it
@@ -281,7 +295,8 @@ class NetworkDenoiser(Denoiser):
         return x / expand_time(total, x), self.path.noise_to_signal(time).clamp(1e-3, 1e3).log() / 4
 
     def network_condition(self, c: Condition | None, drop: Tensor | None, x: Tensor) -> Condition:
-        "The condition with what stands for none of it in the rows `drop`, or in all rows."
+        """The condition with what stands for none of it in the rows `drop`, or
+        in all rows."""
         if self.num_classes != EMBEDDINGS:
             null = torch.full((len(x),), self.num_classes, device=x.device)
             return null if c is None else c if drop is None else torch.where(drop, null, c)  # type: ignore
@@ -320,7 +335,8 @@ class NetworkDenoiser(Denoiser):
             raise ValueError(f"net has no embedding for one of its labels ({error}); allowed: {rows}") from None
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        "What `output` regresses on: a x0 + b eps with `target_coefficients`, shape of `x0`."
+        """What `output` regresses on: a x0 + b eps with `target_coefficients`,
+        shape of `x0`."""
         a, b = target_coefficients(self.prediction, self.path, t, self.sigma_data)
         return expand_time(a, x0) * x0 + expand_time(b, eps) * eps
 
@@ -331,13 +347,15 @@ class NetworkDenoiser(Denoiser):
     def forward(
         self, x: Tensor, t: Tensor, c: Condition | None = None, scale: float | Tensor | None = None
     ) -> Prediction:
-        "Posterior means, eq. (3), from one network evaluation; `scale` is for scale-aware networks alone."
+        """Posterior means, eq. (3), from one network evaluation; `scale` is
+        for scale-aware networks alone."""
         return self.decode(self.output(x, t, c, scale=scale), x, t)
 
     def predict_pair(
         self, x: Tensor, t: Tensor, c: Condition, batching: Batching = "auto"
     ) -> tuple[Prediction, Prediction]:
-        "Conditional and unconditional prediction, by one pass of twice the rows or by two passes."
+        """Conditional and unconditional prediction, by one pass of twice the
+        rows or by two passes."""
         t, n = torch.as_tensor(t), len(x)
         if _one_pass(batching, x):
             twice, drop = torch.cat([x, x]), torch.arange(2 * n, device=x.device) >= n
@@ -351,7 +369,8 @@ class NetworkDenoiser(Denoiser):
     def predict_each(
         self, x: Tensor, t: Tensor, conditions: Sequence[Condition | None], batching: Batching = "auto"
     ) -> list[Prediction]:
-        "The predictions under several conditions, by one pass for all or by one pass for each."
+        """The predictions under several conditions, by one pass for all or by
+        one pass for each."""
         asked = [c for c in conditions if c is not None]
         if not asked or not _one_pass(batching, x):
             return [self(x, t, c) for c in conditions]
@@ -364,7 +383,8 @@ class NetworkDenoiser(Denoiser):
 
 # %% ../nbs/01_denoisers.ipynb #990b18c9
 def _one_pass(batching: Batching, x: Tensor) -> bool:
-    "Whether to evaluate a pair at `x` in one pass: on an accelerator, and for small batches on a CPU."
+    """Whether to evaluate a pair at `x` in one pass: on an accelerator, and
+    for small batches on a CPU."""
     if check_choice("batching", batching, get_args(Batching)) != "auto":
         return batching == "batched"
     small = len(x) <= 512 if x.ndim < 3 else x.numel() <= 2**15
@@ -385,7 +405,8 @@ class OnPath(Denoiser):
         self.last_time = min(path.time_at(loudest).item(), 1.0)  # noisier points the model has never seen
 
     def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
-        "The wrapped model's prediction at the matching point of its own path; beyond its end, at its end."
+        """The wrapped model's prediction at the matching point of its own
+        path; beyond its end, at its end."""
         t = torch.as_tensor(t)
         within = clamp_time(self.path, t.clamp(max=self.last_time))
         moved, s = change_path(x, within, self.path, self.model.path)

@@ -35,10 +35,12 @@ from .training import LossContext, train
 
 # %% ../nbs/14_flow_postprocessing.ipynb #158d01f3
 class PairLoss:
-    "Squared error of the velocity on the line of a pair, eqs. (2), (3) (arXiv 2503.10638, section 3.4)."
+    """Squared error of the velocity on the line of a pair, eqs. (2), (3)
+    (arXiv 2503.10638, section 3.4)."""
 
     def __call__(self, model: Any, pairs: Tensor, c: Tensor | None, context: LossContext) -> Tensor:
-        "Losses `[batch]` for `pairs` `[batch, 2, ...]` of generated and real samples."
+        """Losses `[batch]` for `pairs` `[batch, 2, ...]` of generated and real
+        samples."""
         generated, real = pairs.unbind(1)
         tau = context.times(generated)  # uniform on (0, 1)
         z = torch.lerp(generated, real, expand_time(tau, generated))
@@ -54,7 +56,8 @@ def _to_features(
     x: Tensor,  # Samples, `[n, ...]`
     space: _Space,  # "pixels", or a function from samples to features `[n, ...]`
 ) -> Tensor:  # `[n, f]`, float32 on the CPU
-    "The vectors between which distances are measured: flattened values, or a function of the samples."
+    """The vectors between which distances are measured: flattened values, or a
+    function of the samples."""
     require(callable(space) or space == "pixels", "space", space, "'pixels' or a function, see `feature_space`")
     require(len(x), "number of samples", 0, "1 or more, an empty set has no neighbours")
     features = (space(x) if callable(space) else x).detach().flatten(1).float().cpu().contiguous()
@@ -86,7 +89,8 @@ def _neighbours(
 
 # %% ../nbs/14_flow_postprocessing.ipynb #3feef19d
 class PairDraws:
-    "Draws of eq. (1): a generated sample, and one of its neighbours chosen anew each time; `draw(n, generator)`."
+    """Draws of eq. (1): a generated sample, and one of its neighbours chosen
+    anew each time; `draw(n, generator)`."""
 
     def __init__(
         self,
@@ -107,11 +111,13 @@ class PairDraws:
         return torch.stack([self.generated[i], self.real[j]], 1), None if self.labels is None else self.labels[i]
 
     def weights(self) -> Tensor:
-        "The fraction `[m]` of samples, float64, that a perfect flow ends at each real sample, eq. (9)."
+        """The fraction `[m]` of samples, float64, that a perfect flow ends at
+        each real sample, eq. (9)."""
         return self.neighbours.flatten().bincount(minlength=len(self.real)).double() / self.neighbours.numel()
 
     def displacement(self) -> Tensor:
-        "The root mean square of y - x_hat over all pairs, the unit s of the velocity."
+        """The root mean square of y - x_hat over all pairs, the unit s of the
+        velocity."""
         columns = self.neighbours.T  # one neighbour a sample at a time: little memory
         squares = [(self.real[j] - self.generated).square().mean() for j in columns]
         return torch.stack(squares).mean().sqrt()
@@ -126,7 +132,8 @@ def pair_data(
     space: _Space = "pixels",  # Where distance is measured: "pixels", or a function to features
     device: str | torch.device | None = None,  # Where to search; None: where the generated samples are
 ) -> PairDraws:
-    "Find the pairs of eq. (1) once; the result is the data of `fit` with a `PairLoss`."
+    """Find the pairs of eq. (1) once; the result is the data of `fit` with a
+    `PairLoss`."""
     shape, found = list(real.shape[1:]), list(generated.shape[1:])
     require(found == shape, "shape of a generated sample", found, f"{shape}, that of a real one")
     near = _neighbours(generated, real, k, labels, real_labels, space, device)
@@ -140,7 +147,8 @@ def integrate_flow(
     steps: Count = 16,  # Number of steps, unused by "dopri5"
     sampler: Literal["euler", "heun", "dopri5"] = "heun",  # Heun evaluates twice a step; dopri5 adapts its steps
 ) -> Tensor:  # Corrected samples
-    "Integrate dz/dtau = v from tau = 0 (generated) to tau = 1 (corrected), eq. (5), by the steps of the samplers."
+    """Integrate dz/dtau = v from tau = 0 (generated) to tau = 1 (corrected),
+    eq. (5), by the steps of the samplers."""
     clock = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 
     def at(z: Tensor, tau: Tensor, c: None = None) -> Tensor:
@@ -161,7 +169,8 @@ def _correction_network(
     seed: int = 0,  # Seed of the initial weights; a network that is given keeps its own
     **settings: Any,  # Arguments of MLP, or changes to the settings of the named network
 ) -> nn.Module:  # `net(z, tau, labels)`
-    "The network of a correction; its weights do not depend on the global random state."
+    """The network of a correction; its weights do not depend on the global
+    random state."""
     if isinstance(net, nn.Module):
         return net
     if isinstance(net, str):
@@ -172,7 +181,8 @@ def _correction_network(
 
 # %% ../nbs/14_flow_postprocessing.ipynb #ef43681f
 class FlowPostprocessor(nn.Module):
-    "A correction of samples, eqs. (3), (5); `FlowPostprocessor.fit` trains one (arXiv 2503.10638)."
+    """A correction of samples, eqs. (3), (5); `FlowPostprocessor.fit` trains
+    one (arXiv 2503.10638)."""
 
     dropout: Tensor
     spread: Tensor
@@ -197,7 +207,8 @@ class FlowPostprocessor(nn.Module):
         self.register_buffer("spread", torch.ones(()))  # the unit s of the velocity, set by `from_pairs`
 
     def velocity(self, z: Tensor, tau: Tensor, c: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
-        "The learned velocity at `z` `[batch, ...]`, `tau` `[batch]`; rows with `drop` True see no class."
+        """The learned velocity at `z` `[batch, ...]`, `tau` `[batch]`; rows
+        with `drop` True see no class."""
         null = torch.full((len(z),), self.num_classes, device=z.device)
         labels = null if c is None else c if drop is None else torch.where(drop, null, c)
         record_nfe(len(z))
@@ -232,7 +243,8 @@ class FlowPostprocessor(nn.Module):
         return torch.cat(done)
 
     def check(self, samples: Tensor, labels: Tensor | None, scale: float) -> None:
-        "Raise an error for samples, labels or a scale that the correction was not trained for."
+        """Raise an error for samples, labels or a scale that the correction
+        was not trained for."""
         shape = tuple(samples.shape)
         require(shape[1:] == tuple(self.shape), "shape of samples", shape, f"[n, *{list(self.shape)}]")
         require(samples.is_floating_point(), "samples.dtype", samples.dtype, "floating-point values, images in [-1, 1]")
@@ -249,7 +261,8 @@ class FlowPostprocessor(nn.Module):
         num_classes: int | None = None,  # Number of classes; None: that of the pairs
         **network: Any,  # Arguments of FlowPostprocessor: net, dropout, width, depth, octaves, seed
     ) -> "FlowPostprocessor":  # Untrained, on the device of the pairs
-        "A correction for these pairs: their shape and classes, and the unit s of the velocity."
+        """A correction for these pairs: their shape and classes, and the unit
+        s of the velocity."""
         classes = pairs.num_classes if num_classes is None else num_classes
         model = FlowPostprocessor(pairs.generated.shape[1:], classes, **network).to(pairs.generated.device)
         model.spread.fill_(pairs.displacement().clamp(min=1e-6))
@@ -271,7 +284,8 @@ class FlowPostprocessor(nn.Module):
         progress: bool = True,  # Whether to show a progress bar
         **network: Any,  # Arguments of FlowPostprocessor: net, dropout, width, depth, octaves
     ) -> "FlowPostprocessor":
-        "Find the pairs of eq. (1) once, minimise eq. (3), and return the moving average of the weights."
+        """Find the pairs of eq. (1) once, minimise eq. (3), and return the
+        moving average of the weights."""
         pairs = pair_data(generated, real, labels, real_labels, k, space)
         model = FlowPostprocessor.from_pairs(pairs, seed=seed, **network)
         return train(model, PairLoss(), pairs, steps, batch_size, lr, ema=ema, seed=seed, progress=progress).ema
@@ -285,7 +299,8 @@ def effective_sample_size(
     real_labels: Tensor | None = None,  # Classes of the real samples, `[m]`
     space: _Space = "pixels",  # "pixels", or a function from samples to features
 ) -> float:  # Between 1 and m
-    "The number of equally frequent real points that the weights of eq. (9) are worth, 1 / sum w_j^2."
+    """The number of equally frequent real points that the weights of eq. (9)
+    are worth, 1 / sum w_j^2."""
     pairs = pair_data(generated, real, labels, real_labels, k, space)
     return 1 / pairs.weights().square().sum().item()
 
@@ -298,7 +313,8 @@ def memorisation_report(
     threshold: float = 0.1,  # A copy lies closer to the training data than this fraction of the median fresh distance
     device: str | torch.device | None = None,  # Where to search, None: where the samples are
 ) -> dict[str, float]:  # Median nearest distances, their ratio, and the fractions of copies
-    "Distance of samples to their nearest training sample, against that of fresh real ones."
+    """Distance of samples to their nearest training sample, against that of
+    fresh real ones."""
     kept, place = _to_features(training, space), samples.device if device is None else device
 
     def nearest(x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ Scale: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
 
 
 class Guidance(Denoiser):
-    "What all guidance shares: a scale, the times at which it acts, and no evaluations of weight zero."
+    """What all guidance shares: a scale, the times at which it acts, and no
+    evaluations of weight zero."""
 
     claims: ClassVar[Claims]
 
@@ -70,13 +71,15 @@ class Guidance(Denoiser):
         self.batching = check_choice("batching", batching, get_args(Batching))
 
     def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> tuple[Prediction, Prediction]:
-        "The conditional and the unconditional prediction, or what takes their place."
+        """The conditional and the unconditional prediction, or what takes
+        their place."""
         return self.model.predict_pair(x, t, c, self.batching)  # type: ignore
 
     def combine(
         self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
     ) -> Prediction:
-        "The formula of the method; `scale` is a number or broadcasts against `x`."
+        """The formula of the method; `scale` is a number or broadcasts against
+        `x`."""
         raise NotImplementedError
 
     def guided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
@@ -90,7 +93,8 @@ class Guidance(Denoiser):
         return self.combined(*self.pair(x, t, c), x, t, scale)
 
     def combined(self, conditional: Prediction, unconditional: Prediction, x: Tensor, *point: Any) -> Prediction:
-        "The formula in 32 bits at least, for 16 do not hold its sums; the result is as precise as `x`."
+        """The formula in 32 bits at least, for 16 do not hold its sums; the
+        result is as precise as `x`."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         towards, away = (Prediction(*(part.to(wide) for part in pair)) for pair in (conditional, unconditional))
         return Prediction(*(part.to(x) for part in self.combine(towards, away, wide, *point)))
@@ -105,7 +109,8 @@ class Guidance(Denoiser):
         return self.model(x, t, c)
 
     def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
-        "The guided pair; outside the interval and without a condition, the model's own."
+        """The guided pair; outside the interval and without a condition, the
+        model's own."""
         t = check_inputs(x, t, c, self.num_classes)
         if c is None and self.claims.needs_condition:
             return self.unguided(x, t, None)
@@ -117,7 +122,8 @@ class Guidance(Denoiser):
         return (t >= self.interval[0] * (1 - 1e-6)) & (t <= self.interval[1] * (1 + 1e-6))
 
     def scale_at(self, x: Tensor, t: Tensor) -> float | Tensor:
-        "The scale at time `t`, as a number or a tensor that broadcasts against `x`."
+        """The scale at time `t`, as a number or a tensor that broadcasts
+        against `x`."""
         scale = check_scale(self.scale(t)) if callable(self.scale) else self.scale
         if not isinstance(scale, Tensor):
             return scale
@@ -127,7 +133,8 @@ class Guidance(Denoiser):
         return expand_time(scale[0] if scale.shape == (1,) else scale, x)
 
     def for_rows(self, rows: Tensor | slice) -> Denoiser:
-        "The same guidance for some samples of a batch, each with its own scale."
+        """The same guidance for some samples of a batch, each with its own
+        scale."""
         twin = super().for_rows(rows)
         if isinstance(self.scale, Tensor) and self.scale.ndim and len(self.scale) > 1:
             twin = copy.copy(self) if twin is self else twin
@@ -180,7 +187,8 @@ def shift_prediction(
     t: Tensor,  # Time, scalar or `[batch]`
     space: Space,  # The coordinate
 ) -> Prediction:  # The pair moved along eq. (2)
-    "Add `shift` to one coordinate of a pair and keep x = alpha x0 + sigma eps, eq. (2)."
+    """Add `shift` to one coordinate of a pair and keep x = alpha x0 + sigma
+    eps, eq. (2)."""
     late, early = clamp_time(path, t, "data"), clamp_time(path, t)
     if space == "x0":
         share = -1 / path.sigma(late)
@@ -201,7 +209,8 @@ def interval_from_noise(
     low: float,  # Lowest noise-to-signal ratio that is guided, 0 or more
     high: float = math.inf,  # Highest
 ) -> tuple[float, float]:  # First and last time of guidance
-    "The `interval` of a range of noise-to-signal ratios (arXiv 2404.07724), ends included."
+    """The `interval` of a range of noise-to-signal ratios (arXiv 2404.07724),
+    ends included."""
     require(0 <= low <= high, "low, high", (low, high), "0 <= low <= high")
     times = path.time_at(torch.tensor([low, high], dtype=torch.float64)).clamp(0, 1)
     return times[0].item(), times[1].item()
@@ -214,7 +223,8 @@ def interval_from_steps(
     last: int,  # Last guided step, included
     sampler: str = "heun",  # Its sampler, for the grid
 ) -> tuple[float, float]:  # First and last time of guidance
-    "The `interval` of a range of steps on the default grid, ends included (arXiv 2404.07724)."
+    """The `interval` of a range of steps on the default grid, ends included
+    (arXiv 2404.07724)."""
     require(0 <= first <= last < steps, "first, last", (first, last), f"0 <= first <= last < steps = {steps}")
     times = time_grid(path, steps, sampler)
     return times[last].item(), times[first].item()
@@ -227,7 +237,8 @@ def linear_schedule(
     scale: float,  # Mean guidance scale over time
     floor: float = -math.inf,  # Smallest scale ("clamped linear"); raises the mean
 ) -> Schedule:  # Scale as a function of time
-    "A scale that grows linearly from 1 at pure noise, eq. (3) (arXiv 2404.13040)."
+    """A scale that grows linearly from 1 at pure noise, eq. (3) (arXiv
+    2404.13040)."""
     check_scale(scale)
     require(floor < math.inf, "floor", floor, "a finite number, or -inf for none")
     return lambda t: (1 + 2 * (scale - 1) * (1 - t)).clamp(min=floor)
@@ -236,7 +247,8 @@ def linear_schedule(
 def cosine_schedule(
     scale: float,  # Mean guidance scale over time
 ) -> Schedule:  # Scale as a function of time
-    "A scale that grows as half a cosine from 1 at pure noise, eq. (3) (arXiv 2404.13040)."
+    """A scale that grows as half a cosine from 1 at pure noise, eq. (3) (arXiv
+    2404.13040)."""
     check_scale(scale)
     return lambda t: 1 + (scale - 1) * (1 + torch.cos(math.pi * t))
 
@@ -244,7 +256,8 @@ def cosine_schedule(
 def tent_schedule(
     scale: float,  # Mean guidance scale over time
 ) -> Schedule:  # Scale as a function of time
-    "A scale of 1 at both ends and 2 scale - 1 in the middle, eq. (3) (arXiv 2509.22007)."
+    """A scale of 1 at both ends and 2 scale - 1 in the middle, eq. (3) (arXiv
+    2509.22007)."""
     check_scale(scale)
     return lambda t: 1 + 2 * (scale - 1) * (1 - (2 * t - 1).abs())
 
@@ -254,7 +267,8 @@ def beta_schedule(
     a: float = 2.0,  # Exponent at data, 1 or more
     b: float = 2.0,  # Exponent at noise, 1 or more
 ) -> Schedule:  # Scale as a function of time
-    "A scale shaped by a Beta density of time, eq. (3) (arXiv 2502.10574, without its norm)."
+    """A scale shaped by a Beta density of time, eq. (3) (arXiv 2502.10574,
+    without its norm)."""
     check_scale(scale)
     for name, exponent in (("a", a), ("b", b)):
         check_number(name, exponent, low=1)

@@ -30,7 +30,8 @@ from .paths import Path, clamp_time, expand_time
 
 # %% ../nbs/15_guidance_variants.ipynb #cff3346d
 class RescaledGuidance(Guidance):
-    "Guidance whose velocity keeps the standard deviation of the conditional one, eq. (1) (arXiv 2305.08891)."
+    """Guidance whose velocity keeps the standard deviation of the conditional
+    one, eq. (1) (arXiv 2305.08891)."""
 
     claims: ClassVar[Claims] = Claims("2305.08891", space="velocity")
 
@@ -62,7 +63,8 @@ def _inner_product(
     a: Tensor,  # `[batch, ...]`
     b: Tensor,  # Same shape
 ) -> Tensor:  # One number per sample, `[batch, 1, ...]`
-    "Inner product of each sample of `a` with that of `b`, over all values of a sample."
+    """Inner product of each sample of `a` with that of `b`, over all values of
+    a sample."""
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
@@ -72,7 +74,8 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 # %% ../nbs/15_guidance_variants.ipynb #13ac485b
 class MagnitudeAwareGuidance(Guidance):
-    "Guidance whose scale falls where the difference is large, eq. (2) (MAMBO-G, arXiv 2508.03442)."
+    """Guidance whose scale falls where the difference is large, eq. (2)
+    (MAMBO-G, arXiv 2508.03442)."""
 
     claims: ClassVar[Claims] = Claims("2508.03442", space="velocity")
 
@@ -98,7 +101,8 @@ class MagnitudeAwareGuidance(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #2c0a6eb9
 class CFGZeroStar(Guidance):
-    "Guidance away from the best multiple of the unconditional velocity, eq. (3), and zero-init (arXiv 2503.18886)."
+    """Guidance away from the best multiple of the unconditional velocity, eq.
+    (3), and zero-init (arXiv 2503.18886)."""
 
     claims: ClassVar[Claims] = Claims("2503.18886", space="velocity", conditional_at_one=False, equal_unchanged=False)
 
@@ -125,7 +129,8 @@ class CFGZeroStar(Guidance):
         return shift_prediction(guide(conditional, unconditional, scale), shift, self.path, t, "velocity")
 
     def still(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
-        "The pair of zero velocity: alpha x0 + sigma eps = x, d_alpha x0 + d_sigma eps = 0."
+        """The pair of zero velocity: alpha x0 + sigma eps = x, d_alpha x0 +
+        d_sigma eps = 0."""
         path, late = self.path, clamp_time(self.path, t, "data")
         a, b = expand_time(path.d_alpha(late), x), expand_time(path.d_sigma(late), x)
         unit = x / (expand_time(path.alpha(late), x) * b - expand_time(path.sigma(late), x) * a)
@@ -139,7 +144,8 @@ class CFGZeroStar(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #22c4db20
 class TangentialGuidance(Guidance):
-    "Guidance away from the unconditional noise's part along the common direction, eq. (4) (TCFG, arXiv 2503.18137)."
+    """Guidance away from the unconditional noise's part along the common
+    direction, eq. (4) (TCFG, arXiv 2503.18137)."""
 
     claims: ClassVar[Claims] = Claims("2503.18137", space="eps")
 
@@ -156,7 +162,8 @@ class TangentialGuidance(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #271f1b7b
 class StepMemory(nn.Module):
-    "What a method keeps of each sample from one noise level to the next; empty for a new trajectory."
+    """What a method keeps of each sample from one noise level to the next;
+    empty for a new trajectory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,12 +174,14 @@ class StepMemory(nn.Module):
         self.times = self.kept = self.before = torch.empty(0)
 
     def train(self, mode: bool = True) -> "StepMemory":
-        "Clear the memory; `sample` calls this through `eval` before its first step."
+        """Clear the memory; `sample` calls this through `eval` before its
+        first step."""
         self.reset()
         return super().train(mode)
 
     def recall(self, t: Tensor, like: Tensor) -> Tensor:
-        "What was kept at the last noise level above `t`, shaped like `like` `[batch, ...]`; zeros at a first one."
+        """What was kept at the last noise level above `t`, shaped like `like`
+        `[batch, ...]`; zeros at a first one."""
         if self.kept.shape != like.shape or self.kept.dtype != like.dtype or self.kept.device != like.device:
             return torch.zeros_like(like)
         now = expand_time(torch.as_tensor(t).to(self.times), self.times)
@@ -180,13 +189,15 @@ class StepMemory(nn.Module):
         return torch.where(lower, self.kept, torch.where(same, self.before, torch.zeros_like(like)))
 
     def keep(self, t: Tensor, value: Tensor) -> None:
-        "Keep `value` `[batch, ...]`, without its gradient, for the noise levels below `t`."
+        """Keep `value` `[batch, ...]`, without its gradient, for the noise
+        levels below `t`."""
         self.before, self.kept = self.recall(t, value), value.detach()
         self.times = torch.as_tensor(t, device=value.device).double().expand(len(value))
 
 # %% ../nbs/15_guidance_variants.ipynb #ab1af68b
 class AdaptiveProjectedGuidance(Guidance):
-    "Guidance by the capped difference of clean data without its part along the prediction, eq. (5) (arXiv 2410.02416)."
+    """Guidance by the capped difference of clean data without its part along
+    the prediction, eq. (5) (arXiv 2410.02416)."""
 
     claims: ClassVar[Claims] = Claims("2410.02416", space="x0")
 
@@ -224,7 +235,8 @@ class AdaptiveProjectedGuidance(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #f2e41ef0
 def _blur(y: Tensor) -> Tensor:
-    "Binomial blur of images `[batch, channels, height, width]` with mirrored ends."
+    """Binomial blur of images `[batch, channels, height, width]` with mirrored
+    ends."""
     tap = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=y.dtype, device=y.device) / 16
     kernel = torch.outer(tap, tap).expand(y.shape[1], 1, 5, 5)
     return nn.functional.conv2d(nn.functional.pad(y, (2, 2, 2, 2), mode="reflect"), kernel, groups=y.shape[1])
@@ -234,7 +246,8 @@ def frequency_bands(
     x: Tensor,  # Images, `[batch, channels, height, width]`
     levels: int = 2,  # Number of bands, 1 or more
 ) -> list[Tensor]:  # Bands of the size of `x`, finest first, that sum to `x`
-    "The bands of a Laplacian pyramid with binomial blur, each brought back to full size."
+    """The bands of a Laplacian pyramid with binomial blur, each brought back
+    to full size."""
     least = 3 << max(check_whole("levels", levels, 1) - 2, 0)
     allowed = f"images [batch, channels, height, width], height and width of {least} or more"
     require(x.ndim == 4 and min(x.shape[2:]) >= least, "x of shape", tuple(x.shape), allowed)
@@ -250,7 +263,8 @@ def frequency_bands(
 
 # %% ../nbs/15_guidance_variants.ipynb #166a5138
 class FrequencyDecoupledGuidance(Guidance):
-    "Guidance with a scale for each band of a Laplacian pyramid, eq. (6), for images (arXiv 2506.19713)."
+    """Guidance with a scale for each band of a Laplacian pyramid, eq. (6), for
+    images (arXiv 2506.19713)."""
 
     claims: ClassVar[Claims] = Claims("2506.19713")
 
@@ -278,7 +292,8 @@ class FrequencyDecoupledGuidance(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #15c784b2
 class DynamicThresholding(Guidance):
-    "Guidance whose clean data is clipped at a quantile and rescaled, eq. (7) (Imagen, arXiv 2205.11487)."
+    """Guidance whose clean data is clipped at a quantile and rescaled, eq. (7)
+    (Imagen, arXiv 2205.11487)."""
 
     claims: ClassVar[Claims] = Claims("2205.11487", space="x0", conditional_at_one=False, equal_unchanged=False)
 
@@ -306,7 +321,8 @@ class DynamicThresholding(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #37d94d01
 class RectifiedGuidance(Guidance):
-    "Guidance with two coefficients that need not sum to 1, eq. (8) (ReCFG, arXiv 2410.18737)."
+    """Guidance with two coefficients that need not sum to 1, eq. (8) (ReCFG,
+    arXiv 2410.18737)."""
 
     claims: ClassVar[Claims] = Claims("2410.18737", space="eps", equal_unchanged=False)
 
@@ -322,7 +338,8 @@ class RectifiedGuidance(Guidance):
         self.ratios = ratios if callable(ratios) else check_number("ratios", ratios)
 
     def pair(self, x: Tensor, t: Tensor, c: Any) -> tuple[Prediction, Prediction]:
-        "The conditional pair, and the unconditional one with rho times its noise."
+        """The conditional pair, and the unconditional one with rho times its
+        noise."""
         conditional, unconditional = super().pair(x, t, c)
         ratio = self.ratios(t, c).to(x) if callable(self.ratios) else self.ratios
         return conditional, shift_prediction(unconditional, (ratio - 1) * unconditional.eps, self.path, t, "eps")
@@ -335,7 +352,8 @@ class RectifiedGuidance(Guidance):
 
 # %% ../nbs/15_guidance_variants.ipynb #b64b0c0f
 class RatioTable(nn.Module):
-    "A table of ratios by time and class, linear between times; call it with times and classes."
+    """A table of ratios by time and class, linear between times; call it with
+    times and classes."""
 
     def __init__(
         self,
@@ -348,7 +366,8 @@ class RatioTable(nn.Module):
         self.times, self.ratios = nn.Buffer(times.double()), nn.Buffer(ratios)
 
     def forward(self, t: Tensor, c: Tensor) -> Tensor:
-        "Ratios `[batch, ...]` at times `t`, scalar or `[batch]`, for classes `c` `[batch]`."
+        """Ratios `[batch, ...]` at times `t`, scalar or `[batch]`, for classes
+        `c` `[batch]`."""
         t = torch.as_tensor(t).to(self.times).expand(len(c)).contiguous()
         right = torch.searchsorted(self.times, t).clamp(1, len(self.times) - 1)
         low, high = self.times[right - 1], self.times[right]
@@ -365,7 +384,8 @@ def estimate_ratios(
     times: Tensor,  # Rising times, `[k]`
     generator: torch.Generator | None = None,  # Source of the noise
 ) -> RatioTable:  # E[e_c e_u] / E[e_u^2] by time and class
-    "Estimate the ratio of eq. (8) element by element on noised data of each class (arXiv 2410.18737)."
+    """Estimate the ratio of eq. (8) element by element on noised data of each
+    class (arXiv 2410.18737)."""
     counts = c.bincount(minlength=model.num_classes)
     require_that(counts.all(), f"c has no sample of class {counts.argmin()}", "samples of every class")
     ratios = []
@@ -379,7 +399,8 @@ def estimate_ratios(
 
 # %% ../nbs/15_guidance_variants.ipynb #67be6bf5
 class CFGPlusPlus(Guidance):
-    "Guided clean data with unconditional noise, eq. (9), for DDIM steps (arXiv 2406.08070)."
+    """Guided clean data with unconditional noise, eq. (9), for DDIM steps
+    (arXiv 2406.08070)."""
 
     claims: ClassVar[Claims] = Claims("2406.08070", conditional_at_one=False, consistent=False)
 
@@ -395,6 +416,7 @@ def cfgpp_scales(
     times: Tensor,  # Falling times of the run, `[steps + 1]`
     scale: float,  # lambda of eq. (9)
 ) -> Tensor:  # Ordinary guidance scales, `[steps]`
-    "The guidance scale at each step with which DDIM takes the steps of CFG++, eq. (10)."
+    """The guidance scale at each step with which DDIM takes the steps of
+    CFG++, eq. (10)."""
     levels = path.noise_to_signal(times)
     return check_scale(scale) / (1 - levels[1:] / levels[:-1])

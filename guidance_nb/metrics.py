@@ -53,7 +53,8 @@ def outlier_threshold(
     quantile: float = 0.002,  # Share of real samples below the threshold
     seed: int = 0,  # Seed of the real samples
 ) -> Tensor:  # log p(x | c) at the quantile, `[num_classes]`, float64
-    "The log density that a given fraction of real samples does not reach, eq. (2)."
+    """The log density that a given fraction of real samples does not reach,
+    eq. (2)."""
     fine = 0 < quantile < 1 and n * quantile >= 1
     require(fine, "quantile", quantile, f"0 to 1, {1 / n:g} or more for n = {n}")
     c = torch.arange(mixture.num_classes).repeat_interleave(n)
@@ -67,7 +68,8 @@ def outlier_rate(
     mixture: Mixture,  # The true distribution
     threshold: Tensor | None = None,  # From outlier_threshold, which is called when absent
 ) -> float:  # Share of samples, 0 to 1; the baseline is the quantile of the threshold
-    "Fraction of samples whose true class density lies below the threshold, eq. (2)."
+    """Fraction of samples whose true class density lies below the threshold,
+    eq. (2)."""
     points = as_points("x", x, mixture.dim)
     c = as_labels("c", c, len(points), mixture.num_classes)
     threshold = outlier_threshold(mixture) if threshold is None else threshold
@@ -84,7 +86,8 @@ def nearest_neighbours(
     y_c: Tensor | None = None,  # Labels `[m]`
     device: str | torch.device | None = None,  # Where to search; None: the CPU
 ) -> tuple[Tensor, Tensor]:  # Distances, ascending, and indices, `[n, k]` each
-    "The k nearest y of each x, exactly; infinitely far, index -1, if there are fewer."
+    """The k nearest y of each x, exactly; infinitely far, index -1, if there
+    are fewer."""
     a = as_points("x", x)
     b = as_points("y", y, a.shape[1])
     check_whole("k", k, 1)
@@ -111,7 +114,8 @@ def coverage(
     generated_c: Tensor,  # Labels of the generated points, `[n]`
     radius: Positive = 0.038,  # Euclidean; by the rule, for the fractal at 2,000 points
 ) -> float:  # Share of real points, 0 to 1; the baseline is .95 by the rule
-    "Fraction of real points with a generated point of their class in reach, eq. (3)."
+    """Fraction of real points with a generated point of their class in reach,
+    eq. (3)."""
     nearest, _ = nearest_neighbours(real, generated, 1, real_c, generated_c)
     return (nearest <= radius).double().mean().item()
 
@@ -138,7 +142,8 @@ def frechet(
     a: Tensor | tuple[Tensor, Tensor],  # Features `[n, ...]`, or mean and covariance
     b: Tensor | tuple[Tensor, Tensor],  # Features `[m, ...]`, or mean and covariance
 ) -> float:  # Squared distance; its baseline falls as 1/n, so compare equal n only
-    "Frechet distance between Gaussians fitted to two sets, eq. (5) (arXiv 1706.08500)."
+    """Frechet distance between Gaussians fitted to two sets, eq. (5) (arXiv
+    1706.08500)."""
 
     def root(covariance: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(covariance)
@@ -160,7 +165,8 @@ def sliced_wasserstein(
     projections: int = 256,  # Number of random directions
     seed: int = 0,  # Seed of the directions
 ) -> float:  # In the unit of the data
-    "Sliced 2-Wasserstein distance, eq. (6); in one dimension the distance itself."
+    """Sliced 2-Wasserstein distance, eq. (6); in one dimension the distance
+    itself."""
     if a_c is not None and b_c is not None:
         a_c, b_c = as_labels("a_c", a_c, len(a)), as_labels("b_c", b_c, len(b))
         classes = b_c.unique().tolist()
@@ -203,7 +209,8 @@ def class_accuracy(
 
 # %% ../nbs/06_metrics.ipynb #4cab5b44
 def digits_classifier() -> Callable[[Tensor], Tensor]:  # `[n, ...]` of 64 values each -> scores `[n, 10]`
-    "A support-vector classifier of the 8x8 digits, trained on the training split."
+    """A support-vector classifier of the 8x8 digits, trained on the training
+    split."""
     with extra("images"):
         from sklearn.svm import SVC
 
@@ -217,7 +224,8 @@ def calibration_error(
     labels: Tensor,  # True classes, `[n]`
     bins: int = 10,  # Equal bins of confidence
 ) -> float:  # 0 (calibrated) to 1
-    "Expected calibration error of the predicted class, eq. (7) (arXiv 1706.04599)."
+    """Expected calibration error of the predicted class, eq. (7) (arXiv
+    1706.04599)."""
     check_whole("bins", bins, 1)
     p = as_points("probabilities", probabilities)
     labels = as_labels("labels", labels, len(p), p.shape[1])

@@ -21,14 +21,16 @@ from .paths import FlowPath, Path
 
 # %% ../nbs/02_mixtures.ipynb #fbc9a34a
 class _MixtureAtTime(NamedTuple):
-    "The components of a mixture at one time: means, precisions, and log(weight * normaliser)."
+    """The components of a mixture at one time: means, precisions, and
+    log(weight * normaliser)."""
 
     means: Tensor  # M, `[K, d]`
     precisions: Tensor  # V^-1, `[K, d, d]`, or `[K]` when isotropic
     log_norm: Tensor  # `[K]`
 
     def log_joint(self, x: Tensor) -> Tensor:
-        "log(weight_k N(x; M_k, V_k)), `[batch, K]`, as one matrix product of monomials and coefficients."
+        """log(weight_k N(x; M_k, V_k)), `[batch, K]`, as one matrix product of
+        monomials and coefficients."""
         if self.precisions.ndim == 1:
             squares, quadratic = x.square().sum(1, keepdim=True), self.precisions[:, None]
             linear = self.precisions[:, None] * self.means
@@ -50,7 +52,8 @@ class _MixtureAtTime(NamedTuple):
 
 # %% ../nbs/02_mixtures.ipynb #63e82faf
 class Mixture:
-    "A Gaussian mixture whose components have class labels; exact at every time on every path, eqs. (1)-(3)."
+    """A Gaussian mixture whose components have class labels; exact at every
+    time on every path, eqs. (1)-(3)."""
 
     def __init__(
         self,
@@ -105,7 +108,8 @@ def _mixture_at(
     t: Tensor,  # Time, scalar
     chosen: Tensor | None = None,  # Indices of the components wanted, all by default
 ) -> _MixtureAtTime:  # These components at that time
-    "The components of a mixture at one time, eq. (1); an error at t = 0 if they have no density."
+    """The components of a mixture at one time, eq. (1); an error at t = 0 if
+    they have no density."""
     k = slice(None) if chosen is None else chosen
     alpha, sigma = path.alpha(t.double()), path.sigma(t.double())
     variance = alpha**2 * mixture.eigenvalues[k] + sigma**2  # [K] or [K, d]
@@ -126,7 +130,8 @@ def _map_by_time_and_class(
     t: Tensor,  # Time, scalar or `[batch]`
     c: Tensor | None,  # Labels `[batch]`, or None for all classes
 ) -> Tensor:  # Results in the order of `x`, float64
-    "Apply `fn` to rows that share a time and a class, in blocks of bounded size."
+    """Apply `fn` to rows that share a time and a class, in blocks of bounded
+    size."""
     fine = x.ndim == 2 and x.shape[1] == mixture.dim
     require_that(fine, f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]")
     key_t = t.reshape(-1).expand(len(x))
@@ -197,7 +202,8 @@ def sample_mixture(
 
 # %% ../nbs/02_mixtures.ipynb #cd26a0b6
 class ExactDenoiser(Denoiser):
-    "The optimal denoiser of a mixture, eq. (2): what a perfectly trained network would compute."
+    """The optimal denoiser of a mixture, eq. (2): what a perfectly trained
+    network would compute."""
 
     def __init__(
         self,
@@ -208,7 +214,8 @@ class ExactDenoiser(Denoiser):
         self.mixture = mixture
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-        "Exact posterior means at noisy data `x` `[batch, d]`, in the dtype of `x`."
+        """Exact posterior means at noisy data `x` `[batch, d]`, in the dtype
+        of `x`."""
         t = check_inputs(x, t, c, self.num_classes)
         both = _map_by_time_and_class(self.mixture, self._both, x, self.path, t, c).to(x.dtype)
         return Prediction(*both.chunk(2, 1))
@@ -229,7 +236,8 @@ class ExactDenoiser(Denoiser):
 
 # %% ../nbs/02_mixtures.ipynb #55beda23
 class ExactClassifier(nn.Module):
-    "The exact noise-aware classifier of a mixture: `classifier(x, t)` gives log p(c | x_t), eq. (3)."
+    """The exact noise-aware classifier of a mixture: `classifier(x, t)` gives
+    log p(c | x_t), eq. (3)."""
 
     def __init__(
         self,
@@ -259,7 +267,8 @@ def fractal(
     depth: int = 6,  # Number of splits
     per_branch: int = 8,  # Gaussians on each branch
 ) -> Mixture:  # Two classes of equal weight in two dimensions, 8 (2^(depth + 1) - 1) components each
-    "The 2-D fractal: one binary tree per class, growing from the origin at angles pi/4 and 5 pi/4."
+    """The 2-D fractal: one binary tree per class, growing from the origin at
+    angles pi/4 and 5 pi/4."""
     means, covariances, labels, weights = [], [], [], []
 
     def grow(start: Tensor, angle: float, level: int, label: int) -> None:
@@ -284,7 +293,8 @@ def checkerboard(
     size: int = 4,  # Cells along each side
     std: float = 0.12,  # Standard deviation of each cell; neighbours are one unit apart
 ) -> Mixture:  # Two classes in two dimensions, `size * size` components
-    "A two-class grid of Gaussians with alternating labels, in the manner of arXiv 2502.12154 figure 2."
+    """A two-class grid of Gaussians with alternating labels, in the manner of
+    arXiv 2502.12154 figure 2."""
     centre = (size - 1) / 2
     cells = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     return Mixture(cells.double() - centre, torch.full((len(cells),), std**2), cells.sum(1) % 2)
@@ -294,14 +304,16 @@ def mixture_of_points(
     x: Tensor,  # Data points, `[n, d]`
     labels: Tensor,  # Their classes, `[n]`
 ) -> Mixture:  # Zero-variance components
-    "A finite data set as a mixture: the distribution that a model trained on it is asked to reproduce."
+    """A finite data set as a mixture: the distribution that a model trained on
+    it is asked to reproduce."""
     return Mixture(x, torch.zeros(len(x)), labels)
 
 
 def digits(
     split: str = "train",  # "train" (1,437 images), "test" (360) or "all"
 ) -> tuple[Tensor, Tensor]:  # Pixels in [-1, 1], `[n, 64]`, and labels `[n]`
-    "The 1,797 real 8x8 handwritten digits that come with scikit-learn, in a fixed split."
+    """The 1,797 real 8x8 handwritten digits that come with scikit-learn, in a
+    fixed split."""
     with extra("images"):
         from sklearn.datasets import load_digits
 

@@ -30,7 +30,8 @@ def fourier_features(
 
 # %% ../nbs/04_networks.ipynb #659ebf72
 class MLP(nn.Module):
-    "Residual perceptron on `[batch, dim]`: `net(x, time, labels)`, or `net(x, time, labels, scale)` if scale-aware."
+    """Residual perceptron on `[batch, dim]`: `net(x, time, labels)`, or
+    `net(x, time, labels, scale)` if scale-aware."""
 
     def __init__(
         self,
@@ -75,7 +76,8 @@ def mlp_denoiser(
     octaves: int = 0,  # Frequencies of sines of the coordinates, for points in the plane
     seed: int = 0,  # Seed of the initial weights
 ) -> NetworkDenoiser:  # An untrained model
-    "A small denoiser for points and tiny images, with its own seed for the weights."
+    """A small denoiser for points and tiny images, with its own seed for the
+    weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = MLP(dim, num_classes, width, depth, scale_aware=scale_aware, octaves=octaves)
@@ -83,7 +85,8 @@ def mlp_denoiser(
 
 # %% ../nbs/04_networks.ipynb #b9aa7584
 class NoisyClassifier(nn.Module):
-    "A classifier of noisy data: `classifier(x, t)` gives logits `[batch, num_classes]`; sees eq. (2) and the time."
+    """A classifier of noisy data: `classifier(x, t)` gives logits `[batch,
+    num_classes]`; sees eq. (2) and the time."""
 
     def __init__(
         self,
@@ -101,7 +104,8 @@ class NoisyClassifier(nn.Module):
             self.net = MLP(dim, 0, width, depth, out=num_classes)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        "Logits `[batch, num_classes]` at noisy data `x` `[batch, dim]`, time `t` (scalar or `[batch]`)."
+        """Logits `[batch, num_classes]` at noisy data `x` `[batch, dim]`, time
+        `t` (scalar or `[batch]`)."""
         t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
         record_nfe(len(x))
@@ -111,7 +115,8 @@ class NoisyClassifier(nn.Module):
 
 # %% ../nbs/04_networks.ipynb #a20ea17d
 class LinearClassifier(nn.Module):
-    "One linear layer on [x, t], the misspecified classifier of arXiv 2503.10638; `classifier(x, t)` gives logits."
+    """One linear layer on [x, t], the misspecified classifier of arXiv
+    2503.10638; `classifier(x, t)` gives logits."""
 
     def __init__(
         self,
@@ -126,7 +131,8 @@ class LinearClassifier(nn.Module):
             self.net = nn.Linear(dim + 1, num_classes)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        "Logits `[batch, num_classes]` at noisy data `x` `[batch, dim]`, time `t` (scalar or `[batch]`)."
+        """Logits `[batch, num_classes]` at noisy data `x` `[batch, dim]`, time
+        `t` (scalar or `[batch]`)."""
         t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
         record_nfe(len(x))
         return self.net(torch.cat([x, t[:, None]], 1).to(self.net.weight.dtype)).to(x.dtype)

@@ -32,7 +32,8 @@ def expand_time(
 # %% ../nbs/00_paths.ipynb #5ee101bc
 @dataclass(frozen=True)
 class Path:
-    "A Gaussian path x_t = alpha(t) x0 + sigma(t) eps, eq. (1); t = 0 is data, t = 1 is noise."
+    """A Gaussian path x_t = alpha(t) x0 + sigma(t) eps, eq. (1); t = 0 is
+    data, t = 1 is noise."""
 
     def alpha(self, t: Tensor) -> Tensor:
         "Signal coefficient, same shape as `t`."
@@ -51,7 +52,8 @@ class Path:
         raise NotImplementedError
 
     def time_at(self, noise_to_signal: Tensor) -> Tensor:
-        "Time at which sigma / alpha equals `noise_to_signal`, the inverse of `noise_to_signal`."
+        """Time at which sigma / alpha equals `noise_to_signal`, the inverse of
+        `noise_to_signal`."""
         raise NotImplementedError
 
     def training_time(self, u: Tensor) -> Tensor:
@@ -59,7 +61,8 @@ class Path:
         return u
 
     def noise_to_signal(self, t: Tensor) -> Tensor:
-        "sigma(t) / alpha(t): grows from 0 at data; infinite where no signal is left."
+        """sigma(t) / alpha(t): grows from 0 at data; infinite where no signal
+        is left."""
         return self.sigma(t) / self.alpha(t)
 
     @cached_property
@@ -78,7 +81,8 @@ class Path:
 def check_time(
     t: Tensor | float,  # Time, scalar or `[batch]`
 ) -> Tensor:  # The same as a tensor
-    "Raise a `ValueError` for times outside [0, 1], NaN included; on an accelerator they are not read back."
+    """Raise a `ValueError` for times outside [0, 1], NaN included; on an
+    accelerator they are not read back."""
     t = torch.as_tensor(t)
     if not t.is_floating_point():
         t = t.to(torch.get_default_dtype())
@@ -91,7 +95,8 @@ def check_time(
 # %% ../nbs/00_paths.ipynb #b6aa69e3
 @dataclass(frozen=True)
 class FlowPath(Path):
-    "The straight path alpha = 1 - t, sigma = t of flow matching, eq. (2) (arXiv 2210.02747)."
+    """The straight path alpha = 1 - t, sigma = t of flow matching, eq. (2)
+    (arXiv 2210.02747)."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -112,7 +117,8 @@ class FlowPath(Path):
 @checked
 @dataclass(frozen=True)
 class VPPath(Path):
-    "Path with alpha^2 + sigma^2 = 1: DDPM's linear schedule, eq. (3), or the cosine (arXiv 2102.09672)."
+    """Path with alpha^2 + sigma^2 = 1: DDPM's linear schedule, eq. (3), or the
+    cosine (arXiv 2102.09672)."""
 
     schedule: Literal["linear", "cosine"] = "linear"
     beta_min: float = 0.1
@@ -154,7 +160,8 @@ class VPPath(Path):
 @checked
 @dataclass(frozen=True)
 class EDMPath(Path):
-    "The variance-exploding path alpha = 1, sigma = sigma_max t, eq. (4) (arXiv 2206.00364)."
+    """The variance-exploding path alpha = 1, sigma = sigma_max t, eq. (4)
+    (arXiv 2206.00364)."""
 
     sigma_max: Positive = 80.0
 
@@ -185,7 +192,8 @@ def change_path(
     source: Path,  # The path `x` lives on
     target: Path,  # The path to move it to
 ) -> tuple[Tensor, Tensor]:  # The same noisy data on `target`, and its time there
-    "Convert a noisy point to another path at equal noise-to-signal ratio, eq. (5)."
+    """Convert a noisy point to another path at equal noise-to-signal ratio,
+    eq. (5)."""
     t = check_time(t)
     ratio = source.noise_to_signal(t)
     s = target.time_at(ratio)
@@ -202,6 +210,7 @@ def clamp_time(
     t: Tensor,  # Time, scalar or `[batch]`
     end: Literal["noise", "data"] = "noise",  # Which end of the path to keep away from
 ) -> Tensor:  # `t`, moved inside where a formula would divide by zero
-    "Keep a formula away from t = 1 if alpha vanishes there (end 'noise'), or from t = 0, where sigma does ('data')."
+    """Keep a formula away from t = 1 if alpha vanishes there (end 'noise'), or
+    from t = 0, where sigma does ('data')."""
     first, last = path._inner_times
     return t.clamp(min=first) if end == "data" else t.clamp(max=last)

@@ -99,7 +99,8 @@ def _density_image(
     extent: float = 2.0,  # Half the side of the square
     size: int = 160,  # Pixels along a side
 ) -> Tensor:  # Density at the pixel centres, `[size, size]`, indexed [y, x], float64
-    "The density p_t blurred by at least half a pixel, eq. (1), so that no thin branch falls between pixels."
+    """The density p_t blurred by at least half a pixel, eq. (1), so that no
+    thin branch falls between pixels."""
     require(mixture.dim == 2, "dimension of the mixture", mixture.dim, "1 or 2")
     x, time = _pixel_centres(extent, size), torch.tensor(t, dtype=torch.float64)
     scale = torch.ones((), dtype=torch.float64)
@@ -119,7 +120,8 @@ def show_density(
     extent: float = 2.0,  # Half the side of the region shown
     size: int = 160,  # Pixels along a side
 ) -> "Axes":  # The axes
-    "Shade the exact density in grey: a curve in 1-D; in 2-D an image, compressed as log(1 + 300 p / max p)."
+    """Shade the exact density in grey: a curve in 1-D; in 2-D an image,
+    compressed as log(1 + 300 p / max p)."""
     ax = _axes(ax)
     if mixture.dim == 1:
         line = torch.linspace(-extent, extent, 4 * size, dtype=torch.float64)[:, None]
@@ -141,7 +143,8 @@ def show_points(
     role: str = "guided",  # A key of `COLOURS`
     size: float = 1.0,  # Area of a point
 ) -> "Axes":  # The axes
-    "Draw samples: points in 2-D, a histogram that integrates to 1 over all classes in 1-D."
+    """Draw samples: points in 2-D, a histogram that integrates to 1 over all
+    classes in 1-D."""
     require(x.ndim == 2 and x.shape[1] in (1, 2), "shape of x", tuple(x.shape), "[n, 1] or [n, 2]")
     ax, points = _axes(ax), x.detach().cpu().double()
     groups = [(points, _colour(role))]
@@ -166,7 +169,8 @@ def show_trajectories(
     role: str = "guided",  # A key of `COLOURS`
     every: int = 1,  # Draw every n-th sample
 ) -> "Axes":  # The axes
-    "Draw trajectories from noise to data: value against falling time in 1-D, curves in the plane in 2-D."
+    """Draw trajectories from noise to data: value against falling time in 1-D,
+    curves in the plane in 2-D."""
     with extra("plots"):
         from matplotlib.collections import LineCollection
     shape, times = tuple(run.points.shape), run.times.detach().cpu().double()
@@ -191,7 +195,8 @@ def show_field(
     extent: float = 2.0,  # Half the side of the square
     size: int = 17,  # Arrows along a side
 ) -> "Axes":  # The axes
-    "Draw a vector field as arrows, the longest one pixel of the arrow grid long."
+    """Draw a vector field as arrows, the longest one pixel of the arrow grid
+    long."""
     ax, x = _axes(ax), _pixel_centres(extent, size).to(torch.get_default_dtype())
     vectors = fn(x.clone()).detach().cpu().double()  # a copy, for fn may ask for its gradient
     fine = vectors.shape == x.shape and vectors.isfinite().all()
@@ -272,7 +277,8 @@ def show_curves(
     hue: str | None = "method",  # Column that separates curves; names of methods get their colour and label
     ax: "Axes | None" = None,  # Axes, new ones by default
 ) -> "Axes":  # The axes
-    "Draw means over equal rows (the seeds) with bars of one standard deviation."
+    """Draw means over equal rows (the seeds) with bars of one standard
+    deviation."""
     with extra("plots"):
         import seaborn as sns
     for column in filter(None, (x, y, hue)):

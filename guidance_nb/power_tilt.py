@@ -51,7 +51,8 @@ def _class_mixture(
 
 # %% ../nbs/18_power_tilt.ipynb #3e6d6e22
 class MixturePair(Denoiser):
-    "Two exact denoisers as one model: one answers with the condition 0, the other without."
+    """Two exact denoisers as one model: one answers with the condition 0, the
+    other without."""
 
     def __init__(
         self,
@@ -86,7 +87,8 @@ def tilt_mixture(
     away: Mixture,  # p_u; one Gaussian
     scale: float,  # gamma
 ) -> Mixture:  # The tilt, all of class 0
-    "The power tilt where it is a Gaussian mixture, eq. (2); raises `ValueError` where it is not, or does not exist."
+    """The power tilt where it is a Gaussian mixture, eq. (2); raises
+    `ValueError` where it is not, or does not exist."""
     check_scale(scale)
     several = len(toward.means) > 1
     fine = len(away.means) == 1 and (not several or (float(scale).is_integer() and scale >= 1))
@@ -120,7 +122,8 @@ def tilt_on_grid(
     scale: float,  # gamma
     grid: Tensor,  # Equally spaced points, `[n, d]`; in two dimensions a `torch.cartesian_prod`
 ) -> Mixture:  # The points, weighted by the tilt
-    "The power tilt by quadrature, eq. (1): a weighted set of points; an error if the grid does not hold it."
+    """The power tilt by quadrature, eq. (1): a weighted set of points; an
+    error if the grid does not hold it."""
     weights = _log_tilt(toward, away, scale, grid).softmax(0)
     edge = ((grid == grid.amin(0)) | (grid == grid.amax(0))).any(1)
     found = f"grid has a fraction {weights[edge].sum():.1g} of the tilt on its edge"
@@ -134,7 +137,8 @@ def anderson_step(
     points: list[Tensor],  # The last points, oldest first, `[n, ...]` each
     residuals: list[Tensor],  # What a plain iteration would add to each of them
 ) -> Tensor:  # The next point, `[n, ...]`
-    "Anderson's extrapolation of a fixed-point iteration, eq. (6), each row on its own."
+    """Anderson's extrapolation of a fixed-point iteration, eq. (6), each row
+    on its own."""
     x, f = points[-1], residuals[-1].flatten(1)
     if len(points) == 1:
         return x + residuals[-1]
@@ -155,7 +159,8 @@ def _solve_rows(
     tolerance: float = 1e-4,  # Root mean square residual at which a row is done
     memory: int = 2,  # Differences kept, m of eq. (6); 0 for the plain iteration
 ) -> tuple[list[Tensor], Tensor]:  # Answers at the fixed points, in order, and which rows `[n]` have one
-    "Solve a fixed-point equation for every row of a batch; rows without solution keep their first value."
+    """Solve a fixed-point equation for every row of a batch; rows without
+    solution keep their first value."""
     rows, value = torch.arange(len(start)), start
     first, found = None, torch.zeros(len(start), dtype=torch.bool)
     points: list[Tensor] = []
@@ -185,7 +190,8 @@ def _restrict(
     basis: Tensor,  # The first difference, same shape
     span: _Span,  # What is allowed
 ) -> Tensor:  # The part of `v` that is allowed
-    "Project a shift on multiples of the first difference, one factor for a sample or for a channel."
+    """Project a shift on multiples of the first difference, one factor for a
+    sample or for a channel."""
     if span == "all":
         return v
     dims = tuple(range({"sample": 1, "channel": 2}[span], v.ndim))
@@ -195,7 +201,8 @@ def _restrict(
 # %% ../nbs/18_power_tilt.ipynb #d884c448
 @checked
 class CharacteristicGuidance(Guidance):
-    "Guidance at the fixed point of eq. (5), classifier-free guidance where there is none (arXiv 2312.07586)."
+    """Guidance at the fixed point of eq. (5), classifier-free guidance where
+    there is none (arXiv 2312.07586)."""
 
     claims: ClassVar[Claims] = Claims("2312.07586", nfe=0)
 
@@ -215,7 +222,8 @@ class CharacteristicGuidance(Guidance):
         self.solved = self.fell_back = 0
 
     def guided(self, x: Tensor, t: Tensor, c: Any) -> Prediction:
-        "Two predictions at two points, whose shift is their own difference of noise, eq. (5)."
+        """Two predictions at two points, whose shift is their own difference
+        of noise, eq. (5)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale, sigma = self.scale_at(wide, t), expand_time(self.path.sigma(t), wide).expand_as(wide)
         if (torch.as_tensor(scale) == 1).all():
@@ -259,7 +267,8 @@ def _langevin_steps(
 @checked
 @dataclass(frozen=True)
 class PredictorCorrector:
-    "A step for `sample`: DDIM on the sampled model, then Langevin steps with the corrector's score (arXiv 2408.09000)."
+    """A step for `sample`: DDIM on the sampled model, then Langevin steps with
+    the corrector's score (arXiv 2408.09000)."""
 
     corrector: Denoiser  # Whose score the Langevin steps follow, usually a guided model
     count: Whole = 1  # Langevin steps at each level
@@ -283,7 +292,8 @@ class PredictorCorrector:
 def _effective_share(
     weights: Tensor,  # Weights `[n]`, of sum 1
 ) -> float:  # In (0, 1]
-    "Effective sample size 1 / sum w^2, as a fraction of the number of particles."
+    """Effective sample size 1 / sum w^2, as a fraction of the number of
+    particles."""
     return 1 / (weights.double().square().sum().item() * len(weights))
 
 # %% ../nbs/18_power_tilt.ipynb #62abebc8
@@ -291,7 +301,8 @@ def _systematic_resample(
     weights: Tensor,  # Weights `[n]`, 0 or more
     offset: float = 0.5,  # In [0, 1), uniformly random
 ) -> Tensor:  # Indices `[n]`; particle i appears n w_i times, rounded up or down
-    "Systematic resampling: n equally spaced pointers into the cumulated weights."
+    """Systematic resampling: n equally spaced pointers into the cumulated
+    weights."""
     total = weights.double().sum()
     fine = (weights >= 0).all() and 0 < total < math.inf
     require_that(fine, "weights", "finite numbers, 0 or more, not all 0")
@@ -327,7 +338,8 @@ def sample_feynman_kac(
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> _WeightedSamples:  # Particles and weights; systematic_resample makes them equal
-    "Weighted guided ancestral sampling, eq. (10), of the power tilt (arXiv 2503.02819)."
+    """Weighted guided ancestral sampling, eq. (10), of the power tilt (arXiv
+    2503.02819)."""
     path, guided = model.path, ClassifierFreeGuidance(model, scale)
     labels = torch.as_tensor(c)
     labels = labels.expand(n, *labels.shape).contiguous()

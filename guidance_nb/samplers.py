@@ -45,7 +45,8 @@ def time_grid(
 
 # %% ../nbs/03_samplers.ipynb #933be85e
 class StepContext(NamedTuple):
-    "What a step may need besides the point: noise, options, and what earlier steps left behind."
+    """What a step may need besides the point: noise, options, and what earlier
+    steps left behind."""
 
     noise: Callable[[], Tensor]  # A fresh standard normal draw, shaped like the data
     eta: float  # Share of ancestral noise in `ddim`
@@ -61,7 +62,8 @@ def ddim_step(
     c: Condition | None,  # Conditions `[batch]`, or None
     extra: StepContext,  # Noise, options and memory between steps
 ) -> Tensor:  # Samples at time `s`, `[batch, ...]`
-    "Eqs. (2) and (3): keep the predicted pair, replace a fraction `eta` of the noise (arXiv 2010.02502)."
+    """Eqs. (2) and (3): keep the predicted pair, replace a fraction `eta` of
+    the noise (arXiv 2010.02502)."""
     path, (x0, eps) = model.path, model(x, t, c)
     if extra.eta == 0 or s == 0:
         return path.alpha(s) * x0 + path.sigma(s) * eps
@@ -71,12 +73,14 @@ def ddim_step(
 
 
 def euler_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
-    "One Euler step of dx/dt = u(x, t) in the time of the path; same arguments as `ddim_step`."
+    """One Euler step of dx/dt = u(x, t) in the time of the path; same
+    arguments as `ddim_step`."""
     return x + (s - t) * model.velocity(x, t, c)
 
 # %% ../nbs/03_samplers.ipynb #41a232b2
 def ddpm_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
-    "Ancestral sampling, eq. (3) at eta = 1 (arXiv 2006.11239), moved by `mean_shift`; same arguments as `ddim_step`."
+    """Ancestral sampling, eq. (3) at eta = 1 (arXiv 2006.11239), moved by
+    `mean_shift`; same arguments as `ddim_step`."""
     moved = ddim_step(model, x, t, s, c, extra._replace(eta=1.0))
     shift = model.mean_shift(x, t, c)
     if shift is None:
@@ -87,7 +91,8 @@ def ddpm_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | N
 
 # %% ../nbs/03_samplers.ipynb #7bab01a0
 def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
-    "The corrector of EDM (arXiv 2206.00364 alg. 1); the step to t = 0 is Euler's. Same arguments as `ddim_step`."
+    """The corrector of EDM (arXiv 2206.00364 alg. 1); the step to t = 0 is
+    Euler's. Same arguments as `ddim_step`."""
     u = model.velocity(x, t, c)
     guess = x + (s - t) * u
     return guess if s == 0 else x + (s - t) * (u + model.velocity(guess, s, c)) / 2
@@ -101,14 +106,16 @@ def _heun_step_from_data(
 
 # %% ../nbs/03_samplers.ipynb #ad5981f1
 def _sit_diffusion(path: Path, t: Tensor) -> Tensor:
-    "The squared diffusion coefficient g^2 = 2 sigma(t) of SiT on a `path` (arXiv 2401.08740), shaped as `t`."
+    """The squared diffusion coefficient g^2 = 2 sigma(t) of SiT on a `path`
+    (arXiv 2401.08740), shaped as `t`."""
     return 2 * path.sigma(t)
 
 
 def _euler_maruyama_step(
     model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext
 ) -> Tensor:
-    "One step of the reverse SDE dx = (u - g^2 score / 2) dt + g dW; to 0 by eq. (2). Same arguments as `ddim_step`."
+    """One step of the reverse SDE dx = (u - g^2 score / 2) dt + g dW; to 0 by
+    eq. (2). Same arguments as `ddim_step`."""
     if s == 0:
         return model(x, t, c).x0
     pair = model(x, t, c)
@@ -118,7 +125,8 @@ def _euler_maruyama_step(
 
 # %% ../nbs/03_samplers.ipynb #61cb19c0
 def dpmpp_2m_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
-    "DPM-Solver++(2M), eq. (4) (arXiv 2211.01095 alg. 2); same arguments as `ddim_step`."
+    """DPM-Solver++(2M), eq. (4) (arXiv 2211.01095 alg. 2); same arguments as
+    `ddim_step`."""
     path, x0 = model.path, model(x, t, c).x0
     h = path.noise_to_signal(t).log() - path.noise_to_signal(s).log()
     d = x0
@@ -141,7 +149,8 @@ _REVERSIBLE = ("ddim", "euler", "heun", "dopri5")  # those that may go from data
 
 
 class Trajectory(NamedTuple):
-    "What `sample_trajectory` returns: every point on the way from noise to data."
+    """What `sample_trajectory` returns: every point on the way from noise to
+    data."""
 
     points: Tensor  # Points at `times`, `[len(times), n, ...]`
     times: Tensor  # The times, `[steps + 1]`
@@ -163,7 +172,8 @@ def check_request(
     sampler: Sampler | Callable[..., Tensor],  # Name of the sampler, or a step
     times: Tensor,  # Time grid
 ) -> int:  # Number of samples
-    "Raise an error for a request that `sample` cannot serve, before any work is done."
+    """Raise an error for a request that `sample` cannot serve, before any work
+    is done."""
     if not callable(sampler):
         check_choice("sampler", sampler, get_args(Sampler))
     steps = model.consistent or callable(sampler) or sampler in ("ddim", "ddpm")
@@ -184,7 +194,8 @@ def check_request(
 def _integrate(
     model: Denoiser, x: Tensor, c: Condition | None, times: Tensor, step: Callable, extra: StepContext, seen: _Callback
 ) -> Tensor:
-    "Follow the grid with a fixed-step sampler, from `x` at `times[0]` to the last time."
+    """Follow the grid with a fixed-step sampler, from `x` at `times[0]` to the
+    last time."""
     seen(0, times[0], x)
     for number, (t, s) in enumerate(zip(times[:-1], times[1:]), 1):
         x = step(model, x, t, s, c, extra)
@@ -245,7 +256,8 @@ def sample(
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> Tensor:  # Samples `[n, *shape]`
-    "Draw samples; sample i depends on (seed, start + i) alone, and the model is left in the mode it was in."
+    """Draw samples; sample i depends on (seed, start + i) alone, and the model
+    is left in the mode it was in."""
     if not isinstance(model, Denoiser):
         raise ValueError(f"model is a {type(model).__name__}; allowed: a Denoiser, such as NetworkDenoiser(net, path)")
     times = time_grid(model.path, steps, str(sampler)) if times is None else times.double().cpu()
@@ -285,7 +297,8 @@ def sample(
 
 @takes_arguments_of(sample)
 def sample_trajectory(*args: Any, **kwargs: Any) -> Trajectory:
-    "Draw samples as `sample` does, and return all points on the way, their times, and the NFE."
+    """Draw samples as `sample` does, and return all points on the way, their
+    times, and the NFE."""
     points: dict[int, list[Tensor]] = {}
     times: dict[int, Tensor] = {}
     follow = kwargs.pop("callback", None)

@@ -42,7 +42,8 @@ def _branch_outputs(
     c: Tensor,  # Labels, `[batch]`
     branches: Sequence[str] = ("conditional", "null"),  # Which outputs, one or both, in this order
 ) -> Tensor:  # Raw outputs, `[branches, batch, ...]`
-    "The terms under sg in eq. (1) from one evaluation pass; an evaluation of the network for each entry."
+    """The terms under sg in eq. (1) from one evaluation pass; an evaluation of
+    the network for each entry."""
     fine = list(branches) in (["conditional"], ["null"], ["conditional", "null"])
     require(fine, "branches", branches, "one or both of 'conditional', 'null', in this order")
     drop = torch.tensor([name == "null" for name in branches], device=x.device).repeat_interleave(len(x))
@@ -54,7 +55,8 @@ def _branch_outputs(
 @checked
 @dataclass
 class MeanFlowGuidanceLoss:
-    "Squared error to the guided target of eq. (3) at r = t, the guidance of MeanFlow alone (arXiv 2505.13447)."
+    """Squared error to the guided target of eq. (3) at r = t, the guidance of
+    MeanFlow alone (arXiv 2505.13447)."""
 
     omega: Number = 1.0  # Weight of the plain target
     kappa: float = 0.5  # Weight of the network's own conditional output, below 1
@@ -99,7 +101,8 @@ def _draw_scales(
 @checked
 @dataclass
 class GuidanceFreeTrainingLoss:
-    "Squared error of a mixture with the own unconditional output, eq. (4) (arXiv 2501.15420); beta = 1 / scale."
+    """Squared error of a mixture with the own unconditional output, eq. (4)
+    (arXiv 2501.15420); beta = 1 / scale."""
 
     scale: Positive = 2.0  # Guidance scale to train for, 1 / beta; unused with `scale_range`
     dropout: Share = 0.1  # Probability of training a sample without its condition
@@ -123,7 +126,8 @@ class GuidanceFreeTrainingLoss:
 @checked
 @dataclass
 class GuidedDistillationLoss:
-    "Squared error to a frozen guided teacher, eq. (5) (arXiv 2210.03142, first stage)."
+    """Squared error to a frozen guided teacher, eq. (5) (arXiv 2210.03142,
+    first stage)."""
 
     teacher: Denoiser  # Guided already; or plain, to be guided by `guidance` at scales of `scale_range`
     scale_range: ScaleRange | None = None  # For scale-aware students: lowest and highest scale
@@ -137,7 +141,8 @@ class GuidedDistillationLoss:
 
     @torch.no_grad()
     def answer(self, x: Tensor, t: Tensor, c: Tensor, drop: Tensor, scale: Tensor | None) -> Prediction:
-        "What the teacher says: guided at `scale` `[batch]`, unconditional where dropped."
+        """What the teacher says: guided at `scale` `[batch]`, unconditional
+        where dropped."""
         asked = self.teacher if scale is None else self.guidance(self.teacher, scale)
         plain = self.teacher
         with eval_mode(self.teacher):
@@ -157,12 +162,14 @@ class GuidedDistillationLoss:
 
 # %% ../nbs/19_trained_guidance.ipynb #8a10f002
 def scale_from_gft(beta: float) -> float:
-    "The scale of guidance-free training at `beta` in (0, 1] (arXiv 2501.15420); above 1 the same relation damps."
+    """The scale of guidance-free training at `beta` in (0, 1] (arXiv
+    2501.15420); above 1 the same relation damps."""
     require(beta > 0, "beta", beta, "above 0")
     return 1 / beta
 
 
 def scale_from_meanflow(omega: float, kappa: float) -> float:
-    "The scale of MeanFlow's training-time guidance, omega / (1 - kappa) (arXiv 2505.13447)."
+    """The scale of MeanFlow's training-time guidance, omega / (1 - kappa)
+    (arXiv 2505.13447)."""
     require(kappa < 1, "kappa", kappa, "below 1, for at 1 and above the training target has no fixed point")
     return omega / (1 - kappa)

@@ -74,7 +74,8 @@ class LossContext:
         return self.own(torch.rand, x).to(x.dtype)
 
     def times(self, x: Tensor) -> Tensor:
-        "Times `[batch]` for a batch `x`: by the given distribution, or usual on the path."
+        """Times `[batch]` for a batch `x`: by the given distribution, or usual
+        on the path."""
         u, path = self.uniform(x), getattr(self.model, "path", None)
         if self.law is None:
             return path.training_time(u) if isinstance(path, Path) else u
@@ -82,7 +83,8 @@ class LossContext:
         return self.drawn[0]
 
     def weigh(self, losses: Tensor) -> Tensor:
-        "Losses `[batch]` weighted at their times, if the distribution has weights."
+        """Losses `[batch]` weighted at their times, if the distribution has
+        weights."""
         if self.law is None or self.drawn is None or self.model is None:
             return losses
         return losses * self.law.weigh(*self.drawn, self.model).to(losses)
