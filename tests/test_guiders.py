@@ -199,6 +199,13 @@ def test_a_failing_network_is_left_as_it_was():
     )
 
 
+class Fickle(gnb.ClassifierFreeGuidance):
+    "Asks for the unconditional prediction where the conditional one is not zero."
+
+    def guided(self, x, t, c):
+        return super().guided(x, t, c) if self.model(x, t, c).x0.any() else self.model(x, t, c)
+
+
 def test_bad_input_is_told_in_one_line():
     it, plain = made("sdxl"), gnb.ClassifierFreeGuidance
     other = SimpleNamespace(scheduler=it.pipeline.scheduler, unet=cases.unet())
@@ -207,6 +214,8 @@ def test_bad_input_is_told_in_one_line():
         (lambda: DiffusersGuider(plain, it.pipeline, scale="3"), "scale"),
         (lambda: DiffusersGuider(plain, it.pipeline, interval=(0.8, 0.2)), "interval"),
         (lambda: pag(it.pipeline), "layers = 7; allowed: 0 to"),
+        (lambda: pag(modular_pipelines.StableDiffusionXLAutoBlocks().init_pipeline()), "load_components"),
+        (lambda: it.run(DiffusersGuider(Fickle, it.pipeline, scale=3.0)), "guidance asks for another pass; allowed"),
         (lambda: pag(it.pipeline.scheduler), "layers = 7; allowed: no layer is there"),
         (lambda: DiffusersGuider(Autoguidance, it.pipeline.scheduler, weak=other.unet), "source = 'DDIMScheduler'"),
         (lambda: it.run(DiffusersGuider(plain, other, scale=3.0)), "network = 'UNet2DConditionModel'; allowed"),
@@ -222,6 +231,7 @@ def test_a_state_of_blocks_says_the_same_as_a_mapping():
     guider = DiffusersGuider(gnb.ClassifierFreeGuidance, made("sdxl").pipeline, scale=3.0)
     guider.set_state(step=0, num_inference_steps=2, timestep=torch.tensor(500))
     state = modular_pipelines.modular_pipeline.BlockState(text=torch.ones(1, 2), no_text=torch.zeros(1, 2))
+    assert "num_conditions: 2" in str(guider)
     from_state = guider.prepare_inputs_from_block_state(state, {"c": ("text", "no_text"), "image": "nothing"})
     from_mapping = guider.prepare_inputs({"c": (state.text, state.no_text), "image": None})
     assert [(str(b), b.c.tolist()) for b in from_state] == [(str(b), b.c.tolist()) for b in from_mapping]
@@ -239,6 +249,8 @@ def test_guiders_of_diffusers_that_fail_in_its_pipelines():
     assert_close(it.run(ours, negative_prompt=None), first, rtol=0, atol=0)
     flow = [made("sd3").run(theirs.ClassifierFreeGuidance(guidance_scale=s), negative_prompt=None) for s in (1.0, 7.0)]
     assert_close(*flow, rtol=0, atol=0)  # without a negative prompt there is no guidance
+    empty = made("sd3").run(theirs.ClassifierFreeGuidance(guidance_scale=7.0), negative_prompt="")
+    assert (empty - flow[0]).abs().max() > 0.01
 
 
 def test_magnitude_aware_guidance_of_diffusers_works_on_rows_of_tokens_alone():

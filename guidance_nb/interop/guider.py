@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import require
+from guidance_nb._checks import require, require_that
 from guidance_nb._conditions import Condition
 from guidance_nb._extras import extra
 from guidance_nb._modes import swapped
@@ -53,13 +53,14 @@ class PipelineDenoiser(Denoiser):
         return {module: forward for module, forward in own.items() if usual.get(module) is not forward}
 
     def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
-        "A note and zeros, or a prediction; a `ValueError` for another point or condition."
-        here = _same(x, self.point[0]) and _same(torch.as_tensor(t), self.point[1])
-        if not here or not (c is None or (isinstance(c, Tensor) and _same(c, self.condition))):
-            what = "condition" if here else "point"
-            raise ValueError(f"guidance asks for another {what}; allowed in a pipeline: methods that need one point")
+        "A note and zeros, or a prediction; a `ValueError` for what was not predicted."
         layers = self._layers(self.usual)
         request = c is not None, frozenset(layers)
+        point = _same(x, self.point[0]) and _same(torch.as_tensor(t), self.point[1])
+        condition = c is None or (isinstance(c, Tensor) and _same(c, self.condition))
+        fine = {"point": point, "condition": condition, "pass": request in (self.known or [request])}
+        other = next((what for what in fine if not fine[what]), None)
+        require_that(not other, f"guidance asks for another {other}", "in a pipeline: methods that need one point")
         if self.known is not None:
             return self.known[request]
         self.asked[request] = layers
@@ -98,6 +99,7 @@ class DiffusersGuider(BaseGuidance):
         super().__init__()
         self.register_to_config(start=0.0, stop=1.0, enabled=True)
         scheduler = getattr(source, "scheduler", source)
+        require(scheduler is not None, "scheduler", None, "one that is loaded; pipeline.load_components() loads it")
         self.facts = path_from_scheduler(scheduler)
         require(self.facts.clock, "scheduler", type(scheduler).__name__, "any but those of EDM, in a guider")
         net: Network = getattr(source, "unet", None) or getattr(source, "transformer", None)
