@@ -38,7 +38,8 @@ from .paths import Path, clamp_time, expand_time
 
 # %% ../nbs/17_weak_models.ipynb #78b8d092
 class WeakGuidance(Guidance):
-    "Guidance away from a weak prediction, beside classifier-free guidance, eq. (2); `pair` makes the two predictions."
+    """Guidance away from a weak prediction, beside classifier-free guidance,
+    eq. (2); `pair` makes the two predictions."""
 
     claims: ClassVar[Claims] = Claims("2406.02507", needs_condition=False)
 
@@ -79,7 +80,8 @@ class WeakGuidance(Guidance):
 
 # %% ../nbs/17_weak_models.ipynb #7c53f429
 class Autoguidance(WeakGuidance):
-    "Guidance away from a weaker model under the same condition, if any, eqs. (1) and (2) (arXiv 2406.02507)."
+    """Guidance away from a weaker model under the same condition, if any, eqs.
+    (1) and (2) (arXiv 2406.02507)."""
 
     def __init__(
         self,
@@ -106,7 +108,8 @@ def _mixed_scales(
     strength: float,  # Strength to divide, 1 for none
     share: float,  # Fraction of autoguidance, 0 to 1; the rest is classifier-free guidance
 ) -> tuple[float, float]:  # `scale` and `cfg_scale` of Autoguidance
-    "Two scales from one strength, under eq. (2); after arXiv 2406.02507, as secondary sources have it."
+    """Two scales from one strength, under eq. (2); after arXiv 2406.02507, as
+    secondary sources have it."""
     check_number("share", share, 0, 1)
     return 1 + share * (strength - 1), 1 + (1 - share) * (strength - 1)
 
@@ -115,7 +118,8 @@ def widen(
     mixture: Mixture,  # A mixture
     std: float,  # Standard deviation of the blur, in every direction
 ) -> Mixture:  # The same components, each wider
-    "A mixture convolved with a Gaussian: what a model that blurs its data has learned."
+    """A mixture convolved with a Gaussian: what a model that blurs its data
+    has learned."""
     variances, q = mixture.eigenvalues + check_number("std", std, 0) ** 2, mixture.eigenvectors
     covariances = variances if q is None else q * variances[:, None] @ q.mT
     return Mixture(mixture.means, covariances, mixture.labels, mixture.weights)
@@ -126,7 +130,8 @@ def _repairing_scale(
     v_model: float,  # Variance that the model has learned
     v_weak: float,  # Variance that the weak model has learned
 ) -> float:  # The scale gamma*
-    "The scale at which autoguidance undoes the model's error in width on a Gaussian, eq. (3)."
+    """The scale at which autoguidance undoes the model's error in width on a
+    Gaussian, eq. (3)."""
     require(min(v, v_model, v_weak) > 0, "v, v_model, v_weak", (v, v_model, v_weak), "positive numbers")
     require(v_model != v_weak, "v_weak", v_weak, "another variance than v_model, for equals cannot guide")
     return math.log(v_weak / v) / math.log(v_weak / v_model)
@@ -149,7 +154,8 @@ def _attention_layers(
 def _skippable_layers(
     model: nn.Module,  # Any model or network
 ) -> dict[str, Layer]:  # Layers that may be left out, by name, in order
-    "Transformer blocks of `diffusers` networks, and attention layers with a residual of their own, as in its U-Nets."
+    """Transformer blocks of `diffusers` networks, and attention layers with a
+    residual of their own, as in its U-Nets."""
     with extra("diffusers"):
         from diffusers.models.attention import BasicTransformerBlock
 
@@ -164,7 +170,8 @@ def _skippable_layers(
 
 # %% ../nbs/17_weak_models.ipynb #e83dfcb8
 def _tokens(layer: Layer, h: Tensor) -> Tensor:
-    "What an attention layer sees, `[batch, tokens, channels]`; a U-Net hands it maps instead."
+    """What an attention layer sees, `[batch, tokens, channels]`; a U-Net hands
+    it maps instead."""
     tokens = h.flatten(2).mT if h.ndim == 4 else h
     return tokens if layer.group_norm is None else layer.group_norm(tokens.mT).mT
 
@@ -173,7 +180,8 @@ def _identity_attention(
     model: nn.Module,  # Model whose layers to break
     layers: Layers,  # Which, see choose_layers
 ) -> AbstractContextManager[None]:  # A `with` block
-    "Self-attention with A = I, eq. (4): every token attends to itself (arXiv 2403.17377)."
+    """Self-attention with A = I, eq. (4): every token attends to itself (arXiv
+    2403.17377)."""
 
     def values_alone(layer: Layer, h: Tensor, *_: object, **__: object) -> Tensor:
         out = layer.to_out[1](layer.to_out[0](layer.to_v(_tokens(layer, h))))
@@ -188,7 +196,8 @@ def _gaussian_blur(
     images: Tensor,  # `[batch, channels, height, width]`
     sigma: float,  # Standard deviation in pixels; 0 changes nothing, infinity leaves the mean
 ) -> Tensor:  # The same, blurred
-    "Blur images: a kernel of 6 sigma, no wider than the image, reflecting at the border (arXiv 2408.00760)."
+    """Blur images: a kernel of 6 sigma, no wider than the image, reflecting at
+    the border (arXiv 2408.00760)."""
     if sigma == math.inf:
         return images.mean((2, 3), keepdim=True).expand_as(images)
     radius = min(math.ceil(6 * sigma) | 1, min(images.shape[2:]) | 1) // 2
@@ -215,7 +224,8 @@ def _blurred_queries(
     layers: Layers,  # Which, see choose_layers
     sigma: float,  # Standard deviation of the blur in tokens; 0 changes nothing, infinity leaves the mean
 ) -> AbstractContextManager[None]:  # A `with` block
-    "Self-attention whose queries are blurred over the square grid of tokens, eq. (4) (arXiv 2408.00760)."
+    """Self-attention whose queries are blurred over the square grid of tokens,
+    eq. (4) (arXiv 2408.00760)."""
 
     def blurred(project: Callable, tokens: Tensor) -> Tensor:
         return _gaussian_blur(_token_grid(project(tokens).mT), sigma).flatten(2).mT
@@ -240,13 +250,15 @@ def _skipped_layers(
     model: nn.Module,  # Model whose layers to break
     layers: Layers,  # Which, see choose_layers
 ) -> AbstractContextManager[None]:  # A `with` block
-    "Whole layers left out, as in the skip-layer guidance of Stable Diffusion 3.5."
+    """Whole layers left out, as in the skip-layer guidance of Stable Diffusion
+    3.5."""
     chosen = choose_layers(_skippable_layers(model), layers)
     return swapped({layer: partial(_left_out, layer) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #9b265bec
 class _Perturbed(Denoiser):
-    "The same model, evaluated with some of its layers broken: a weak model for `Autoguidance`."
+    """The same model, evaluated with some of its layers broken: a weak model
+    for `Autoguidance`."""
 
     def __init__(
         self,
@@ -265,7 +277,8 @@ class _Perturbed(Denoiser):
 
 # %% ../nbs/17_weak_models.ipynb #c258405d
 class PerturbedAttentionGuidance(Autoguidance):
-    "Guidance away from the same network with identity attention, eqs. (1), (2), (4) (arXiv 2403.17377)."
+    """Guidance away from the same network with identity attention, eqs. (1),
+    (2), (4) (arXiv 2403.17377)."""
 
     claims: ClassVar[Claims] = Claims("2403.17377", needs_condition=False)
 
@@ -282,7 +295,8 @@ class PerturbedAttentionGuidance(Autoguidance):
 
 # %% ../nbs/17_weak_models.ipynb #ed60d523
 class SmoothedEnergyGuidance(Autoguidance):
-    "Guidance away from the same network with blurred queries, eqs. (1), (2), (4) (arXiv 2408.00760)."
+    """Guidance away from the same network with blurred queries, eqs. (1), (2),
+    (4) (arXiv 2408.00760)."""
 
     claims: ClassVar[Claims] = Claims("2408.00760", needs_condition=False)
 
@@ -300,7 +314,8 @@ class SmoothedEnergyGuidance(Autoguidance):
 
 # %% ../nbs/17_weak_models.ipynb #9015e566
 class SkipLayerGuidance(Autoguidance):
-    "Guidance away from the same network with layers left out, eqs. (1), (2) (Stable Diffusion 3.5)."
+    """Guidance away from the same network with layers left out, eqs. (1), (2)
+    (Stable Diffusion 3.5)."""
 
     claims: ClassVar[Claims] = Claims("Stable Diffusion 3.5", needs_condition=False)
 
@@ -321,7 +336,8 @@ def _recorded_attention(
     model: nn.Module,  # Model to watch
     layers: Layers,  # Self-attention layers, see choose_layers
 ) -> Iterator[list[Tensor]]:  # One `[batch, tokens]` for each evaluation of a layer
-    "Collect how much attention every token receives, sum_q A_qk averaged over heads, eq. (5) (arXiv 2210.00939)."
+    """Collect how much attention every token receives, sum_q A_qk averaged
+    over heads, eq. (5) (arXiv 2210.00939)."""
     received: list[Tensor] = []
 
     def record(layer: Layer, forward: Callable, h: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -336,7 +352,8 @@ def _recorded_attention(
 
 # %% ../nbs/17_weak_models.ipynb #a7d30192
 class SelfAttentionGuidance(WeakGuidance):
-    "Guidance away from the same network shown a blur where it attends most, eq. (5) (arXiv 2210.00939)."
+    """Guidance away from the same network shown a blur where it attends most,
+    eq. (5) (arXiv 2210.00939)."""
 
     claims: ClassVar[Claims] = Claims("2210.00939", space="eps", needs_condition=False)
 
@@ -388,7 +405,8 @@ def annealed_scale(
     scale: float,  # Guidance scale near the data
     tau: tuple[float, float] = (0.6, 0.9),  # See eq. (6)
 ) -> Callable[[Tensor], Tensor]:  # Scale as a function of time, for any method that takes one
-    "CADS for models without embeddings: the scale falls to 0, unconditional, instead ('dynamic' guidance)."
+    """CADS for models without embeddings: the scale falls to 0, unconditional,
+    instead ('dynamic' guidance)."""
     check_scale(scale)
     _annealing(torch.zeros(()), tau)
     return lambda t: scale * _annealing(t, tau)
@@ -400,7 +418,8 @@ def carry_noise(
     start: int = 0,  # Index of the first sample
     draws: int = 1,  # Stretches of time that have noise of their own
 ) -> Tensor:  # Conditions with noise, `[n, 1 + draws, ...]`, for CADS
-    "Append to each condition the noise that will corrupt it; row i depends on (seed, start + i) alone."
+    """Append to each condition the noise that will corrupt it; row i depends
+    on (seed, start + i) alone."""
     check_inputs(c, 0.0, c, EMBEDDINGS)
     check_whole("draws", draws, 1)
     noise = keyed_noise(seed, start, (len(c), draws, *c.shape[1:]), step=2**32 - 1)  # a step no sampler reaches
@@ -408,7 +427,8 @@ def carry_noise(
 
 # %% ../nbs/17_weak_models.ipynb #2f88a17c
 class CADS(Denoiser):
-    "A model, guided or not, that gets a noisy condition early in sampling, eq. (6) (arXiv 2310.17347)."
+    """A model, guided or not, that gets a noisy condition early in sampling,
+    eq. (6) (arXiv 2310.17347)."""
 
     claims: ClassVar[Claims] = Claims("2310.17347", nfe=1, conditional_at_one=False)
 
@@ -427,7 +447,8 @@ class CADS(Denoiser):
         self.noise, self.mixing = check_number("noise", noise, 0), check_number("mixing", mixing, 0, 1)
 
     def question(self, c: Tensor, t: Tensor) -> Tensor:
-        "The corrupted embeddings `[batch, ...]` at time t, eq. (6), from conditions with noise."
+        """The corrupted embeddings `[batch, ...]` at time t, eq. (6), from
+        conditions with noise."""
         fine = c.ndim > 2 and c.shape[1] > 1
         require_that(fine, f"c has shape {tuple(c.shape)}", "[batch, 1 + draws, ...], from carry_noise")
         y, draws, time = c[:, 0], c.shape[1] - 1, t.to(c.device, c.dtype).expand(len(c))
@@ -440,13 +461,15 @@ class CADS(Denoiser):
         return torch.where(share == 1, y, noisy + self.mixing * (rescaled - noisy))
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-        "The prediction for the noisy condition; without a condition, the model's own."
+        """The prediction for the noisy condition; without a condition, the
+        model's own."""
         t = check_inputs(x, t, c, self.num_classes)
         return self.model.predict(x, t, None if c is None else self.question(c, t))
 
 # %% ../nbs/17_weak_models.ipynb #0203dae0
 class EmbeddedLabels(Denoiser):
-    "A class-conditional network model that takes label embeddings, `[batch, width]`, instead of by label."
+    """A class-conditional network model that takes label embeddings, `[batch,
+    width]`, instead of by label."""
 
     def __init__(
         self,
@@ -464,7 +487,8 @@ class EmbeddedLabels(Denoiser):
         return self.table(check_labels(labels, self.model.num_classes, len(labels)))
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-        "The model's prediction for these embeddings; None is its own null label."
+        """The model's prediction for these embeddings; None is its own null
+        label."""
         t = check_inputs(x, t, c, self.num_classes)
         if c is None:
             return self.model.predict(x, t, None)
@@ -480,7 +504,8 @@ def _log_ratio(
     t: Tensor | float,  # Time, scalar or `[batch]`
     c: Tensor | None = None,  # Labels `[batch]`; None, or two logits, for all classes together
 ) -> Tensor:  # log d / (1 - d), `[batch]`
-    "Log odds of real against generated, eq. (7), from logits `[batch, 2]` or `[batch, 2 * classes]`, generated first."
+    """Log odds of real against generated, eq. (7), from logits `[batch, 2]` or
+    `[batch, 2 * classes]`, generated first."""
     logits = discriminator(x, t)
     fine, told = logits.ndim == 2 and logits.shape[1] % 2 == 0, f"discriminator gives {tuple(logits.shape)}"
     require_that(fine, told, "[batch, 2] or [batch, 2 * classes]")
@@ -493,7 +518,8 @@ def _log_ratio(
 
 # %% ../nbs/17_weak_models.ipynb #060a808d
 class DiscriminatorGuidance(Guidance):
-    "A model corrected by a discriminator of real against generated noisy data, eq. (7) (arXiv 2211.17091)."
+    """A model corrected by a discriminator of real against generated noisy
+    data, eq. (7) (arXiv 2211.17091)."""
 
     claims: ClassVar[Claims] = Claims("2211.17091", conditional_at_one=False, needs_condition=False)
 
@@ -508,7 +534,8 @@ class DiscriminatorGuidance(Guidance):
         self.discriminator = discriminator
 
     def guided(self, x: Tensor, t: Tensor, c: Tensor | None) -> Prediction:
-        "Eq. (7): the gradient of the log odds joins the score; at scale 0 the discriminator is not asked."
+        """Eq. (7): the gradient of the log odds joins the score; at scale 0
+        the discriminator is not asked."""
         pair, scale = self.model(x, t, c), self.scale_at(x, t)
         if (torch.as_tensor(scale) == 0).all():
             return pair
@@ -520,7 +547,8 @@ class DiscriminatorGuidance(Guidance):
 
 # %% ../nbs/17_weak_models.ipynb #401f6221
 class _ExactDiscriminator(nn.Module):
-    "The optimal discriminator of two mixtures, eq. (7): log densities of (generated, c) and (real, c) at time t."
+    """The optimal discriminator of two mixtures, eq. (7): log densities of
+    (generated, c) and (real, c) at time t."""
 
     def __init__(
         self,
@@ -541,7 +569,8 @@ class _ExactDiscriminator(nn.Module):
 
 # %% ../nbs/17_weak_models.ipynb #a30830be
 class IndependentConditionGuidance(Guidance):
-    "Guidance away from a random label, for models without a null label (arXiv 2407.02687)."
+    """Guidance away from a random label, for models without a null label
+    (arXiv 2407.02687)."""
 
     claims: ClassVar[Claims] = Claims("2407.02687")
 
@@ -557,7 +586,8 @@ class IndependentConditionGuidance(Guidance):
         self.seed = seed
 
     def shift(self, t: Tensor) -> Tensor:
-        "How far labels are shifted at each time, 0 to `num_classes` - 1, shaped like `t`."
+        """How far labels are shifted at each time, 0 to `num_classes` - 1,
+        shaped like `t`."""
         ratio = self.path.noise_to_signal(clamp_time(self.path, t.detach().double().cpu()))
         levels = (101 * ratio / (1 + ratio) + 1 / math.pi).long()  # no usual grid has times on their borders
         keyed = [np.random.Generator(np.random.Philox(key=[self.seed, k])) for k in levels.flatten().tolist()]
