@@ -1,7 +1,6 @@
 """Sets of points: which are invalid, and the one exact search for nearest neighbours, toy and image."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ def as_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1) -
 def as_labels(name: str, c: Tensor, n: int, num_classes: int | None = None) -> Tensor:
     "n labels as int64 on the CPU; a wrong type, length or range is a `ValueError` that names the argument."
     try:
-        labels: Any = check_labels(c, 2**31 if num_classes is None else num_classes, n)
-        return labels.cpu().long()
+        return check_labels(c, 2**31 if num_classes is None else num_classes, n).cpu().long()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Parametrisation', 'PREDICTIONS', 'Batching', 'EMBEDDINGS', 'Prediction', 'target_coefficients', 'to_prediction',
-           'guide', 'Denoiser', 'check_labels', 'check_inputs', 'record_nfe', 'count_nfe', 'NetworkDenoiser', 'OnPath']
+           'guide', 'Denoiser', 'record_nfe', 'count_nfe', 'NetworkDenoiser', 'OnPath']
 
 # %% ../nbs/01_denoisers.ipynb #cd2e7cba
 import copy
@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice
-from ._conditions import Condition, drop_rows, join, null_rows, repeat
+from ._checks import check_choice, require_that
+from ._conditions import C, Condition, drop_rows, join, null_rows, repeat
 from .paths import Path, change_path, check_time, clamp_time, expand_time
 
 # %% ../nbs/01_denoisers.ipynb #7e073ce3
@@ -181,27 +181,18 @@ class Denoiser(nn.Module):
         return f"path={self.path}, num_classes={classes}"
 
 # %% ../nbs/01_denoisers.ipynb #1f49e9eb
-def check_labels(
-    c: Condition,  # Class indices `[batch]`, embeddings `[batch, ...]`, or a mapping of such
-    num_classes: int,  # Number of classes, or `EMBEDDINGS`
-    batch: int,  # Expected length
-) -> Condition:  # The labels, unchanged
+def check_labels(c: C, num_classes: int, batch: int) -> C:
     "Raise a `ValueError` for conditions of a wrong type, shape or range."
-    if num_classes == EMBEDDINGS and not isinstance(c, Tensor):
-        for part in c.values() if isinstance(c, Mapping) and c else [None]:
-            if not isinstance(part, Tensor) or part.ndim < 1 or len(part) != batch:
-                found = f"of shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-                raise ValueError(f"c holds {found}; allowed: embeddings [batch, ...] with batch = {batch}, or None")
-        return c
     found = f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
-    if num_classes == EMBEDDINGS and isinstance(c, Tensor):
-        if not c.is_floating_point() or c.ndim < 2 or len(c) != batch:
-            raise ValueError(f"c is {found}; allowed: embeddings [batch, ...] with batch = {batch}, or None")
+    if num_classes == EMBEDDINGS:
+        parts = [*c.values()] if isinstance(c, Mapping) else [c]
+        fine = parts and all(isinstance(part, Tensor) and part.ndim and len(part) == batch for part in parts)
+        vectors = not isinstance(c, Tensor) or (c.is_floating_point() and c.ndim > 1)
+        require_that(fine and vectors, f"c is {found}", f"embeddings [batch, ...] with batch = {batch}, or None")
         return c
     if not isinstance(c, Tensor) or c.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"c is {found}; allowed: a LongTensor [batch] of class indices, or None")
-    if c.shape != (batch,):
-        raise ValueError(f"c has shape {tuple(c.shape)}; allowed: [batch] = [{batch}]")
+    require_that(c.shape == (batch,), f"c has shape {tuple(c.shape)}", f"[batch] = [{batch}]")
     if batch and not (0 <= (ends := torch.aminmax(c)).min.item() and ends.max.item() < num_classes):
         bad = (c < 0) | (c >= num_classes)
         allowed = f"0 to {num_classes - 1}" if num_classes else "None, for the model has no classes"
@@ -209,14 +200,8 @@ def check_labels(
     return c
 
 # %% ../nbs/01_denoisers.ipynb #7dadd7b8
-def check_inputs(
-    x: Tensor,  # Noisy data, `[batch, ...]`
-    t: Tensor | float,  # Time, scalar or `[batch]`
-    c: Condition | None,  # Labels `[batch]`, embeddings `[batch, ...]`, a mapping of such, or None
-    num_classes: int,  # Number of classes, or `EMBEDDINGS`
-) -> Tensor:  # `t` as a tensor
-    """Check the arguments of a denoiser; values on an accelerator are not read
-    back, only shapes."""
+def check_inputs(x: Tensor, t: Tensor | float, c: Condition | None, num_classes: int) -> Tensor:
+    "Check the arguments of a denoiser, and give `t` as a tensor; on an accelerator only shapes are looked at."
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x is {found}; allowed: a floating-point tensor [batch, ...]")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from guidance_nb._checks import (
     require,
 )
 from ._modes import eval_mode
-from .denoisers import check_labels, record_nfe
+from .denoisers import Denoiser, check_labels, record_nfe
 from .images.networks import build_network
 from .metrics import nearest_neighbours
 from .networks import MLP
@@ -38,9 +38,8 @@ class PairLoss:
     """Squared error of the velocity on the line of a pair, eqs. (2), (3)
     (arXiv 2503.10638, section 3.4)."""
 
-    def __call__(self, model: Any, pairs: Tensor, c: Tensor | None, context: LossContext) -> Tensor:
-        """Losses `[batch]` for `pairs` `[batch, 2, ...]` of generated and real
-        samples."""
+    def __call__(self, model: "FlowPostprocessor", pairs: Tensor, c: Tensor | None, context: LossContext) -> Tensor:
+        "Losses `[batch]` for `pairs` `[batch, 2, ...]` of generated and real samples."
         generated, real = pairs.unbind(1)
         tau = context.times(generated)  # uniform on (0, 1)
         z = torch.lerp(generated, real, expand_time(tau, generated))
@@ -156,7 +155,7 @@ def integrate_flow(
 
     if sampler == "dopri5":
         return solve_adaptively(lambda tau, z: at(z, tau), z, clock[[0, -1]])[-1]
-    field: Any = SimpleNamespace(velocity=at)
+    field = cast(Denoiser, SimpleNamespace(velocity=at))
     for tau, later in zip(clock, clock[1:]):
         z = (euler_step if sampler == "euler" else heun_step)(field, z, tau, later, None, None)  # type: ignore
     return z

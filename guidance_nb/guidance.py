@@ -92,12 +92,13 @@ class Guidance(Denoiser):
             return self.model(x, t, None)
         return self.combined(*self.pair(x, t, c), x, t, scale)
 
-    def combined(self, conditional: Prediction, unconditional: Prediction, x: Tensor, *point: Any) -> Prediction:
-        """The formula in 32 bits at least, for 16 do not hold its sums; the
-        result is as precise as `x`."""
+    def combined(
+        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
+    ) -> Prediction:
+        "The formula in 32 bits at least, for 16 do not hold its sums; the result is as precise as `x`."
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         towards, away = (Prediction(*(part.to(wide) for part in pair)) for pair in (conditional, unconditional))
-        return Prediction(*(part.to(x) for part in self.combine(towards, away, wide, *point)))
+        return Prediction(*(part.to(x) for part in self.combine(towards, away, wide, t, scale)))
 
     @property
     def consistent(self) -> bool:

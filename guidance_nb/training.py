@@ -265,7 +265,7 @@ def fit(
     "Train with AdamW and yield a `State` after every step."
     ema, ema_warmup = (0.999, True) if ema is None else (ema, ema_warmup)
     if engine is not None:
-        settings: dict[str, Any] = {"steps": steps, "seed": seed, "lr": lr}
+        settings: dict[str, object] = {"steps": steps, "seed": seed, "lr": lr}
         settings |= {"batch_size": batch_size, "schedule": schedule}
         settings |= {"ema": ema, "ema_warmup": ema_warmup}
         settings |= {"times": times} if times else {}

@@ -18,7 +18,7 @@ with extra("cli"):
     from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from guidance_nb.cli.recipe import Recipe
+    from guidance_nb.cli.recipe import Recipe, Table
     from guidance_nb.cli.run import Trained
     from guidance_nb.images.data import SampleFile
 
@@ -54,7 +54,7 @@ def parse_words(
     return places, flags
 
 
-def _parse_keys(first: str, context: typer.Context, kind: Any) -> tuple[str, Json]:
+def _parse_keys(first: str, context: typer.Context, kind: "type[Table]") -> tuple[str, Json]:
     "The one place of a command and its flags, which name keys of a table of this `kind`."
     from guidance_nb.cli.recipe import find_key, is_switch
 

@@ -46,7 +46,7 @@ class Table(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+    def _read(cls, value: object, info: ValidationInfo) -> object:
         "A list may be text with commas, a table may be its first key alone, and a truth value is no number."
         name = str(info.field_name)
         hint = cls.model_fields[name].annotation

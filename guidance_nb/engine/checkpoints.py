@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from guidance_nb._checks import require_that
 from guidance_nb._files import Json, differences, digest, parse_json, remove, write_aside
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = ["read_checkpoint"]
 
 _FORMAT = 2  # Version of the layout of a checkpoint
 _NAMES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -83,7 +82,7 @@ def _seal_record(record: Json) -> str:
     return json.dumps(body | {"checksum": digest(json.dumps(body, sort_keys=True))}, indent=1, sort_keys=True)
 
 
-def write_checkpoint(folder: Path, record: Json, parts: tuple[Any, nn.Module, dict]) -> Path:
+def write_checkpoint(folder: Path, record: Json, parts: tuple[nn.Module | dict, nn.Module, dict]) -> Path:
     """Write model, average and moments whole or not at all; an `OSError` leaves older checkpoints as they are."""
     from safetensors.torch import save_file, save_model
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,10 @@ class LossNFE:
 
 @torch.enable_grad()
 def count_loss_nfe(
-    loss: Callable[..., Tensor], model: Any = None, data: tuple[Tensor, Tensor | None] | None = None, steps: int = 1
+    loss: Callable[..., Tensor],
+    model: nn.Module | None = None,
+    data: tuple[Tensor, Tensor | None] | None = None,
+    steps: int = 1,
 ) -> LossNFE:
     """Count the evaluations that a loss takes by calling it on a tiny model, at 64 of the steps of a run.
 

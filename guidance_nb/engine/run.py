@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ from guidance_nb.engine.interrupts import stop_signals, stopped_by, uninterrupte
 from guidance_nb.training import Data, FetchData, LossContext, State, batches, ema_decay, learning_rate, update_ema
 
 __all__ = ["Engine"]
+
+_T = TypeVar("_T")
 
 
 @checked
@@ -290,7 +292,7 @@ class Run:
             self.accelerator.log(values, step=self.step)
             self.clock = (self.step, now)
 
-    def everywhere(self, action: Callable[[], Any]) -> Any:
+    def everywhere(self, action: Callable[[], _T]) -> _T:
         """What the main process finds, in every process; or its error."""
         return on_main(action, self.accelerator.process_index, self.world)
 
@@ -365,12 +367,12 @@ class Run:
         self.value = _DeferredLoss(torch.tensor(found.record["loss"], dtype=torch.float64), found.step - 1)
 
 
-def _check_json(name: str, value: object) -> Any:
+def _check_json(name: str, value: object) -> object:
     with explained(f"{name} is no JSON", "numbers, texts, lists, dicts", TypeError, ValueError):
         return json.loads(json.dumps(value))
 
 
-def _loss_state(loss: Callable) -> Any:
+def _loss_state(loss: Callable) -> object:
     """What a loss keeps between steps, if it has a `state_dict`."""
     return _check_json("loss.state_dict()", loss.state_dict()) if hasattr(loss, "state_dict") else None
 

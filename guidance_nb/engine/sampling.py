@@ -13,7 +13,7 @@ from guidance_nb.samplers import sample
 if TYPE_CHECKING:
     from guidance_nb.images.features import Extractor, Features
 
-__all__ = ["sample_sharded"]
+__all__: list[str] = []
 
 
 def sample_sharded(model: Denoiser, c: Condition | int, shape: tuple[int, ...], **options: Any) -> Tensor:
@@ -23,7 +23,7 @@ def sample_sharded(model: Denoiser, c: Condition | int, shape: tuple[int, ...], 
     options["progress"] = options.get("progress", True) and find_processes(device)[0] == 0
 
     def draw(rows: slice) -> dict[str, Tensor]:
-        own: Any = rows.stop - rows.start if isinstance(c, int) else take_rows(c, rows)
+        own: Condition | int = rows.stop - rows.start if isinstance(c, int) else take_rows(c, rows)
         begin = None if init is None else init[rows]
         return {"x": sample(model, own, shape, start=start + rows.start, init=begin, **options)}
 

@@ -145,7 +145,12 @@ def extract(
 
 
 def _complete(
-    images: Features, extractor: Any, batch_size: int, progress: bool, metrics: Any, weights: Any
+    images: Features,
+    extractor: str | Extractor | None,
+    batch_size: int,
+    progress: bool,
+    metrics: Sequence[str] | None,
+    weights: str | Path | None,
 ) -> Features:
     "A statistics file with rows of its images, where a metric needs rows."
     if not isinstance(images, Reference):

@@ -45,7 +45,7 @@ def find_captions(folder: Path, column: str = "text") -> dict[Path, str]:
     table = next((folder / name for name in _TABLES if (folder / name).is_file()), None)
     if table is None:
         beside = {path: path.with_suffix(".txt") for path in pictures}
-        found: dict[Path, Any] = {path: read_text(text) for path, text in beside.items() if text.is_file()}
+        found: dict[Path, object] = {path: read_text(text) for path, text in beside.items() if text.is_file()}
     else:
         found = {folder / row["file_name"]: row.get(column) for row in _read_table(table)}
     for path in sorted(found.keys() - set(pictures)):
@@ -55,7 +55,7 @@ def find_captions(folder: Path, column: str = "text") -> dict[Path, str]:
         said = isinstance(caption := found.get(path), str) and caption.strip()
         where = path.with_suffix(".txt").name if table is None else f"a row of {table.name} with {column!r}"
         require_that(said, f"{path} has no caption", where)
-    return {path: found[path].strip() for path in pictures}
+    return {path: str(found[path]).strip() for path in pictures}
 
 
 @dataclass

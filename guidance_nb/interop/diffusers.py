@@ -31,7 +31,7 @@ from guidance_nb.interop._networks import (
 from guidance_nb.interop.schedulers import SchedulerFacts, path_from_scheduler
 from guidance_nb.paths import clamp_time
 
-__all__ = ["DiffusersDenoiser", "from_diffusers"]
+__all__ = ["from_diffusers"]
 
 
 @contextmanager
