@@ -182,7 +182,7 @@ class Denoiser(nn.Module):
 
 # %% ../nbs/01_denoisers.ipynb #1f49e9eb
 def check_labels(c: C, num_classes: int, batch: int) -> C:
-    "Raise a `ValueError` for conditions of a wrong type, shape or range."
+    "The `c` of a `batch` for `num_classes`; a `ValueError` for a wrong type, shape or range."
     found = f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
     if num_classes == EMBEDDINGS:
         parts = [*c.values()] if isinstance(c, Mapping) else [c]
@@ -201,7 +201,7 @@ def check_labels(c: C, num_classes: int, batch: int) -> C:
 
 # %% ../nbs/01_denoisers.ipynb #7dadd7b8
 def check_inputs(x: Tensor, t: Tensor | float, c: Condition | None, num_classes: int) -> Tensor:
-    "Check the arguments of a denoiser, and give `t` as a tensor; on an accelerator only shapes are looked at."
+    "Check `x`, `t`, and `c` for `num_classes`, and give `t` as a tensor; on an accelerator only shapes are looked at."
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x is {found}; allowed: a floating-point tensor [batch, ...]")

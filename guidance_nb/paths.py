@@ -79,7 +79,7 @@ class Path:
 
 # %% ../nbs/00_paths.ipynb #cf938b8e
 def check_time(t: Tensor | float) -> Tensor:
-    "Raise a `ValueError` for times outside [0, 1], NaN included; on an accelerator they are not read back."
+    "`t` as a tensor; outside [0, 1] it is a `ValueError`, and NaN is; on an accelerator they are not read back."
     t = torch.as_tensor(t)
     if not t.is_floating_point():
         t = t.to(torch.get_default_dtype())

@@ -173,7 +173,7 @@ _Callback: TypeAlias = Callable[[int, Tensor, Tensor], None]  # `callback(step, 
 def check_request(
     model: Denoiser, c: Condition | int, shape: tuple[int, ...], sampler: Sampler | Callable[..., Tensor], times: Tensor
 ) -> int:
-    "The number of samples of a request; one that `sample` cannot serve is an error, before any work is done."
+    "The number of samples; what `model`, `sampler`, `c`, `shape` and `times` cannot do together is an error."
     if not callable(sampler):
         check_choice("sampler", sampler, get_args(Sampler))
     steps = model.consistent or callable(sampler) or sampler in ("ddim", "ddpm")
