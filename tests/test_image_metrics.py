@@ -169,7 +169,7 @@ def test_missing_weights_are_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("GUIDANCE_NB_INCEPTION", raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match=r"6726825d\.pth from torch-fidelity's release v0\.2\.0") as error:
+    with pytest.raises(ValueError, match=r"6726825d\.pth of torch-fidelity's release v0\.2\.0") as error:
         im.image_scores(pictures(2, 0), pictures(2, 1))
     text = str(error.value)
     assert "\n" not in text and "weights=" in text and "GUIDANCE_NB_INCEPTION" in text and "no network" in text
