@@ -53,7 +53,7 @@ def _squares(x: Tensor, y: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, 
         part = part.to(y)
         a = part - centre
         own = a.square().sum(1, keepdim=True)
-        yield part, torch.addmm(norms, a, b.T, alpha=-2) + own, unit * (own.sqrt() + norms.max().sqrt()) ** 2
+        yield part, torch.addmm(norms, a, b.T, alpha=-2).add_(own), unit * (own.sqrt() + norms.max().sqrt()) ** 2
 
 
 def search(
@@ -93,10 +93,11 @@ def inside(
     y = y.to(x.device if device is None else device, torch.float64)
     reach, found = squares.to(y.device), []
     for part, near, slack in _squares(x, y, MEMORY // (8 * len(y))):
-        gap = near - reach
-        hit = (gap < -slack).any(1)
-        at, ball = ((gap <= slack) & ~hit[:, None]).nonzero(as_tuple=True)  # decided by differences
-        for i, j in zip(*(part_.split(max(1, MEMORY // (8 * y.shape[1]))) for part_ in (at, ball))):
+        least = near.sub_(reach).amin(1, keepdim=True)
+        hit = (least < -slack)[:, 0]
+        rows = ((least <= slack)[:, 0] & ~hit).nonzero()[:, 0]  # decided by differences
+        at, ball = (near[rows] <= slack[rows]).nonzero(as_tuple=True)
+        for i, j in zip(*(each.split(max(1, MEMORY // (8 * y.shape[1]))) for each in (rows[at], ball))):
             hit[i[(part[i] - y[j]).square().sum(1) <= reach[j]]] = True
         found.append(hit.cpu())
     return torch.cat(found)
