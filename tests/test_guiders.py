@@ -88,16 +88,21 @@ def flux2_host():
     where = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4), torch.arange(1)).expand(2, -1, -1)
     words = torch.cartesian_prod(*[torch.arange(1)] * 3, torch.arange(5)).expand(2, -1, -1)
 
-    def velocity(x, t, c):
-        said, rows = null[: len(x)] if c is None else c, slice(len(x))
-        out = net(x.flatten(2).mT, said, t.float(), where[rows], words[rows], return_dict=False)[0]
-        return out.mT.reshape(x.shape)
+    class Velocity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t, c):
+            said, rows = null[: len(x)] if c is None else c, slice(len(x))
+            out = self.net(x.flatten(2).mT, said, t.float(), where[rows], words[rows], return_dict=False)[0]
+            return out.mT.reshape(x.shape)
 
     pipeline = modular_pipelines.Flux2KleinBaseAutoBlocks()
     for name in ("text_encoder", "vae_encoder", "decode"):
         pipeline.sub_blocks.pop(name)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    model = from_callable(velocity, gnb.FlowPath(), "velocity", EMBEDDINGS)
+    model = from_callable(Velocity(), gnb.FlowPath(), "velocity", EMBEDDINGS)
     times = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)
     return host(
         pipeline.init_pipeline(), {"transformer": net, "scheduler": scheduler}, model, text, times, (16, 4, 4),
@@ -164,6 +169,7 @@ ATTENTION = "mid_block.attentions.0.transformer_blocks"
     ("sdxl", SmoothedEnergyGuidance, {"layers": "attn1", "cfg_scale": 3.0}),
     ("sdxl", SkipLayerGuidance, {"layers": ATTENTION, "cfg_scale": 3.0}),
     ("sd3", SkipLayerGuidance, {"layers": 0, "cfg_scale": 3.0}),
+    ("flux2", SkipLayerGuidance, {"layers": 0, "cfg_scale": 3.0}),
 ])  # fmt: skip
 def test_guidance_away_from_changed_layers_changes_them_in_a_pipeline(kind, method, settings):
     it = made(kind)
