@@ -1,8 +1,10 @@
 "The tour of the methods: its stages, what each method costs, its scores, and how its progress is counted."
 
-from concurrent.futures import Future
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Timer
+from threading import Event
 
 import pytest
 import torch
@@ -14,13 +16,15 @@ from guidance_nb.cli._tour import (
     SCALES,
     SCORING,
     SECONDS,
+    Job,
     Stage,
     baseline_rows,
     budget_for,
-    finish_wave,
     guided_model,
     load_stage,
     make_network,
+    plan,
+    run_jobs,
     save_stage,
     training_stage,
 )
@@ -128,21 +132,55 @@ def test_real_samples_score_better_than_noise(data):
             assert (real[metric] > noise[metric]) == more_is_better, metric
 
 
+class Bar(tqdm):
+    "A bar that remembers what it showed."
+
+    def update(self, n=1):
+        super().update(n)
+        self.seen = [*getattr(self, "seen", []), self.n]
+
+
 def test_the_bar_counts_a_job_in_full_only_when_it_is_done():
-    slow, quick = Future[int](), Future[int]()
-    seen: list[float] = []
+    jobs = [Job(time.sleep, (1.2,), 0.2), Job(int, ("2",), 0.1)]
+    with ThreadPoolExecutor(2) as pool, Bar(total=0.3, disable=False, file=io.StringIO()) as bar:
+        assert run_jobs(jobs, pool, 2, bar) == [None, 2]
+    assert all(0.1 <= n <= 0.1 + 0.95 * 0.2 + 1e-9 for n in bar.seen[:-1]) and len(bar.seen) > 2
+    assert bar.seen == sorted(bar.seen) and bar.seen[-1] == pytest.approx(0.3)
 
-    class Bar(tqdm):
-        def update(self, n=1):
-            super().update(n)
-            seen.append(self.n)
 
-    quick.set_result(2)
-    Timer(1.2, slow.set_result, (1,)).start()
-    with Bar(total=0.3, disable=False, file=open("/dev/null", "w")) as bar:
-        assert finish_wave({slow: 0.2, quick: 0.1}, 2, bar) == [1, 2]
-    assert all(0.1 <= n <= 0.1 + 0.95 * 0.2 + 1e-9 for n in seen[:-1]) and len(seen) > 2
-    assert seen == sorted(seen) and seen[-1] == pytest.approx(0.3)
+def test_a_job_begins_as_soon_as_a_worker_is_free_and_what_it_needs_is_there():
+    order: list[str] = []
+    first, slow = Event(), Event()
+    calls = {
+        "base": first.set,
+        "slow": lambda: slow.wait(9),
+        "post": lambda: first.is_set() and slow.set(),  # while the slow one still runs
+        "last": lambda: order == ["base", "post", "slow"],
+    }
+    after = {"post": {0}, "last": {1, 2}}
+
+    def call(name: str) -> object:
+        found = calls[name]()
+        order.append(name)
+        return found
+
+    jobs = [Job(call, (name,), 1, frozenset(after.get(name, ()))) for name in calls]
+    with ThreadPoolExecutor(4) as pool, Bar(total=4, file=io.StringIO()) as bar:
+        assert run_jobs(jobs, pool, 2, bar)[1:] == [True, None, True]
+
+
+def test_the_plan_waits_for_networks_and_reuses_files(tmp_path):
+    stages = [Stage(data, 0, "sample", method, SCALES, QUICK) for data in DATA for method in METHODS]
+    jobs = plan(stages, tmp_path)
+    for number, job in enumerate(jobs):
+        stage = job.arguments[0]
+        needs = {jobs[n].arguments[0] for n in job.after}
+        assert all(n < number for n in job.after)
+        assert needs == ({stage} if number >= len(jobs) - len(stages) else set(stage.needs))
+    assert [job.arguments[0].name for job in jobs[:4]] == ["base", "base", "post", "post"]
+    for job in jobs[:-1]:
+        (tmp_path / job.arguments[0].file).touch()
+    assert [job.after for job in plan(stages, tmp_path)] == [frozenset()] * len(stages)
 
 
 @pytest.mark.parametrize("data", DATA)
