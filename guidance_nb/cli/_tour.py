@@ -328,10 +328,18 @@ def baseline_rows(problem: Problem, samples: int, seeds: int = 3) -> list[Row]:
 # Worker processes
 
 
+def _end_with_parent() -> None:
+    "A worker would wait for ever for the next job of a main process that was killed."
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
 def start_worker(threads: int) -> None:
     "Set up a worker process."
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the main process's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # tqdm's own is a system semaphore, left behind by a stopped worker
 
 
