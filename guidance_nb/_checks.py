@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 if TYPE_CHECKING:
@@ -53,18 +54,20 @@ def check_choice(name: str, value: _T, allowed: Collection[_T]) -> _T:
 
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf, allowed: str = "") -> float:
     """A finite number from `low` to `high`, ends included where they are finite."""
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    end = 10**308 if isinstance(value, int) else math.inf
+    fine = isinstance(value, Real) and not isinstance(value, bool) and -end < value < end
     ends = {(False, False): "a finite number", (True, False): f"a number, {low:g} or more"}
     words = ends.get((math.isfinite(low), math.isfinite(high)), f"{low:g} to {high:g}")
     require(fine and low <= value <= high, name, value, allowed or words)
-    return value
+    return value if isinstance(value, int | float) else float(value)  # numpy's numbers are numbers, too
 
 
 def check_whole(name: str, value: int, low: int = 0, high: int | None = None) -> int:
     """A whole number from `low` to `high`."""
-    fine = isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    fine = whole and low <= value <= (math.inf if high is None else high)
     require(fine, name, value, f"a whole number, {low} or more" if high is None else f"a whole number, {low} to {high}")
-    return value
+    return int(value)
 
 
 def check_distinct(name: str, values: Iterable[Hashable]) -> None:
@@ -82,11 +85,12 @@ def check_nonzero(name: str, value: float) -> float:
 
 def check_scale(scale: _T, name: str = "scale") -> _T:
     """A finite number, a tensor of finite numbers, or a function of time."""
+    if isinstance(scale, Real):
+        return check_number(name, scale)  # type: ignore
     if not callable(scale):
         import torch  # here, for the help of the command needs none
 
-        numeric = isinstance(scale, int | float | torch.Tensor) and not isinstance(scale, bool)
-        require(numeric and torch.as_tensor(scale).isfinite().all(), name, scale, "a finite number")
+        require(isinstance(scale, torch.Tensor) and scale.isfinite().all(), name, scale, "a finite number")
     return scale
 
 
@@ -152,6 +156,7 @@ Positive = Annotated[float, functools.partial(check_number, low=math.ulp(0.0), a
 Share = Annotated[float, functools.partial(check_number, low=0, high=1)]
 Whole = Annotated[int, check_whole]  # 0 or more
 Count = Annotated[int, functools.partial(check_whole, low=1)]
+Seed = Annotated[int, functools.partial(check_whole, high=2**64 - 1)]
 Interval = Annotated[tuple[float, float], lambda name, value: check_interval(value)]
 ScaleRange = Annotated[tuple[float, float], check_scale_range]
 

@@ -14,7 +14,7 @@ def keyed_generator(*key: int, device: str | torch.device = "cpu") -> torch.Gene
     "A generator that is a function of whole numbers alone."
     state = 0
     for number in key:  # splitmix64, so that neighbouring keys give unrelated streams
-        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = (state + int(number) + 0x9E3779B97F4A7C15) % 2**64
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
         state ^= state >> 31
@@ -23,8 +23,7 @@ def keyed_generator(*key: int, device: str | torch.device = "cpu") -> torch.Gene
 
 def keyed_noise(seed: int, start: int, shape: tuple[int, ...], step: int = 0) -> Tensor:
     "Noise keyed by sample index, so that batching never changes a sample."
-    check_whole("seed", seed, 0, 2**64 - 1)
-    check_whole("start", start)
+    seed, start = check_whole("seed", seed, 0, 2**64 - 1), check_whole("start", start)
     n, rest, blocks = shape[0], shape[1:], []
     end = start + max(n, 1)
     for block in range(start // 256, (end - 1) // 256 + 1):

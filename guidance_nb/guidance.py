@@ -128,8 +128,11 @@ class Guidance(Denoiser):
         scale = check_scale(self.scale(t)) if callable(self.scale) else self.scale
         if not isinstance(scale, Tensor):
             return scale
+        if scale.ndim:
+            fine = scale.ndim in (1, x.ndim) and len(scale) in (1, len(x))
+            allowed = f"[batch] or {x.ndim} dimensions, batch = 1 or {len(x)}"
+            require(fine, "shape of scale", tuple(scale.shape), allowed)
         if scale.ndim > 1:
-            require(scale.ndim == x.ndim, "scale of shape", tuple(scale.shape), f"[batch], or {x.ndim} dimensions")
             return scale.to(x)
         return expand_time(scale[0] if scale.shape == (1,) else scale, x)
 

@@ -7,7 +7,7 @@ __all__ = ['Sampler', 'SAMPLERS', 'time_grid', 'StepContext', 'ddim_step', 'eule
            'solve_adaptively', 'sample', 'sample_trajectory']
 
 # %% ../nbs/03_samplers.ipynb #b90b543f
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -178,9 +178,11 @@ def check_request(
         check_choice("sampler", sampler, get_args(Sampler))
     steps = model.consistent or callable(sampler) or sampler in ("ddim", "ddpm")
     require(steps, "sampler", sampler, "'ddim' or 'ddpm', for this model predicts a step of theirs")
-    fine = not (c is None or isinstance(c, bool) or (isinstance(c, int) and c < 1))
-    require(fine, "c", c, "labels [n], or the number of unconditional samples, 1 or more")
-    sized = len(shape) > 0 and all(isinstance(size, int) and size > 0 for size in shape)
+    whole = isinstance(c, int) and not isinstance(c, bool)
+    labels = isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim > 0)
+    fine = (whole and c > 0) or (labels and count(c) > 0)  # type: ignore
+    require_that(fine, f"c = {c!r}", "labels [n] or the number of unconditional samples, n of 1 or more")
+    sized = isinstance(shape, tuple | list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
     require(sized, "shape", shape, "the shape of one sample, (...) with positive whole numbers")
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
@@ -259,14 +261,18 @@ def sample(
     "Draw samples; sample i depends on (seed, start + i) alone, and the model is left in the mode it was in."
     told = f"model is a {type(model).__name__}"
     require_that(isinstance(model, Denoiser), told, "a Denoiser, such as NetworkDenoiser(net, path)")
-    times = time_grid(model.path, steps, str(sampler)) if times is None else times.double().cpu()
+    times = time_grid(model.path, steps, str(sampler)) if times is None else torch.as_tensor(times).double().cpu()
     n = check_request(model, c, shape, sampler, times)
     rising = times[0] < times[1]
     require(init is not None or not rising, "init", init, "the points to start from, for rising times")
     check_number("eta", eta, 0, 0 if rising else 1)
     batch_size = n if batch_size is None else check_whole("batch_size", batch_size, 1)
-    found = (n, *shape) if init is None else tuple(init.shape)
-    require_that(found == (n, *shape), f"init has shape {found}", f"{(n, *shape)}, that of all samples")
+    real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require(real, "dtype", dtype, "a floating-point type of torch")
+    if init is not None:
+        fine = isinstance(init, Tensor) and init.is_floating_point() and init.shape == (n, *shape)
+        found = f"{init.dtype} {tuple(init.shape)}" if isinstance(init, Tensor) else type(init).__name__
+        require_that(fine, f"init is {found}", f"a floating-point tensor {(n, *shape)}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     bar = tqdm(total=n * (len(times) - 1), disable=not progress, unit=" sample steps", unit_scale=True)
 
@@ -279,7 +285,8 @@ def sample(
     with bar, eval_mode(model):
         for i in range(0, n, batch_size):
             part = slice(i, min(i + batch_size, n))
-            here, noise = model.for_rows(part), NoiseSource(seed, start + i, (part.stop - i, *shape), device, dtype)
+            here = model if batch_size >= n else model.for_rows(part)
+            noise = NoiseSource(seed, start + i, (part.stop - i, *shape), device, dtype)
             first = noise()
             x = first * model.path.sigma(times[0]).item() if init is None else init[part].to(device, dtype)
             labels = None if isinstance(c, int) else map_condition(lambda c: c.to(device), take_rows(c, part))

@@ -23,10 +23,12 @@ from tqdm.auto import tqdm
 from guidance_nb._checks import (
     AtLeastZero,
     Count,
+    Seed,
     Share,
     check_number,
     checked,
     require,
+    require_that,
 )
 from ._conditions import Condition, count, map_condition, take_rows
 from ._processes import prefetch
@@ -176,6 +178,11 @@ def batches(
             x, c = data(batch_size, keyed_generator(seed, 1, step))
             yield x[rows], take_rows(c, rows)
         return
+    fetched = isinstance(data, FetchData)
+    pair = isinstance(data, tuple | list) and len(data) == 2
+    fine = fetched or (pair and isinstance(data[0], Tensor))
+    allowed = "tensors (x, c), a function of (n, generator), or FetchData"
+    require_that(fine, f"data is a {type(data).__name__}", allowed)
     size = len(data) if isinstance(data, FetchData) else len(data[0])
     require(size, "samples of data", size, "1 or more")
     order = visiting_order(size, batch_size, seed, steps, start)
@@ -190,7 +197,7 @@ def batches(
     labels = size if c is None else count(c)
     require(labels == size, "labels of data", labels, f"{size}, one a sample")
     finite = x.is_floating_point() and x.isfinite().all()
-    require(finite, "data", x.dtype, "finite floating-point numbers")
+    require_that(finite, f"data is not finite, or {x.dtype}", "finite floating-point numbers")
     for indices in order:
         yield x[indices[rows]], take_rows(c, indices[rows])
 
@@ -256,7 +263,7 @@ def fit(
     schedule: Literal["cosine", "constant"] = "cosine",  # See learning_rate
     ema: Share | None = None,  # Decay m; None: 0.999 with a warm-up
     ema_warmup: bool = False,  # Whether the decay rises to m, eq. (3)
-    seed: int = 0,  # Seed of data order, times, noise and dropout
+    seed: Seed = 0,  # Seed of data order, times, noise and dropout
     progress: bool = True,  # Whether to show a progress bar
     description: str = "training",  # Title of the progress bar
     engine: Callable[..., Iterator[State]] | None = None,  # An `Engine`

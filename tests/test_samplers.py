@@ -1,7 +1,9 @@
 "Samplers against diffusers' schedulers, closed forms, and their own promises."
 
 import math
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -194,11 +196,19 @@ def test_divergence_is_reported():
         ({"c": torch.tensor([0, 5])}, "c contains 5; allowed: 0 to 1"),
         ({"c": torch.tensor([0.0, 1.0])}, "c is torch.float32"),
         ({"c": torch.tensor([[0]])}, "c has shape (1, 1)"),
-        ({"c": 0}, "c = 0; allowed: labels [n], or the number of unconditional samples"),
+        ({"c": 0}, "c = 0; allowed: labels [n] or the number of unconditional samples"),
+        ({"c": torch.zeros(0, dtype=torch.long)}, "c = tensor([], dtype=torch.int64); allowed: labels [n]"),
+        ({"c": torch.tensor(1)}, "c = tensor(1)"),
+        ({"c": 2.0}, "c = 2.0"),
+        ({"shape": 2}, "shape = 2"),
+        ({"dtype": torch.int64}, "dtype = torch.int64; allowed: a floating-point type"),
+        ({"dtype": "float32"}, "dtype = 'float32'"),
         ({"eta": 1.5}, "eta = 1.5; allowed: 0 to 1"),
         ({"start": -1}, "start = -1; allowed: a whole number, 0 or more"),
         ({"batch_size": 0}, "batch_size = 0; allowed: a whole number, 1 or more"),
-        ({"init": torch.zeros(3, 1)}, "init has shape (3, 1); allowed: (2, 1)"),
+        ({"init": torch.zeros(3, 1)}, "init is torch.float32 (3, 1); allowed: a floating-point tensor (2, 1)"),
+        ({"init": torch.zeros(2, 1, dtype=torch.uint8)}, "init is torch.uint8"),
+        ({"init": [[0.0], [0.0]]}, "init is list"),
         ({"seed": -1}, "seed = -1"),
         ({"times": torch.tensor([0.0, 1.0])}, "for rising times"),
         ({"times": torch.tensor([1.0, 0.0, 0.5])}, "strictly falling"),
@@ -210,6 +220,26 @@ def test_bad_requests(arguments, words):
     with pytest.raises(ValueError) as caught:
         sample(ExactDenoiser(gaussian_pair(), FlowPath()), **request)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    "A scale, a seed or a number of steps that comes from an array or a table gives the same samples."
+    model, labels = ExactDenoiser(gaussian_pair(), FlowPath()), torch.tensor([0, 1])
+    plain = sample(ClassifierFreeGuidance(model, 2.5), labels, (1,), steps=2, seed=3, progress=False)
+    of_numpy = ClassifierFreeGuidance(model, np.float32(2.5))
+    options = {"steps": np.int64(2), "seed": np.int64(3), "batch_size": np.int32(2), "times": [1.0, 0.5, 0.0]}
+    assert torch.equal(sample(of_numpy, labels, (1,), **options, progress=False), plain)
+    for scale in (np.float32("nan"), np.array([2.5, 3]), 10**400):
+        with pytest.raises(ValueError, match="; allowed: a finite number"):
+            ClassifierFreeGuidance(model, scale)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4])
+def test_a_scale_per_sample_has_one_for_each(size):
+    "Too many were cut off in silence, too few blamed on the time."
+    guided = ClassifierFreeGuidance(ExactDenoiser(gaussian_pair(), FlowPath()), torch.full((size,), 2.0))
+    with nullcontext() if size in (1, 3) else pytest.raises(ValueError, match=rf"scale = \({size},\); .* = 1 or 3"):
+        sample(guided, torch.tensor([0, 1, 1]), (1,), steps=2, progress=False)
 
 
 def test_grids_end_where_they_should():

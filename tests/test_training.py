@@ -152,6 +152,13 @@ def test_fourier_features_are_sines_of_doubling_frequency():
             "labels of data = 3; allowed: 4",
         ),
         (lambda: train(Point(), to_one, ONES, 0, progress=False), ValueError, "steps = 0"),
+        (lambda: train(Point(), to_one, ONES, 2, seed=1.5, progress=False), ValueError, "seed = 1.5"),
+        (lambda: train(Point(), to_one, ONES[0], 2, progress=False), ValueError, "data is a Tensor; allowed: tensors"),
+        (
+            lambda: train(Point(), to_one, (ONES[0].numpy(), None), 2, progress=False),
+            ValueError,
+            "data is a tuple; allowed: tensors (x, c)",
+        ),
         (lambda: train(Point(), to_one, ONES, 2, schedule="linear", progress=False), ValueError, "schedule = 'linear'"),
         (lambda: DenoisingLoss(-0.1), ValueError, "dropout = -0.1; allowed: 0 to 1"),
         (
