@@ -207,7 +207,7 @@ def show_field(
 
 # %% ../nbs/07_plots.ipynb #61d7440c
 def show_images(
-    x: Tensor,  # Images in [-1, 1]: flat `[n, pixels]`, or `[n, channels, height, width]` with 1 or 3 channels
+    x: Tensor,  # Images in [-1, 1]: flat `[n, pixels]`, or `[n, channels, height, width]`
     columns: int = 10,  # Images per row
     ax: "Axes | None" = None,  # Axes, new ones by default
     shape: tuple[int, int] = (8, 8),  # Height and width of flat images
@@ -217,9 +217,11 @@ def show_images(
         from torchvision.utils import make_grid
     check_whole("columns", columns, 1)
     kept = tuple(x.shape[1:]) if x.ndim == 4 else (1, *shape)
-    fine = kept[0] in (1, 3) and math.prod(kept) == x[0].numel()
-    require(fine, "shape of x", tuple(x.shape), f"[n, {math.prod(shape)}] or [n, 1 or 3, h, w]")
+    fine = math.prod(kept) == x[0].numel()
+    require(fine, "shape of x", tuple(x.shape), f"[n, {math.prod(shape)}] or [n, channels, h, w]")
     images = ((x.detach().cpu().float() + 1) / 2).clamp(0, 1).reshape(-1, *kept)
+    if kept[0] not in (1, 3):  # neither grey nor RGB: channels side by side
+        images = images.transpose(1, 2).flatten(2)[:, None]
     ax = _axes(ax)
     ax.imshow(make_grid(images, nrow=columns, padding=1, pad_value=1.0).permute(1, 2, 0).numpy())
     ax.axis("off")

@@ -165,7 +165,7 @@ def test_cifar_is_what_its_files_say(data):
     assert images.pixels.flatten(1).numpy().tobytes() == batch[b"data"].tobytes()
     assert images.labels.tolist() == batch[b"labels"] and images.classes[3] == "cat"
     assert images.shape == (3, 32, 32) and images.num_classes == 10
-    with pytest.raises(ValueError, match="size = 64; allowed: 32, as stored, or a divisor of it"):
+    with pytest.raises(ValueError, match="size = 64; allowed: 32 x 32, as stored, or sides that divide these"):
         load_images("cifar10", "test", size=64)
     with pytest.raises(ValueError, match="channels = 1; allowed: 3, as stored"):
         load_images("cifar10", "test", channels=1)
@@ -598,8 +598,8 @@ def test_samples_made_elsewhere(tmp_path):
         ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 in \[0, 0\]; allowed: uint8"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.int64)}, "arr_0 is int64"),
         ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"\(2, 3, 4, 4\), channels first"),
-        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, r"\(2, 4, 4\); allowed: \[n, height, width, 1 or 3\]"),
-        ({"arr_0": np.zeros((2, 4, 4, 4), np.uint8)}, r"\(2, 4, 4, 4\); allowed"),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, r"\(2, 4, 4\); allowed: \[n, height, width, channels\]"),
+        ({"arr_0": np.zeros((2, 4, 4, 4), np.uint8)}, "channels of .* = 4; allowed: 3, as asked for"),
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "not empty"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(3, int)}, "arr_1 is int64 .*; allowed: 2 whole"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(2)}, "arr_1 is float64"),
@@ -619,7 +619,7 @@ def test_bad_sample_files(tmp_path, arrays, message):
 @pytest.mark.parametrize(
     ("x", "c", "facts", "message"),
     [
-        (torch.zeros(2, 4, 4), None, None, r"shape of x = \(2, 4, 4\)"),
+        (torch.zeros(2, 4, 4, 4, 4), None, None, r"shape of x = \(2, 4, 4, 4, 4\)"),
         (torch.zeros(0, 3, 4, 4), None, None, "not empty"),
         (torch.full((2, 3, 4, 4), 200.0), None, None, r"x is in \[200, 200\]"),
         (torch.full((2, 3, 4, 4), float("nan")), None, None, "not finite"),

@@ -180,7 +180,6 @@ assert dict(matplotlib.rcParams) == {**before, "backend": matplotlib.rcParams["b
         (lambda: plots.show_points(torch.zeros(3, 2), role="green"), "role = 'green'"),
         (lambda: plots.show_field(lambda x: x * math.nan), "allowed: finite vectors"),
         (lambda: plots.show_images(torch.zeros(2, 10)), "shape of x = (2, 10); allowed: [n, 64]"),
-        (lambda: plots.show_images(torch.zeros(2, 2, 8, 8)), "shape of x = (2, 2, 8, 8)"),
         (lambda: plots.show_images(torch.zeros(2, 64), columns=0), "columns = 0"),
         (lambda: plots.show_curves(pd.DataFrame({"a": [1]}), "a", "b", hue=None), "column = 'b'; allowed: 'a'"),
         (lambda: plots.show_curves(pd.DataFrame({"a": [], "b": []}), "a", "b", hue=None), "one row or more"),

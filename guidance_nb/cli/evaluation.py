@@ -102,8 +102,8 @@ def load_real(
     elif path.suffix == ".npz" and path.is_file() and _holds_moments(path):
         return read_reference(path), path.name
     else:
-        square = shape[-1] if shape and shape[-1] == shape[-2] and path.is_dir() else None
-        x, name = load_samples(path, size=square).x, path.name
+        size = (shape[1], shape[2]) if shape and path.is_dir() else None
+        x, name = load_samples(path, size=size).x, path.name
     if shape:
         _check_size(tuple(shape[1:]), tuple(x.shape[2:]))
     return x, name

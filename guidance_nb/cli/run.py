@@ -101,7 +101,7 @@ def make_data(recipe: Recipe, split: str = "train") -> ImageData | LatentData:
 
 def _read_generated(files: tuple[str, ...], shape: tuple[int, ...], num_classes: int) -> tuple[Tensor, Tensor | None]:
     "Read samples made here or elsewhere, several files one after the other."
-    parts = [load_samples(name, size=shape[-1], channels=shape[0]) for name in files]
+    parts = [load_samples(name, size=(shape[1], shape[2]), channels=shape[0]) for name in files]
     labels = [part.c for part in parts if part.c is not None]
     bare = [name for name, part in zip(files, parts) if part.c is None]
     require_that(len(bare) in (0, len(parts)), f"{', '.join(bare)} has no labels and others have", "all or none")
@@ -401,6 +401,7 @@ def write_picture(x: Tensor, file: Path, columns: int) -> None:
         from torchvision.utils import save_image
 
     with write_aside(file) as aside:
+        x = x if x.shape[1] in (1, 3) else x.transpose(1, 2).flatten(2)[:, None]  # channels side by side
         save_image((x.float().clamp(-1, 1) + 1) / 2, aside, nrow=columns, padding=1, format="png")
 
 

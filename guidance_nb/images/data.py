@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import Count, check_choice, check_whole, checked, explained, require, require_that
+from guidance_nb._checks import check_choice, check_whole, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, digest, parse_json, read_text, write_aside
 from guidance_nb._random import keyed_generator
@@ -28,6 +29,7 @@ with extra("images"):
 __all__ = ["ImageData", "from_uint8", "load_images", "load_samples", "save_samples", "to_uint8"]
 
 Crop = Literal["adm", "torchvision"]
+Size = int | tuple[int, int]  # Side of a square, or height and width
 Facts = Json
 
 
@@ -182,13 +184,23 @@ def find_files(source: str, root: str | Path | None = None, download: bool = Tru
     return folder
 
 
-def _shrink(x: Tensor, size: int) -> Tensor:
-    "Square uint8 images brought to a side that divides theirs: a pixel is the mean of its block, halves rounded up."
-    side = x.shape[3]
-    require(side % size == 0, "size", size, f"{side}, as stored, or a divisor of it")
-    edge = side // size
-    sums = [torch.nn.functional.avg_pool2d(part.float(), edge, divisor_override=1) for part in x.split(4096)]
-    return torch.cat([((2 * part + edge**2) / (2 * edge**2)).floor().to(torch.uint8) for part in sums])
+def _sides(size: Size) -> tuple[int, int]:
+    "Height and width of a size."
+    height, width = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    return check_whole("size", height, 1), check_whole("size", width, 1)
+
+
+def _shrink(x: Tensor, size: Size | None) -> Tensor:
+    "uint8 images brought to sides that divide theirs: a pixel is the mean of its block, halves rounded up."
+    stored = x.shape[2], x.shape[3]
+    if size is None or (wanted := _sides(size)) == stored:
+        return x
+    edges = stored[0] // wanted[0], stored[1] // wanted[1]
+    fine = (wanted[0] * edges[0], wanted[1] * edges[1]) == stored
+    require(fine, "size", size, f"{stored[0]} x {stored[1]}, as stored, or sides that divide these")
+    area = edges[0] * edges[1]
+    sums = [torch.nn.functional.avg_pool2d(part.float(), edges, divisor_override=1) for part in x.split(4096)]
+    return torch.cat([((2 * part + area) / (2 * area)).floor().to(torch.uint8) for part in sums])
 
 
 def _read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -225,25 +237,28 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def crop_image(image: Image.Image, size: int) -> Image.Image:
-    "ADM's crop to a square: halve by boxes while at least twice too large, then bicubic, antialiased, then the centre."
-    while min(image.size) >= 2 * size:
+def crop_image(image: Image.Image, size: Size) -> Image.Image:
+    "ADM's crop: halve by boxes while at least twice too large, then bicubic, antialiased, then the centre."
+    height, width = _sides(size)
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-def _resize_crop(image: Image.Image, size: int) -> Image.Image:
-    "torchvision's Resize and CenterCrop to a square: bilinear with antialiasing, then the centre."
+def _resize_crop(image: Image.Image, size: Size) -> Image.Image:
+    "torchvision's Resize, until the image covers the size, and CenterCrop: bilinear with antialiasing."
     with extra("images"):
         from torchvision.transforms.functional import center_crop, resize
 
-    return center_crop(resize(image, size), [size, size])
+    height, width = _sides(size)
+    shorter = max(height / image.height, width / image.width) * min(image.size)
+    return center_crop(resize(image, math.ceil(round(shorter, 6))), [height, width])
 
 
-CROPS: dict[Crop, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_image, "torchvision": _resize_crop}
+CROPS: dict[Crop, Callable[[Image.Image, Size], Image.Image]] = {"adm": crop_image, "torchvision": _resize_crop}
 _ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
 
 
@@ -265,7 +280,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         yield file
 
 
-def read_image(path: str | Path, channels: int, size: int | None = None, crop: Crop = "adm") -> Tensor:
+def read_image(path: str | Path, channels: int, size: Size | None = None, crop: Crop = "adm") -> Tensor:
     "An image file as uint8 `[channels, height, width]`, cropped to `size`; a damaged one is named."
     with _opened(path) as file:
         image = as_shown(file, channels)
@@ -297,7 +312,7 @@ _CACHE_BYTES = 2**28  # image folders that decode to at most this much, 256 MiB,
 class ImageFiles:
     "Image files decoded when asked for, by a pool of threads; small sets are kept."
 
-    def __init__(self, paths: Sequence[str | Path], shape: tuple[int, int, int], size: int | None, crop: Crop = "adm"):
+    def __init__(self, paths: Sequence[str | Path], shape: tuple[int, int, int], size: Size | None, crop: Crop = "adm"):
         self.paths, self.shape, self.size, self.crop = [str(path) for path in paths], shape, size, crop
         small = len(paths) * shape[0] * shape[1] * shape[2] <= _CACHE_BYTES
         self.cache = torch.empty(len(paths), *shape, dtype=torch.uint8) if small else None
@@ -331,7 +346,7 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.glob("*") if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _folder_images(folder: Path, split: str, size: int | None, channels: int, flip: bool, crop: Crop) -> ImageData:
+def _folder_images(folder: Path, split: str, size: Size | None, channels: int, flip: bool, crop: Crop) -> ImageData:
     "A folder of class sub-folders; labels follow the sorted names, as torchvision's `ImageFolder` has it."
     if _class_folders(folder / split):
         folder = folder / split
@@ -343,17 +358,18 @@ def _folder_images(folder: Path, split: str, size: int | None, channels: int, fl
     paths, labels = [path for path, _ in files], torch.tensor([label for _, label in files], dtype=torch.long)
     for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
         require(count, f"images in {folder / name}", count, "at least one per class, or delete the folder")
-    shape = (channels, *(common_size(paths) if size is None else (size, size)))
+    shape = (channels, *(common_size(paths) if size is None else _sides(size)))
     return ImageData(ImageFiles(paths, shape, size, crop), labels, tuple(classes), shape, flip, str(folder))
 
 
-def _packed_images(file: Path, size: int | None, flip: bool) -> ImageData:
+def _packed_images(file: Path, size: Size | None, flip: bool) -> ImageData:
     "Labelled images of an .npz that `save_samples` wrote with the names of the classes."
     x, labels, facts = _load_npz(file)
     classes = facts.get("classes")
     fine = labels is not None and isinstance(classes, list) and int(labels.max()) < len(classes)
     require(fine, f"labels and classes of {file}", classes, "labels in arr_1, the names of all classes in the facts")
-    x = x if size in (None, x.shape[3]) else _shrink(x, size)
+    require(x.ndim == 4, f"shape of the images of {file}", tuple(x.shape), "[n, channels, height, width]")
+    x = _shrink(x, size)
     return ImageData(x, labels, tuple(classes), tuple(x.shape[1:]), flip, str(file))  # type: ignore[arg-type]
 
 
@@ -362,13 +378,14 @@ def load_images(
     source: str | Path,  # "mnist", "cifar10", or a folder: of a sub-folder per class, or of train.npz and test.npz
     split: str = "train",  # "train" or "test"; for a folder, the sub-folder of this name if there is one
     root: str | Path | None = None,  # Where MNIST and CIFAR-10 are; default: GUIDANCE_NB_DATA, else the user's cache
-    size: Count | None = None,  # Side to bring images to: those in image files by `crop`, all others by `shrink`
+    size: Size | None = None,  # Side, or height and width, to bring images to: files by `crop`, others by `_shrink`
     flip: bool = False,  # Whether `fetch` mirrors a random half of the images
     download: bool = True,  # Whether to download MNIST or CIFAR-10 if missing; never into GUIDANCE_NB_DATA
-    channels: Literal[1, 3] | None = None,  # For a folder: 3 for RGB, the default, or 1 for grey
+    channels: Literal[1, 3] | None = None,  # For a folder of image files: 3 for RGB, the default, or 1 for grey
     crop: Crop = "adm",  # For a folder: how to crop and resize, as ADM or as torchvision does
 ) -> ImageData:  # With checked files
     "MNIST, CIFAR-10 or a folder of images; missing and damaged files are named."
+    _sides(1 if size is None else size)
     if source not in FILES:
         require(Path(source).is_dir(), "source", str(source), "'mnist', 'cifar10', or a folder of class sub-folders")
         if (file := Path(source) / f"{split}.npz").is_file():
@@ -377,14 +394,14 @@ def load_images(
     check_choice("split", split, ("train", "test"))
     x, labels, classes = _read_published(str(source), find_files(str(source), root, download), split)
     require(channels in (None, x.shape[1]), "channels", channels, f"{x.shape[1]}, as stored")
-    x = x if size in (None, x.shape[3]) else _shrink(x, size)
+    x = _shrink(x, size)
     return ImageData(x, labels, classes, (x.shape[1], x.shape[2], x.shape[3]), flip, str(source))
 
 
 class SampleFile(NamedTuple):
     "Samples as they lie on disk."
 
-    x: Tensor  # uint8 `[n, channels, height, width]`
+    x: Tensor  # uint8 `[n, channels, height, width]`; signals as they were saved, float32
     c: Tensor | None  # Labels `[n]`, int64, if there are any
     facts: Facts  # What is known of them
 
@@ -420,24 +437,28 @@ def _record(folder: Path) -> Facts | None:
 
 def save_samples(
     path: str | Path,  # A name that ends in .npz, or a folder for PNG files
-    x: Tensor,  # Samples `[n, channels, height, width]`: floats in [-1, 1], or uint8
+    x: Tensor,  # Images `[n, channels, height, width]`: floats in [-1, 1], or uint8; or signals `[n, ...]`, floats
     c: Tensor | None = None,  # Labels `[n]`
     facts: Facts | None = None,  # What to store with them: seed, scale, command
     overwrite: bool = False,  # Whether to replace a file or folder that this function did not write
 ) -> Path:  # `path`
-    "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders."
+    "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders; signals as float32."
     path = Path(path)
     other = path.suffix.lower() in (".npy", ".pt", ".zip", ".png", ".jpg", ".jpeg", ".webp", ".safetensors")
     require(not other, "path", str(path), "a name that ends in .npz, or a folder")
-    fine = x.ndim == 4 and x.shape[1] in (1, 3) and x.numel()
-    require(fine, "shape of x", tuple(x.shape), "[n, 1 or 3, height, width], not empty")
+    packed, signals = path.suffix == ".npz", x.ndim in (2, 3)
+    fine = x.numel() and ((signals or x.ndim == 4) if packed else (x.ndim == 4 and x.shape[1] in (1, 3)))
+    allowed = "[n, channels, height, width], not empty; with 1 or 3 channels for PNG files; signals [n, ...] for .npz"
+    require(fine, "shape of x", tuple(x.shape), allowed)
+    require(not signals or x.is_floating_point(), "type of x", x.dtype, "floating-point values, for signals")
     if c is not None:
         fine = not c.is_floating_point() and c.shape == x.shape[:1] and bool((c >= 0).all())
         require(fine, "c", f"{c.dtype} {tuple(c.shape)}", f"{len(x)} whole numbers, 0 or more, one per sample")
     require(isinstance(facts, dict | None), "facts", facts, "a dict")
     with explained("facts cannot be written as JSON", "text, numbers, lists, dicts", TypeError, ValueError):
         text = json.dumps(facts or {})
-    images = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    y = x.detach().float() if signals else (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1)
+    images = y.cpu().contiguous().numpy()
     labels = None if c is None else c.cpu().long().numpy()
     free = not path.exists() or (path.is_dir() != (path.suffix == ".npz") and may_replace(path, overwrite))
     advice = "another name" if overwrite else "another name, or overwrite=True if these are samples"
@@ -488,10 +509,12 @@ def _load_npz(path: Path) -> SampleFile:
     x, c = arrays["arr_0"], arrays.get("arr_1")
     span = f" in [{x.min():.3g}, {x.max():.3g}]" if x.size and np.issubdtype(x.dtype, np.number) else ""
     told = f"{path}: arr_0 is {x.dtype}{span}"
-    require_that(x.dtype == np.uint8, told, "uint8 (to_uint8 converts floats in [-1, 1])")
-    first = ", channels first" if x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3) else ""
-    fine = x.ndim == 4 and x.shape[3] in (1, 3) and x.size > 0
-    require_that(fine, f"{path}: arr_0 has shape {x.shape}{first}", "[n, height, width, 1 or 3], not empty")
+    signals = x.ndim in (2, 3) and x.dtype == np.float32 and bool(np.isfinite(x).all())
+    require_that(x.dtype == np.uint8 or signals, told, "uint8 (to_uint8 converts floats in [-1, 1])")
+    swapped = x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3)
+    first = ", channels first" if swapped and (x.shape[3] > 4 or x.shape[2] == x.shape[3]) else ""
+    fine = (x.ndim == 4 or signals) and not first and x.size > 0
+    require_that(fine, f"{path}: arr_0 has shape {x.shape}{first}", "[n, height, width, channels], not empty")
     if c is not None:
         fine = c.shape == x.shape[:1] and np.issubdtype(c.dtype, np.integer) and bool((c >= 0).all())
         require_that(fine, f"{path}: arr_1 is {c.dtype} {c.shape}", f"{len(x)} whole numbers, 0 or more")
@@ -501,10 +524,11 @@ def _load_npz(path: Path) -> SampleFile:
         facts = None
     require(isinstance(facts, dict), f"facts of {path}", str(arrays.get("facts"))[:60], "JSON of a table, or none")
     labels = None if c is None else torch.from_numpy(c.astype(np.int64))
-    return SampleFile(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), labels, facts)
+    y = torch.from_numpy(x)
+    return SampleFile(y if signals else y.permute(0, 3, 1, 2).contiguous(), labels, facts)
 
 
-def _load_folder(path: Path, size: int | None = None, channels: int | None = None) -> SampleFile:
+def _load_folder(path: Path, size: Size | None = None, channels: int | None = None) -> SampleFile:
     "Samples from a folder that `save_samples` wrote or that was made elsewhere."
     files = image_files(path)
     depths = {len(file.relative_to(path).parts) for file in files}
@@ -516,8 +540,8 @@ def _load_folder(path: Path, size: int | None = None, channels: int | None = Non
     return _folder_of_ours(path, files, depths == {2}, record)
 
 
-def _decode(files: list[Path], size: int | None, channels: int) -> Tensor:
-    shape = (channels, *(common_size(files) if size is None else (size, size)))
+def _decode(files: list[Path], size: Size | None, channels: int) -> Tensor:
+    shape = (channels, *(common_size(files) if size is None else _sides(size)))
     return ImageFiles(files, shape, size).decode(torch.arange(len(files)))
 
 
@@ -535,7 +559,7 @@ def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Facts
     return SampleFile(x, c, facts)
 
 
-def _folder_made_elsewhere(files: list[Path], by_class: bool, size: int | None, channels: int | None) -> SampleFile:
+def _folder_made_elsewhere(files: list[Path], by_class: bool, size: Size | None, channels: int | None) -> SampleFile:
     "Labels follow the sorted names of the sub-folders, which the facts hold; grey stays grey if all are."
     if channels is None:
         with ThreadPoolExecutor() as pool:
@@ -548,18 +572,20 @@ def _folder_made_elsewhere(files: list[Path], by_class: bool, size: int | None, 
     return SampleFile(x, torch.tensor([classes.index(name) for name in names]), {"classes": classes})
 
 
-@checked
 def load_samples(
     path: str | Path,  # An .npz file in ADM's layout, or a folder of images
-    size: Count | None = None,  # Side wanted: images of a folder made elsewhere are resized, other files must have it
-    channels: int | None = None,  # Channels wanted, 1 or 3
+    size: Size | None = None,  # Wanted side, or height and width: folders made elsewhere are resized, others have it
+    channels: int | None = None,  # Channels wanted; 1 or 3 for a folder
 ) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
     "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
     path = Path(path)
-    require(channels in (None, 1, 3), "channels", channels, "1, 3")
+    wanted = None if size is None else _sides(size)
+    check_whole("channels", 1 if channels is None else channels, 1)
+    require(not path.is_dir() or channels in (None, 1, 3), "channels", channels, "1, 3, for a folder of image files")
     require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")
     found = _load_folder(path, size, channels) if path.is_dir() else _load_npz(path)
     _, stored, *sides = found.x.shape
-    require(size is None or sides == [size, size], f"size of the images of {path}", tuple(sides), f"{size}x{size}")
+    shown = "x".join(map(str, wanted or ()))
+    require(wanted in (None, tuple(sides)), f"size of the images of {path}", tuple(sides), shown)
     require(channels in (None, stored), f"channels of {path}", stored, f"{channels}, as asked for")
     return found

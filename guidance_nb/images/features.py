@@ -18,11 +18,13 @@ from guidance_nb._checks import check_choice, checked, explained, require, requi
 from guidance_nb._extras import extra
 from guidance_nb._files import digest, parse_json, read_text
 from guidance_nb._points import moments
-from guidance_nb.images.data import read_arrays, to_uint8
+from guidance_nb.images.data import from_uint8, read_arrays, to_uint8
 
 __all__ = ["Extractor", "extract", "feature_space"]
 
 INCEPTION = "inception-v3-compat"
+NETWORKS = INCEPTION, "resnet20", "resnet56"  # of images with three channels; grey ones are repeated
+PIXELS = "pixels"  # no network: the values themselves, of any number of channels
 LAYERS = {"fd": "features", "sfd": "spatial", "score": "logits", "kd": "features"}
 LAYERS |= {"precision": "features", "recall": "features"}  # metric -> layer
 QUOTED = {"fid": "fd", "sfid": "sfd", "is": "score", "kid": "kd"}  # these names belong to Inception
@@ -33,15 +35,15 @@ def check_images(name: str, images: Tensor, at_least: int = 1) -> Tensor:
     "Raise a `ValueError` for what is not a set of uint8 images."
     kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
     require(kind == torch.uint8, f"type of {name}", kind, "a torch.uint8 tensor (to_uint8 converts from [-1, 1])")
-    fine = images.ndim == 4 and images.shape[1] in (1, 3) and min(images.shape[2:])
-    require(fine, f"shape of {name}", tuple(images.shape), "[n, 1 or 3, height, width]")
+    fine = images.ndim == 4 and min(images.shape[1:])
+    require(fine, f"shape of {name}", tuple(images.shape), "[n, channels, height, width]")
     require(len(images) >= at_least, f"images in {name}", len(images), f"{at_least} or more")
     return images
 
 
 @dataclass(frozen=True)
 class Extractor:
-    "A feature function with a name: uint8 images `[n, 3, h, w]` to features `[n, f]`, or to a dict of layers of these."
+    "A feature function with a name: uint8 images, grey ones as RGB, to features `[n, f]` or a dict of layers of these."
 
     name: str  # Columns contain it
     network: FeatureFunction
@@ -125,7 +127,7 @@ def check_metrics(metrics: Sequence[str] | None, extractor: str) -> list[str]:
 
 
 def extract(
-    images: Tensor | Features,  # uint8 `[n, 1 or 3, h, w]`, a statistics file, or features, which come back
+    images: Tensor | Features,  # uint8 `[n, channels, h, w]`, a statistics file, or features, which come back
     extractor: str | Extractor | None = None,  # A name or an extractor; without it "inception-v3-compat"
     name: str = "images",  # What the set is called in the table, such as "cifar10 train"
     batch_size: int = 64,  # Images per call of the network
@@ -140,7 +142,9 @@ def extract(
         seen = f"seen by {images.extractor}"
         require(images.extractor == named, name, seen, f"features of {named}")
         return _complete(images, extractor, batch_size, progress, metrics, weights)
-    check_images(name, images)
+    channels = check_images(name, images).shape[1]
+    others = f"1 or 3, as {named} was trained on; {PIXELS!r} and an Extractor of your own take any"
+    require(channels in (1, 3) or named not in NETWORKS, f"channels of {name}", channels, others)
     return _pass(images, find_extractor(extractor or INCEPTION, weights, metrics), name, batch_size, progress)
 
 
@@ -171,7 +175,8 @@ def _pass(images: Tensor, extractor: Extractor, name: str, batch_size: int, prog
     parts: dict[str, list[Tensor]] = {}
     with torch.no_grad(), tqdm(total=len(images), disable=not progress, unit="image", desc=name) as bar:
         for batch in images.split(batch_size):
-            out = extractor.network(batch.to(extractor.device).expand(-1, 3, -1, -1))
+            grey = batch.shape[1] == 1 and extractor.name != PIXELS
+            out = extractor.network(batch.to(extractor.device).expand(-1, 3 if grey else -1, -1, -1))
             layers = out if isinstance(out, dict) else {"features": out}
             for layer, rows in layers.items():
                 fine = rows.ndim == 2 and len(rows) == len(batch)
@@ -191,7 +196,8 @@ def find_extractor(
     "The feature extractor of a name."
     if isinstance(extractor, Extractor):
         return extractor
-    check_choice("extractor", extractor, (INCEPTION, "resnet20", "resnet56"))
+    if check_choice("extractor", extractor, (*NETWORKS, PIXELS)) == PIXELS:
+        return Extractor(PIXELS, lambda images: from_uint8(images).flatten(1))
     wanted = check_metrics(metrics, extractor)
     if extractor == INCEPTION:
         return _inception(weights, sorted({LAYERS[metric] for metric in wanted}))

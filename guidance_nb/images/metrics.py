@@ -22,6 +22,7 @@ from guidance_nb._points import as_labels
 from guidance_nb.images.features import (
     INCEPTION,
     LAYERS,
+    PIXELS,
     QUOTED,
     Extractor,
     FeatureFunction,
@@ -116,7 +117,7 @@ def feature_scores(
 
 
 def image_scores(
-    samples: Tensor | Features,  # Generated images, uint8 `[n, 1 or 3, h, w]`, or their features
+    samples: Tensor | Features,  # Generated images, uint8 `[n, channels, h, w]`, or their features
     reference: Tensor | Features,  # Real images, their features, or a statistics file
     extractor: str | Extractor | None = None,  # Name or Extractor; without it that of features, "inception-v3-compat"
     metrics: Sequence[str] | None = None,  # fid, sfid, is, kid, precision, recall; of other networks fd, kd, ...
@@ -131,6 +132,9 @@ def image_scores(
         sides.append(each.size if isinstance(each, Features) else tuple(check_images(role, each).shape[2:]))
     same = not all(sides) or sides[0] == sides[1]
     require(same, "sizes of samples and reference", sides, "one size, since resizing changes all")
+    channels = {each.shape[1] for each in (samples, reference) if isinstance(each, Tensor)}
+    alike = len(channels) < 2 or (channels == {1, 3} and extractor != PIXELS)
+    require(alike, "channels of samples and reference", sorted(channels), "equal ones")
     seen = (each.extractor for each in (samples, reference) if isinstance(each, Features))
     extractor = extractor or next(seen, INCEPTION)
     wanted = check_metrics(metrics, extractor if isinstance(extractor, str) else extractor.name)
@@ -165,7 +169,7 @@ def image_baseline(
 
 
 def class_agreement(
-    images: Tensor,  # uint8, `[n, 1 or 3, h, w]`
+    images: Tensor,  # uint8, `[n, channels, h, w]`
     labels: Tensor,  # The classes that were asked for, `[n]`
     classifier: FeatureFunction | Extractor,  # uint8 images `[n, 3, h, w]` -> logits `[n, num_classes]`
     batch_size: int = 256,  # Images per call of the classifier

@@ -153,7 +153,7 @@ class DiT(nn.Module):
         super().__init__()
         _check_counts(width=width, depth=depth, heads=heads, patch=patch)
         self.shape = _check_shape(shape, patch, f"patch {patch}", dropout)
-        require(shape[1] == shape[2], "shape", tuple(shape), "square images")
+        require(shape[1] == shape[2], "shape", tuple(shape), "square images, for a transformer; U-Nets take any")
         require(width % (4 * heads) == 0, "width", width, f"multiples of 4 and of heads = {heads}")
         self.sines, self.clock = Timesteps(256, True, 0), TimestepEmbedding(256, width)
         self.ask = Conditioning(width, num_classes, scale_aware)
