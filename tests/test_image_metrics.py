@@ -558,7 +558,7 @@ GOOD = pictures(10, 0)
     [
         (lambda: im.image_scores(GOOD.float(), GOOD, QUARTERS), "type of samples = torch.float32; allowed: a torch"),
         (lambda: im.image_scores(GOOD, GOOD.numpy(), QUARTERS), "type of reference = .ndarray.; allowed"),
-        (lambda: im.image_scores(GOOD[:, :2], GOOD, QUARTERS), r"channels of samples and reference = .*2, 3.*; allowed: equal"),
+        (lambda: im.image_scores(GOOD[:, :2], GOOD, QUARTERS), r"channels of samples and reference = "),
         (lambda: im.image_scores(GOOD[0], GOOD, QUARTERS), r"shape of samples = \(3, 32, 32\)"),
         (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), "images in samples = 0; allowed: 1 or more"),
         (lambda: im.image_scores(pictures(10, 0, 28), GOOD, QUARTERS), "sizes of samples and reference"),
