@@ -53,14 +53,10 @@ class ComposedConditions(Guidance):
     ):
         super().__init__(model, scale, interval, batching)
         require(len(weights) == len(others), "weights", tuple(weights), f"{len(others)}, one for each of others")
-        self.others, self.weights = list(others), [check_nonzero("weights", w) for w in weights]
-        self.away = away
-        self.claims = replace(  # type: ignore[misc]
-            self.claims,
-            nfe=2 + len(self.others),
-            conditional_at_one=not others,
-            unconditional_at_zero=away is None,
-        )
+        self.others, self.away = list(others), away
+        self.weights = [check_nonzero("weights", w) for w in weights]
+        claims = replace(self.claims, nfe=2 + len(self.others), unconditional_at_zero=away is None)
+        self.claims = replace(claims, conditional_at_one=not others, needs_condition=not others)  # type: ignore[misc]
 
     def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> tuple[Prediction, Prediction]:
         "e_u + sum_k w_k (e_k - e_u), and e_u, or e_a in its place."
@@ -154,6 +150,7 @@ class NormalizedAttentionGuidance(Guidance):
             return self.model(x, t, c)
 
         def mixed(project: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+            require(len(z) == 2 * len(x), "rows in a layer", len(z), f"{2 * len(x)}, one evaluation a condition")
             positive, negative = z.chunk(2)
             z = _normalized(positive, negative, scale, self.tau, self.alpha)
             return project(torch.cat([z.to(negative), negative]))

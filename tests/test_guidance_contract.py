@@ -125,7 +125,7 @@ def broken(method: type[Denoiser], layers: int | str | list[int], **fixed) -> Ca
 
 
 THREE = replace(ComposedConditions.claims, nfe=4, conditional_at_one=False, unconditional_at_zero=True)
-NEGATIVE = replace(ComposedConditions.claims, nfe=2)
+NEGATIVE = replace(ComposedConditions.claims, nfe=2, needs_condition=True)
 JUDGE = replace(DiscriminatorGuidance.claims, nfe=1)  # an exact judge is no network
 
 # name -> how it is made and what it claims

@@ -5,6 +5,7 @@ import torch
 from test_guidance_contract import Attentive, Toy
 from torch.testing import assert_close
 
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, count_nfe, record_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, log_prob
 from guidance_nb.model_guidance import FixedScale
@@ -166,6 +167,9 @@ def test_bad_input_is_one_line(model):
     with pytest.raises(ValueError, match="no layer is there"):
         NormalizedAttentionGuidance(model, 2, 0)
     attentive = NetworkDenoiser(Attentive(), FlowPath(), 3, "v")
+    twice = ClassifierFreeGuidance(attentive, 2.0, batching="batched")
+    with pytest.raises(ValueError, match=r"^rows in a layer = 24; allowed: 12, one evaluation"):
+        NormalizedAttentionGuidance(twice, 2, 0)(x, t, c)
     for options in ({"tau": 0.5}, {"alpha": 1.5}):
         with pytest.raises(ValueError, match=r"^(tau|alpha) = .*allowed"):
             NormalizedAttentionGuidance(attentive, 2, 0, **options)
