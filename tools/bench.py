@@ -55,7 +55,7 @@ class Sizes:
     steps: int = 12
     batches: tuple[int, ...] = (1, 8, 64, 512)  # of samples drawn beside the network alone
     batch: int = 64  # of training
-    train_steps: int = 2  # per timing
+    train_steps: int = 4  # per timing
     pairs: tuple[int, ...] = (2, 8, 32, 128)  # batch sizes for batched and sequential guidance
     search: tuple[int, int, int] = (2_000, 10_000, 784)  # queries, real points, numbers in each
     depth: int = 56  # of the network that scores
