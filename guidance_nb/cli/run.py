@@ -362,7 +362,8 @@ def build_guided(
         return ClassifierFreeGuidance(trained.model, by_channel, check_interval(interval))
     if is_scale_aware(trained.recipe):
         return FixedScale(trained.model, scale)
-    require(scale == method.scale, "scale", scale, f"{method.scale:g}, which {trained.path} was trained for")
+    told = f"{method.scale:g}, which {trained.path} was trained for"
+    require_that(scale == method.scale, f"scale = {scale:g}", told)
     return trained.model
 
 
