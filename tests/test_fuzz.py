@@ -33,7 +33,15 @@ from guidance_nb.images.features import read_reference
 from guidance_nb.images.latents import check_shard, write_shard
 
 MANY = int(os.environ.get("GUIDANCE_NB_FUZZ", "0"))
-TINY = {"network": "unet-tiny", "network.settings.widths": "8,16", "steps": 1, "batch_size": 4, "sampler_steps": 1}
+TINY = {
+    "network": "unet-tiny",
+    "network.settings.widths": "8,16",
+    "steps": 1,
+    "warmup": 0,
+    "batch_size": 4,
+    "sampler_steps": 1,
+}
+PLAIN = [f"--{key}={value}" for key, value in TINY.items()]
 
 
 def examples(few: int) -> settings:
@@ -157,7 +165,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     if command == "sample":
         words += ["--n", "4"]
     if command == "train":
-        words += ["--data.source", "pictures", *(f"--{key}={value}" for key, value in TINY.items())]
+        words += ["--data.source", "pictures", *PLAIN]
     if command == "tour":
         words += ["--data", draw(st.sampled_from([word for word in ODD if word] + ["missing"]))]
     for name in draw(st.lists(st.sampled_from(list(known)), max_size=4, unique=True)) if known else ():
@@ -197,6 +205,21 @@ def run(words: list[str]) -> tuple[int, str]:
         except SystemExit as end:
             return int(end.code or 0), told.getvalue()
     return 0, told.getvalue()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "mnist-base", "--data.source=pictures", *PLAIN, "--out=plain"],
+        ["sample", "run", "--n=4", "--steps=1", "--out=plain.npz"],
+        ["sample", "run", "--n=4", "--steps=1", "--out=PLAIN.PNG"],
+        ["evaluate", "samples.npz", "--features=classifier", "--reference=pictures"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_lines_that_are_varied_end_well(place, words):
+    "Or all that is tried below would be refused for one and the same reason."
+    assert run([*words, "--no-progress"]) == (0, "")
 
 
 @examples(25)

@@ -543,7 +543,7 @@ def test_cut_images_are_named(tmp_path, suffix):
 # Sample files
 
 
-@pytest.mark.parametrize("name", ["a.npz", "a", "scale-1.5"])
+@pytest.mark.parametrize("name", ["a.npz", "A.NPZ", "a", "scale-1.5"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("labels", [None, [3, 0, 12000, 3, 0]])
 def test_samples_round_trip(tmp_path, name, channels, labels):
@@ -552,6 +552,7 @@ def test_samples_round_trip(tmp_path, name, channels, labels):
     for _ in range(2):  # what this function wrote, it may replace
         path = save_samples(tmp_path / name, x, c, facts)
     found = load_samples(path)
+    assert path.is_file() == name.lower().endswith(".npz")
     assert torch.equal(found.x, x) and found.facts == facts and found.x.is_contiguous()
     assert found.c is None if c is None else torch.equal(found.c, c)
     assert [p.name for p in tmp_path.iterdir()] == [name]  # nothing temporary stays

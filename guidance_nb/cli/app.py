@@ -300,11 +300,12 @@ def _check_target(out: Path, overwrite: bool) -> None:
     "Raise an error, before any work, for a name `out` that cannot be written or must not be overwritten."
     from guidance_nb.images.data import may_replace
 
-    other = out.suffix.lower() in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors")
+    kind = out.suffix.lower()
+    other = kind in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors")
     require(not other, "out", str(out), "a name that ends in .npz or .png, or a folder")
     free = overwrite or not out.exists()
     require_that(free, f"out = {str(out)!r} is there already", "another name, or --overwrite")
-    ours = out.is_file() if out.suffix == ".png" else out.is_dir() != (out.suffix == ".npz") and may_replace(out, True)
+    ours = out.is_file() if kind == ".png" else out.is_dir() != (kind == ".npz") and may_replace(out, True)
     require(not out.exists() or ours, "out", str(out), "another name, for it holds other things than samples")
     check_folder("out", out.parent)
 
@@ -314,7 +315,7 @@ def _store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None
     from guidance_nb.cli.run import write_picture
     from guidance_nb.images.data import from_uint8, save_samples
 
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         write_picture(from_uint8(file.x), out, columns)
     else:
         save_samples(out, file.x, file.c, file.facts, overwrite=overwrite)
@@ -509,7 +510,7 @@ def _info(
         typer.echo(f"latents of {index['settings']['pictures']} pictures in {len(index['shards'])} shards")
         facts = {key: index[key] for key in ("name", "settings", "vae")}
         typer.echo(json.dumps(facts | {"classes": len(index["classes"])}, indent=1))
-    elif path.suffix == ".npz" or (path / "facts.json").is_file():
+    elif path.suffix.lower() == ".npz" or (path / "facts.json").is_file():
         file = load_samples(path)
         typer.echo(f"{len(file.x)} samples of shape {tuple(file.x.shape[1:])}, {'no ' if file.c is None else ''}labels")
         typer.echo(json.dumps(file.facts, indent=1))

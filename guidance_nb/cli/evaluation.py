@@ -99,7 +99,7 @@ def load_real(
     if source in FILES:
         data, name = load_images(source, split), f"{source} {split}"
         x = data.images(torch.arange(len(data)))
-    elif path.suffix == ".npz" and path.is_file() and _holds_moments(path):
+    elif path.suffix.lower() == ".npz" and path.is_file() and _holds_moments(path):
         return read_reference(path), path.name
     else:
         size = (shape[1], shape[2]) if shape and path.is_dir() else None

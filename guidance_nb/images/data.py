@@ -460,11 +460,11 @@ def save_samples(
     y = x.detach().float() if signals else (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1)
     images = y.cpu().contiguous().numpy()
     labels = None if c is None else c.cpu().long().numpy()
-    free = not path.exists() or (path.is_dir() != (path.suffix == ".npz") and may_replace(path, overwrite))
+    free = not path.exists() or (path.is_dir() != (path.suffix.lower() == ".npz") and may_replace(path, overwrite))
     advice = "another name" if overwrite else "another name, or overwrite=True if these are samples"
     require_that(free, f"{path} exists and save_samples did not write all of it", advice)
     with write_aside(path) as aside:
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             arrays: Any = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
             with open(aside, "wb") as file:
                 np.savez(file, **arrays)
