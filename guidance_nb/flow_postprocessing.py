@@ -211,7 +211,9 @@ class FlowPostprocessor(nn.Module):
         null = torch.full((len(z),), self.num_classes, device=z.device)
         labels = null if c is None else c if drop is None else torch.where(drop, null, c)
         record_nfe(len(z))
-        return self.spread * self.net(z.flatten(1) if self.flat else z, tau, labels).reshape(z.shape)
+        y, tau = (part.to(self.spread.dtype) for part in (z, tau))
+        y = self.net(y.flatten(1) if self.flat else y, tau, labels)
+        return (self.spread * y).reshape(z.shape).to(z.dtype)
 
     def guided(self, z: Tensor, tau: Tensor, c: Tensor | None, scale: float) -> Tensor:
         "The velocity at a guidance scale, eq. (7)."

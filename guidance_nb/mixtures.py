@@ -87,6 +87,8 @@ class Mixture:
         self.eigenvalues = self.eigenvalues.clamp(min=0)
         self.means, self.labels, self.weights = means, labels, weights.double() / weights.double().sum()
         self.members = [torch.nonzero(labels == k).squeeze(1) for k in range(self.num_classes)]
+        empty = [k for k, members in enumerate(self.members) if not len(members)]
+        require(not empty, "classes without a component", empty, "none, every class from 0 upwards is present")
         self.class_weights = torch.stack([self.weights[m].sum() for m in self.members])
 
     @property

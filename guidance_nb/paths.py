@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._checks import Positive, checked, require_that
+from ._checks import AtLeastZero, Positive, checked, require_that
 
 # %% ../nbs/00_paths.ipynb #3f713ef6
 def expand_time(
@@ -118,8 +118,8 @@ class VPPath(Path):
     cosine (arXiv 2102.09672)."""
 
     schedule: Literal["linear", "cosine"] = "linear"
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_min: AtLeastZero = 0.1
+    beta_max: Positive = 20.0
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2)

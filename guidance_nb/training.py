@@ -178,9 +178,11 @@ def batches(
             x, c = data(batch_size, keyed_generator(seed, 1, step))
             yield x[rows], take_rows(c, rows)
         return
-    fetched = isinstance(data, FetchData)
-    pair = isinstance(data, tuple | list) and len(data) == 2
-    fine = fetched or (pair and isinstance(data[0], Tensor))
+    fine = isinstance(data, FetchData) or (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and isinstance(data[0], Tensor)
+    )
     allowed = "tensors (x, c), a function of (n, generator), or FetchData"
     require_that(fine, f"data is a {type(data).__name__}", allowed)
     size = len(data) if isinstance(data, FetchData) else len(data[0])

@@ -338,6 +338,18 @@ class Halving(torch.nn.Module):
         return self.dropout(torch.ones_like(z))
 
 
+@pytest.mark.parametrize("of_samples", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_network", [torch.bfloat16, torch.float32, torch.float64])
+def test_samples_of_any_precision_are_corrected_in_it(of_samples, of_network):
+    "The network is asked in its own precision; the way is followed in that of the samples."
+    model = FlowPostprocessor(2, width=8, depth=1)
+    stir(model)
+    samples = torch.randn(5, 2)
+    found, exact = model.to(of_network)(samples.to(of_samples), steps=2), model.float()(samples, steps=2)
+    assert found.dtype == of_samples
+    torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)  # ten roundings of bfloat16, 1/256 each
+
+
 def test_batches_and_modes():
     "Each batch in turn, in evaluation mode; every part keeps the mode it had, also after an error."
     post = FlowPostprocessor((4,), net=Halving())

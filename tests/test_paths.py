@@ -110,6 +110,8 @@ def test_times_outside_the_unit_interval_are_refused(t):
 def test_bad_construction_and_shapes_are_refused_in_one_line():
     for make, words in (
         (lambda: VPPath("sigmoid"), "schedule = 'sigmoid'; allowed: 'linear', 'cosine'"),
+        (lambda: VPPath(beta_min=float("nan")), "beta_min = nan; allowed: a number, 0 or more"),
+        (lambda: VPPath(beta_max=0.0), "beta_max = 0.0; allowed: a positive, finite number"),
         (lambda: EDMPath(0.0), "sigma_max = 0.0; allowed: a positive, finite number"),
         (lambda: FlowPath().interpolate(torch.zeros(3, 2), torch.zeros(3, 1), 0.5), "eps has shape (3, 1)"),
         (lambda: FlowPath().interpolate(torch.zeros(3, 2), torch.zeros(3, 2), torch.rand(2)), "t has shape (2,)"),

@@ -346,7 +346,7 @@ def _sample_command(
     main_only(lambda: _check_target(out, overwrite))
     trained, guide = load_trained(source, ema), load_trained(classifier) if classifier else None
     columns = max(1, min(10, len(trained.classes)))
-    if out.suffix == ".png" and "n" not in flags:
+    if out.suffix.lower() == ".png" and "n" not in flags:
         request = request.changed(n=10 * columns)
     file = generate(trained, request, guide, progress)
     main_only(lambda: _store(out, file, overwrite, columns))
@@ -502,7 +502,7 @@ def _info(
 
     path = Path(source)
     unknown = not path.exists() and source not in model_names()
-    if source in recipe_names() or path.suffix == ".toml" or unknown:
+    if source in recipe_names() or path.suffix.lower() == ".toml" or unknown:
         kind: Any = FineTuning if source in recipe_names(FineTuning) else Recipe
         typer.echo(describe_recipe(read_recipe(source, kind=kind)))
     elif (path / INDEX).is_file():

@@ -446,7 +446,7 @@ def save_samples(
     path = Path(path)
     other = path.suffix.lower() in (".npy", ".pt", ".zip", ".png", ".jpg", ".jpeg", ".webp", ".safetensors")
     require(not other, "path", str(path), "a name that ends in .npz, or a folder")
-    packed, signals = path.suffix == ".npz", x.ndim in (2, 3)
+    packed, signals = path.suffix.lower() == ".npz", x.ndim in (2, 3)
     fine = x.numel() and ((signals or x.ndim == 4) if packed else (x.ndim == 4 and x.shape[1] in (1, 3)))
     allowed = "[n, channels, height, width], not empty; with 1 or 3 channels for PNG files; signals [n, ...] for .npz"
     require(fine, "shape of x", tuple(x.shape), allowed)
@@ -460,11 +460,11 @@ def save_samples(
     y = x.detach().float() if signals else (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1)
     images = y.cpu().contiguous().numpy()
     labels = None if c is None else c.cpu().long().numpy()
-    free = not path.exists() or (path.is_dir() != (path.suffix.lower() == ".npz") and may_replace(path, overwrite))
+    free = not path.exists() or (path.is_dir() != packed and may_replace(path, overwrite))
     advice = "another name" if overwrite else "another name, or overwrite=True if these are samples"
     require_that(free, f"{path} exists and save_samples did not write all of it", advice)
     with write_aside(path) as aside:
-        if path.suffix.lower() == ".npz":
+        if packed:
             arrays: Any = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
             with open(aside, "wb") as file:
                 np.savez(file, **arrays)
