@@ -18,6 +18,14 @@ TILT = Mixture(torch.zeros(1, 2), torch.tensor([[[1.0, 0.9], [0.9, 1.0]]]), torc
 FIRST = torch.tensor([True, False])
 
 
+class Seen(ExactDenoiser):
+    "An exact model that keeps the times and the first coordinates it was given."
+
+    def forward(self, x, t, c=None):
+        self.seen = [*getattr(self, "seen", []), (float(t), x[:, 0].clone())]
+        return super().forward(x, t, c)
+
+
 @pytest.mark.parametrize("path", [FlowPath(), VPPath(), EDMPath(20.0)], ids=repr)
 def test_resampling_brings_the_mean_to_that_of_the_conditional(path):
     "The second of two unit Gaussians with correlation 0.9 has mean 0.9 where the first is 1."
@@ -48,6 +56,14 @@ def test_a_mask_for_each_sample_and_guidance_with_a_scale_for_each():
     with count_nfe() as nfe:
         x = inpaint(guided, torch.tensor([0, 1, 1]), known, mask, 3, steps=4, batch_size=2, **QUIET)
     assert torch.equal(x[mask], known[mask]) and nfe.total == 3 * 2 * 3 * 4
+
+
+def test_the_model_is_given_a_noisy_copy_of_what_is_known():
+    "At every time it has mean alpha y and variance sigma^2."
+    model = Seen(gaussian_pair(dim=2), FlowPath())
+    inpaint(model, 4000, torch.full((4000, 2), 2.0), FIRST, 1, steps=4, **QUIET)
+    for t, known in model.seen:
+        assert abs(known.mean() - 2 * (1 - t)) < 0.07 and abs(known.var() / t**2 - 1) < 0.1
 
 
 def test_the_times_of_jumps():

@@ -65,6 +65,7 @@ def test_images_of_any_shape_go_the_whole_way(shape, own, tmp_path):
     by_hand = [from_uint8(part).flatten(1) for part in (kept.x, pixels)]
     assert_close(scores["precision_pixels"], precision_recall(by_hand[1], by_hand[0], 3)[0])
     assert set(scores) == {"fd_pixels", "precision_pixels"} and nearest_images(kept.x, pixels)[0].shape == (6, 2)
+    assert extract(kept.x, "pixels").rows["features"].shape == (6, torch.Size(shape).numel())
     again, c = _read_generated((str(tmp_path / "x.npz"),), shape, 2)
     assert_close(again, from_uint8(kept.x))
     assert torch.equal(c, labels[:6])
@@ -85,10 +86,10 @@ def test_data_of_any_shape_are_fetched_flipped_shifted_and_packed(shape, tmp_pat
     save_samples(tmp_path / "train.npz", pixels, labels, {"classes": ["a", "b"]})
     found = load_images(tmp_path)
     assert found.shape == shape and torch.equal(found.images(torch.arange(8)), pixels)
-    half = (shape[1] // 2, shape[2] // 2)
+    half = (shape[1] // 2, shape[2] // 4)
     small = load_images(tmp_path, size=half)
     assert small.shape == (shape[0], *half)
-    means = pixels.double().view(8, shape[0], half[0], 2, half[1], 2).mean((3, 5))
+    means = pixels.double().view(8, shape[0], half[0], 2, half[1], 4).mean((3, 5))
     assert (small.images(torch.arange(8)) - means).abs().max() <= 0.5
     logits = ImageClassifier("unet-tiny", shape, 2, gnb.FlowPath())(x, torch.tensor(0.5))
     assert logits.shape == (8, 2)
