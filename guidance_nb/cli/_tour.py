@@ -329,7 +329,7 @@ def baseline_rows(problem: Problem, samples: int, seeds: int = 3) -> list[Row]:
 
 
 def _end_with_parent() -> None:
-    "A worker would wait for ever for the next job of a main process that was killed."
+    "A worker would never stop waiting for the next job of a main process that was killed."
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
