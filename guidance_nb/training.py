@@ -179,9 +179,7 @@ def batches(
             yield x[rows], take_rows(c, rows)
         return
     fine = isinstance(data, FetchData) or (
-        isinstance(data, tuple | list)
-        and len(data) == 2
-        and isinstance(data[0], Tensor)
+        isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor)
     )
     allowed = "tensors (x, c), a function of (n, generator), or FetchData"
     require_that(fine, f"data is a {type(data).__name__}", allowed)
