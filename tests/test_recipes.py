@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from guidance_nb.cli import evaluation
 from guidance_nb.cli import run as run_module
 from guidance_nb.cli.evaluation import (
+    MeasuredGuidanceLoss,
     _baseline_size,
     _is_done,
     _match_labels,
-    _MeasuredGuidanceLoss,
     choose_metrics,
     find_feature_extractor,
     finish_sweep,
@@ -255,7 +255,7 @@ def test_a_part_of_a_data_set_is_the_same_part_every_time():
 def test_a_measured_weight_moves_once_in_an_update_however_many_passes_it_takes():
     "Also where it is resumed at that update."
     asked, model = [], mlp_denoiser(2, FlowPath(), 3, width=8, depth=1)
-    make = lambda: _MeasuredGuidanceLoss(ModelGuidanceLoss(), lambda ema: asked.append(ema) or 1.0, 2)  # noqa: E731
+    make = lambda: MeasuredGuidanceLoss(ModelGuidanceLoss(), lambda ema: asked.append(ema) or 1.0, 2)  # noqa: E731
     loss, x0, c = make(), torch.zeros(4, 2), torch.arange(4) % 3
     for step in range(5):
         for _ in range(2):

@@ -236,7 +236,7 @@ def baseline_row(
     return row | {"reference_checksum": reference.checksum} | feature_scores(one, two, metrics)
 
 
-class _MeasuredGuidanceLoss:
+class MeasuredGuidanceLoss:
     "Model-guidance with a weight moved every so many steps by an error of the moving average (arXiv 2502.12154)."
 
     changes = True  # from step to step
@@ -265,7 +265,7 @@ class _MeasuredGuidanceLoss:
 
 def measured_loss(
     recipe: Recipe, data: ImageData | LatentData, latents: Json | None, loss: Any
-) -> _MeasuredGuidanceLoss:
+) -> MeasuredGuidanceLoss:
     "A Model-guidance `loss` whose weight follows the Fréchet distance of samples, as `recipe`, `data`, `latents` say."
     table = recipe.method
     extractor = find_feature_extractor(table.auto_features)
@@ -278,7 +278,7 @@ def measured_loss(
         file = generate(replace(blank, model=model), Request(n=table.auto_samples), progress=False)
         return main_only(lambda: float(score(file, real, extractor, names)[best]))
 
-    return _MeasuredGuidanceLoss(loss, measure, table.auto_every)
+    return MeasuredGuidanceLoss(loss, measure, table.auto_every)
 
 
 # Sweeps

@@ -149,7 +149,7 @@ _MAY_CHANGE = (  # at a resume; whether more steps may follow is for `fit` to sa
 )
 
 
-class _CleanLoss:
+class CleanLoss:
     "Cross-entropy of a classifier of clean images."
 
     def __call__(self, model: nn.Module, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
@@ -171,7 +171,7 @@ def make_loss(recipe: Recipe) -> Callable:
     losses: dict[str, Callable] = {
         "plain": DenoisingLoss(method.dropout),
         "classifier": ClassifierLoss(PATHS[recipe.network.path]()),
-        "evaluation_classifier": _CleanLoss(),
+        "evaluation_classifier": CleanLoss(),
         "flow_postprocessing": PairLoss(),
     }
     return losses[method.name]
