@@ -13,7 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_number, check_whole, require
+from guidance_nb._checks import (
+    check_choice,
+    check_number,
+    check_whole,
+    require,
+    require_that,
+)
 from ._conditions import Condition
 from ._random import keyed_noise
 from .denoisers import Denoiser, Prediction
@@ -22,11 +28,19 @@ from guidance_nb.samplers import (
     SAMPLERS,
     Sampler,
     StepContext,
+    check_request,
     sample,
     time_grid,
 )
 
 # %% ../nbs/21_editing.ipynb #2e0d000d
+def _check_floats(name: str, x: Tensor) -> None:
+    "Numbers of another type would be rounded, or wrapped around, in silence."
+    found = f"{name} is {getattr(x, 'dtype', type(x).__name__)}"
+    fine = isinstance(x, Tensor) and x.is_floating_point()
+    require_that(fine, found, "a floating-point tensor [n, ...]")
+
+
 class _Known(Denoiser):
     "A model, and the known part of every sample."
 
@@ -98,6 +112,8 @@ def inpaint(
     check_choice("sampler", sampler, tuple(SAMPLERS))
     fine = model.consistent or sampler in ("ddim", "ddpm")
     require(fine, "sampler", sampler, "'ddim' or 'ddpm' for this model")
+    _check_floats("known", known)
+    require_that(isinstance(mask, Tensor), "mask is no tensor", "a tensor")
     shape = tuple(known.shape)
     sides = zip(mask.shape[::-1], shape[::-1])
     fine = mask.dtype == torch.bool and mask.ndim <= known.ndim
@@ -108,6 +124,8 @@ def inpaint(
     times = _with_jumps(times, resamplings, jump)
     held = _Known(model, known, mask.expand(shape))
     step = partial(_inpainting_step, SAMPLERS[sampler])
+    n = check_request(held, c, shape[1:], step, times)
+    require(len(known) == n, "samples of known", len(known), f"{n}, as of c")
     return sample(held, c, shape[1:], step, times=times, **options)  # type: ignore[arg-type]
 
 # %% ../nbs/21_editing.ipynb #2e0d001e
@@ -125,6 +143,7 @@ def image_to_image(
     "Redraw images from a noise level, eq. (6) (arXiv 2108.01073)."
     fine = check_number("strength", strength, 0, 1) > 0
     require(fine, "strength", strength, "above 0, at most 1")
+    _check_floats("x", x)
     grid = time_grid(model.path, steps, sampler)
     first = torch.tensor([strength], dtype=torch.float64)
     times = torch.cat([first, grid[grid < strength]])

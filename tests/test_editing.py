@@ -133,6 +133,10 @@ def test_slerp_keeps_ends_norms_and_planes():
         ),
         ({"mask": torch.ones(5, 1, 2).bool()}, "mask = (torch.bool, 5, 1, 2); allowed"),
         ({"mask": torch.ones(3).bool()}, "mask = (torch.bool, 3); allowed"),
+        ({"mask": [True, False]}, "mask is no tensor; allowed: a tensor"),
+        ({"known": torch.zeros(3, 2)}, "samples of known = 3; allowed: 1, as of c"),
+        ({"c": 2}, "samples of known = 1; allowed: 2, as of c"),
+        ({"known": torch.zeros(1, 2).byte()}, "known is torch.uint8; allowed: a floating-point tensor"),
         ({"model": CFGPlusPlus(ExactDenoiser(TILT, FlowPath()), 0.5), "sampler": "heun"}, "'ddim' or 'ddpm' for"),
     ],
 )
@@ -148,6 +152,8 @@ def test_other_bad_requests():
     for strength in (0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"^strength = .*; allowed: [^\n]*$"):
             image_to_image(model, 2, x, strength)
+    with pytest.raises(ValueError, match=r"^x is torch.uint8; allowed: a floating-point tensor"):
+        image_to_image(model, 2, x.byte())  # its noise would wrap around
     with pytest.raises(ValueError, match=r"^shape of b = \(3, 2\); allowed: \(2, 2\)"):
         slerp(x, torch.zeros(3, 2), 0.5)
 
