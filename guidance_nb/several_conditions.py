@@ -7,7 +7,7 @@ __all__ = ['ComposedConditions', 'NormalizedAttentionGuidance']
 
 # %% ../nbs/27_several_conditions.ipynb #84d5299e
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar, TypeAlias
@@ -26,6 +26,14 @@ from .mixtures import Mixture
 
 # %% ../nbs/27_several_conditions.ipynb #f005ed1c
 _Ask: TypeAlias = int | Condition | None  # A class, conditions `[1 or batch, ...]`, or none
+
+
+def _asked(c: _Ask) -> _Ask:
+    "A class as a number, or conditions of samples."
+    c = c.item() if isinstance(c, Tensor) and not c.ndim else c  # type: ignore[assignment]
+    fine = c is None or isinstance(c, int | Tensor | Mapping)
+    require(fine, "condition", c, "a class, or conditions [1 or batch, ...]")
+    return c
 
 
 def _expand(c: int | Condition, x: Tensor) -> Condition:
@@ -53,10 +61,10 @@ class ComposedConditions(Guidance):
     ):
         super().__init__(model, scale, interval, batching)
         require(len(weights) == len(others), "weights", tuple(weights), f"{len(others)}, one for each of others")
-        self.others, self.away = list(others), away
+        self.others, self.away = [_asked(k) for k in others], _asked(away)
         self.weights = [check_nonzero("weights", w) for w in weights]
         claims = replace(self.claims, nfe=2 + len(self.others), unconditional_at_zero=away is None)
-        self.claims = replace(claims, conditional_at_one=not others, needs_condition=not others)  # type: ignore[misc]
+        self.claims = replace(claims, conditional_at_one=not self.others, needs_condition=not self.others)  # type: ignore[misc]
 
     def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> tuple[Prediction, Prediction]:
         "e_u + sum_k w_k (e_k - e_u), and e_u, or e_a in its place."

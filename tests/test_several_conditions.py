@@ -47,6 +47,17 @@ def test_differences_add_up_with_their_weights(model, batching):
     assert nfe.total == 2 * len(x)
 
 
+def test_classes_may_be_a_tensor(model):
+    x, t, c = batch()
+    wanted = ComposedConditions(model, [2, 0], [0.7, -0.4], 1.6, away=1)
+    given = ComposedConditions(model, torch.tensor([2, 0]), [0.7, -0.4], 1.6, away=torch.tensor(1), interval=(0.3, 0.7))
+    assert_close(given.eps(x[2:4], t[2:4], c[2:4]), wanted.eps(x[2:4], t[2:4], c[2:4]))
+    assert given(x, t, c).x0.isfinite().all()  # rows are narrowed
+    for wrong in (1.5, "two", torch.tensor(0.5)):
+        with pytest.raises(ValueError, match=r"^condition = .*; allowed: a class, or"):
+            ComposedConditions(model, [wrong], [1.0])
+
+
 def test_a_batch_is_one_pass_of_the_network(model):
     sizes, (x, t, c) = [], batch()
     hook = model.net.register_forward_hook(lambda net, inputs, y: sizes.append(len(y)))
