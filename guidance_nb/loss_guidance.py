@@ -6,7 +6,7 @@
 __all__ = ['LossGuidance', 'pigdm_scale']
 
 # %% ../nbs/25_loss_guidance.ipynb #8b396f18
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import ClassVar
@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._checks import check_number, check_whole, require
+from guidance_nb._checks import (
+    check_number,
+    check_whole,
+    require,
+    require_that,
+)
 from ._conditions import Condition, map_condition
 from ._modes import swapped
 from .denoisers import Denoiser, Prediction
@@ -62,7 +67,10 @@ class LossGuidance(Guidance):
         point = x0 if deep else x0.detach().requires_grad_()
         loss = self.loss(point, c)
         size = (len(x0),)
+        require(isinstance(loss, Tensor), "loss", loss, f"a tensor {size}")
         require(loss.shape == size, "shape of loss", tuple(loss.shape), f"{size}")
+        told = "loss has no gradient"
+        require_that(loss.requires_grad, told, "a differentiable function of x0")
         return torch.autograd.grad(loss.sum(), point, create_graph=deep)[0]
 
     def covariance(self, g: Tensor, x: Tensor, x0: Tensor, t: Tensor, deep: bool) -> Tensor:
@@ -136,10 +144,13 @@ def _recomputed(
     model: nn.Module,  # A model whose network has lists of layers
 ) -> AbstractContextManager[None]:  # A `with` block
     "Let every outermost block keep its inputs alone, and compute the rest again in the backward pass."
-    lists: list[str] = []
-    for name, part in model.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(part, nn.ModuleList | nn.Sequential) and not inner:
-            lists.append(name)
-    blocks = [block for name in lists for block in model.get_submodule(name).children()]
-    return swapped({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks})
+
+    def blocks(part: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
+        for child in part.children():
+            if listed and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+                yield child
+            else:  # a list of lists is no block
+                inside = isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+                yield from blocks(child, inside)
+
+    return swapped({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks(model)})

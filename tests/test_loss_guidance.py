@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 from weights import stir
 
 from guidance_nb.denoisers import EMBEDDINGS, count_nfe
 from guidance_nb.images.networks import image_denoiser
-from guidance_nb.loss_guidance import LossGuidance, _measured, pigdm_scale
+from guidance_nb.loss_guidance import LossGuidance, _measured, _recomputed, pigdm_scale
 from guidance_nb.mixtures import ExactDenoiser, Mixture, log_prob
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
 
@@ -125,6 +126,16 @@ def test_recomputing_keeps_less_and_changes_nothing(network):
     assert sizes[1] < 0.6 * sizes[0]
 
 
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
+def test_blocks_in_nested_lists_are_recomputed(kind):
+    blocks = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2)]
+    model = nn.Module()
+    model.levels = nn.ModuleList([kind(blocks if kind is nn.ModuleList else zip("ab", blocks))])
+    with _recomputed(model):
+        assert [part for part in model.modules() if "forward" in vars(part)] == blocks
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
 def test_at_the_output_nothing_is_kept(network):
     kept: list[int] = []
     guided = LossGuidance(network, lambda x0, c: x0.flatten(1).sum(1), through=False)
@@ -138,6 +149,10 @@ def test_bad_input_is_one_line(network):
     for wrong in (lambda x0, c: x0.sum(), lambda x0, c: x0.square()):
         with pytest.raises(ValueError, match=r"^shape of loss = .*allowed: \(3,\)$"):
             LossGuidance(network, wrong)(x, t, c)
+    with pytest.raises(ValueError, match=r"^loss = 0.0; allowed: a tensor \(3,\)$"):
+        LossGuidance(network, lambda x0, c: 0.0)(x, t, c)
+    with pytest.raises(ValueError, match=r"^loss has no gradient; allowed: a differentiable"):
+        LossGuidance(network, lambda x0, c: x0.flatten(1).argmax(1))(x, t, c)
     with pytest.raises(ValueError, match=r"^steps = 0; allowed"):
         LossGuidance(network, loss, steps=0)
     with pytest.raises(ValueError, match=r"^loss = 3; allowed"):
