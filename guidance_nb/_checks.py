@@ -138,8 +138,11 @@ def checked(made: _F) -> _F:
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        given = signature.bind(*args, **options)
-        for name in rules.keys() & given.arguments.keys():
+        try:
+            given = signature.bind(*args, **options)
+        except TypeError:
+            return function(*args, **options)  # which names itself in its error
+        for name in [name for name in rules if name in given.arguments]:
             given.arguments[name] = rules[name](name, given.arguments[name])
         return function(*given.args, **given.kwargs)
 

@@ -20,6 +20,8 @@ NEEDS = {
         "`GUIDANCE_NB_DATA`, which Colab does not have: skip them there."
     ),
     "32_image_data": "No GPU is needed; the cell marked `slow` downloads MNIST and CIFAR-10.",
+    "21_editing": "No GPU is needed; cells marked `slow` download MNIST.",
+    "39_inversion": "No GPU is needed; cells marked `slow` download MNIST.",
     "22_mnist": "It plots committed rows, so neither data nor a GPU is needed.",
     "23_cifar10": "It plots committed rows, so neither data nor a GPU is needed.",
     "34_latents": "No GPU is needed; the later cells marked `slow` download MNIST and train on it.",
