@@ -90,7 +90,8 @@ class LossGuidance(Guidance):
             return self.unguided(x, t, c)
         with torch.inference_mode(False), torch.enable_grad():
             point = wide if deep else wide.detach().clone().requires_grad_()
-            t, c = t.clone(), map_condition(torch.clone, c)
+            t = clamp_time(self.path, t.clone())  # at pure noise J = 0
+            c = map_condition(torch.clone, c)
             with torch.set_grad_enabled(self.through or deep), self.memory():
                 own = self.unguided(point.to(x), t, c)
             x0, eps = (part.to(wide) for part in own)

@@ -159,3 +159,15 @@ def test_bad_input_is_one_line(network):
         LossGuidance(network, 3)
     with pytest.raises(ValueError, match=r"^std = -1; allowed"):
         pigdm_scale(FlowPath(), -1)
+
+
+@each_path
+@pytest.mark.parametrize("through", [True, False])
+def test_pure_noise_is_guided_as_the_noise_beside_it(path, through):
+    "Where no signal is left the Jacobian is 0, and 0 / 0 has a limit."
+    model, t = ExactDenoiser(gauss(), path), torch.tensor([1.0, 0.9995, 0.999, 0.998], dtype=torch.float64)
+    x = torch.full((4, 3), 0.3, dtype=torch.float64) * path.sigma(t)[:, None]
+    guided = LossGuidance(model, loss, through=through, steps=3)
+    x0 = guided.x0(x, t)
+    assert_close(x0, x0[-1:].expand(4, 3), rtol=0.01, atol=0.01)
+    assert (x0 - model.x0(x, t)).abs().min() > 0.02
