@@ -36,7 +36,7 @@ bench: .venv/installed-bench ## time against peers and goals, and save the ratio
 cifar10: .venv/installed ## measure the papers' claims on CIFAR-10: one GPU, ARGS="--budget MINUTES"
 	@$(BIN)/python tools/cifar10.py $(ARGS)
 
-method: .venv/created ## begin a method's notebook: NAME=my_idea NUMBER=21
+method: .venv/created ## begin a method's notebook: NAME=my_idea NUMBER=40
 	@$(BIN)/python tools/method.py $(NAME) $(NUMBER)
 
 gpu: .venv/installed-dev ## all that wants a GPU, in a quarter of an hour: ARGS="--budget MINUTES"

@@ -202,7 +202,7 @@ def test_every_file_is_written_aside():
     assert found == {
         ("cli/_tour.py", "embed", "savefig"),  # into memory
         ("explorer/_live.py", "draw", "savefig"),  # into memory
-        ("images/data.py", "download_files", "replace"),  # of a file that was checked
+        ("images/data.py", "_download_files", "replace"),  # of a file that was checked
         ("images/data.py", "_write_folder", "write_text"),  # into the folder aside that it is given
         ("images/data.py", "write", "save"),  # the same
     }

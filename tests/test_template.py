@@ -12,7 +12,7 @@ import pytest
 
 from notebooks import ROOT, cells, text
 
-NAME, NUMBER = "halfway_guidance", 21
+NAME, NUMBER = "halfway_guidance", 40
 FOLDERS = ("nbs", "tools", "tests", "guidance_nb")
 FILES = ("settings.ini", "pyproject.toml", "_quarto.yml", "setup.py", "README.md", "CONTRIBUTING.md", "LICENSE")
 
@@ -89,7 +89,7 @@ def test_no_word_of_the_template_is_left(clone):
     assert len({cell["id"] for cell in json.loads(page)["cells"]}) == len(json.loads(page)["cells"])
 
 
-@pytest.mark.parametrize("name, number", [("Halfway", 21), ("paths", 21), ("mine", 5), ("mine", 20)])
+@pytest.mark.parametrize("name, number", [("Halfway", 40), ("paths", 40), ("mine", 5), ("mine", 20)])
 def test_names_and_numbers_that_cannot_be_are_refused_in_one_line(name, number):
     refused = run(ROOT, "tools/method.py", name, str(number))
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Begin the notebook of a new guidance method from the template: `make method NAME=my_idea NUMBER=21`.
+"""Begin the notebook of a new guidance method from the template: `make method NAME=my_idea NUMBER=40`.
 
 Writes nbs/NUMBER_NAME.ipynb, lists the page in _quarto.yml, and says what remains. CONTRIBUTING.md explains the rest.
 """
