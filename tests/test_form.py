@@ -8,6 +8,7 @@ import pytest
 import lint
 from colab import install
 from counts import aliases, code_lines, validation_lines
+from mutants import MUTANTS
 
 
 @pytest.mark.parametrize("name", lint.CHECKS)
@@ -120,3 +121,8 @@ def test_the_colab_cell_installs_there_and_nowhere_else():
     for shell.place in ("<ipykernel.zmqshell.Shell>", "<google.colab._shell.Shell>"):
         exec(install(), {"get_ipython": lambda: shell})
     assert [line.split()[0] for line in asked] == ["git", "%pip", "%cd"] and '[all]"' in asked[1]
+
+
+def test_every_break_stands_once_in_the_package():
+    found = [(m.file, m.old) for m in MUTANTS if (lint.PACKAGE / m.file).read_text(encoding="utf-8").count(m.old) != 1]
+    assert found == []
