@@ -39,6 +39,7 @@ def written(tmp_path, *sources: str) -> lint.Path:
     [
         ('#| exports\ndef f(\n    x: int,  # pixels\n) -> int:\n    "Double."', None),
         ('#| exports\ndef f(x: int) -> int:\n    "Double."', "what `x` is"),
+        ('#| exports\n@checked\ndef f(x: int) -> int:\n    "Double."', "what `x` is"),
         ('#| exports\nclass A:\n    "A thing."\n    def __init__(self, x: int) -> None: ...', "what `x` is"),
         ("#| exports\nclass A:\n    pass", "no docstring"),
         ("def shown(x):\n    return x", None),

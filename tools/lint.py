@@ -222,9 +222,8 @@ def stored_problems(path: Path) -> Iterator[str]:
 
 def unexplained(function: ast.FunctionDef, docstring: str, lines: list[str]) -> list[str]:
     "Arguments with no comment beside them that the docstring does not name."
-    if (
-        "ame arguments as `" in " ".join(docstring.split()) or function.decorator_list
-    ):  # a command explains its own in its help
+    command = any(ast.unparse(each) != "checked" for each in function.decorator_list)  # explains its own in its help
+    if command or "ame arguments as `" in " ".join(docstring.split()):
         return []
     args = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     silent = [arg.arg for arg in args if arg.arg != "self" and "# " not in lines[(arg.end_lineno or 0) - 1]]
