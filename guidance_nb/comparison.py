@@ -77,7 +77,8 @@ def show_scores(
     table: DataFrame,  # Rows of the tour, comparison.csv
     real: DataFrame,  # Rows of real samples, baseline.csv
     data: str,  # One of `DATA`
-    cost: DataFrame | None = None,  # Rows with fewer steps, cost.csv: draw against NFE, not against the scale
+    # Rows with fewer steps, cost.csv: draw against NFE, not against the scale
+    cost: DataFrame | None = None,
     metrics: tuple[str, ...] = (),  # Metrics to draw, all by default
 ) -> Figure:  # One panel per metric
     "Curves of quality by method; dashed lines are the real-data baseline."

@@ -47,7 +47,8 @@ def target_coefficients(
     prediction: Parametrisation,  # What the network predicts
     path: Path,  # The path the model lives on
     t: Tensor,  # Time, scalar or `[batch]`
-    sigma_data: float = 0.5,  # Standard deviation of the data, used by `edm` alone
+    # Standard deviation of the data, used by `edm` alone
+    sigma_data: float = 0.5,
 ) -> tuple[Tensor, Tensor]:  # (a, b), each shaped like `t`
     """Coefficients of the training target y = a x0 + b eps for each
     parametrisation."""
@@ -71,7 +72,8 @@ def to_prediction(
     t: Tensor,  # Time, scalar or `[batch]`
     path: Path,  # The path `x` lives on
     prediction: Parametrisation,  # What `y` is
-    sigma_data: float = 0.5,  # Standard deviation of the data, used by `edm` alone
+    # Standard deviation of the data, used by `edm` alone
+    sigma_data: float = 0.5,
 ) -> Prediction:  # The pair (x0, eps)
     "Solve eq. (3) for the posterior means of clean data and noise."
     if prediction in ("eps", "x0"):
@@ -85,8 +87,11 @@ def to_prediction(
 # %% ../nbs/01_denoisers.ipynb #e60ca5ab
 def guide(
     conditional: Prediction,  # Prediction under the condition
-    reference: Prediction,  # Prediction to move away from, usually the unconditional one
-    scale: float | Tensor,  # Guidance scale: 0 gives `reference`, 1 gives `conditional`; a tensor must broadcast
+    # Prediction to move away from, usually the unconditional one
+    reference: Prediction,
+    # Guidance scale: 0 gives `reference`, 1 gives `conditional`; a tensor must
+    # broadcast
+    scale: float | Tensor,
 ) -> Prediction:  # The guided pair
     """Extrapolate from the reference through the conditional prediction, eq.
     (4)."""
@@ -104,7 +109,9 @@ class Denoiser(nn.Module):
     def __init__(
         self,
         path: Path,  # The Gaussian path the model lives on
-        num_classes: int = 0,  # Number of classes; 0 for a model without classes, `EMBEDDINGS` for one that takes text
+        # Number of classes; 0 for a model without classes, `EMBEDDINGS` for one
+        # that takes text
+        num_classes: int = 0,
     ):
         super().__init__()
         self.path, self.num_classes = path, num_classes
@@ -252,13 +259,19 @@ class NetworkDenoiser(Denoiser):
 
     def __init__(
         self,
-        net: nn.Module,  # `net(x, time, c)`, or `net(x, time, c, scale)` if scale-aware; time is float32 `[batch]`
+        # `net(x, time, c)`, or `net(x, time, c, scale)` if scale-aware; time is
+        # float32 `[batch]`
+        net: nn.Module,
         path: Path,  # The path it is trained on
-        num_classes: int = 0,  # Number of classes, whose null label is `num_classes`; or `EMBEDDINGS`
+        # Number of classes, whose null label is `num_classes`; or `EMBEDDINGS`
+        num_classes: int = 0,
         prediction: Parametrisation = "velocity",  # What the network predicts
-        sigma_data: float = 0.5,  # Standard deviation of the data, used by `edm` alone
+        # Standard deviation of the data, used by `edm` alone
+        sigma_data: float = 0.5,
         scale_aware: bool = False,  # Whether the network takes a guidance scale
-        null: Condition | None = None,  # For `EMBEDDINGS`: what stands for no condition, `[1, ...]`; zeros by default
+        # For `EMBEDDINGS`: what stands for no condition, `[1, ...]`; zeros by
+        # default
+        null: Condition | None = None,
     ):
         super().__init__(path, num_classes)
         self.net, self.sigma_data, self.scale_aware = net, sigma_data, scale_aware
@@ -294,8 +307,10 @@ class NetworkDenoiser(Denoiser):
         x: Tensor,  # Noisy data, `[batch, ...]`
         t: Tensor | float,  # Time, scalar or `[batch]`
         c: Condition | None = None,  # Condition `[batch]`, or None
-        drop: Tensor | None = None,  # Rows `[batch]` to evaluate without their condition
-        scale: float | Tensor | None = None,  # Guidance scale, scalar or `[batch]`, for scale-aware networks
+        # Rows `[batch]` to evaluate without their condition
+        drop: Tensor | None = None,
+        # Guidance scale, scalar or `[batch]`, for scale-aware networks
+        scale: float | Tensor | None = None,
     ) -> Tensor:
         "Raw network output, shape and dtype of `x`."
         t = check_inputs(x, t, c, self.num_classes)

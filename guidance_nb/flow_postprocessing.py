@@ -53,7 +53,8 @@ _Space = str | Callable[[Tensor], Tensor]  # "pixels", or a function from sample
 
 def _to_features(
     x: Tensor,  # Samples, `[n, ...]`
-    space: _Space,  # "pixels", or a function from samples to features `[n, ...]`
+    # "pixels", or a function from samples to features `[n, ...]`
+    space: _Space,
 ) -> Tensor:  # `[n, f]`, float32 on the CPU
     """The vectors between which distances are measured: flattened values, or a
     function of the samples."""
@@ -68,11 +69,16 @@ def _to_features(
 def _neighbours(
     generated: Tensor,  # Points to find neighbours of, `[n, ...]`
     real: Tensor,  # Real points, `[m, ...]`
-    k: int,  # Number of neighbours, at most the number of real points of a class
-    labels: Tensor | None = None,  # Classes of the generated points `[n]`; None for one class
-    real_labels: Tensor | None = None,  # Classes of the real points `[m]`; None for one class
-    space: _Space = "pixels",  # "pixels", or a function from samples to features
-    device: str | torch.device | None = None,  # Where to search; None: where the generated points are
+    # Number of neighbours, at most the number of real points of a class
+    k: int,
+    # Classes of the generated points `[n]`; None for one class
+    labels: Tensor | None = None,
+    # Classes of the real points `[m]`; None for one class
+    real_labels: Tensor | None = None,
+    # "pixels", or a function from samples to features
+    space: _Space = "pixels",
+    # Where to search; None: where the generated points are
+    device: str | torch.device | None = None,
 ) -> Tensor:  # Indices into `real`, nearest first, `[n, k]`, on the CPU
     "The k nearest real points of the same class, eq. (1); exact search."
     check_whole("k", k, 1)
@@ -97,7 +103,8 @@ class PairDraws:
         real: Tensor,  # Real samples, `[m, ...]`
         neighbours: Tensor,  # Indices into `real`, `[n, k]`
         labels: Tensor | None = None,  # Classes of the generated samples, `[n]`
-        num_classes: int | None = None,  # Number of classes; None: as many as `labels` name
+        # Number of classes; None: as many as `labels` name
+        num_classes: int | None = None,
     ):
         self.generated, self.real, self.neighbours, self.labels = generated, real, neighbours, labels
         named = 0 if labels is None else int(labels.max()) + 1
@@ -123,13 +130,18 @@ class PairDraws:
 
 # %% ../nbs/14_flow_postprocessing.ipynb #c9f389ca
 def pair_data(
-    generated: Tensor,  # Generated samples `[n, ...]`, of any origin, may be of several guidance scales together
+    # Generated samples `[n, ...]`, of any origin, may be of several guidance
+    # scales together
+    generated: Tensor,
     real: Tensor,  # Real samples, `[m, ...]`
     labels: Tensor | None = None,  # Classes of the generated samples, `[n]`
-    real_labels: Tensor | None = None,  # Classes of the real samples `[m]`; needed with `labels`
+    # Classes of the real samples `[m]`; needed with `labels`
+    real_labels: Tensor | None = None,
     k: int = 20,  # Neighbours per sample
-    space: _Space = "pixels",  # Where distance is measured: "pixels", or a function to features
-    device: str | torch.device | None = None,  # Where to search; None: where the generated samples are
+    # Where distance is measured: "pixels", or a function to features
+    space: _Space = "pixels",
+    # Where to search; None: where the generated samples are
+    device: str | torch.device | None = None,
 ) -> PairDraws:
     """Find the pairs of eq. (1) once; the result is the data of `fit` with a
     `PairLoss`."""
@@ -141,10 +153,12 @@ def pair_data(
 # %% ../nbs/14_flow_postprocessing.ipynb #381c1009
 @checked
 def integrate_flow(
-    velocity: Callable[[Tensor, Tensor], Tensor],  # `velocity(z, tau)` with `tau` `[batch]`, from 0 to 1
+    # `velocity(z, tau)` with `tau` `[batch]`, from 0 to 1
+    velocity: Callable[[Tensor, Tensor], Tensor],
     z: Tensor,  # Generated samples, `[batch, ...]`
     steps: Count = 16,  # Number of steps, unused by "dopri5"
-    sampler: Literal["euler", "heun", "dopri5"] = "heun",  # Heun evaluates twice a step; dopri5 adapts its steps
+    # Heun evaluates twice a step; dopri5 adapts its steps
+    sampler: Literal["euler", "heun", "dopri5"] = "heun",
 ) -> Tensor:  # Corrected samples
     """Integrate dz/dtau = v from tau = 0 (generated) to tau = 1 (corrected),
     eq. (5), by the steps of the samplers."""
@@ -162,10 +176,12 @@ def integrate_flow(
 
 # %% ../nbs/14_flow_postprocessing.ipynb #5b3c54ab
 def _correction_network(
-    net: nn.Module | str | None,  # A network, a name of `IMAGE_NETWORKS`, or None for a perceptron
+    # A network, a name of `IMAGE_NETWORKS`, or None for a perceptron
+    net: nn.Module | str | None,
     shape: tuple[int, ...],  # Shape of one sample
     num_classes: int,  # Number of classes
-    seed: int = 0,  # Seed of the initial weights; a network that is given keeps its own
+    # Seed of the initial weights; a network that is given keeps its own
+    seed: int = 0,
     **settings: Any,  # Arguments of MLP, or changes to the settings of the named network
 ) -> nn.Module:  # `net(z, tau, labels)`
     """The network of a correction; its weights do not depend on the global
@@ -192,9 +208,14 @@ class FlowPostprocessor(nn.Module):
         num_classes: int = 0,  # Number of classes
         width: int = 128,  # Width of the perceptron
         depth: int = 4,  # Residual blocks of the perceptron
-        octaves: int = 0,  # Sines of the coordinates beside the coordinates, for points in the plane, see MLP
-        dropout: float = 0.0,  # Fraction of pairs trained without class; above 0 allows guidance of the correction
-        net: nn.Module | str | None = None,  # `net(z, tau, labels)` on whole samples, or a name of `IMAGE_NETWORKS`
+        # Sines of the coordinates beside the coordinates, for points in the
+        # plane, see MLP
+        octaves: int = 0,
+        # Fraction of pairs trained without class; above 0 allows guidance of
+        # the correction
+        dropout: float = 0.0,
+        # `net(z, tau, labels)` on whole samples, or a name of `IMAGE_NETWORKS`
+        net: nn.Module | str | None = None,
         seed: int = 0,  # Seed of the initial weights
     ):
         super().__init__()
@@ -224,13 +245,19 @@ class FlowPostprocessor(nn.Module):
     def forward(
         self,
         samples: Tensor,  # Generated samples, `[n, ...]`, on any device
-        labels: Tensor | None = None,  # Their classes `[n]`; None only for a model without classes
+        # Their classes `[n]`; None only for a model without classes
+        labels: Tensor | None = None,
         steps: int = 16,  # Number of steps, see integrate_flow
-        sampler: Literal["euler", "heun", "dopri5"] = "heun",  # See integrate_flow
-        scale: float = 1.0,  # Guidance scale of the correction itself; other than 1 needs a fit with dropout
+        # See integrate_flow
+        sampler: Literal["euler", "heun", "dopri5"] = "heun",
+        # Guidance scale of the correction itself; other than 1 needs a fit with
+        # dropout
+        scale: float = 1.0,
         batch_size: int | None = None,  # Samples at a time; None: all
         progress: bool = False,  # Whether to show a progress bar
-    ) -> Tensor:  # Corrected samples, where `samples` are; images may leave [-1, 1] a little, nothing is clamped
+        # Corrected samples, where `samples` are; images may leave [-1, 1] a
+        # little, nothing is clamped
+    ) -> Tensor:
         "Move samples along the learned flow from tau = 0 to tau = 1, eq. (5)."
         self.check(samples, labels, scale)
         size = check_whole("batch_size", max(1, len(samples)) if batch_size is None else batch_size, 1)
@@ -258,8 +285,10 @@ class FlowPostprocessor(nn.Module):
 
     @staticmethod
     def from_pairs(
-        pairs: "PairDraws",  # Pairs the correction will be trained on, see pair_data
-        num_classes: int | None = None,  # Number of classes; None: that of the pairs
+        # Pairs the correction will be trained on, see pair_data
+        pairs: "PairDraws",
+        # Number of classes; None: that of the pairs
+        num_classes: int | None = None,
         **network: Any,  # Arguments of FlowPostprocessor: net, dropout, width, depth, octaves, seed
     ) -> "FlowPostprocessor":  # Untrained, on the device of the pairs
         """A correction for these pairs: their shape and classes, and the unit
@@ -271,16 +300,21 @@ class FlowPostprocessor(nn.Module):
 
     @staticmethod
     def fit(
-        generated: Tensor,  # Generated samples `[n, ...]`, may be of several guidance scales together
+        # Generated samples `[n, ...]`, may be of several guidance scales
+        # together
+        generated: Tensor,
         real: Tensor,  # Real samples, `[m, ...]`
         labels: Tensor | None,  # Classes of the generated samples, `[n]`
-        real_labels: Tensor | None = None,  # Classes of the real samples `[m]`; needed with `labels`
+        # Classes of the real samples `[m]`; needed with `labels`
+        real_labels: Tensor | None = None,
         k: int = 20,  # Neighbours per sample
-        space: _Space = "pixels",  # Where distance is measured: "pixels", or a function to features
+        # Where distance is measured: "pixels", or a function to features
+        space: _Space = "pixels",
         steps: int = 2000,  # Training steps
         batch_size: int = 1024,  # Pairs per step
         lr: float = 2e-3,  # Peak learning rate
-        ema: float = 0.999,  # Decay of the moving average; lower it for runs below a thousand steps
+        # Decay of the moving average; lower it for runs below a thousand steps
+        ema: float = 0.999,
         seed: int = 0,  # Seed of weights, pairs and times
         progress: bool = True,  # Whether to show a progress bar
         **network: Any,  # Arguments of FlowPostprocessor: net, dropout, width, depth, octaves
@@ -298,7 +332,8 @@ def effective_sample_size(
     k: int,  # Neighbours per sample
     labels: Tensor | None = None,  # Classes of the generated samples, `[n]`
     real_labels: Tensor | None = None,  # Classes of the real samples, `[m]`
-    space: _Space = "pixels",  # "pixels", or a function from samples to features
+    # "pixels", or a function from samples to features
+    space: _Space = "pixels",
 ) -> float:  # Between 1 and m
     """The number of equally frequent real points that the weights of eq. (9)
     are worth, 1 / sum w_j^2."""
@@ -310,10 +345,15 @@ def memorisation_report(
     samples: Tensor,  # Samples to report on, `[n, ...]`
     training: Tensor,  # Real samples the correction was fitted on, `[m, ...]`
     fresh: Tensor,  # Real samples it has never seen, `[l, ...]`
-    space: _Space = "pixels",  # "pixels", or a function from samples to features
-    threshold: float = 0.1,  # A copy lies closer to the training data than this fraction of the median fresh distance
-    device: str | torch.device | None = None,  # Where to search, None: where the samples are
-) -> dict[str, float]:  # Median nearest distances, their ratio, and the fractions of copies
+    # "pixels", or a function from samples to features
+    space: _Space = "pixels",
+    # A copy lies closer to the training data than this fraction of the median
+    # fresh distance
+    threshold: float = 0.1,
+    # Where to search, None: where the samples are
+    device: str | torch.device | None = None,
+    # Median nearest distances, their ratio, and the fractions of copies
+) -> dict[str, float]:
     """Distance of samples to their nearest training sample, against that of
     fresh real ones."""
     kept, place = _to_features(training, space), samples.device if device is None else device

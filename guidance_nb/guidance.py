@@ -35,13 +35,19 @@ class Claims:
     "Declared properties of a guidance method; tests check every entry."
 
     source: str  # Where it was proposed, an arXiv number
-    space: str = "any"  # Where it acts: "any" (linear in the prediction), "x0", "eps" or "velocity"
-    nfe: int = 2  # Network evaluations a sample costs at one guided time; 0 if that varies
-    unconditional_at_zero: bool = False  # Whether scale 0 is the unconditional model, exactly and at its cost
-    conditional_at_one: bool = True  # Whether scale 1 is the conditional model, exactly and at its cost
-    equal_unchanged: bool = True  # Whether two equal predictions come back as they are
+    # Where it acts: "any" (linear in the prediction), "x0", "eps" or "velocity"
+    space: str = "any"
+    # Network evaluations a sample costs at one guided time; 0 if that varies
+    nfe: int = 2
+    # Whether scale 0 is the unconditional model, exactly and at its cost
+    unconditional_at_zero: bool = False
+    # Whether scale 1 is the conditional model, exactly and at its cost
+    conditional_at_one: bool = True
+    # Whether two equal predictions come back as they are
+    equal_unchanged: bool = True
     needs_condition: bool = True  # Whether it does nothing without a condition
-    consistent: bool = True  # Whether the pair it returns still satisfies x = alpha x0 + sigma eps
+    # Whether the pair it returns still satisfies x = alpha x0 + sigma eps
+    consistent: bool = True
 
 # %% ../nbs/08_guidance.ipynb #8a10b063
 Scale: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
@@ -56,9 +62,12 @@ class Guidance(Denoiser):
     def __init__(
         self,
         model: Denoiser,  # A model that answers with and without condition
-        scale: Scale = 1.0,  # Guidance scale: 0 is unconditional, 1 the conditional model
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included (arXiv 2404.07724)
-        batching: Batching = "auto",  # Both predictions by one pass of twice the rows, or by two passes
+        # Guidance scale: 0 is unconditional, 1 the conditional model
+        scale: Scale = 1.0,
+        # Times that are guided, ends included (arXiv 2404.07724)
+        interval: tuple[float, float] = (0.0, 1.0),
+        # Both predictions by one pass of twice the rows, or by two passes
+        batching: Batching = "auto",
     ):
         if not isinstance(model, Denoiser):
             wrap = "NetworkDenoiser(net, path, num_classes) for a network, from_diffusers(model) for one of diffusers"
@@ -239,7 +248,8 @@ Schedule = Callable[[Tensor], Tensor]
 
 def linear_schedule(
     scale: float,  # Mean guidance scale over time
-    floor: float = -math.inf,  # Smallest scale ("clamped linear"); raises the mean
+    # Smallest scale ("clamped linear"); raises the mean
+    floor: float = -math.inf,
 ) -> Schedule:  # Scale as a function of time
     """A scale that grows linearly from 1 at pure noise, eq. (3) (arXiv
     2404.13040)."""
@@ -282,7 +292,8 @@ def beta_schedule(
 
 def exponential_schedule(
     start: float = 1.0,  # Scale at pure noise
-    rate: float = math.log(2),  # Growth towards data: the scale ends at start * exp(rate)
+    # Growth towards data: the scale ends at start * exp(rate)
+    rate: float = math.log(2),
 ) -> Schedule:  # Scale as a function of time
     "A scale that grows exponentially towards data (arXiv 2603.08155)."
     check_number("start", start)

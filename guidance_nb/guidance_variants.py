@@ -40,7 +40,8 @@ class RescaledGuidance(Guidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         phi: float = 0.7,  # Share of the rescaling, 0 to 1
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
@@ -84,7 +85,8 @@ class MagnitudeAwareGuidance(Guidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale where the two predictions agree
         damping: float = 8.0,  # How fast it falls, a of eq. (2), 0 or more
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
@@ -110,8 +112,10 @@ class CFGZeroStar(Guidance):
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
-        zero_from: float = 1.0,  # The velocity is zero at times from here up; `math.inf`: nowhere
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        # The velocity is zero at times from here up; `math.inf`: nowhere
+        zero_from: float = 1.0,
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
@@ -205,10 +209,13 @@ class AdaptiveProjectedGuidance(Guidance):
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
-        eta: float = 0.0,  # Share kept of the part along the conditional prediction
+        # Share kept of the part along the conditional prediction
+        eta: float = 0.0,
         norm: float = math.inf,  # Largest norm of the difference, r of eq. (5)
-        momentum: float = 0.0,  # Share of earlier differences, beta of eq. (5), above -1 and below 1
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        # Share of earlier differences, beta of eq. (5), above -1 and below 1
+        momentum: float = 0.0,
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
@@ -270,10 +277,13 @@ class FrequencyDecoupledGuidance(Guidance):
 
     def __init__(
         self,
-        model: Denoiser,  # A model of images that answers with and without condition
+        # A model of images that answers with and without condition
+        model: Denoiser,
         scale: Scale = 1.0,  # Guidance scale of a band with a factor of 1
-        shares: tuple[float, ...] = (1.0, 0.5),  # Fraction of scale - 1 for each band, finest first
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        # Fraction of scale - 1 for each band, finest first
+        shares: tuple[float, ...] = (1.0, 0.5),
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
@@ -301,9 +311,11 @@ class DynamicThresholding(Guidance):
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
-        quantile: float = 0.995,  # Share of the values of a sample that is not clipped
+        # Share of the values of a sample that is not clipped
+        quantile: float = 0.995,
         limit: float = 1.0,  # Largest absolute value of the data
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
@@ -330,8 +342,10 @@ class RectifiedGuidance(Guidance):
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
-        ratios: float | Callable[[Tensor, Tensor], Tensor] = 1.0,  # rho of eq. (8), or a function of times and classes
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        # rho of eq. (8), or a function of times and classes
+        ratios: float | Callable[[Tensor, Tensor], Tensor] = 1.0,
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)

@@ -44,7 +44,8 @@ class LossGuidance(Guidance):
     def __init__(
         self,
         model: Denoiser,  # The model to guide
-        loss: Callable[[Tensor, Condition | None], Tensor],  # (x0, c) -> `[batch]`
+        # (x0, c) -> `[batch]`
+        loss: Callable[[Tensor, Condition | None], Tensor],
         scale: Scale = 1.0,  # gamma: a number, `[batch]` or a function of time
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided
         through: bool = True,  # Gradient through the denoiser, or eq. (6)

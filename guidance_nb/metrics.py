@@ -66,8 +66,10 @@ def outlier_rate(
     x: Tensor,  # Samples, `[n, d]`
     c: Tensor,  # Their labels, `[n]`
     mixture: Mixture,  # The true distribution
-    threshold: Tensor | None = None,  # From outlier_threshold, which is called when absent
-) -> float:  # Share of samples, 0 to 1; the baseline is the quantile of the threshold
+    # From outlier_threshold, which is called when absent
+    threshold: Tensor | None = None,
+    # Share of samples, 0 to 1; the baseline is the quantile of the threshold
+) -> float:
     """Fraction of samples whose true class density lies below the threshold,
     eq. (2)."""
     points = as_points("x", x, mixture.dim)
@@ -82,7 +84,8 @@ def nearest_neighbours(
     x: Tensor,  # Points to find neighbours of, `[n, ...]`
     y: Tensor,  # Points to search, `[m, ...]`
     k: int = 1,  # Number of neighbours
-    x_c: Tensor | None = None,  # Labels `[n]`; only neighbours of the same class count
+    # Labels `[n]`; only neighbours of the same class count
+    x_c: Tensor | None = None,
     y_c: Tensor | None = None,  # Labels `[m]`
     device: str | torch.device | None = None,  # Where to search; None: the CPU
 ) -> tuple[Tensor, Tensor]:  # Distances, ascending, and indices, `[n, k]` each
@@ -112,7 +115,8 @@ def coverage(
     generated: Tensor,  # Generated points, `[n, ...]`
     real_c: Tensor,  # Labels of the real points, `[m]`
     generated_c: Tensor,  # Labels of the generated points, `[n]`
-    radius: Positive = 0.038,  # Euclidean; by the rule, for the fractal at 2,000 points
+    # Euclidean; by the rule, for the fractal at 2,000 points
+    radius: Positive = 0.038,
 ) -> float:  # Share of real points, 0 to 1; the baseline is .95 by the rule
     """Fraction of real points with a generated point of their class in reach,
     eq. (3)."""
@@ -139,9 +143,12 @@ def precision_recall(
 
 # %% ../nbs/06_metrics.ipynb #099a0ea8
 def frechet(
-    a: Tensor | tuple[Tensor, Tensor],  # Features `[n, ...]`, or mean and covariance
-    b: Tensor | tuple[Tensor, Tensor],  # Features `[m, ...]`, or mean and covariance
-) -> float:  # Squared distance; its baseline falls as 1/n, so compare equal n only
+    # Features `[n, ...]`, or mean and covariance
+    a: Tensor | tuple[Tensor, Tensor],
+    # Features `[m, ...]`, or mean and covariance
+    b: Tensor | tuple[Tensor, Tensor],
+    # Squared distance; its baseline falls as 1/n, so compare equal n only
+) -> float:
     """Frechet distance between Gaussians fitted to two sets, eq. (5) (arXiv
     1706.08500)."""
 
@@ -160,7 +167,8 @@ def frechet(
 def sliced_wasserstein(
     a: Tensor,  # Points, `[n, ...]`
     b: Tensor,  # Points, `[m, ...]`; the sizes may differ
-    a_c: Tensor | None = None,  # Labels `[n]`; with both, the mean over the classes
+    # Labels `[n]`; with both, the mean over the classes
+    a_c: Tensor | None = None,
     b_c: Tensor | None = None,  # Labels `[m]`
     projections: int = 256,  # Number of random directions
     seed: int = 0,  # Seed of the directions
@@ -193,8 +201,10 @@ def sliced_wasserstein(
 def class_accuracy(
     x: Tensor,  # Samples, `[n, ...]`
     c: Tensor,  # Their labels, `[n]`
-    classifier: Mixture | Callable[[Tensor], Tensor],  # Samples -> logits `[n, classes]`; of a mixture Bayes' rule
-) -> float:  # Share of samples, 0 to 1; the baseline is that of held-out real data
+    # Samples -> logits `[n, classes]`; of a mixture Bayes' rule
+    classifier: Mixture | Callable[[Tensor], Tensor],
+    # Share of samples, 0 to 1; the baseline is that of held-out real data
+) -> float:
     "Fraction of samples that an evaluation classifier assigns to their label."
     as_points("x", x)
     with torch.no_grad():
@@ -242,7 +252,8 @@ _T = TypeVar("_T")
 
 def real_baseline(
     metric: Callable[[_T, _T], float],  # `metric(real, other)`, of two draws
-    draw: Callable[[int], _T],  # `draw(seed)` -> an independent set of real data
+    # `draw(seed)` -> an independent set of real data
+    draw: Callable[[int], _T],
     seeds: int = 3,  # Number of independent pairs
 ) -> tuple[float, float]:  # Mean and standard deviation over the pairs
     "The value of a metric between two independent sets of real data."

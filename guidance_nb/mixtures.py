@@ -58,9 +58,13 @@ class Mixture:
     def __init__(
         self,
         means: Tensor,  # Component means, `[K, d]`
-        covariances: Tensor,  # Component covariances `[K, d, d]`, or variances `[K]`; zero variance is a data point
-        labels: Tensor,  # Class of each component, `[K]`, every class from 0 upwards present
-        weights: Tensor | None = None,  # Component weights `[K]`, normalised here; uniform by default
+        # Component covariances `[K, d, d]`, or variances `[K]`; zero variance
+        # is a data point
+        covariances: Tensor,
+        # Class of each component, `[K]`, every class from 0 upwards present
+        labels: Tensor,
+        # Component weights `[K]`, normalised here; uniform by default
+        weights: Tensor | None = None,
     ):
         means, covariances = means.double(), covariances.double()
         weights = torch.ones(len(means)) if weights is None else weights
@@ -108,7 +112,8 @@ def _mixture_at(
     mixture: Mixture,  # The mixture
     path: Path,  # The path
     t: Tensor,  # Time, scalar
-    chosen: Tensor | None = None,  # Indices of the components wanted, all by default
+    # Indices of the components wanted, all by default
+    chosen: Tensor | None = None,
 ) -> _MixtureAtTime:  # These components at that time
     """The components of a mixture at one time, eq. (1); an error at t = 0 if
     they have no density."""
@@ -154,7 +159,9 @@ def _map_by_time_and_class(
 def log_prob(
     mixture: Mixture,  # The mixture
     x: Tensor,  # Points, `[batch, d]`
-    c: Tensor | None = None,  # Labels `[batch]` for the class-conditional density, None for the whole mixture
+    # Labels `[batch]` for the class-conditional density, None for the whole
+    # mixture
+    c: Tensor | None = None,
     path: Path = FlowPath(),  # Path, irrelevant at t = 0
     t: Tensor | float = 0.0,  # Time, scalar or `[batch]`; 0 is the data density
 ) -> Tensor:  # Log densities, `[batch]`, float64
@@ -182,9 +189,11 @@ def log_posterior(
 # %% ../nbs/02_mixtures.ipynb #feb1c515
 def sample_mixture(
     mixture: Mixture,  # The mixture to draw from
-    c: Tensor | int,  # Labels `[n]`, or a number of samples whose labels are drawn too
+    # Labels `[n]`, or a number of samples whose labels are drawn too
+    c: Tensor | int,
     generator: torch.Generator | None = None,  # Source of randomness
-) -> tuple[Tensor, Tensor]:  # Samples `[n, d]` in the default dtype, and their labels `[n]`
+    # Samples `[n, d]` in the default dtype, and their labels `[n]`
+) -> tuple[Tensor, Tensor]:
     "Draw exact samples with labels."
     if isinstance(c, int):
         c = torch.multinomial(mixture.class_weights, c, replacement=True, generator=generator)
@@ -255,7 +264,8 @@ class ExactClassifier(nn.Module):
 
 # %% ../nbs/02_mixtures.ipynb #e036ad15
 def gaussian_pair(
-    mean: float = 1.0,  # Class 1 sits at `mean` along the first axis, class 0 at `-mean`
+    # Class 1 sits at `mean` along the first axis, class 0 at `-mean`
+    mean: float = 1.0,
     variance: float = 0.05,  # Variance of both classes, in every direction
     dim: int = 1,  # Dimension of the data
 ) -> Mixture:  # Two classes of equal weight
@@ -268,7 +278,9 @@ def gaussian_pair(
 def fractal(
     depth: int = 6,  # Number of splits
     per_branch: int = 8,  # Gaussians on each branch
-) -> Mixture:  # Two classes of equal weight in two dimensions, 8 (2^(depth + 1) - 1) components each
+    # Two classes of equal weight in two dimensions, 8 (2^(depth + 1) - 1)
+    # components each
+) -> Mixture:
     """The 2-D fractal: one binary tree per class, growing from the origin at
     angles pi/4 and 5 pi/4."""
     means, covariances, labels, weights = [], [], [], []
@@ -293,7 +305,8 @@ def fractal(
 # %% ../nbs/02_mixtures.ipynb #c4f0f051
 def checkerboard(
     size: int = 4,  # Cells along each side
-    std: float = 0.12,  # Standard deviation of each cell; neighbours are one unit apart
+    # Standard deviation of each cell; neighbours are one unit apart
+    std: float = 0.12,
 ) -> Mixture:  # Two classes in two dimensions, `size * size` components
     """A two-class grid of Gaussians with alternating labels, in the manner of
     arXiv 2502.12154 figure 2."""

@@ -36,12 +36,15 @@ class MLP(nn.Module):
     def __init__(
         self,
         dim: int,  # Dimension of the input
-        num_classes: int = 0,  # Number of classes; label `num_classes` is the null label
+        # Number of classes; label `num_classes` is the null label
+        num_classes: int = 0,
         width: int = 128,  # Width of the hidden layers
         depth: int = 4,  # Number of residual blocks
         out: int | None = None,  # Dimension of the output, `dim` by default
         scale_aware: bool = False,  # Whether a guidance scale is a fourth input
-        octaves: int = 0,  # Frequencies of sines of the coordinates beside the coordinates, for points in the plane
+        # Frequencies of sines of the coordinates beside the coordinates, for
+        # points in the plane
+        octaves: int = 0,
     ):
         super().__init__()
         self.octaves = octaves
@@ -73,7 +76,8 @@ def mlp_denoiser(
     width: int = 128,  # Width of the hidden layers
     depth: int = 4,  # Number of residual blocks
     scale_aware: bool = False,  # Whether the network takes a guidance scale
-    octaves: int = 0,  # Frequencies of sines of the coordinates, for points in the plane
+    # Frequencies of sines of the coordinates, for points in the plane
+    octaves: int = 0,
     seed: int = 0,  # Seed of the initial weights
 ) -> NetworkDenoiser:  # An untrained model
     """A small denoiser for points and tiny images, with its own seed for the

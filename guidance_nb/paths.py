@@ -188,7 +188,8 @@ def change_path(
     t: Tensor,  # Time on `source`, scalar or `[batch]`
     source: Path,  # The path `x` lives on
     target: Path,  # The path to move it to
-) -> tuple[Tensor, Tensor]:  # The same noisy data on `target`, and its time there
+    # The same noisy data on `target`, and its time there
+) -> tuple[Tensor, Tensor]:
     """Convert a noisy point to another path at equal noise-to-signal ratio,
     eq. (5)."""
     t = check_time(t)
@@ -205,7 +206,8 @@ def change_path(
 def clamp_time(
     path: Path,  # The path `t` refers to
     t: Tensor,  # Time, scalar or `[batch]`
-    end: Literal["noise", "data"] = "noise",  # Which end of the path to keep away from
+    # Which end of the path to keep away from
+    end: Literal["noise", "data"] = "noise",
 ) -> Tensor:  # `t`, moved inside where a formula would divide by zero
     """Keep a formula away from t = 1 if alpha vanishes there (end 'noise'), or
     from t = 0, where sigma does ('data')."""

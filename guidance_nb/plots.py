@@ -82,7 +82,8 @@ def _frame(ax: "Axes", extent: float) -> "Axes":
 def _pixel_centres(
     extent: float,  # Half the side of the square
     size: int,  # Pixels along a side
-) -> Tensor:  # `[size * size, 2]`, float64; reshape to `[size, size]` and index as [y, x]
+    # `[size * size, 2]`, float64; reshape to `[size, size]` and index as [y, x]
+) -> Tensor:
     "Centres of the pixels of the square [-extent, extent]^2."
     check_whole("size", size, 2)
     require(0 < extent < math.inf, "extent", extent, "a positive number")
@@ -98,7 +99,8 @@ def _density_image(
     t: float = 0.0,  # Time
     extent: float = 2.0,  # Half the side of the square
     size: int = 160,  # Pixels along a side
-) -> Tensor:  # Density at the pixel centres, `[size, size]`, indexed [y, x], float64
+    # Density at the pixel centres, `[size, size]`, indexed [y, x], float64
+) -> Tensor:
     """The density p_t blurred by at least half a pixel, eq. (1), so that no
     thin branch falls between pixels."""
     require(mixture.dim == 2, "dimension of the mixture", mixture.dim, "1 or 2")
@@ -138,7 +140,8 @@ def show_density(
 # %% ../nbs/07_plots.ipynb #b184115d
 def show_points(
     x: Tensor,  # Samples, `[n, 1]` or `[n, 2]`
-    c: Tensor | None = None,  # Labels `[n]`, to colour by class instead of by role
+    # Labels `[n]`, to colour by class instead of by role
+    c: Tensor | None = None,
     ax: "Axes | None" = None,  # Axes, new ones by default
     role: str = "guided",  # A key of `COLOURS`
     size: float = 1.0,  # Area of a point
@@ -164,7 +167,8 @@ def show_points(
 
 # %% ../nbs/07_plots.ipynb #a6389efa
 def show_trajectories(
-    run: Trajectory,  # What sample_trajectory returns, data `[n, 1]` or `[n, 2]`
+    # What sample_trajectory returns, data `[n, 1]` or `[n, 2]`
+    run: Trajectory,
     ax: "Axes | None" = None,  # Axes, new ones by default
     role: str = "guided",  # A key of `COLOURS`
     every: int = 1,  # Draw every n-th sample
@@ -190,7 +194,8 @@ def show_trajectories(
 
 # %% ../nbs/07_plots.ipynb #03e8b086
 def show_field(
-    fn: Callable[[Tensor], Tensor],  # Vector field: points `[n, 2]` -> vectors `[n, 2]`
+    # Vector field: points `[n, 2]` -> vectors `[n, 2]`
+    fn: Callable[[Tensor], Tensor],
     ax: "Axes | None" = None,  # Axes, new ones by default
     extent: float = 2.0,  # Half the side of the square
     size: int = 17,  # Arrows along a side
@@ -207,7 +212,8 @@ def show_field(
 
 # %% ../nbs/07_plots.ipynb #61d7440c
 def show_images(
-    x: Tensor,  # Images in [-1, 1]: flat `[n, pixels]`, or `[n, channels, height, width]`
+    # Images in [-1, 1]: flat `[n, pixels]`, or `[n, channels, height, width]`
+    x: Tensor,
     columns: int = 10,  # Images per row
     ax: "Axes | None" = None,  # Axes, new ones by default
     shape: tuple[int, int] = (8, 8),  # Height and width of flat images
@@ -276,7 +282,8 @@ def show_curves(
     table: "DataFrame",  # One row per run
     x: str,  # Column of the horizontal axis, e.g. "scale"
     y: str,  # Column of the vertical axis, e.g. a metric
-    hue: str | None = "method",  # Column that separates curves; names of methods get their colour and label
+    # Column that separates curves; names of methods get their colour and label
+    hue: str | None = "method",
     ax: "Axes | None" = None,  # Axes, new ones by default
 ) -> "Axes":  # The axes
     """Draw means over equal rows (the seeds) with bars of one standard

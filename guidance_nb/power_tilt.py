@@ -83,7 +83,8 @@ def _log_tilt(
 
 # %% ../nbs/18_power_tilt.ipynb #123b3aca
 def tilt_mixture(
-    toward: Mixture,  # p_c; one Gaussian, or several if `scale` is a whole number
+    # p_c; one Gaussian, or several if `scale` is a whole number
+    toward: Mixture,
     away: Mixture,  # p_u; one Gaussian
     scale: float,  # gamma
 ) -> Mixture:  # The tilt, all of class 0
@@ -120,7 +121,9 @@ def tilt_on_grid(
     toward: Mixture,  # p_c
     away: Mixture,  # p_u
     scale: float,  # gamma
-    grid: Tensor,  # Equally spaced points, `[n, d]`; in two dimensions a `torch.cartesian_prod`
+    # Equally spaced points, `[n, d]`; in two dimensions a
+    # `torch.cartesian_prod`
+    grid: Tensor,
 ) -> Mixture:  # The points, weighted by the tilt
     """The power tilt by quadrature, eq. (1): a weighted set of points; an
     error if the grid does not hold it."""
@@ -153,12 +156,15 @@ def anderson_step(
 
 # %% ../nbs/18_power_tilt.ipynb #a942bb2a
 def _solve_rows(
-    fn: Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]],  # (points, rows) -> residuals and answers, per row
+    # (points, rows) -> residuals and answers, per row
+    fn: Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]],
     start: Tensor,  # First point of every row, `[n, ...]`
     iterations: int = 50,  # Evaluations at most
     tolerance: float = 1e-4,  # Root mean square residual at which a row is done
-    memory: int = 2,  # Differences kept, m of eq. (6); 0 for the plain iteration
-) -> tuple[list[Tensor], Tensor]:  # Answers at the fixed points, in order, and which rows `[n]` have one
+    # Differences kept, m of eq. (6); 0 for the plain iteration
+    memory: int = 2,
+    # Answers at the fixed points, in order, and which rows `[n]` have one
+) -> tuple[list[Tensor], Tensor]:
     """Solve a fixed-point equation for every row of a batch; rows without
     solution keep their first value."""
     rows, value = torch.arange(len(start)), start
@@ -210,12 +216,19 @@ class CharacteristicGuidance(Guidance):
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
-        batching: Batching = "auto",  # How to evaluate the first pair; later ones lie at two points
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
+        # How to evaluate the first pair; later ones lie at two points
+        batching: Batching = "auto",
         iterations: Count = 50,  # Pairs evaluated for a sample at most
-        tolerance: Positive = 1e-4,  # Root mean square residual at which the shift is found, in units of the noise
-        memory: Whole = 2,  # Differences of Anderson's extrapolation, 0 for the plain iteration
-        span: _Span = "all",  # "all", or multiples of the first difference by "sample" or by "channel"
+        # Root mean square residual at which the shift is found, in units of the
+        # noise
+        tolerance: Positive = 1e-4,
+        # Differences of Anderson's extrapolation, 0 for the plain iteration
+        memory: Whole = 2,
+        # "all", or multiples of the first difference by "sample" or by
+        # "channel"
+        span: _Span = "all",
     ):
         super().__init__(model, scale, interval, batching=batching)
         self.solver, self.span = (iterations, tolerance, memory), span
@@ -253,7 +266,8 @@ def _langevin_steps(
     x: Tensor,  # Noisy data, `[batch, ...]`
     t: Tensor,  # Time, scalar; above 0
     c: Tensor | None,  # Labels
-    noise: Callable[[], Tensor],  # A fresh standard normal draw, shaped like the data
+    # A fresh standard normal draw, shaped like the data
+    noise: Callable[[], Tensor],
     step: Tensor,  # Step size h in units of sigma^2, scalar
     count: int,  # Number of steps
 ) -> Tensor:  # Noisy data at the same time
@@ -270,7 +284,8 @@ class PredictorCorrector:
     """A step for `sample`: DDIM on the sampled model, then Langevin steps with
     the corrector's score (arXiv 2408.09000)."""
 
-    corrector: Denoiser  # Whose score the Langevin steps follow, usually a guided model
+    # Whose score the Langevin steps follow, usually a guided model
+    corrector: Denoiser
     count: Whole = 1  # Langevin steps at each level
     size: Positive = 1.0  # Their size, as a multiple of the ancestral one
 
@@ -300,7 +315,8 @@ def _effective_share(
 def _systematic_resample(
     weights: Tensor,  # Weights `[n]`, 0 or more
     offset: float = 0.5,  # In [0, 1), uniformly random
-) -> Tensor:  # Indices `[n]`; particle i appears n w_i times, rounded up or down
+    # Indices `[n]`; particle i appears n w_i times, rounded up or down
+) -> Tensor:
     """Systematic resampling: n equally spaced pointers into the cumulated
     weights."""
     total = weights.double().sum()
@@ -317,7 +333,8 @@ class _WeightedSamples(NamedTuple):
 
     x: Tensor  # Particles, `[n, ...]`
     weights: Tensor  # Their weights `[n]`, of sum 1, float64
-    shares: list[float]  # Effective fraction of the particles before each decision to resample
+    # Effective fraction of the particles before each decision to resample
+    shares: list[float]
     resamplings: int  # How often they were resampled
     nfe: float  # Network function evaluations per particle
 
@@ -326,18 +343,22 @@ class _WeightedSamples(NamedTuple):
 @torch.no_grad()
 def sample_feynman_kac(
     model: Denoiser,  # A model that answers with and without condition
-    c: int | Tensor,  # Condition of the whole population: a class, or one embedding
+    # Condition of the whole population: a class, or one embedding
+    c: int | Tensor,
     n: int,  # Number of particles
     shape: tuple[int, ...],  # Shape of one particle
     scale: float,  # Guidance scale
     steps: int = 100,  # Number of steps
     seed: int = 0,  # Of the noise and of the resampling
     count: Whole = 0,  # Langevin steps at each level, two NFE each
-    threshold: Share = 0.5,  # Resample when the effective fraction falls below; 0 never, 1 always
-    times: Tensor | None = None,  # Falling times, instead of `time_grid(model.path, steps)`
+    # Resample when the effective fraction falls below; 0 never, 1 always
+    threshold: Share = 0.5,
+    # Falling times, instead of `time_grid(model.path, steps)`
+    times: Tensor | None = None,
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state
-) -> _WeightedSamples:  # Particles and weights; systematic_resample makes them equal
+    # Particles and weights; systematic_resample makes them equal
+) -> _WeightedSamples:
     """Weighted guided ancestral sampling, eq. (10), of the power tilt (arXiv
     2503.02819)."""
     path, guided = model.path, ClassifierFreeGuidance(model, scale)

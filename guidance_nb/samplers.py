@@ -32,7 +32,8 @@ from .paths import EDMPath, Path
 def time_grid(
     path: Path,  # The path to follow
     steps: int,  # Number of steps
-    sampler: str = "heun",  # Sampler the grid is for; only `euler_maruyama` differs
+    # Sampler the grid is for; only `euler_maruyama` differs
+    sampler: str = "heun",
     sigma_min: float = 0.002,  # Smallest positive noise level of the EDM grid
     rho: float = 7.0,  # Exponent of the EDM grid
 ) -> Tensor:  # Falling times from 1 to 0, `[steps + 1]`, float64
@@ -54,7 +55,8 @@ class StepContext(NamedTuple):
     """What a step may need besides the point: noise, options, and what earlier
     steps left behind."""
 
-    noise: Callable[[], Tensor]  # A fresh standard normal draw, shaped like the data
+    # A fresh standard normal draw, shaped like the data
+    noise: Callable[[], Tensor]
     eta: float  # Share of ancestral noise in `ddim`
     diffusion: Callable[[Path, Tensor], Tensor]  # g^2(t) of `euler_maruyama`
     memory: dict  # Written by one step, read by the next
@@ -64,7 +66,9 @@ def ddim_step(
     model: Denoiser,  # What is sampled, guided or not
     x: Tensor,  # Samples at time `t`, `[batch, ...]`
     t: Tensor,  # The time they are at, scalar
-    s: Tensor,  # The time they are brought to, scalar; below `t`, or above it with rising times
+    # The time they are brought to, scalar; below `t`, or above it with rising
+    # times
+    s: Tensor,
     c: Condition | None,  # Conditions `[batch]`, or None
     extra: StepContext,  # Noise, options and memory between steps
 ) -> Tensor:  # Samples at time `s`, `[batch, ...]`
@@ -206,9 +210,12 @@ def _integrate(
 
 
 def solve_adaptively(
-    velocity: Callable[[Tensor, Tensor], Tensor],  # dx/dt at `(t, x)`, never asked outside the times
+    # dx/dt at `(t, x)`, never asked outside the times
+    velocity: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,  # Where to start, at `times[0]`
-    times: Tensor,  # Rising or falling times, float64; only the last is a step the solver must make
+    # Rising or falling times, float64; only the last is a step the solver must
+    # make
+    times: Tensor,
     tolerance: float = 1e-5,  # Relative and absolute
 ) -> Tensor:  # The points at `times`
     "Solve an ODE by torchdiffeq's Dopri5."
@@ -243,18 +250,27 @@ def _integrate_adaptively(model: Denoiser, x: Tensor, c: Condition | None, times
 @torch.no_grad()
 def sample(
     model: Denoiser,  # Any denoiser: learned or exact, guided or not
-    c: Condition | int,  # Conditions `[n]`, or the number of unconditional samples
+    # Conditions `[n]`, or the number of unconditional samples
+    c: Condition | int,
     shape: tuple[int, ...],  # Shape of one sample
-    sampler: Sampler | Callable[..., Tensor] = "heun",  # A name, or a step `(model, x, t, s, c, extra)`
+    # A name, or a step `(model, x, t, s, c, extra)`
+    sampler: Sampler | Callable[..., Tensor] = "heun",
     steps: int = 32,  # Number of steps
-    seed: int = 0,  # Together with the sample's index, the only source of randomness
+    # Together with the sample's index, the only source of randomness
+    seed: int = 0,
     start: int = 0,  # Index of the first sample, for sampling in parts
-    times: Tensor | None = None,  # Instead of `time_grid(model.path, steps, sampler)`; rising: from data to noise
-    init: Tensor | None = None,  # Where to start at `times[0]`, `[n, *shape]`, instead of pure noise
-    batch_size: int | None = None,  # Samples per batch, all at once by default; never changes a sample
+    # Instead of `time_grid(model.path, steps, sampler)`; rising: from data to
+    # noise
+    times: Tensor | None = None,
+    # Where to start at `times[0]`, `[n, *shape]`, instead of pure noise
+    init: Tensor | None = None,
+    # Samples per batch, all at once by default; never changes a sample
+    batch_size: int | None = None,
     eta: float = 0.0,  # Share of ancestral noise in "ddim", 0 to 1
-    diffusion: Callable[[Path, Tensor], Tensor] = _sit_diffusion,  # g^2 of "euler_maruyama"
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,  # `callback(step, t, x)`; step 0 is the noise
+    # g^2 of "euler_maruyama"
+    diffusion: Callable[[Path, Tensor], Tensor] = _sit_diffusion,
+    # `callback(step, t, x)`; step 0 is the noise
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> Tensor:  # Samples `[n, *shape]`

@@ -40,7 +40,8 @@ def _branch_outputs(
     x: Tensor,  # Noisy data, `[batch, ...]`
     t: Tensor,  # Times, `[batch]`
     c: Tensor,  # Labels, `[batch]`
-    branches: Sequence[str] = ("conditional", "null"),  # Which outputs, one or both, in this order
+    # Which outputs, one or both, in this order
+    branches: Sequence[str] = ("conditional", "null"),
 ) -> Tensor:  # Raw outputs, `[branches, batch, ...]`
     """The terms under sg in eq. (1) from one evaluation pass; an evaluation of
     the network for each entry."""
@@ -59,9 +60,11 @@ class MeanFlowGuidanceLoss:
     MeanFlow alone (arXiv 2505.13447)."""
 
     omega: Number = 1.0  # Weight of the plain target
-    kappa: float = 0.5  # Weight of the network's own conditional output, below 1
+    # Weight of the network's own conditional output, below 1
+    kappa: float = 0.5
     interval: Interval = (0.0, 1.0)  # Times, both included, with guidance
-    dropout: Share = 0.1  # Probability of training a sample without its condition
+    # Probability of training a sample without its condition
+    dropout: Share = 0.1
 
     def __post_init__(self) -> None:
         allowed = "a finite number below 1, for at 1 and above training diverges"
@@ -88,7 +91,8 @@ def _draw_scales(
     scale_range: tuple[float, float],  # Lowest and highest scale
     x0: Tensor,  # Clean data, `[batch, ...]`
     context: LossContext,  # Source of randomness
-    reciprocal: bool = False,  # Whether 1 / scale is uniform, as GFT's beta is, rather than the scale
+    # Whether 1 / scale is uniform, as GFT's beta is, rather than the scale
+    reciprocal: bool = False,
 ) -> Tensor:  # Scales, `[batch]`
     "A guidance scale for each sample."
     low, high = scale_range
@@ -104,9 +108,12 @@ class GuidanceFreeTrainingLoss:
     """Squared error of a mixture with the own unconditional output, eq. (4)
     (arXiv 2501.15420); beta = 1 / scale."""
 
-    scale: Positive = 2.0  # Guidance scale to train for, 1 / beta; unused with `scale_range`
-    dropout: Share = 0.1  # Probability of training a sample without its condition
-    scale_range: PositiveRange | None = None  # For scale-aware networks: lowest and highest scale
+    # Guidance scale to train for, 1 / beta; unused with `scale_range`
+    scale: Positive = 2.0
+    # Probability of training a sample without its condition
+    dropout: Share = 0.1
+    # For scale-aware networks: lowest and highest scale
+    scale_range: PositiveRange | None = None
 
     def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
@@ -129,10 +136,15 @@ class GuidedDistillationLoss:
     """Squared error to a frozen guided teacher, eq. (5) (arXiv 2210.03142,
     first stage)."""
 
-    teacher: Denoiser  # Guided already; or plain, to be guided by `guidance` at scales of `scale_range`
-    scale_range: ScaleRange | None = None  # For scale-aware students: lowest and highest scale
-    dropout: Share = 0.1  # Probability of training a sample without its condition
-    guidance: Callable[[Denoiser, Tensor], Denoiser] = ClassifierFreeGuidance  # With `scale_range`: what guides
+    # Guided already; or plain, to be guided by `guidance` at scales of
+    # `scale_range`
+    teacher: Denoiser
+    # For scale-aware students: lowest and highest scale
+    scale_range: ScaleRange | None = None
+    # Probability of training a sample without its condition
+    dropout: Share = 0.1
+    # With `scale_range`: what guides
+    guidance: Callable[[Denoiser, Tensor], Denoiser] = ClassifierFreeGuidance
 
     def __post_init__(self) -> None:
         require(isinstance(self.teacher, Denoiser), "teacher", self.teacher, "a Denoiser")

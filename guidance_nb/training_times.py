@@ -23,7 +23,8 @@ class TrainingTimes:
     "The usual times of a path, shifted, and the weight of each noise level."
 
     shift: Positive = 1.0  # Factor on sigma / alpha; above 1 for larger images
-    weight: Literal["x0", "eps", "v", "min_snr", "p2"] | None = None  # w; None: k
+    # w; None: k
+    weight: Literal["x0", "eps", "v", "min_snr", "p2"] | None = None
     corrected: bool = False  # Whether to divide by the density of the times
 
     def usual(self, u: Tensor, path: Path) -> Tensor:

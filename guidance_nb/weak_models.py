@@ -47,8 +47,10 @@ class WeakGuidance(Guidance):
         self,
         model: Denoiser,  # The model to guide
         scale: Scale = 1.0,  # 0 is the weak prediction, 1 the model's own
-        interval: tuple[float, float] = (0.0, 1.0),  # Times at which the weak prediction is used, ends included
-        cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
+        # Times at which the weak prediction is used, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
+        # Scale of classifier-free guidance, at all times; 1 for none
+        cfg_scale: Scale = 1.0,
     ):
         super().__init__(model, scale, interval)
         self.cfg = None
@@ -86,10 +88,14 @@ class Autoguidance(WeakGuidance):
     def __init__(
         self,
         model: Denoiser,  # The model to guide
-        weak: Denoiser,  # A worse one: smaller, less trained, both; on the same path, with the same conditions
+        # A worse one: smaller, less trained, both; on the same path, with the
+        # same conditions
+        weak: Denoiser,
         scale: Scale = 1.0,  # 0 is the weak model, 1 the model
-        interval: tuple[float, float] = (0.0, 1.0),  # Times at which the weak model is used, ends included
-        cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
+        # Times at which the weak model is used, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
+        # Scale of classifier-free guidance, at all times; 1 for none
+        cfg_scale: Scale = 1.0,
     ):
         super().__init__(model, scale, interval, cfg_scale)
         told = f"weak is a {type(weak).__name__}"
@@ -106,7 +112,8 @@ class Autoguidance(WeakGuidance):
 # %% ../nbs/17_weak_models.ipynb #18724fc8
 def _mixed_scales(
     strength: float,  # Strength to divide, 1 for none
-    share: float,  # Fraction of autoguidance, 0 to 1; the rest is classifier-free guidance
+    # Fraction of autoguidance, 0 to 1; the rest is classifier-free guidance
+    share: float,
 ) -> tuple[float, float]:  # `scale` and `cfg_scale` of Autoguidance
     """Two scales from one strength, under eq. (2); after arXiv 2406.02507, as
     secondary sources have it."""
@@ -194,7 +201,8 @@ def _identity_attention(
 # %% ../nbs/17_weak_models.ipynb #dd18d2a8
 def _gaussian_blur(
     images: Tensor,  # `[batch, channels, height, width]`
-    sigma: float,  # Standard deviation in pixels; 0 changes nothing, infinity leaves the mean
+    # Standard deviation in pixels; 0 changes nothing, infinity leaves the mean
+    sigma: float,
 ) -> Tensor:  # The same, blurred
     """Blur images: a kernel of 6 sigma, no wider than the image, reflecting at
     the border (arXiv 2408.00760)."""
@@ -210,7 +218,8 @@ def _gaussian_blur(
 
 # %% ../nbs/17_weak_models.ipynb #95426f34
 def _token_grid(
-    tokens: Tensor,  # One vector of values per channel, `[batch, channels, tokens]`
+    # One vector of values per channel, `[batch, channels, tokens]`
+    tokens: Tensor,
 ) -> Tensor:  # `[batch, channels, side, side]`
     "Lay tokens out as the square image they were cut from."
     side = math.isqrt(tokens.shape[-1])
@@ -222,7 +231,9 @@ def _token_grid(
 def _blurred_queries(
     model: nn.Module,  # Model whose layers to break
     layers: Layers,  # Which, see choose_layers
-    sigma: float,  # Standard deviation of the blur in tokens; 0 changes nothing, infinity leaves the mean
+    # Standard deviation of the blur in tokens; 0 changes nothing, infinity
+    # leaves the mean
+    sigma: float,
 ) -> AbstractContextManager[None]:  # A `with` block
     """Self-attention whose queries are blurred over the square grid of tokens,
     eq. (4) (arXiv 2408.00760)."""
@@ -263,7 +274,8 @@ class _Perturbed(Denoiser):
     def __init__(
         self,
         model: Denoiser,  # The model, which is left as it is
-        perturb: Callable[[nn.Module], AbstractContextManager[None]],  # Breaks a model inside a `with` block
+        # Breaks a model inside a `with` block
+        perturb: Callable[[nn.Module], AbstractContextManager[None]],
     ):
         super().__init__(model.path, model.num_classes)
         self.model, self.perturb = model, perturb
@@ -287,8 +299,10 @@ class PerturbedAttentionGuidance(Autoguidance):
         model: Denoiser,  # A model with a `diffusers` network
         layers: Layers,  # Self-attention layers, by number or part of the name
         scale: Scale = 4.0,  # 0 is the broken model, 1 the model
-        interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
-        cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
+        # Times at which the broken model is used, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
+        # Scale of classifier-free guidance, at all times; 1 for none
+        cfg_scale: Scale = 1.0,
     ):
         weak = _Perturbed(model, partial(_identity_attention, layers=layers))
         super().__init__(model, weak, scale, interval, cfg_scale)
@@ -305,8 +319,10 @@ class SmoothedEnergyGuidance(Autoguidance):
         model: Denoiser,  # A model with a `diffusers` network
         layers: Layers,  # Self-attention layers, by number or part of the name
         scale: Scale = 4.0,  # 0 is the broken model, 1 the model
-        interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
-        cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
+        # Times at which the broken model is used, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
+        # Scale of classifier-free guidance, at all times; 1 for none
+        cfg_scale: Scale = 1.0,
         sigma: float = math.inf,  # Standard deviation of the blur in tokens
     ):
         weak = _Perturbed(model, partial(_blurred_queries, layers=layers, sigma=sigma))
@@ -322,10 +338,14 @@ class SkipLayerGuidance(Autoguidance):
     def __init__(
         self,
         model: Denoiser,  # A model with a `diffusers` network
-        layers: Layers,  # Transformer blocks or a U-Net's attention layers, by number or part of the name
+        # Transformer blocks or a U-Net's attention layers, by number or part of
+        # the name
+        layers: Layers,
         scale: Scale = 3.8,  # 0 is the broken model, 1 the model
-        interval: tuple[float, float] = (0.0, 1.0),  # Times at which the broken model is used, ends included
-        cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
+        # Times at which the broken model is used, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
+        # Scale of classifier-free guidance, at all times; 1 for none
+        cfg_scale: Scale = 1.0,
     ):
         weak = _Perturbed(model, partial(_skipped_layers, layers=layers))
         super().__init__(model, weak, scale, interval, cfg_scale)
@@ -335,7 +355,8 @@ class SkipLayerGuidance(Autoguidance):
 def _recorded_attention(
     model: nn.Module,  # Model to watch
     layers: Layers,  # Self-attention layers, see choose_layers
-) -> Iterator[list[Tensor]]:  # One `[batch, tokens]` for each evaluation of a layer
+    # One `[batch, tokens]` for each evaluation of a layer
+) -> Iterator[list[Tensor]]:
     """Collect how much attention every token receives, sum_q A_qk averaged
     over heads, eq. (5) (arXiv 2210.00939)."""
     received: list[Tensor] = []
@@ -359,13 +380,17 @@ class SelfAttentionGuidance(WeakGuidance):
 
     def __init__(
         self,
-        model: Denoiser,  # A model with a `diffusers` network, evaluated once for a prediction
+        # A model with a `diffusers` network, evaluated once for a prediction
+        model: Denoiser,
         layer: int | str,  # Self-attention layer to watch, by number or name
         scale: Scale = 1.75,  # 0 is the blurred prediction, 1 the model's
-        interval: tuple[float, float] = (0.0, 1.0),  # Times at which the blur is used, ends included
-        cfg_scale: Scale = 1.0,  # Scale of classifier-free guidance, at all times; 1 for none
+        # Times at which the blur is used, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
+        # Scale of classifier-free guidance, at all times; 1 for none
+        cfg_scale: Scale = 1.0,
         sigma: float = 1.0,  # Standard deviation of the blur in pixels
-        threshold: float = 1.0,  # Attention received above which a token is blurred
+        # Attention received above which a token is blurred
+        threshold: float = 1.0,
     ):
         super().__init__(model, scale, interval, cfg_scale)
         require(sigma >= 0, "sigma", sigma, "0 or more, infinity included")
@@ -394,7 +419,8 @@ class SelfAttentionGuidance(WeakGuidance):
 # %% ../nbs/17_weak_models.ipynb #ea22ae37
 def _annealing(
     t: Tensor,  # Time, any shape
-    tau: tuple[float, float] = (0.6, 0.9),  # Times from which the condition fades, and at which it is gone
+    # Times from which the condition fades, and at which it is gone
+    tau: tuple[float, float] = (0.6, 0.9),
 ) -> Tensor:  # Share g of the condition, 1 near the data, 0 near noise
     "How much of the condition is left at time t, eq. (6) (arXiv 2310.17347)."
     require(0 <= tau[0] < tau[1] <= 1, "tau", tau, "two times, 0 <= first < second <= 1")
@@ -404,7 +430,8 @@ def _annealing(
 def annealed_scale(
     scale: float,  # Guidance scale near the data
     tau: tuple[float, float] = (0.6, 0.9),  # See eq. (6)
-) -> Callable[[Tensor], Tensor]:  # Scale as a function of time, for any method that takes one
+    # Scale as a function of time, for any method that takes one
+) -> Callable[[Tensor], Tensor]:
     """CADS for models without embeddings: the scale falls to 0, unconditional,
     instead ('dynamic' guidance)."""
     check_scale(scale)
@@ -434,9 +461,13 @@ class CADS(Denoiser):
 
     def __init__(
         self,
-        model: Denoiser,  # A model of embeddings, guided or not; for class labels see EmbeddedLabels
-        noise: float = 0.1,  # Strength s of the noise; 0.1 was used for classes, 0.25 for text
-        tau: tuple[float, float] = (0.6, 0.9),  # Times from which the condition fades, and at which it is gone
+        # A model of embeddings, guided or not; for class labels see
+        # EmbeddedLabels
+        model: Denoiser,
+        # Strength s of the noise; 0.1 was used for classes, 0.25 for text
+        noise: float = 0.1,
+        # Times from which the condition fades, and at which it is gone
+        tau: tuple[float, float] = (0.6, 0.9),
         mixing: float = 1.0,  # Share of the rescaled embedding, 0 to 1
     ):
         super().__init__(model.path, model.num_classes)
@@ -473,7 +504,8 @@ class EmbeddedLabels(Denoiser):
 
     def __init__(
         self,
-        model: NetworkDenoiser,  # A model with one embedding table for its labels
+        # A model with one embedding table for its labels
+        model: NetworkDenoiser,
     ):
         super().__init__(model.path, EMBEDDINGS)
         rows = model.num_classes + 1
@@ -499,10 +531,13 @@ class EmbeddedLabels(Denoiser):
 
 # %% ../nbs/17_weak_models.ipynb #0ba004f5
 def _log_ratio(
-    discriminator: nn.Module,  # `discriminator(x, t)` gives logits: [generated, real], or so for each class
+    # `discriminator(x, t)` gives logits: [generated, real], or so for each
+    # class
+    discriminator: nn.Module,
     x: Tensor,  # Noisy data, `[batch, ...]`
     t: Tensor | float,  # Time, scalar or `[batch]`
-    c: Tensor | None = None,  # Labels `[batch]`; None, or two logits, for all classes together
+    # Labels `[batch]`; None, or two logits, for all classes together
+    c: Tensor | None = None,
 ) -> Tensor:  # log d / (1 - d), `[batch]`
     """Log odds of real against generated, eq. (7), from logits `[batch, 2]` or
     `[batch, 2 * classes]`, generated first."""
@@ -526,9 +561,11 @@ class DiscriminatorGuidance(Guidance):
     def __init__(
         self,
         model: Denoiser,  # The model to correct
-        discriminator: nn.Module,  # `discriminator(x, t)` gives logits, see eq. (7)
+        # `discriminator(x, t)` gives logits, see eq. (7)
+        discriminator: nn.Module,
         scale: Scale = 1.0,  # 0 is the model, 1 the data
-        interval: tuple[float, float] = (0.0, 1.0),  # Times of correction, ends included
+        # Times of correction, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
     ):
         super().__init__(model, scale, interval)
         self.discriminator = discriminator
@@ -553,7 +590,8 @@ class _ExactDiscriminator(nn.Module):
     def __init__(
         self,
         real: Mixture,  # Distribution of the data
-        generated: Mixture,  # Distribution that the model has learned, with as many classes
+        # Distribution that the model has learned, with as many classes
+        generated: Mixture,
         path: Path,  # Path of the noisy data
     ):
         super().__init__()
@@ -576,9 +614,11 @@ class IndependentConditionGuidance(Guidance):
 
     def __init__(
         self,
-        model: Denoiser,  # A model of two classes or more; it is never asked without one
+        # A model of two classes or more; it is never asked without one
+        model: Denoiser,
         scale: Scale = 1.0,  # Guidance scale: 1 is the conditional model
-        interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided, ends included
+        # Times that are guided, ends included
+        interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,  # Seed of the labels
     ):
         super().__init__(model, scale, interval)

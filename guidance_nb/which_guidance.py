@@ -66,7 +66,8 @@ class Ingredients:
     model: Denoiser  # Conditional, with a null condition
     weak: Denoiser  # A worse one
     ratios: RatioTable | float  # Table of ReCFG, see `estimate_ratios`
-    trained: dict[str, NetworkDenoiser]  # With guidance trained in; take a scale
+    # With guidance trained in; take a scale
+    trained: dict[str, NetworkDenoiser]
 
 # %% ../nbs/26_which_guidance.ipynb #67cc8c45
 def _exact_ingredients(
@@ -96,7 +97,8 @@ def _make_ratios(
 def _learned_ingredients(
     problem: Problem,  # The fractal
     seed: int = 0,  # Of weights, data order, times and noise
-    steps: int = 2000,  # Training steps of each network, an eighth for the weak one
+    # Training steps of each network, an eighth for the weak one
+    steps: int = 2000,
     scale_range: tuple[float, float] = (1.0, 4.0),  # Of the trained guidance
 ) -> Ingredients:
     "Five small networks trained on the fractal."
@@ -132,7 +134,8 @@ class MethodSpec:
     "One method of the family."
 
     make: _Make  # From ingredients and a scale
-    corrects: bool = False  # Whether it corrects samples of the conditional model
+    # Whether it corrects samples of the conditional model
+    corrects: bool = False
     scales: tuple[float, ...] = _SCALES  # Its grid
     trained: bool = False  # Whether it needs a network of its own
 
@@ -285,7 +288,8 @@ def run_family(
 # %% ../nbs/26_which_guidance.ipynb #0e8641a6
 def _best_scales(
     table: DataFrame,  # Lines of run_family
-    share: float = 0.9,  # Least coverage, as a fraction of the conditional model's
+    # Least coverage, as a fraction of the conditional model's
+    share: float = 0.9,
 ) -> DataFrame:  # Means over seeds at each method's best scale, by model
     "Every method at the scale of fewest outliers that keeps enough coverage."
     measures = ["outlier_rate", "coverage", "sliced_wasserstein", "nfe", "steps"]

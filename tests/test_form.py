@@ -38,6 +38,8 @@ def written(tmp_path, *sources: str) -> lint.Path:
     ("source", "problem"),
     [
         ('#| exports\ndef f(\n    x: int,  # pixels\n) -> int:\n    "Double."', None),
+        ('#| exports\ndef f(\n    # pixels\n    x: int,\n) -> int:\n    "Double."', None),
+        ('#| exports\ndef f(\n    y: int,  # pixels\n    x: int,\n) -> int:\n    "Double."', "what `x` is"),
         ('#| exports\ndef f(x: int) -> int:\n    "Double."', "what `x` is"),
         ('#| exports\n@checked\ndef f(x: int) -> int:\n    "Double."', "what `x` is"),
         ('#| exports\nclass A:\n    "A thing."\n    def __init__(self, x: int) -> None: ...', "what `x` is"),

@@ -221,12 +221,14 @@ def stored_problems(path: Path) -> Iterator[str]:
 
 
 def unexplained(function: ast.FunctionDef, docstring: str, lines: list[str]) -> list[str]:
-    "Arguments with no comment beside them that the docstring does not name."
+    "Arguments with no comment beside or above them that the docstring does not name."
     command = any(ast.unparse(each) != "checked" for each in function.decorator_list)  # explains its own in its help
     if command or "ame arguments as `" in " ".join(docstring.split()):
         return []
     args = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-    silent = [arg.arg for arg in args if arg.arg != "self" and "# " not in lines[(arg.end_lineno or 0) - 1]]
+    beside = {arg.arg: "# " in lines[(arg.end_lineno or 0) - 1] for arg in args if arg.arg != "self"}
+    above = {arg.arg: lines[arg.lineno - 2].lstrip().startswith("#") for arg in args}
+    silent = [name for name in beside if not beside[name] and not above[name]]
     return [name for name in silent if not re.search(rf"\b{name}\b", docstring)]
 
 
