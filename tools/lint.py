@@ -227,7 +227,7 @@ def unexplained(function: ast.FunctionDef, docstring: str, lines: list[str]) -> 
         return []
     args = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     beside = {arg.arg: "# " in lines[(arg.end_lineno or 0) - 1] for arg in args if arg.arg != "self"}
-    above = {arg.arg: lines[arg.lineno - 2].lstrip().startswith("#") for arg in args}
+    above = {arg.arg: arg.lineno > function.lineno and lines[arg.lineno - 2].lstrip().startswith("#") for arg in args}
     silent = [name for name in beside if not beside[name] and not above[name]]
     return [name for name in silent if not re.search(rf"\b{name}\b", docstring)]
 
