@@ -88,7 +88,7 @@ class _WeakNetwork(Denoiser):
 class DiffusersGuider(BaseGuidance):
     "Guidance of this package as a guider of diffusers, for methods that evaluate the network at one point a step."
 
-    _input_predictions: list[str] = ["pred_cond", "pred_uncond"]  # type: ignore[assignment]  # noqa: RUF012
+    _input_predictions: list[str] = ["pred_cond", "pred_uncond"]
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class DiffusersGuider(BaseGuidance):
         require(alone or given, "negative prompt", None, "a text, for these blocks do not make the empty one")
         names = {(True, frozenset[nn.Module]()): "pred_cond", (False, frozenset[nn.Module]()): "pred_uncond"}
         return [
-            self._prepare_batch(data, 1 - request[0], names.get(request, f"pred_{i}"))  # type: ignore[arg-type]
+            self._prepare_batch(data, 1 - request[0], names.get(request, f"pred_{i}"))
             for i, request in enumerate(self.plan)
         ]
 
