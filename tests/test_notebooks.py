@@ -2,42 +2,24 @@
 
 import base64
 import io
+import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from fresh import stale
-from notebooks import NOTEBOOKS, ROOT, cells, is_skipped, text
+from notebooks import NOTEBOOKS, cells, is_skipped, text
+from refresh import refresh_apart
 
 LIMIT = 60  # seconds of processor time, so that a busy machine fails nothing
-
-RUN = """
-import signal, sys
-from pathlib import Path
-
-path, tools, limit = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-sys.path.insert(0, tools)
-from refresh import refresh
-
-def stop(*_):
-    raise TimeoutError(f"the notebook takes more than {limit} s of processor time")
-
-signal.signal(signal.SIGPROF, stop)
-signal.setitimer(signal.ITIMER_PROF, limit)
-sys.exit(refresh(path, flagged=False, check=True) or 0)
-"""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_is_fresh(path):
     "The outputs on the site are the stored ones; make notebooks stores them anew. Nothing is executed twice."
-    command = [sys.executable, "-c", RUN, str(path), str(ROOT / "tools"), str(LIMIT)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=10 * LIMIT)
-    assert run.returncode == 0, run.stderr
+    assert refresh_apart(path, check=True, limit=LIMIT) == ""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -75,6 +57,25 @@ def printed(words: str, source: str = "") -> list[dict]:
 )
 def test_stale_text_is_found(stored, fresh, same):
     assert (stale(printed(stored), printed(fresh)) == []) == same
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("assert 1 + 1 == 3", "AssertionError"),
+        ("import os\nos._exit(3)", "ended without an answer"),
+        ("while True: pass", "more than 1 s of processor time"),
+        ("import warnings\nwarnings.warn('careful')", "wrote to stderr"),
+        ("1 + 1", "0 outputs are now 1"),
+        ("x = 1", ""),
+    ],
+)
+def test_pages_that_fail_are_found(tmp_path, source, problem):
+    cell = {"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": [source]}
+    path = tmp_path / "page.ipynb"
+    path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    found = refresh_apart(path, check=True, limit=1)
+    assert problem in found and bool(problem) == bool(found)
 
 
 def test_stale_numbers_of_interactive_pages_are_found():

@@ -8,10 +8,12 @@ first two kinds as well. A second run on the same machine changes no byte.
 import argparse
 import base64
 import io
+import multiprocessing as mp
 import os
-import subprocess
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums in the same order, whatever the machine does besides
@@ -28,6 +30,9 @@ FIGURES = """import matplotlib
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 set_matplotlib_formats("retina", metadata={"Software": None})
 matplotlib.rcParams["figure.dpi"] = 100"""  # shown at 100 dots an inch and stored at 200, for sharp screens
+# What most pages import: a server loads it once, and each page begins in a copy of that. Windows has no such server.
+COMMON = "torch matplotlib.pyplot pandas seaborn scipy.stats torchvision execnb.shell nbdev.clean diffusers.models"
+FORKS = "forkserver" in mp.get_all_start_methods()
 COLOURS = 128  # of a stored figure: a third of the bytes, and no difference to the eye
 
 
@@ -68,7 +73,7 @@ def execute(path: Path, flagged: bool) -> tuple[dict, str]:
     try:
         shell.run_all(notebook, exc_stop=True, preproc=skip)
     except Exception:
-        return {}, shell.prettytb(fname=path.relative_to(ROOT))
+        return {}, shell.prettytb(fname=os.path.relpath(path, ROOT))
     clean = nb2dict(notebook)
     clean_nb(clean)
     for number, cell in enumerate(clean["cells"], 1):
@@ -78,7 +83,7 @@ def execute(path: Path, flagged: bool) -> tuple[dict, str]:
                 data["image/png"] = smaller(text(data["image/png"]))
             errors = [text(o["text"]) for o in cell["outputs"] if o.get("name") == "stderr"]
             if errors:  # a warning carries paths of this machine, and the reader would stumble over it
-                return clean, f"{path.relative_to(ROOT)}: cell #{number} wrote to stderr:\n{errors[0]}"
+                return clean, f"{os.path.relpath(path, ROOT)}: cell #{number} wrote to stderr:\n{errors[0]}"
     return clean, ""
 
 
@@ -93,6 +98,35 @@ def refresh(path: Path, flagged: bool, check: bool = False) -> str:
     return ""
 
 
+def answer(to: Connection, path: Path, flagged: bool, check: bool, limit: int) -> None:
+    "Refresh one notebook within a limit of processor time, in seconds, and send what went wrong."
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"the notebook takes more than {limit} s of processor time")
+
+    if limit:
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, limit)
+    to.send(refresh(path, flagged, check))
+
+
+def refresh_apart(path: Path, flagged: bool = False, check: bool = False, limit: int = 0) -> str:
+    "Refresh one notebook in a process of its own, so that none sees another's state."
+    context = mp.get_context("forkserver" if FORKS else "spawn")
+    if FORKS:
+        context.set_forkserver_preload(COMMON.split())
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=answer, args=(sender, path, flagged, check, limit))
+    worker.start()
+    sender.close()
+    try:
+        problem = receiver.recv()
+    except EOFError:
+        problem = f"{path.name}: its process ended without an answer"
+    worker.join()
+    return problem
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of nbs/")
@@ -100,15 +134,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare the outputs with those that are stored")
     args = parser.parse_args()
     paths = [path.resolve() for path in args.notebooks] or NOTEBOOKS
-    if len(paths) == 1:
-        problem = refresh(paths[0], args.flagged, args.check)
-        print(problem or f"{paths[0].relative_to(ROOT)}: done", file=sys.stderr if problem else sys.stdout)
-        return 1 if problem else 0
-    # A process of its own for each notebook, so that none sees another's state.
-    command = [sys.executable, __file__, *(f"--{flag}" for flag in ("flagged", "check") if getattr(args, flag))]
+
+    def store(path: Path) -> bool:
+        problem = refresh_apart(path, args.flagged, args.check)
+        print(problem or f"{os.path.relpath(path, ROOT)}: done", file=sys.stderr if problem else sys.stdout)
+        return bool(problem)
+
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(lambda path: subprocess.run([*command, path]).returncode, paths))
-    return 1 if any(codes) else 0
+        return int(any(list(pool.map(store, paths))))
 
 
 if __name__ == "__main__":

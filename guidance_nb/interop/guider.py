@@ -88,7 +88,7 @@ class _WeakNetwork(Denoiser):
 class DiffusersGuider(BaseGuidance):
     "Guidance of this package as a guider of diffusers, for methods that evaluate the network at one point a step."
 
-    _input_predictions: list[str] = ["pred_cond", "pred_uncond"]
+    _input_predictions: list[str] = ["pred_cond", "pred_uncond"]  # noqa: RUF012
 
     def __init__(
         self,
