@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._checks import check_choice, check_whole, require
 from ._extras import extra
+from ._pictures import tile
 from .metrics import coverage, outlier_rate, outlier_threshold
 from .mixtures import Mixture, log_prob, sample_mixture
 from .paths import FlowPath, Path
@@ -219,17 +220,14 @@ def show_images(
     shape: tuple[int, int] = (8, 8),  # Height and width of flat images
 ) -> "Axes":  # The axes
     "Show images as a grid; values outside [-1, 1] are clipped."
-    with extra("images"):
-        from torchvision.utils import make_grid
     check_whole("columns", columns, 1)
     kept = tuple(x.shape[1:]) if x.ndim == 4 else (1, *shape)
     fine = math.prod(kept) == x[0].numel()
     require(fine, "shape of x", tuple(x.shape), f"[n, {math.prod(shape)}] or [n, channels, h, w]")
     images = ((x.detach().cpu().float() + 1) / 2).clamp(0, 1).reshape(-1, *kept)
-    if kept[0] not in (1, 3):  # neither grey nor RGB: channels side by side
-        images = images.transpose(1, 2).flatten(2)[:, None]
     ax = _axes(ax)
-    ax.imshow(make_grid(images, nrow=columns, padding=1, pad_value=1.0).permute(1, 2, 0).numpy())
+    grid = tile(images, columns, line=1.0).expand(3, -1, -1)
+    ax.imshow(grid.permute(1, 2, 0).numpy())
     ax.axis("off")
     return ax
 

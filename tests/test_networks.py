@@ -103,6 +103,39 @@ def test_every_name_has_the_weights_of_its_description(name):
         assert count(net) == formula(shape, classes, **IMAGE_NETWORKS[name])
 
 
+@pytest.mark.parametrize(
+    "changes", [{"film": True}, {"attention": (16,), "head": 4}, {"blocks": 2, "widths": (8, 8, 16)}]
+)
+def test_a_u_net_is_that_of_diffusers_number_for_number(changes):
+    "Names, first weights, outputs and gradients of its `UNet2DModel`."
+    from diffusers import UNet2DModel
+
+    settings = {"widths": (8, 16), "blocks": 1, "attention": (), "film": False, "patch": 1, "head": 8} | changes
+    net = build_network("unet-tiny", (2, 16, 16), 3, seed=5, **settings)
+    widths, attention = settings["widths"], settings["attention"]
+    kinds = ["Attn" * (16 // 2**level in attention) for level in range(len(widths))]
+    torch.manual_seed(5)
+    nn.Embedding(4, 4 * widths[0])  # drawn before
+    other = UNet2DModel(
+        in_channels=2, out_channels=2, block_out_channels=widths, layers_per_block=settings["blocks"],
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        add_attention=bool(attention), attention_head_dim=settings["head"], norm_num_groups=2, attn_norm_num_groups=2,
+        class_embed_type="identity", resnet_time_scale_shift="scale_shift" if settings["film"] else "default",
+    ).eval()  # fmt: skip
+    ours, theirs = net.net.eval().state_dict(), other.state_dict()
+    assert [*ours] == [*theirs]
+    assert all(torch.equal(weight, theirs[name]) or not weight.any() for name, weight in ours.items())
+    stir(net)
+    other.load_state_dict(ours)
+    asked = torch.randn(3, 2, 16, 16), 1000 * torch.rand(3), torch.randn(3, 4 * widths[0])
+    found = net.net(*asked), other(*asked, return_dict=False)[0]
+    assert torch.equal(*found) and found[0].std() > 0.1
+    for y in found:
+        y.square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.net.parameters(), other.parameters()))
+
+
 def test_film_and_attention_can_be_chosen():
     for changes in ({"film": True}, {"attention": ()}, {"attention": (32, 8)}, {"blocks": 3, "patch": 2}):
         with torch.device("meta"):

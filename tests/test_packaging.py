@@ -156,16 +156,32 @@ finally:
     assert fresh(code).endswith("set()\n")
 
 
-def test_a_u_net_imports_no_other_model_and_hides_none():
+def test_a_transformer_imports_no_other_model_and_hides_none():
     code = """
 import sys
 from guidance_nb._extras import extra
 with extra("diffusers"):
-    from diffusers import UNet2DModel
-print("diffusers.models.unets.unet_3d_condition" in sys.modules)
+    from diffusers import DiTTransformer2DModel
+print("diffusers.models.transformers.transformer_flux" in sys.modules)
 import diffusers
-import diffusers.models.unets.unet_3d_condition as other
-print(diffusers.models.unets.UNet2DModel is UNet2DModel, other.UNet3DConditionModel is diffusers.UNet3DConditionModel)
-print(diffusers.models.transformers.DiTTransformer2DModel is diffusers.DiTTransformer2DModel)
+import diffusers.models.transformers.transformer_flux as other
+hidden = other.FluxTransformer2DModel is diffusers.FluxTransformer2DModel
+print(diffusers.models.transformers.DiTTransformer2DModel is DiTTransformer2DModel, hidden)
+print(diffusers.models.unets.UNet2DModel is diffusers.UNet2DModel)
 """
     assert fresh(code).split() == ["False", "True", "True", "True"]
+
+
+def test_a_trained_model_draws_a_picture_without_heavy_imports(tmp_path):
+    "Whatever takes seconds to import and is not needed for it: the names, since times depend on the machine."
+    code = f"""
+import sys
+from guidance_nb.cli.app import main
+sys.argv = "guidance-nb sample mnist-cfg --scale 3 --n 2 --steps 1 --no-progress --out {tmp_path / "x.png"}".split()
+try:
+    main()
+finally:
+    slow = "accelerate diffusers matplotlib pandas scipy sklearn sympy torch._dynamo torchdiffeq torchvision transformers"
+    print({{*slow.split()}} & set(sys.modules))
+"""
+    assert fresh(code).endswith("set()\n") and (tmp_path / "x.png").is_file()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from guidance_nb._checks import check_choice, check_interval, check_number, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, check_folder, write_aside
+from guidance_nb._pictures import tile
 from guidance_nb._processes import find_processes, on_main
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
@@ -399,11 +400,11 @@ def _save_grid(trained: Trained, file: Path, rows: int = 4) -> None:
 def write_picture(x: Tensor, file: Path, columns: int) -> None:
     "Write images in [-1, 1] as a grid of so many `columns` into a PNG `file`, completely or not at all."
     with extra("images"):
-        from torchvision.utils import save_image
+        from PIL import Image
 
+    grid = tile(to_uint8(x.clamp(-1, 1)), columns).expand(3, -1, -1)
     with write_aside(file) as aside:
-        x = x if x.shape[1] in (1, 3) else x.transpose(1, 2).flatten(2)[:, None]  # channels side by side
-        save_image((x.float().clamp(-1, 1) + 1) / 2, aside, nrow=columns, padding=1, format="png")
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(aside, "PNG")
 
 
 # Samples

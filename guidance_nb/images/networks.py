@@ -1,4 +1,4 @@
-"""Networks for images, by name: U-Nets and transformers of `diffusers` behind one interface, and classifiers."""
+"""Networks for images, by name: U-Nets, and transformers of `diffusers`, behind one interface, and classifiers."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -11,6 +11,7 @@ from guidance_nb._checks import check_choice, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
+from guidance_nb.images.unet import Maps, Plan
 from guidance_nb.networks import fourier_features
 from guidance_nb.paths import Path, expand_time
 
@@ -68,7 +69,7 @@ def _zero(net: nn.Module, *ends: str) -> None:
 
 
 class UNet(nn.Module):
-    """ADM's U-Net (arXiv 2105.05233) by `diffusers`: `net(x, time, labels)`, or `net(x, time, labels, scale)`.
+    """ADM's U-Net (arXiv 2105.05233), as `diffusers` has it: `net(x, time, labels)`, or `net(x, time, labels, scale)`.
 
     Residual blocks with FiLM, h <- norm(h) (1 + gamma) + beta, whose last convolutions start at zero as ADM's do.
     """
@@ -87,9 +88,6 @@ class UNet(nn.Module):
         head: int = 64,  # Channels of an attention head
         film: bool = True,  # Whether the conditioning scales and shifts, or is merely added
     ):
-        with extra("diffusers"):
-            from diffusers import UNet2DModel
-
         super().__init__()
         _check_counts(patch=patch, widths=widths, blocks=blocks, head=head)
         factor, why = patch * 2 ** (len(widths) - 1), f"patch {patch} and {len(widths)} levels"
@@ -97,24 +95,17 @@ class UNet(nn.Module):
         fine = not any(width % 4 or (attention and width % head) for width in widths)
         require(fine, "widths", widths, f"multiples of 4, and of head = {head} where there is attention")
         self.ask = Conditioning(4 * widths[0], num_classes, scale_aware)
-        kinds = ["Attn" * (shape[1] // patch >> level in attention) for level in range(len(widths))]
         groups = math.gcd(32, math.gcd(*widths) // 4)  # of four channels at least
-        body: Any = UNet2DModel  # untyped: diffusers says Module of none of its models
-        options: Json = {"in_channels": shape[0] * patch**2, "out_channels": shape[0] * patch**2, "dropout": dropout}
-        options |= {"block_out_channels": tuple(widths), "layers_per_block": blocks}
-        options |= {"down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds)}
-        options |= {"up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds))}
-        options |= {"add_attention": bool(attention), "attention_head_dim": head}
-        options |= {"norm_num_groups": groups, "attn_norm_num_groups": groups, "class_embed_type": "identity"}
-        self.net = body(resnet_time_scale_shift="scale_shift" if film else "default", **options)
+        plan = Plan(4 * widths[0], groups, film, dropout, head)
+        attends = [shape[1] // patch >> level in attention for level in range(len(widths))]
+        self.net = Maps(shape[0] * patch**2, widths, blocks, attends, plan)
         _zero(self.net, "conv2", "to_out.0", "conv_out")
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
         "Output `[batch, channels, height, width]`."
         _check_input(x, self.shape)
         patches = nn.functional.pixel_unshuffle(x, self.patch)
-        y = self.net(patches, 1000 * time, self.ask(labels, scale), return_dict=False)[0]
-        return nn.functional.pixel_shuffle(y, self.patch)
+        return nn.functional.pixel_shuffle(self.net(patches, 1000 * time, self.ask(labels, scale)), self.patch)
 
 
 class _Given(nn.Module):
@@ -239,11 +230,9 @@ class _UNetEncoder(UNet):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         "Features `[batch, widths[-1]]`."
-        sines = self.net.time_proj(1000 * time).to(x.dtype)
-        h, time = self.net.conv_in(nn.functional.pixel_unshuffle(x, self.patch)), self.net.time_embedding(sines)
-        for block in self.net.down_blocks:
-            h, _ = block(hidden_states=h, temb=time)
-        return nn.functional.silu(self.norm(self.net.mid_block(h, time))).mean((2, 3))
+        e = self.net.time_embedding(1000 * time)
+        h = self.net.descend(nn.functional.pixel_unshuffle(x, self.patch), e, [])
+        return nn.functional.silu(self.norm(h)).mean((2, 3))
 
 
 class ImageClassifier(nn.Module):
