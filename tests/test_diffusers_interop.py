@@ -212,14 +212,27 @@ def test_stable_diffusion_pipeline():
 ])  # fmt: skip
 def test_pipelines_with_several_conditions(make, sampler, told, names):
     pipeline = make()
-    model = from_diffusers(pipeline, **told)
+    model = from_diffusers(pipeline, size=(16, 24), **told)
     start, c = torch.randn(2, *model.shape), model.encode(PROMPTS)
-    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": start, "height": 16, "width": 16, **told}
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": start, "height": 16, "width": 24, **told}
     times = scheduler_times(pipeline.scheduler, 4)
     guided = ClassifierFreeGuidance(model, 3.0)
     ours = sample(guided, c, model.shape, sampler, times=times, init=start, progress=False)
     assert c.keys() == model.null.keys() == names and {len(part) for part in c.values()} == {2}
     compare(pipeline, call, ours, model)
+
+
+def test_the_shape_of_a_network_that_is_not_square():
+    "SDXL is told heights before widths; what the autoencoder cannot divide is an error."
+    pipeline, net = cases.sdxl(), cases.class_unet()
+    net.register_to_config(sample_size=[8, 12])
+    assert from_diffusers(net, cases.ddim()).shape == (4, 8, 12)
+    wide = from_diffusers(pipeline, size=(16, 24))
+    assert wide.shape == (4, 8, 12) and wide.encode(["a"])["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]]
+    assert from_diffusers(pipeline, size=16).shape == (4, 8, 8)
+    for size in (15, (16, 25), (16, 16, 16), 0):
+        with pytest.raises(ValueError, match=r"^size = [^\n]+; allowed: [^\n]+$"):
+            from_diffusers(pipeline, size=size)
 
 
 @pytest.mark.parametrize("embedded", [False, True])

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from guidance_nb._processes import destroy_process_group
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.cli.app import app
-from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import Request, generate, load_trained, make_loss, recipe_shape, train_recipe
+from guidance_nb.cli.recipe import Recipe, override, read_recipe
+from guidance_nb.cli.run import Request, generate, load_trained, make_data, make_loss, recipe_shape, train_recipe
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images.data import _resize_crop, crop_image, load_images, load_samples
 from guidance_nb.images.latents import (
@@ -490,6 +490,16 @@ def test_what_does_not_fit_latents_is_refused(place, tmp_path):
         result = here(*words, *extra)
         assert isinstance(result.exception, ValueError) and message in str(result.exception), (words, result.exception)
         assert not (tmp_path / "x.npz").exists()
+
+
+def test_latents_of_pictures_that_are_not_square(place, tmp_path):
+    out = tmp_path / "wide"
+    done("encode", place / "pictures", out, "--vae", place / "vae", "--size", "16,32", "--no-progress")
+    recipe = override(Recipe(), {"source": f"latents:{out}", "size": [16, 32]})
+    assert make_data(recipe).shape == (4, 8, 16)
+    with pytest.raises(ValueError, match=r"data.size = 16; allowed: \[16, 32\], of which"):
+        make_data(override(recipe, {"size": 16}))
+    assert recipe_shape(override(recipe, {"source": "latents:later", "size": "256,512"})) == ((4, 32, 64), 1000)
 
 
 def test_mnist_encoded_trained_killed_resumed_sampled_decoded_scored(data, tmp_path):

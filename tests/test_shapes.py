@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import guidance_nb as gnb
 from guidance_nb.cli.app import app
+from guidance_nb.cli.recipe import FineTuning, Recipe, override, read_recipe
 from guidance_nb.cli.run import _read_generated, write_picture
 from guidance_nb.images.data import ImageData, _shrink, from_uint8, load_images, load_samples, save_samples, to_uint8
 from guidance_nb.images.features import extract
@@ -151,6 +152,11 @@ def test_signals_are_stored_as_they_are_and_unsound_ones_are_found(tmp_path):
     assert feature_scores(features, features, ["fd"])["fd_pixels"] < 1e-9
 
 
+def done(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "100", "TERM": "dumb"})
+    assert result.exit_code == 0, (words, result.exception, result.output)
+
+
 def test_the_command_line_on_four_channels_of_12_by_20(tmp_path):
     "Train, sample, correct, score: the shape comes from the data."
     pixels, labels = torch.randint(256, (16, 4, 12, 20), dtype=torch.uint8), torch.arange(16) % 2
@@ -158,10 +164,6 @@ def test_the_command_line_on_four_channels_of_12_by_20(tmp_path):
     tiny = {"network": "unet-tiny", "precision": "fp32", "warmup": 0, "sampler_steps": 2, "batch_size": 8, "limit": 16}
     common = [word for key, value in tiny.items() for word in (f"--{key}", str(value))]
     common += ["--source", str(tmp_path / "data"), "--no-progress"]
-
-    def done(*words):
-        result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "100", "TERM": "dumb"})
-        assert result.exit_code == 0, (words, result.exception, result.output)
 
     base, made, moved = tmp_path / "base", tmp_path / "base.npz", tmp_path / "moved.npz"
     done("train", "mnist-base", "--out", base, *common, "--steps", 2, "--grid_every", 2, "--save_every", 2)
@@ -173,3 +175,38 @@ def test_the_command_line_on_four_channels_of_12_by_20(tmp_path):
     rows = ["--rows", tmp_path / "rows.csv", "--no-progress"]
     done("evaluate", moved, "--reference", real, "--features", "pixels", "--metrics", "fd", *rows)
     assert "fd_pixels" in (tmp_path / "rows.csv").read_text()
+
+
+def test_a_recipe_brings_pictures_to_a_height_and_a_width(tmp_path):
+    "Square photographs of two sizes become 8 x 12, from a file and from a flag; a run of another size does not go on."
+    for i, side in enumerate((16, 24) * 4):
+        (tmp_path / "photos" / "ab"[i // 4]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(256, size=(side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / "ab"[i // 4] / f"{i}.png")
+    tables = f"""
+    data = {{source = "{tmp_path / "photos"}", size = [8, 12]}}
+    network = "unet-tiny"
+    training = {{steps = 2, batch_size = 8, save_every = 2, precision = "fp32"}}
+    sampling = {{sampler_steps = 2}}
+    """
+    recipe, base, made = tmp_path / "wide.toml", tmp_path / "base", tmp_path / "made.npz"
+    recipe.write_text(tables)
+    assert read_recipe(recipe) == read_recipe(recipe, {"size": "8,12"}) == read_recipe(recipe, {"size": [8, 12]})
+    done("train", recipe, "--out", base, "--no-progress")
+    done("train", recipe, "--out", base, "--size", "8,12", "--no-progress")
+    done("sample", base, "--n", 8, "--out", made, "--no-progress")
+    assert load_samples(made).x.shape == (8, 3, 8, 12)
+    scoring = ["--reference", tmp_path / "photos", "--features", "pixels", "--metrics", "fd", "--no-progress"]
+    done("evaluate", made, *scoring, "--rows", tmp_path / "rows.csv")
+    assert "fd_pixels" in (tmp_path / "rows.csv").read_text()
+    result = CliRunner().invoke(app, ["train", str(recipe), "--out", str(base), "--size", "8", "--no-progress"])
+    assert isinstance(result.exception, ValueError) and "size = [8, 12], this run 8" in str(result.exception)
+
+
+@pytest.mark.parametrize("size", [-1, [8, 0], [8], "8,12,16", "8,x", 1.5, True])
+@pytest.mark.parametrize("kind", [Recipe, FineTuning])
+def test_a_size_is_a_side_or_a_height_and_a_width(kind, size):
+    with pytest.raises(
+        ValueError, match=r"^data\.size = [^\n]+; allowed: a whole number, 0 or more, or a height and a w"
+    ):
+        override(kind(), {"size": size})

@@ -131,6 +131,8 @@ def test_a_real_dataset_gives_what_its_folder_gives(folder):
     assert theirs.labels.tolist() == ours.labels.tolist() == [0, 1, 2] * 3
     assert torch.equal(theirs.images(torch.arange(9)), ours.images(torch.arange(9)))
     assert load_captioned(dataset, 8).images(torch.arange(2)).shape == (2, 3, 8, 8)
+    for wide in (load_captioned(dataset, (8, 12)), load_captioned(folder, (8, 12))):
+        assert wide.images(torch.arange(2)).shape == (2, *wide.shape) == (2, 3, 8, 12)
     with pytest.raises(ValueError, match=r"column of dataset .* = 'caption'; allowed: 'image', 'text'"):
         load_captioned(dataset, column="caption")
     gap = datasets.Dataset.from_dict({**columns, "text": [*columns["text"][:-1], " "]})

@@ -211,7 +211,7 @@ def _encode_command(
     source: Annotated[str, typer.Argument(help="A folder with one sub-folder per class, mnist or cifar10.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; finished shards in it are kept.")],
     vae: Annotated[str, typer.Option(help="Folder or name of a diffusers AutoencoderKL.")],
-    size: Annotated[int | None, typer.Option(help="Side of the square to crop and resize to.")] = None,
+    size: Annotated[str, typer.Option(help="Side to crop and resize to, or HEIGHT,WIDTH; 0 keeps theirs.")] = "0",
     flip: Annotated[bool, typer.Option(help="Encode the mirror image of each picture, too.")] = True,
     shard_rows: Annotated[int, typer.Option(help="Pictures of a shard.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
@@ -228,12 +228,14 @@ def _encode_command(
 
     Example: guidance-nb encode imagenet/train latents-256 --vae stabilityai/sd-vae-ft-ema --size 256
     """
+    from guidance_nb.cli.recipe import DataTable
     from guidance_nb.cli.run import is_main, main_only
     from guidance_nb.images.latents import encode_folder
 
+    sides = DataTable().changed(size=size).size or None
     main_only(lambda: str(check_folder("out", out if out.exists() else out.parent)))
     with _interruptible("finished shards are kept, start again to go on"):
-        index = encode_folder(source, out, vae, size, flip, shard_rows, batch_size, dtype, crop, split, progress)
+        index = encode_folder(source, out, vae, sides, flip, shard_rows, batch_size, dtype, crop, split, progress)
     if is_main():
         shards, pictures = len(index["shards"]), index["settings"]["pictures"]
         typer.echo(f"{pictures} pictures in {shards} shards: {out}; train on them with --source latents:{out}")

@@ -52,7 +52,7 @@ class Table(BaseModel):
         hint = cls.model_fields[name].annotation
         if (inner := _table(hint)) and not isinstance(value, Mapping | Table):
             return {next(iter(inner.model_fields)): value}
-        if get_origin(hint) is tuple and isinstance(value, str):
+        if isinstance(value, str) and (get_origin(hint) is tuple or (hint == _Size and "," in value)):
             value = [part for part in map(str.strip, value.strip("[]").split(",")) if part]
         truths = [part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, bool)]
         require(hint is bool or not truths, name, value, _allowed(cls.model_fields[name]))
@@ -75,6 +75,8 @@ def _allowed(field: FieldInfo) -> str:
     parts = get_args(hint)
     if get_origin(hint) is dict:
         return "a table"
+    if hint == _Size:
+        return "a whole number, 0 or more, or a height and a width of 1 or more"
     if get_origin(hint) is Literal:
         return ", ".join(map(repr, parts))
     if get_origin(hint) is tuple:
@@ -128,13 +130,14 @@ _Range = Annotated[tuple[float, ...], AfterValidator(_rising_or_empty)]
 _Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 SEED: Json = {"ge": 0, "lt": 2**63}
+_Size = Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 
 
 class DataTable(Table):
     "What is learned."
 
     source: str = key("mnist", '"mnist", "cifar10", a folder with one sub-folder per class, or "latents:FOLDER"')
-    size: int = key(0, "Edge in pixels that images are brought to, or of latents; 0 keeps theirs", ge=0)
+    size: _Size = key(0, "Side in pixels that images are brought to, or height and width; 0 keeps theirs")
     flip: bool = key(False, "Whether to mirror images at random")
     shift: int = key(0, "Most pixels by which images are moved at random, up, down, left or right", ge=0)
     limit: int = key(0, "Use so many images only; 0 uses all", ge=0)
@@ -297,7 +300,7 @@ class _CaptionedTable(Table):
 
     source: str = key("", "Folder of captioned pictures")
     column: str = key("text", "Column of the captions, where there is a table")
-    size: int = key(0, "Edge in pixels to crop and resize to; 0 wants pictures of one size", ge=0)
+    size: _Size = key(0, "Side in pixels to crop and resize to, or height and width; 0 wants pictures of one size")
     flip: bool = key(False, "Whether to mirror pictures at random")
     crop: Literal["adm", "torchvision"] = key("adm", "How pictures are cropped")
 

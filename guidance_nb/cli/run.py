@@ -33,6 +33,7 @@ from guidance_nb.images.data import (
     ImageData,
     SampleFile,
     find_files,
+    find_sides,
     from_uint8,
     load_images,
     load_samples,
@@ -88,8 +89,9 @@ def make_data(recipe: Recipe, split: str = "train") -> ImageData | LatentData:
     if recipe.latents is not None:
         check_choice("split", split, ("train",))
         settings = read_index(recipe.latents)["settings"]
-        side, most = settings["image"][1], settings["pictures"]
-        require(table.size in (0, side), "data.size", table.size, f"{side}, of which {recipe.latents} is, or 0")
+        (_, *sides), most = settings["image"], settings["pictures"]
+        allowed = f"{sides[0] if sides[0] == sides[1] else sides}, of which {recipe.latents} is, or 0"
+        require(table.size == 0 or [*find_sides(table.size)] == sides, "data.size", table.size, allowed)
         require(table.limit <= most, "data.limit", table.limit, f"0 to {most}, as many as there are")
         require(not table.shift, "data.shift", table.shift, "0, for latents")
         return load_latents(recipe.latents, flip=table.flip, limit=table.limit)
@@ -132,11 +134,11 @@ def recipe_shape(recipe: Recipe) -> tuple[tuple[int, ...], int]:
     known: dict[str, tuple[tuple[int, ...], int]] = {"mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10)}
     if recipe.data.source in known:
         (channels, side, _), classes = known[recipe.data.source]
-        return (channels, *[recipe.data.size or side] * 2), classes
+        return (channels, *find_sides(recipe.data.size or side)), classes
     if recipe.latents is None or (recipe.latents / INDEX).is_file():
         data = make_data(recipe)
         return tuple(data.shape), data.num_classes
-    return (4, *[(recipe.data.size or 256) // 8] * 2), 1000
+    return (4, *(side // 8 for side in find_sides(recipe.data.size or 256))), 1000
 
 
 # Training

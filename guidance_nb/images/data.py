@@ -184,7 +184,7 @@ def find_files(source: str, root: str | Path | None = None, download: bool = Tru
     return folder
 
 
-def _sides(size: Size) -> tuple[int, int]:
+def find_sides(size: Size) -> tuple[int, int]:
     "Height and width of a size."
     height, width = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
     return check_whole("size", height, 1), check_whole("size", width, 1)
@@ -193,7 +193,7 @@ def _sides(size: Size) -> tuple[int, int]:
 def _shrink(x: Tensor, size: Size | None) -> Tensor:
     "uint8 images brought to sides that divide theirs: a pixel is the mean of its block, halves rounded up."
     stored = x.shape[2], x.shape[3]
-    if size is None or (wanted := _sides(size)) == stored:
+    if size is None or (wanted := find_sides(size)) == stored:
         return x
     edges = stored[0] // wanted[0], stored[1] // wanted[1]
     fine = (wanted[0] * edges[0], wanted[1] * edges[1]) == stored
@@ -239,7 +239,7 @@ def image_files(folder: Path) -> list[Path]:
 
 def crop_image(image: Image.Image, size: Size) -> Image.Image:
     "ADM's crop: halve by boxes while at least twice too large, then bicubic, antialiased, then the centre."
-    height, width = _sides(size)
+    height, width = find_sides(size)
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
@@ -253,7 +253,7 @@ def _resize_crop(image: Image.Image, size: Size) -> Image.Image:
     with extra("images"):
         from torchvision.transforms.functional import center_crop, resize
 
-    height, width = _sides(size)
+    height, width = find_sides(size)
     shorter = max(height / image.height, width / image.width) * min(image.size)
     return center_crop(resize(image, math.ceil(round(shorter, 6))), [height, width])
 
@@ -295,8 +295,10 @@ def _read_header(path: str | Path) -> tuple[tuple[int, int], str]:
         return image.size if turned else image.size[::-1], image.mode
 
 
-def common_size(paths: Sequence[str | Path]) -> tuple[int, int]:
-    "The one height and width of all images, from their headers; names two files that differ."
+def common_size(paths: Sequence[str | Path], size: Size | None = None) -> tuple[int, int]:
+    "The `size`, or the one height and width of all images, from their headers; names two files that differ."
+    if size is not None:
+        return find_sides(size)
     with ThreadPoolExecutor() as pool:
         sizes = [size for size, _ in pool.map(_read_header, paths)]
     for path, size in zip(paths, sizes):
@@ -358,7 +360,7 @@ def _folder_images(folder: Path, split: str, size: Size | None, channels: int, f
     paths, labels = [path for path, _ in files], torch.tensor([label for _, label in files], dtype=torch.long)
     for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
         require(count, f"images in {folder / name}", count, "at least one per class, or delete the folder")
-    shape = (channels, *(common_size(paths) if size is None else _sides(size)))
+    shape = (channels, *common_size(paths, size))
     return ImageData(ImageFiles(paths, shape, size, crop), labels, tuple(classes), shape, flip, str(folder))
 
 
@@ -385,7 +387,7 @@ def load_images(
     crop: Crop = "adm",  # For a folder: how to crop and resize, as ADM or as torchvision does
 ) -> ImageData:  # With checked files
     "MNIST, CIFAR-10 or a folder of images; missing and damaged files are named."
-    _sides(1 if size is None else size)
+    find_sides(1 if size is None else size)
     if source not in FILES:
         require(Path(source).is_dir(), "source", str(source), "'mnist', 'cifar10', or a folder of class sub-folders")
         if (file := Path(source) / f"{split}.npz").is_file():
@@ -541,7 +543,7 @@ def _load_folder(path: Path, size: Size | None = None, channels: int | None = No
 
 
 def _decode(files: list[Path], size: Size | None, channels: int) -> Tensor:
-    shape = (channels, *(common_size(files) if size is None else _sides(size)))
+    shape = (channels, *common_size(files, size))
     return ImageFiles(files, shape, size).decode(torch.arange(len(files)))
 
 
@@ -579,7 +581,7 @@ def load_samples(
 ) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
     "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
     path = Path(path)
-    wanted = None if size is None else _sides(size)
+    wanted = None if size is None else find_sides(size)
     check_whole("channels", 1 if channels is None else channels, 1)
     require(not path.is_dir() or channels in (None, 1, 3), "channels", channels, "1, 3, for a folder of image files")
     require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")

@@ -24,7 +24,7 @@ from guidance_nb._files import (
     write_file,
 )
 from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
-from guidance_nb.images.data import Crop, Facts, ImageData, ImageFiles, from_uint8, load_images, to_uint8
+from guidance_nb.images.data import Crop, Facts, ImageData, ImageFiles, Size, from_uint8, load_images, to_uint8
 
 __all__ = ["decode", "encode_folder", "load_latents"]
 
@@ -267,7 +267,7 @@ def encode_folder(
     source: str | Path | ImageData,  # A folder with one sub-folder per class, "mnist", "cifar10", or images
     out: str | Path,  # Folder for the shards and their index; finished shards in it are kept
     vae: VAE,  # An `AutoencoderKL`, or its folder or name
-    size: Count | None = None,  # Side of the square to crop and resize to; None wants images of one size
+    size: Size | None = None,  # Side, or height and width, to crop and resize to; None wants images of one size
     flip: bool = True,  # Whether to encode the mirror image of each image, too
     shard_rows: Count = 4096,  # Images of a shard
     batch_size: Count = 32,  # Images at a time

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import Count, check_choice, checked, explained, require, require_that
+from guidance_nb._checks import check_choice, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, weights_digest, write_file
 from guidance_nb._processes import find_processes, in_all_processes, on_main
-from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, as_shown, common_size, image_files
+from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, Size, as_shown, common_size, image_files
 from guidance_nb.images.latents import LatentData, encode_folder, find_shard, load_latents, open_shard, write_shard
 from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop.diffusers import PipelineParts
@@ -64,7 +64,7 @@ class _DatasetPictures:
 
     dataset: Any  # What is indexed by number and gives rows
     column: str  # Column of the pictures
-    size: int | None  # Side to crop and resize to; None wants pictures of one size
+    size: Size | None  # Side, or height and width, to crop and resize to; None wants pictures of one size
     crop: Crop  # A key of `CROPS`
     name: str  # What to call the data in messages
 
@@ -89,7 +89,7 @@ class _DatasetPictures:
 
 @checked
 def load_captioned(
-    source: Any, size: Count | None = None, crop: Crop = "adm", column: str = "text", pictures: str = "image"
+    source: Any, size: Size | None = None, crop: Crop = "adm", column: str = "text", pictures: str = "image"
 ) -> ImageData:
     "Captioned pictures, decoded when asked for; missing captions, unreadable and unlike pictures are named."
     pixels: Any
@@ -102,12 +102,12 @@ def load_captioned(
             said = isinstance(caption, str) and caption.strip()
             require(said, f"caption of picture {i} of {name}", caption, "text, not empty")
         pixels = _DatasetPictures(source, pictures, size, crop, name)
-        shape: Any = tuple(pixels.one(0).shape) if size is None else (3, size, size)
+        shape: Any = tuple(pixels.one(0).shape) if size is None else (3, *common_size([], size))
     else:
         require(Path(source).is_dir(), "source", str(source), "a folder of captioned pictures, or a datasets.Dataset")
         found, name = find_captions(Path(source), column), str(source)
         paths, captions = [str(path) for path in found], list(found.values())
-        shape = (3, *(common_size(paths) if size is None else (size, size)))
+        shape = (3, *common_size(paths, size))
         pixels = ImageFiles(paths, shape, size, crop)
     captions = [caption.strip() for caption in captions]
     number = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
@@ -194,7 +194,7 @@ def cache_captioned(
     source: Any,  # A folder of captioned pictures, a `datasets.Dataset`, or what load_captioned gave
     out: str | Path,  # Folder for latents and embeddings; what is whole in it is kept
     pipeline: Pipeline,  # A Stable Diffusion pipeline
-    size: int | None = None,  # Side of the square to crop and resize to; None wants pictures of one size
+    size: Size | None = None,  # Side, or height and width, to crop and resize to; None wants pictures of one size
     flip: bool = False,  # Whether to encode mirror images, too; they belie captions with "left" and "right"
     crop: Crop = "adm",  # A key of `CROPS`
     column: str = "text",  # Column of the captions

@@ -14,6 +14,7 @@ from guidance_nb._conditions import Condition, drop_rows, null_rows
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
+from guidance_nb.images.data import Size, find_sides
 from guidance_nb.images.latents import undo_scaling
 from guidance_nb.interop._networks import (
     Autoencoder,
@@ -83,7 +84,7 @@ class PipelineParts:
 
     net: Network  # The network
     pipeline: Pipeline = None  # The pipeline it came with, if it did
-    size: int | None = None  # Edge of the images in pixels; None for the pipeline's own
+    size: Size | None = None  # Side of the images in pixels, or height and width; None for the pipeline's own
     options: Json = field(default_factory=dict)  # Further arguments of the pipeline's `encode_prompt`
 
     def __deepcopy__(self, memo: dict[int, object]) -> "PipelineParts":
@@ -103,8 +104,12 @@ class PipelineParts:
     def shape(self) -> tuple[int, int, int]:
         "Shape of one sample."
         own = self.net.config.get("sample_size") or getattr(self.pipeline, "default_sample_size", 128)
-        edge = own if self.size is None else self.size // self.factor
-        return latent_channels(self.net), edge, edge
+        if self.size is None:
+            return latent_channels(self.net), *find_sides(tuple(own) if isinstance(own, list) else own)
+        height, width = find_sides(self.size)
+        fine = not (height % self.factor or width % self.factor)
+        require(fine, "size", self.size, f"multiples of {self.factor}, the pixels of one latent")
+        return latent_channels(self.net), height // self.factor, width // self.factor
 
     def encode(self, prompts: Sequence[str | int], blank: bool = False) -> Condition:
         "Conditions of prompts or classes; `blank` ones are zeros where the pipeline wants it so."
@@ -116,8 +121,8 @@ class PipelineParts:
         if blank and self.pipeline.config.get("force_zeros_for_empty_prompt"):
             found = {name: torch.zeros_like(c) for name, c in found.items()}
         if "time_ids" in condition_names(self.net):
-            edge = self.shape[-1] * self.factor
-            sizes = torch.tensor([edge, edge, 0, 0, edge, edge], dtype=torch.float32)
+            height, width = (side * self.factor for side in self.shape[1:])
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
             found["time_ids"] = sizes.to(found["text_embeds"].device).expand(len(prompts), -1)
         return found if len(found) > 1 else next(iter(found.values()))
 
@@ -220,7 +225,7 @@ def from_diffusers(
     source: Pipeline | Network | str | Path,  # A pipeline of any kind, its folder or name, or a network alone
     scheduler: Scheduler = None,  # Scheduler (or SchedulerFacts) of a network alone; of a pipeline None takes its own
     null: str | int | Condition | None = "",  # The null prompt, label or condition `[1, ...]`; None for none
-    size: int | None = None,  # Edge of the images in pixels; None for the pipeline's own
+    size: Size | None = None,  # Side of the images in pixels, or height and width; None for the pipeline's own
     guidance: float | None = None,  # Fixed scale, for networks that have the scale as an input
     **options: object,  # Further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`
 ) -> DiffusersDenoiser:  # With `shape`, `encode(prompts)`, `decode_latents(latents)`

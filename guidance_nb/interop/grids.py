@@ -14,7 +14,7 @@ from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
-from guidance_nb.images.data import to_uint8
+from guidance_nb.images.data import Size, to_uint8
 from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop.diffusers import from_diffusers, opening
 from guidance_nb.interop.schedulers import scheduler_times
@@ -69,7 +69,7 @@ def compare_scales(
     clip: _Clip | None = None,  # See load_clip; None leaves the score out
     steps: int = 50,  # Steps of DDIM on the times of the pipeline's scheduler
     seed: int = 0,  # Picture i depends on (seed, i) alone, and not on model and scale
-    size: int | None = None,  # Edge in pixels; None for the pipeline's own
+    size: Size | None = None,  # Side in pixels, or height and width; None for the pipeline's own
     progress: bool = True,  # Whether to show a progress bar
 ) -> tuple[Tensor, list[Json]]:  # Pictures `[models, scales, prompts, 3, height, width]`, uint8, and a table
     "Pictures of several networks over guidance scales from the same noise, with CLIP score and NFE."
