@@ -70,11 +70,17 @@ def test_the_tour_writes_all_it_promises(finished):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_a_second_tour_reuses_every_stage_and_changes_no_row(finished):
+@pytest.fixture
+def no_page(monkeypatch):
+    "The first tour's page is looked at; drawing it again would be half the time of the tours after it."
+    monkeypatch.setattr("guidance_nb.cli._tour.write_page", lambda *_: None)
+
+
+def test_a_second_tour_reuses_every_stage_and_changes_no_row(finished, no_page):
     out, _ = finished
     before = {p.name: p.stat().st_mtime_ns for p in (out / "stages").iterdir()}
     table = (out / "comparison.csv").read_bytes()
-    assert run("tour", "--quick", *SCALES, "--out", str(out), "--data", "fractal,digits").returncode == 0
+    done("tour", "--quick", *SCALES, "--out", str(out), "--data", "fractal,digits")
     assert {p.name: p.stat().st_mtime_ns for p in (out / "stages").iterdir()} == before
     assert (out / "comparison.csv").read_bytes() == table
 
@@ -102,20 +108,20 @@ def no_process_of(process: subprocess.Popen, deadline: float) -> None:
     raise AssertionError("a process of the tour outlives it")
 
 
-def test_a_killed_tour_starts_again_where_it_stopped(tmp_path):
+def test_a_killed_tour_starts_again_where_it_stopped(tmp_path, no_page):
     arguments = ("tour", "--quick", "--data", "fractal", "--scales", "2", "--out", str(tmp_path))
     process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 200
-    while len(done := list((tmp_path / "stages").glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
+    while len(stages := list((tmp_path / "stages").glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()  # the main process alone; its workers have to notice
     process.wait()
     no_process_of(process, deadline)
-    assert len(done) >= 2 and not (tmp_path / "comparison.csv").exists()
-    kept = {p.name: p.stat().st_mtime_ns for p in done}
-    assert run(*arguments).returncode == 0
+    assert len(stages) >= 2 and not (tmp_path / "comparison.csv").exists()
+    kept = {p.name: p.stat().st_mtime_ns for p in stages}
+    done(*arguments)
     assert all((tmp_path / "stages" / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
-    assert (tmp_path / "comparison.csv").exists() and (tmp_path / "index.html").exists()
+    assert (tmp_path / "comparison.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def main() -> int:
     paths = [path.resolve() for path in args.notebooks] or NOTEBOOKS
 
     def store(path: Path) -> bool:
-        problem = refresh_apart(path, args.flagged, args.check)
+        problem = (refresh if len(paths) == 1 else refresh_apart)(path, args.flagged, args.check)
         print(problem or f"{os.path.relpath(path, ROOT)}: done", file=sys.stderr if problem else sys.stdout)
         return bool(problem)
 
