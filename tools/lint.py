@@ -64,7 +64,7 @@ GROUPS = {
 SOURCES = ("tools", "tests", "setup.py", "guidance_nb")
 TAUGHT_WIDTH, WIDTH = 80, 100  # of code that a taught page, or another, shows; ruff's width is the package's own
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
-METHODS = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 14]
+EXERCISED = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 19]
 TAUGHT = {name: float(path.stem[:2]) for path in NOTEBOOKS if (name := module_of(path))}
 EXPORTS = {"export", "exports", "exporti"}
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {}
@@ -311,7 +311,7 @@ def rhythm() -> Iterator[str]:
         titles = re.findall(r"^## (.+)$", prose(path), re.MULTILINE)
         if path in BOOK and "Recap" not in titles:
             found.append("no recap")
-        if path in METHODS:
+        if path in EXERCISED:
             found += exercise_problems(path)
         following = re.search(r"\bNext: [^[]*\[[^]]+\]\((\w+)\.ipynb\)", prose(path))
         if (
