@@ -6,7 +6,6 @@
 __all__ = ['AlignedLoss', 'scale_from_aligned']
 
 # %% ../nbs/12_aligned_loss.ipynb #d98f97b0
-import torch
 from torch import Tensor
 
 from guidance_nb._checks import (

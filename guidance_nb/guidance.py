@@ -25,7 +25,7 @@ from guidance_nb._checks import (
     require,
 )
 from ._conditions import Condition, take_rows
-from .denoisers import Batching, Denoiser, Prediction, check_inputs
+from .denoisers import Batching, Denoiser, Prediction, check_inputs, guide
 from .paths import Path, clamp_time, expand_time
 from .samplers import time_grid
 
@@ -87,9 +87,9 @@ class Guidance(Denoiser):
     def combine(
         self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
     ) -> Prediction:
-        """The formula of the method; `scale` is a number or broadcasts against
-        `x`."""
-        raise NotImplementedError
+        """The formula of the method, unless another e_u + scale (e_c - e_u);
+        `scale` is a number or broadcasts against `x`."""
+        return guide(conditional, unconditional, scale)
 
     def guided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
         "The guided prediction where guidance acts."

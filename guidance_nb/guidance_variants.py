@@ -358,12 +358,6 @@ class RectifiedGuidance(Guidance):
         ratio = self.ratios(t, c).to(x) if callable(self.ratios) else self.ratios
         return conditional, shift_prediction(unconditional, (ratio - 1) * unconditional.eps, self.path, t, "eps")
 
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Extrapolate."
-        return guide(conditional, unconditional, scale)
-
 # %% ../nbs/15_guidance_variants.ipynb #b64b0c0f
 class RatioTable(nn.Module):
     """A table of ratios by time and class, linear between times; call it with

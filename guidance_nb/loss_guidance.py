@@ -25,7 +25,6 @@ from ._conditions import Condition, map_condition
 from ._modes import swapped
 from .denoisers import Denoiser, Prediction
 from .guidance import Claims, Guidance, Scale, Schedule, shift_prediction
-from .mixtures import Mixture
 from .paths import Path, clamp_time, expand_time
 from .power_tilt import anderson_step
 
@@ -122,24 +121,6 @@ def pigdm_scale(
         return noise / (noise + sigma**2 / (alpha**2 + sigma**2))
 
     return scale
-
-# %% ../nbs/25_loss_guidance.ipynb #7074137f
-def _measured(
-    mixture: Mixture,  # p(x0)
-    matrix: Tensor,  # A, `[m, d]`, float64
-    y: Tensor,  # The measured numbers, `[m]`
-    std: float,  # Standard deviation s of their noise
-) -> Mixture:  # p(x0 | y)
-    "The posterior of a mixture after a linear measurement, in closed form."
-    before = mixture.covariances
-    seen = matrix @ before @ matrix.mT + std**2 * torch.eye(len(matrix), dtype=torch.float64)
-    gain = torch.linalg.solve(seen, matrix @ before).mT  # [K, d, m]
-    missed = y - mixture.means @ matrix.mT
-    means = mixture.means + torch.einsum("kij,kj->ki", gain, missed)
-    normal = torch.distributions.MultivariateNormal(torch.zeros_like(missed), seen)
-    weights = (mixture.weights.log() + normal.log_prob(missed)).softmax(0)
-    after = before - gain @ matrix @ before
-    return Mixture(means, (after + after.mT) / 2, mixture.labels, weights.clamp(min=1e-300))
 
 # %% ../nbs/25_loss_guidance.ipynb #8243723d
 def _recomputed(

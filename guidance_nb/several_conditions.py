@@ -20,9 +20,8 @@ from ._conditions import Condition, count, map_condition, take_rows
 from ._extras import extra
 from ._layers import Layer, Layers, choose_layers
 from ._modes import swapped
-from .denoisers import Batching, Denoiser, Prediction, guide
+from .denoisers import Batching, Denoiser, Prediction
 from .guidance import Claims, Guidance, Scale
-from .mixtures import Mixture
 
 # %% ../nbs/27_several_conditions.ipynb #f005ed1c
 _Ask: TypeAlias = int | Condition | None  # A class, conditions `[1 or batch, ...]`, or none
@@ -78,12 +77,6 @@ class ComposedConditions(Guidance):
             total = Prediction(*(s + weight * (a - b) for s, a, b in zip(total, e, base)))
         return total, base
 
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Equation (2)."
-        return guide(conditional, unconditional, scale)
-
     def for_rows(self, rows: Tensor | slice) -> Denoiser:
         "The same for some samples of a batch, each with its own conditions."
         before, twin = [*self.others, self.away], super().for_rows(rows)
@@ -92,22 +85,6 @@ class ComposedConditions(Guidance):
             twin = copy.copy(self) if twin is self else twin
             vars(twin).update(others=own[:-1], away=own[-1])
         return twin
-
-# %% ../nbs/27_several_conditions.ipynb #24219636
-def _product(
-    experts: Mixture,  # Class k is one Gaussian, p(x | c_k)
-    weights: Sequence[float],  # w_k, one for each class
-    base: Mixture,  # One Gaussian, p(x)
-) -> Mixture:  # One Gaussian
-    "The product of Gaussian experts, eq. (1); an error where it does not exist."
-    precisions = [torch.linalg.inv(mixture.covariances) for mixture in (base, experts)]
-    power = torch.tensor([1 - sum(weights), *weights], dtype=torch.float64)
-    every, means = torch.cat(precisions), torch.cat([base.means, experts.means])
-    precision = torch.einsum("k,kij->ij", power, every)
-    lowest = torch.linalg.eigvalsh(precision).min().item()
-    require(lowest > 0, "weights", tuple(weights), "weights that leave positive precisions")
-    mean = torch.linalg.solve(precision, torch.einsum("k,kij,kj->i", power, every, means))
-    return Mixture(mean[None], torch.linalg.inv(precision)[None], torch.tensor([0]))
 
 # %% ../nbs/27_several_conditions.ipynb #fc48fc80
 def _normalized(

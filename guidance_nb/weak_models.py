@@ -31,10 +31,10 @@ from ._layers import Layer, Layers, choose_layers
 from ._modes import swapped
 from ._random import keyed_noise
 from .classifier_free_guidance import ClassifierFreeGuidance
-from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, check_inputs, check_labels, guide
+from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, check_inputs, check_labels
 from .guidance import Claims, Guidance, Scale, shift_prediction
-from .mixtures import Mixture, log_posterior, log_prob
-from .paths import Path, clamp_time, expand_time
+from .mixtures import Mixture
+from .paths import clamp_time, expand_time
 
 # %% ../nbs/17_weak_models.ipynb #78b8d092
 class WeakGuidance(Guidance):
@@ -57,12 +57,6 @@ class WeakGuidance(Guidance):
         if not isinstance(cfg_scale, int | float) or cfg_scale != 1:
             self.claims = replace(self.claims, nfe=3, conditional_at_one=False)  # type: ignore[misc]
             self.cfg = ClassifierFreeGuidance(model, cfg_scale)
-
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Extrapolate from the weak prediction through the model's, eq. (1)."
-        return guide(conditional, unconditional, scale)
 
     def unguided(self, x: Tensor, t: Tensor, c: Tensor | None) -> Prediction:
         "The model with classifier-free guidance alone."
@@ -109,17 +103,6 @@ class Autoguidance(WeakGuidance):
         "The model's prediction and the weak one's."
         return self.model(x, t, c), self.weak(x, t, c)
 
-# %% ../nbs/17_weak_models.ipynb #18724fc8
-def _mixed_scales(
-    strength: float,  # Strength to divide, 1 for none
-    # Fraction of autoguidance, 0 to 1; the rest is classifier-free guidance
-    share: float,
-) -> tuple[float, float]:  # `scale` and `cfg_scale` of Autoguidance
-    """Two scales from one strength, under eq. (2); after arXiv 2406.02507, as
-    secondary sources have it."""
-    check_number("share", share, 0, 1)
-    return 1 + share * (strength - 1), 1 + (1 - share) * (strength - 1)
-
 # %% ../nbs/17_weak_models.ipynb #81d89d1d
 def widen(
     mixture: Mixture,  # A mixture
@@ -130,18 +113,6 @@ def widen(
     variances, q = mixture.eigenvalues + check_number("std", std, 0) ** 2, mixture.eigenvectors
     covariances = variances if q is None else q * variances[:, None] @ q.mT
     return Mixture(mixture.means, covariances, mixture.labels, mixture.weights)
-
-# %% ../nbs/17_weak_models.ipynb #b54ceab9
-def _repairing_scale(
-    v: float,  # Variance of the data
-    v_model: float,  # Variance that the model has learned
-    v_weak: float,  # Variance that the weak model has learned
-) -> float:  # The scale gamma*
-    """The scale at which autoguidance undoes the model's error in width on a
-    Gaussian, eq. (3)."""
-    require(min(v, v_model, v_weak) > 0, "v, v_model, v_weak", (v, v_model, v_weak), "positive numbers")
-    require(v_model != v_weak, "v_weak", v_weak, "another variance than v_model, for equals cannot guide")
-    return math.log(v_weak / v) / math.log(v_weak / v_model)
 
 # %% ../nbs/17_weak_models.ipynb #b5081479
 def _attention_layers(
@@ -582,29 +553,6 @@ class DiscriminatorGuidance(Guidance):
             (gradient,) = torch.autograd.grad(ratio.sum(), point)
         return shift_prediction(pair, scale * gradient, self.path, t, "score")
 
-# %% ../nbs/17_weak_models.ipynb #401f6221
-class _ExactDiscriminator(nn.Module):
-    """The optimal discriminator of two mixtures, eq. (7): log densities of
-    (generated, c) and (real, c) at time t."""
-
-    def __init__(
-        self,
-        real: Mixture,  # Distribution of the data
-        # Distribution that the model has learned, with as many classes
-        generated: Mixture,
-        path: Path,  # Path of the noisy data
-    ):
-        super().__init__()
-        n = generated.num_classes
-        require_that(n == real.num_classes, f"generated has {n} classes", f"as real has, {real.num_classes}")
-        self.real, self.generated, self.path = real, generated, path
-
-    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
-        "Logits `[batch, 2 * classes]`, generated first."
-        laws = self.generated, self.real
-        joint = [log_prob(law, x, None, self.path, t)[:, None] + log_posterior(law, x, self.path, t) for law in laws]
-        return torch.cat(joint, 1).to(x.dtype)
-
 # %% ../nbs/17_weak_models.ipynb #a30830be
 class IndependentConditionGuidance(Guidance):
     """Guidance away from a random label, for models without a null label
@@ -636,9 +584,3 @@ class IndependentConditionGuidance(Guidance):
     def pair(self, x: Tensor, t: Tensor, c: Any) -> tuple[Prediction, Prediction]:
         "The prediction for the label, and that for another."
         return self.model(x, t, c), self.model(x, t, (c + self.shift(t).to(c.device)) % self.num_classes)
-
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Extrapolate."
-        return guide(conditional, unconditional, scale)

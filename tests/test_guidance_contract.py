@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from page_code import page_code
 from torch import nn
 from torch.testing import assert_close
 
@@ -51,7 +52,6 @@ from guidance_nb.weak_models import (
     SelfAttentionGuidance,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
-    _ExactDiscriminator,
 )
 from notebooks import ROOT
 
@@ -103,8 +103,11 @@ def by_blindness(model: Denoiser, scale: float, **options) -> Denoiser:
     return Autoguidance(model, Blind(model), scale, **options)
 
 
+ExactDiscriminator = page_code("17_weak_models", "ExactDiscriminator").ExactDiscriminator
+
+
 def by_judge(model: Denoiser, scale: float, **options) -> Denoiser:
-    return DiscriminatorGuidance(model, _ExactDiscriminator(law(6, 3), law(7, 3), model.path), scale, **options)
+    return DiscriminatorGuidance(model, ExactDiscriminator(law(6, 3), law(7, 3), model.path), scale, **options)
 
 
 def by_loss(model: Denoiser, scale: float, **options) -> Denoiser:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from page_code import page_code
 from torch import nn
 from torch.testing import assert_close
 from weights import stir
 
 from guidance_nb.denoisers import EMBEDDINGS, count_nfe
 from guidance_nb.images.networks import image_denoiser
-from guidance_nb.loss_guidance import LossGuidance, _measured, _recomputed, pigdm_scale
+from guidance_nb.loss_guidance import LossGuidance, _recomputed, pigdm_scale
 from guidance_nb.mixtures import ExactDenoiser, Mixture, log_prob
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
 
@@ -80,7 +81,11 @@ def test_at_the_output_the_covariance_is_that_of_normal_data(path):
 def test_the_measured_mixture_is_bayes_rule():
     law, generator = gauss(3, 4), torch.Generator().manual_seed(2)
     x = torch.randn(40, 3, generator=generator, dtype=torch.float64)
-    ratio = log_prob(_measured(law, MATRIX, Y, STD), x) - log_prob(law, x) + loss(x)
+    ratio = (
+        log_prob(page_code("25_loss_guidance", "measured").measured(law, MATRIX, Y, STD), x)
+        - log_prob(law, x)
+        + loss(x)
+    )
     assert_close(ratio, ratio[0].expand(40))
 
 

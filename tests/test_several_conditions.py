@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from page_code import page_code
 from test_guidance_contract import Attentive, Toy
 from torch.testing import assert_close
 
@@ -11,7 +12,7 @@ from guidance_nb.mixtures import ExactDenoiser, Mixture, log_prob
 from guidance_nb.model_guidance import FixedScale
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.several_conditions import ComposedConditions, NormalizedAttentionGuidance, _normalized, _product
+from guidance_nb.several_conditions import ComposedConditions, NormalizedAttentionGuidance, _normalized
 
 
 def batch(n: int = 6):
@@ -113,6 +114,7 @@ def test_scales_of_a_network_that_takes_them_follow_the_batch():
 
 
 def test_the_product_is_the_product():
+    product_of = page_code("27_several_conditions", "product_of").product_of
     generator = torch.Generator().manual_seed(2)
     root = torch.randn(4, 2, 2, generator=generator, dtype=torch.float64)
     means = torch.randn(4, 2, generator=generator, dtype=torch.float64)
@@ -121,11 +123,11 @@ def test_the_product_is_the_product():
     base = Mixture(means[3:], 9 * covariances[3:], torch.tensor([0]))
     x, weights = torch.randn(30, 2, generator=generator, dtype=torch.float64), [1.0, 0.5, -0.2]
     ratios = [log_prob(experts, x, torch.full((30,), k)) - log_prob(base, x) for k in range(3)]
-    gap = log_prob(_product(experts, weights, base), x) - log_prob(base, x)
+    gap = log_prob(product_of(experts, weights, base), x) - log_prob(base, x)
     gap = gap - sum(w * r for w, r in zip(weights, ratios))
     assert_close(gap, gap[0].expand(30))
-    with pytest.raises(ValueError, match=r"^weights = .*allowed"):
-        _product(experts, [-30.0, 0.1, 0.1], base)
+    with pytest.raises(ValueError, match=r"^eigenvalue of covariances = .*allowed"):
+        product_of(experts, [-30.0, 0.1, 0.1], base)
 
 
 # Normalized attention

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from page_code import page_code
 from torch import nn
 from torch.testing import assert_close
 from weights import stir
@@ -31,13 +32,10 @@ from guidance_nb.weak_models import (
     _annealing,
     _attention_layers,
     _blurred_queries,
-    _ExactDiscriminator,
     _gaussian_blur,
     _identity_attention,
     _log_ratio,
-    _mixed_scales,
     _recorded_attention,
-    _repairing_scale,
     _skippable_layers,
     _skipped_layers,
     annealed_scale,
@@ -47,6 +45,7 @@ from guidance_nb.weak_models import (
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
+PAGE = page_code("17_weak_models", "mixed_scales", "repairing_scale", "ExactDiscriminator")
 BROKEN = {
     "pag": (PerturbedAttentionGuidance, _identity_attention, {}),
     "seg": (SmoothedEnergyGuidance, _blurred_queries, {"sigma": 1.0}),
@@ -102,7 +101,7 @@ def test_autoguidance_of_two_gaussians_has_a_gaussian_score(path):
 
 def test_the_variance_law_by_quadrature():
     "d ln V / d tau = g / (v + tau) + (1 - g) / (w + tau) from a large tau, where V = tau."
-    v, w, scale = 1.2, 1.8, _repairing_scale(1.0, 1.2, 1.8)
+    v, w, scale = 1.2, 1.8, PAGE.repairing_scale(1.0, 1.2, 1.8)
     y = np.linspace(math.log(1e-9), math.log(1e7), 200_001)  # tau = e^y
     tau = np.exp(y)
     slope = (scale / (v + tau) + (1 - scale) / (w + tau)) * tau
@@ -113,7 +112,7 @@ def test_the_variance_law_by_quadrature():
 
 def test_sampled_autoguidance_repairs_the_width():
     law = lambda v: ExactDenoiser(Mixture(torch.zeros(1, 1), torch.tensor([v]), torch.tensor([0])), FlowPath())  # noqa: E731
-    guided = Autoguidance(law(1.5), law(4.0), _repairing_scale(0.5, 1.5, 4.0))
+    guided = Autoguidance(law(1.5), law(4.0), PAGE.repairing_scale(0.5, 1.5, 4.0))
     end = sample(guided, 1, (1,), steps=200, init=torch.ones(1, 1), progress=False, dtype=torch.float64)
     assert end.item() ** 2 == pytest.approx(0.5, rel=5e-3)
 
@@ -122,7 +121,7 @@ def test_two_scales_and_their_cost(dit, batch):
     x, t, c = batch
     weak = stirred("dit-s/2", 7, width=16, depth=1, heads=2)
     own, null, poor = (m.predict(x, t, k).eps for m, k in ((dit, c), (dit, None), (weak, c)))
-    scale, cfg_scale = _mixed_scales(3.0, 0.75)
+    scale, cfg_scale = PAGE.mixed_scales(3.0, 0.75)
     assert (scale, cfg_scale) == (2.5, 1.5)
     guided = Autoguidance(dit, weak, scale, cfg_scale=cfg_scale)
     with count_nfe() as nfe:
@@ -467,7 +466,7 @@ def test_the_optimal_judge_repairs_the_score(path):
     x, t = torch.randn(30, 1, dtype=torch.float64), torch.linspace(0.05, 0.97, 30, dtype=torch.float64)
     a, s = path.alpha(t)[:, None], path.sigma(t)[:, None]
     truth = -(x - a * m) / (a**2 * v + s**2)
-    model, judge = ExactDenoiser(learned, path), _ExactDiscriminator(real, learned, path)
+    model, judge = ExactDenoiser(learned, path), PAGE.ExactDiscriminator(real, learned, path)
     for c in (None, torch.arange(30) % 2):
         assert_close(DiscriminatorGuidance(model, judge).score(x, t, c), truth, rtol=1e-7, atol=1e-8)
     normal = lambda mean, var: torch.distributions.Normal(a * mean, (a**2 * var + s**2).sqrt()).log_prob(x)[:, 0]  # noqa: E731
@@ -539,10 +538,7 @@ BAD = {
     "scale = nan": lambda m: Autoguidance(m, m, math.nan),
     "scale = inf": lambda m: Autoguidance(m, m, 2.0, cfg_scale=math.inf),
     "interval = (1, 0)": lambda m: Autoguidance(m, m, 2.0, (1, 0)),
-    "share = -0.1; allowed: 0 to 1": lambda m: _mixed_scales(2.0, -0.1),
     "std = -1; allowed: a number, 0 or more": lambda m: widen(gaussian_pair(), -1),
-    "v_weak = 2.0; allowed: another": lambda m: _repairing_scale(1.0, 2.0, 2.0),
-    "allowed: positive numbers": lambda m: _repairing_scale(1.0, 2.0, -1.0),
     "sigma = nan; allowed: 0 or more": lambda m: SmoothedEnergyGuidance(m, 0, sigma=math.nan),
     "12 tokens; allowed: a square number": lambda m: _tokens_of_no_square(m),
     "model.num_classes = 3; allowed: EMBEDDINGS": lambda m: CADS(m),
