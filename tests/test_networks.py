@@ -256,7 +256,7 @@ def test_the_encoder_is_the_way_down():
         }  # fmt: skip
         nn.init.zeros_(whole.ask.label.weight)
         caught = []
-        whole.net.mid_block.register_forward_hook(lambda part, given, h, caught=caught: caught.append(h))
+        whole.net.mid_block.register_forward_hook(lambda part, given, h, caught=caught: caught.append(h[0]))
         x, t, c = question()
         factor = (1 - t) / ((1 - t) ** 2 + t**2)
         whole(x * factor[:, None, None, None], t, c)

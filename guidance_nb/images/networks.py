@@ -231,7 +231,7 @@ class _UNetEncoder(UNet):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         "Features `[batch, widths[-1]]`."
         e = self.net.time_embedding(1000 * time)
-        h = self.net.descend(nn.functional.pixel_unshuffle(x, self.patch), e, [])
+        h, _ = self.net.descend(nn.functional.pixel_unshuffle(x, self.patch), e)
         return nn.functional.silu(self.norm(h)).mean((2, 3))
 
 

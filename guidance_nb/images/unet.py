@@ -90,8 +90,9 @@ class Stage(nn.Module):
         if resize:
             setattr(self, f"{way}samplers", nn.ModuleList([Resize(after, way == "up")]))
 
-    def forward(self, h: Tensor, e: Tensor, kept: list[Tensor]) -> Tensor:
-        """Maps after this stage; the way down puts its maps into `kept`, the way up takes them out."""
+    def forward(self, h: Tensor, e: Tensor, kept: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Maps after this stage, and `kept` with those of the way down, or without those that the way up has used."""
+        kept = [*kept]  # the caller's stays, for a stage may be computed again
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.resnets):
             h = torch.cat([h, kept.pop()], 1) if self.way == "up" else h
@@ -103,7 +104,7 @@ class Stage(nn.Module):
             h = part(h)
             if self.way == "down":
                 kept.append(h)
-        return h
+        return h, kept
 
 
 class Clock(nn.Module):
@@ -152,19 +153,18 @@ class Maps(nn.Module):
             if isinstance(part, Stage):
                 part.gradient_checkpointing = True
 
-    def descend(self, x: Tensor, e: Tensor, kept: list[Tensor]) -> Tensor:
-        """The smallest maps; those on the way go into `kept`."""
+    def descend(self, x: Tensor, e: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The smallest maps, and those on the way."""
         h = self.conv_in(x)
-        kept.append(h)
+        kept = [h]
         for stage in [*self.down_blocks, self.mid_block]:
-            h = stage(h, e, kept)
-        return h
+            h, kept = stage(h, e, kept)
+        return h, kept
 
     def forward(self, x: Tensor, time: Tensor, asked: Tensor) -> Tensor:
         """Output, shaped as `x`."""
-        kept: list[Tensor] = []
         e = self.time_embedding(time) + asked
-        h = self.descend(x, e, kept)
+        h, kept = self.descend(x, e)
         for stage in self.up_blocks:
-            h = stage(h, e, kept)
+            h, kept = stage(h, e, kept)
         return self.conv_out(nn.functional.silu(self.conv_norm_out(h)))
