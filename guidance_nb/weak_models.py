@@ -9,7 +9,7 @@ __all__ = ['WeakGuidance', 'Autoguidance', 'widen', 'PerturbedAttentionGuidance'
 
 # %% ../nbs/17_weak_models.ipynb #8dd58d7b
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -191,12 +191,16 @@ def _gaussian_blur(
 def _token_grid(
     # One vector of values per channel, `[batch, channels, tokens]`
     tokens: Tensor,
-) -> Tensor:  # `[batch, channels, side, side]`
-    "Lay tokens out as the square image they were cut from."
-    side = math.isqrt(tokens.shape[-1])
-    n = tokens.shape[-1]
-    require_that(side**2 == n, f"{n} tokens", "a square number, for square images")
-    return tokens.unflatten(-1, (side, side))
+    # Height and width of the image they were cut from; none for a square
+    sides: Sequence[int] = (),
+) -> Tensor:  # `[batch, channels, rows, columns]`
+    "Lay tokens out on the grid of square patches that has as many."
+    n, most = tokens.shape[-1], max(sides, default=tokens.shape[-1])
+    grids = ([-(-side // patch) for side in sides or (n, n)] for patch in range(1, most + 1))
+    grid = next((grid for grid in grids if math.prod(grid) == n), None)
+    told = f"a grid on an image of {'x'.join(map(str, sides))}" if sides else "a square number"
+    require_that(grid is not None, f"{n} tokens", told)
+    return tokens.unflatten(-1, grid)
 
 # %% ../nbs/17_weak_models.ipynb #3c029125
 def _blurred_queries(
@@ -206,15 +210,22 @@ def _blurred_queries(
     # leaves the mean
     sigma: float,
 ) -> AbstractContextManager[None]:  # A `with` block
-    """Self-attention whose queries are blurred over the square grid of tokens,
+    """Self-attention whose queries are blurred over the grid of tokens,
     eq. (4) (arXiv 2408.00760)."""
+    sides: list[int] = []
+
+    def watched(forward: Callable, x: Tensor, *args: object, **kwargs: object) -> object:
+        sides[:] = x.shape[2:] if x.ndim == 4 else ()
+        return forward(x, *args, **kwargs)
 
     def blurred(project: Callable, tokens: Tensor) -> Tensor:
-        return _gaussian_blur(_token_grid(project(tokens).mT), sigma).flatten(2).mT
+        grid = _token_grid(project(tokens).mT, sides)
+        return _gaussian_blur(grid, sigma).flatten(2).mT
 
     require(sigma >= 0, "sigma", sigma, "0 or more, infinity included")
     chosen = choose_layers(_attention_layers(model), layers)
-    return swapped({layer.to_q: partial(blurred, layer.to_q.forward) for layer in chosen})
+    ends = {layer.to_q: partial(blurred, layer.to_q.forward) for layer in chosen}
+    return swapped({model: partial(watched, model.forward), **ends})
 
 # %% ../nbs/17_weak_models.ipynb #3f74d97f
 def _left_out(
@@ -375,7 +386,8 @@ class SelfAttentionGuidance(WeakGuidance):
             own = self.model(x, t, c)
         once = [len(rows) for rows in received] == [len(x)]
         require_that(once, f"model evaluates its network {len(received)} times", "once for each sample")
-        mask = _token_grid((received[0] > self.threshold).to(x)[:, None])
+        mask = (received[0] > self.threshold).to(x)[:, None]
+        mask = _token_grid(mask, x.shape[2:])
         mask = nn.functional.interpolate(mask, x.shape[2:])
         x0 = torch.lerp(own.x0, _gaussian_blur(own.x0, self.sigma), mask)
         return own, self.model(self.path.interpolate(x0, own.eps, t), t, c)

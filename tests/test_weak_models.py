@@ -38,6 +38,7 @@ from guidance_nb.weak_models import (
     _recorded_attention,
     _skippable_layers,
     _skipped_layers,
+    _token_grid,
     annealed_scale,
     carry_noise,
     widen,
@@ -344,6 +345,39 @@ def test_the_guiders_of_diffusers_agree_up_to_the_meaning_of_their_scale():
         ours = own + (4.0 - 1) * (own - null) + (3.5 - 1) * (own - bad)
         theirs = guider.forward(own, null, bad)
         assert_close(getattr(theirs, "pred", theirs), ours)
+
+
+@pytest.mark.parametrize("sides", [(8, 12), (4, 16), (7, 10)], ids=str)
+def test_tokens_of_images_that_are_not_square(sides):
+    "16 tokens of 4 x 16 pixels are 2 x 8; the blur does not mix what lies far apart, nor miss what lies near."
+    patches = tuple(-(-side // 2) for side in sides)
+    numbers = torch.arange(math.prod(patches))[None, None]
+    assert torch.equal(_token_grid(numbers, sides)[0, 0], numbers.view(patches))
+    if sides[0] % 2:
+        return  # the small U-Net halves even sides alone
+    wide = stir(image_denoiser("unet-tiny", (1, *sides), FlowPath(), 3, **WIDE).eval(), 0.2, 0).double()
+    x, t, c = torch.randn(2, 1, *sides).double(), torch.tensor(0.6).double(), torch.tensor([0, 2])
+    found = list(_attention_layers(wide).values())
+    layer = next(i for i, part in enumerate(found) if sees(wide, part, x, t, c) == math.prod(patches))
+    project = found[layer].to_q.forward
+    by_hand = lambda h: _gaussian_blur(project(h).mT.unflatten(2, patches), 0.7).flatten(2).mT  # noqa: E731
+    with swapped({found[layer].to_q: by_hand}):
+        weak = wide.x0(x, t, c)
+    assert_close(SmoothedEnergyGuidance(wide, layer, 0.0, sigma=0.7).x0(x, t, c), weak)
+    assert (weak - wide.x0(x, t, c)).abs().max() > 1e-4
+    assert SelfAttentionGuidance(wide, layer, 3.0).x0(x, t, c).isfinite().all()
+
+
+WIDE = {"patch": 1, "widths": (8, 16), "attention": (4,), "head": 4}
+
+
+def sees(model, layer, x, t, c):
+    "Number of tokens that a layer is given."
+    seen = []
+    hook = layer.to_q.register_forward_hook(lambda part, given, out: seen.append(out.shape[1]))
+    model.x0(x, t, c)
+    hook.remove()
+    return seen[0]
 
 
 # Self-attention guidance
