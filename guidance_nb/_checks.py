@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 if TYPE_CHECKING:
-    from guidance_nb.denoisers import NetworkDenoiser
+    from guidance_nb.denoisers import Denoiser, NetworkDenoiser
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -94,6 +94,16 @@ def check_scale(scale: _T, name: str = "scale") -> _T:
     return scale
 
 
+def check_denoiser(name: str, model: "Denoiser") -> "Denoiser":
+    """A denoiser that has a velocity and a score."""
+    from .denoisers import Denoiser
+
+    made = "NetworkDenoiser(net, path, num_classes) for a network, from_diffusers(model) for one of diffusers"
+    require_that(isinstance(model, Denoiser), f"{name} is a {type(model).__name__}", f"a Denoiser: {made}")
+    require(model.consistent, name, model, "a model with a velocity and a score; CFG++ has none")
+    return model
+
+
 def _two_numbers(values: object) -> tuple[float, float]:
     """Both as numbers, NaN for what is none."""
     try:
@@ -152,6 +162,7 @@ def checked(made: _F) -> _F:
     return made
 
 
+WithScore = Annotated["Denoiser", check_denoiser]
 Number = Annotated[float, check_number]  # finite
 AtLeastZero = Annotated[float, functools.partial(check_number, low=0)]
 NonZero = Annotated[float, check_nonzero]

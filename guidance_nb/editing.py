@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import (
+    Count,
     check_choice,
     check_number,
-    check_whole,
+    checked,
+    explained,
     require,
     require_that,
 )
@@ -95,37 +97,31 @@ def _with_jumps(times: Tensor, resamplings: int, jump: int) -> Tensor:
     return times[order]
 
 # %% ../nbs/21_editing.ipynb #2e0d000e
+@checked
 def inpaint(
     model: Denoiser,  # Any denoiser, guided or not
     c: Condition | int,  # Conditions `[n]`, or the number of samples
     known: Tensor,  # Data to keep where the mask is true, `[n, ...]`
     mask: Tensor,  # True where data is known; broadcasts to `known`
-    resamplings: int = 5,  # How often each stretch is taken; 1: replacement
-    jump: int = 1,  # Steps of a stretch
+    resamplings: Count = 5,  # How often each stretch is taken; 1: replacement
+    jump: Count = 1,  # Steps of a stretch
     sampler: Sampler = "ddpm",  # Any but "dopri5"
     steps: int = 20,  # Number of steps, each taken `resamplings` times
     **options: object,  # Of `sample`: seed, batch_size, progress, ...
 ) -> Tensor:  # Samples `[n, ...]`, equal to `known` under the mask
     "Fill in what is unknown, by replacement and resampling (arXiv 2201.09865)."
-    check_whole("resamplings", resamplings, 1)
-    check_whole("jump", jump, 1)
     check_choice("sampler", sampler, tuple(SAMPLERS))
-    fine = model.consistent or sampler in ("ddim", "ddpm")
-    require(fine, "sampler", sampler, "'ddim' or 'ddpm' for this model")
     _check_floats("known", known)
-    require_that(isinstance(mask, Tensor), "mask is no tensor", "a tensor")
-    shape = tuple(known.shape)
-    sides = zip(mask.shape[::-1], shape[::-1])
-    fine = mask.dtype == torch.bool and mask.ndim <= known.ndim
-    fine &= all(side in (1, whole) for side, whole in sides)
-    allowed = f"torch.bool and a shape that broadcasts to {shape}"
-    require(fine, "mask", (mask.dtype, *mask.shape), allowed)
+    shape, allowed = known.shape, "bool, and a shape that broadcasts to known"
+    with explained("mask is of another shape", allowed, RuntimeError):
+        mask = mask.expand(shape)
+    require(mask.dtype == torch.bool, "mask.dtype", mask.dtype, allowed)
+    held = _Known(model, known, mask)
     times = time_grid(model.path, steps, sampler)
-    times = _with_jumps(times, resamplings, jump)
-    held = _Known(model, known, mask.expand(shape))
-    step = partial(_inpainting_step, SAMPLERS[sampler])
-    n = check_request(held, c, shape[1:], step, times)
+    n = check_request(held, c, shape[1:], sampler, times)
     require(len(known) == n, "samples of known", len(known), f"{n}, as of c")
+    times = _with_jumps(times, resamplings, jump)
+    step = partial(_inpainting_step, SAMPLERS[sampler])
     return sample(held, c, shape[1:], step, times=times, **options)  # type: ignore[arg-type]
 
 # %% ../nbs/21_editing.ipynb #2e0d001e

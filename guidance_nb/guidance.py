@@ -19,6 +19,7 @@ from torch import Tensor
 
 from guidance_nb._checks import (
     check_choice,
+    check_denoiser,
     check_interval,
     check_number,
     check_scale,
@@ -69,13 +70,10 @@ class Guidance(Denoiser):
         # Both predictions by one pass of twice the rows, or by two passes
         batching: Batching = "auto",
     ):
-        if not isinstance(model, Denoiser):
-            wrap = "NetworkDenoiser(net, path, num_classes) for a network, from_diffusers(model) for one of diffusers"
-            raise ValueError(f"model is a {type(model).__name__}; allowed: a Denoiser: {wrap}")
+        check_denoiser("model", model)
         super().__init__(model.path, model.num_classes)
         if self.claims.needs_condition:
             require(model.num_classes, "model.num_classes", 0, "1 or more, to guide towards")
-        require(model.consistent, "model", model, "a model with a velocity and a score; CFG++ has none")
         self.model, self.scale, self.interval = model, check_scale(scale), check_interval(interval)
         self.batching = check_choice("batching", batching, get_args(Batching))
 

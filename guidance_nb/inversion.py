@@ -11,10 +11,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ._checks import check_whole, require
+from ._checks import Whole, checked
 from ._conditions import Condition
 from .denoisers import Denoiser
-from .samplers import SAMPLERS, StepContext, sample, time_grid
+from .samplers import SAMPLERS, StepContext, check_request, sample, time_grid
 
 # %% ../nbs/39_inversion.ipynb #39b1000d
 def _implicit_step(
@@ -35,21 +35,19 @@ def _implicit_step(
     return y
 
 
+@checked
 def invert(
     model: Denoiser,  # Any denoiser, guided or not
     x: Tensor,  # Data, `[n, ...]`
     c: Condition | None = None,  # Its conditions `[n]`, or None
     sampler: Literal["ddim", "euler", "heun"] = "ddim",  # As for the way back
     steps: int = 32,  # As for the way back
-    iterations: int = 0,  # Of eq. (3) in each step; 0: plain inversion
+    iterations: Whole = 0,  # Of eq. (3) in each step; 0: plain inversion
     **options: object,  # Of `sample`: batch_size, progress, dtype, ...
 ) -> Tensor:  # Noise, `[n, ...]`: `sample(model, c, ..., init=noise)`
     "The noise from which a sampler draws `x`: rising times (arXiv 2309.04907)."
-    check_whole("iterations", iterations)
-    known = sampler in ("ddim", "euler", "heun")
-    known &= model.consistent or sampler == "ddim"
-    require(known, "sampler", sampler, "ddim, or euler, heun if it has a score")
     step = partial(_implicit_step, sampler, iterations)
     times = time_grid(model.path, steps, sampler).flip(0)
     asked, shape = len(x) if c is None else c, tuple(x.shape[1:])
+    check_request(model, asked, shape, sampler, times)
     return sample(model, asked, shape, step, times=times, init=x, **options)  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ from guidance_nb._checks import (
     Positive,
     Share,
     Whole,
+    WithScore,
     checked,
-    require,
     require_that,
 )
 from ._conditions import take_rows
@@ -232,13 +232,9 @@ class PredictorCorrector:
     the corrector's score (arXiv 2408.09000)."""
 
     # Whose score the Langevin steps follow, usually a guided model
-    corrector: Denoiser
+    corrector: WithScore
     count: Whole = 1  # Langevin steps at each level
     size: Positive = 1.0  # Their size, as a multiple of the ancestral one
-
-    def __post_init__(self) -> None:
-        allowed = "a model with a velocity and a score; CFG++ has none"
-        require(self.corrector.consistent, "corrector", self.corrector, allowed)
 
     def __call__(
         self, model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: StepContext

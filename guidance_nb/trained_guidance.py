@@ -20,6 +20,7 @@ from guidance_nb._checks import (
     PositiveRange,
     ScaleRange,
     Share,
+    WithScore,
     check_conditional,
     check_number,
     checked,
@@ -45,8 +46,6 @@ def _branch_outputs(
 ) -> Tensor:  # Raw outputs, `[branches, batch, ...]`
     """The terms under sg in eq. (1) from one evaluation pass; an evaluation of
     the network for each entry."""
-    fine = list(branches) in (["conditional"], ["null"], ["conditional", "null"])
-    require(fine, "branches", branches, "one or both of 'conditional', 'null', in this order")
     drop = torch.tensor([name == "null" for name in branches], device=x.device).repeat_interleave(len(x))
     x, t, c = (z.repeat(len(branches), *[1] * (z.ndim - 1)) for z in (x, t, c))
     with eval_mode(model):
@@ -138,7 +137,7 @@ class GuidedDistillationLoss:
 
     # Guided already; or plain, to be guided by `guidance` at scales of
     # `scale_range`
-    teacher: Denoiser
+    teacher: WithScore
     # For scale-aware students: lowest and highest scale
     scale_range: ScaleRange | None = None
     # Probability of training a sample without its condition
@@ -147,8 +146,6 @@ class GuidedDistillationLoss:
     guidance: Callable[[Denoiser, Tensor], Denoiser] = ClassifierFreeGuidance
 
     def __post_init__(self) -> None:
-        require(isinstance(self.teacher, Denoiser), "teacher", self.teacher, "a Denoiser")
-        require(self.teacher.consistent, "teacher", self.teacher, "a model with a velocity and a score; CFG++ has none")
         require(callable(self.guidance), "guidance", self.guidance, "a function of a denoiser and scales [batch]")
 
     @torch.no_grad()

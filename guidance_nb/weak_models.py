@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WeakGuidance', 'Autoguidance', 'widen', 'PerturbedAttentionGuidance', 'SmoothedEnergyGuidance', 'SkipLayerGuidance',
-           'SelfAttentionGuidance', 'annealed_scale', 'carry_noise', 'CADS', 'EmbeddedLabels', 'DiscriminatorGuidance',
+           'SelfAttentionGuidance', 'annealed_scale', 'CADS', 'EmbeddedLabels', 'DiscriminatorGuidance',
            'IndependentConditionGuidance']
 
 # %% ../nbs/17_weak_models.ipynb #8dd58d7b
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import (
+    Count,
+    check_denoiser,
     check_number,
     check_scale,
-    check_whole,
+    checked,
     require,
     require_that,
 )
@@ -92,9 +94,7 @@ class Autoguidance(WeakGuidance):
         cfg_scale: Scale = 1.0,
     ):
         super().__init__(model, scale, interval, cfg_scale)
-        told = f"weak is a {type(weak).__name__}"
-        require_that(isinstance(weak, Denoiser), told, "a Denoiser, such as a NetworkDenoiser")
-        require(weak.consistent, "weak", weak, "a model with a velocity and a score; CFG++ has none")
+        check_denoiser("weak", weak)
         require(weak.path == model.path, "weak.path", weak.path, f"the path of the model, {model.path}, see OnPath")
         require(weak.num_classes == model.num_classes, "weak.num_classes", weak.num_classes, str(model.num_classes))
         self.weak = weak
@@ -421,20 +421,6 @@ def annealed_scale(
     _annealing(torch.zeros(()), tau)
     return lambda t: scale * _annealing(t, tau)
 
-# %% ../nbs/17_weak_models.ipynb #15f8546b
-def carry_noise(
-    c: Tensor,  # Embeddings of the conditions, `[n, ...]`
-    seed: int = 0,  # Seed of the noise; may be that of the sampler
-    start: int = 0,  # Index of the first sample
-    draws: int = 1,  # Stretches of time that have noise of their own
-) -> Tensor:  # Conditions with noise, `[n, 1 + draws, ...]`, for CADS
-    """Append to each condition the noise that will corrupt it; row i depends
-    on (seed, start + i) alone."""
-    check_inputs(c, 0.0, c, EMBEDDINGS)
-    check_whole("draws", draws, 1)
-    noise = keyed_noise(seed, start, (len(c), draws, *c.shape[1:]), step=2**32 - 1)  # a step no sampler reaches
-    return torch.cat([c[:, None], noise.to(c)], 1)
-
 # %% ../nbs/17_weak_models.ipynb #2f88a17c
 class CADS(Denoiser):
     """A model, guided or not, that gets a noisy condition early in sampling,
@@ -460,11 +446,26 @@ class CADS(Denoiser):
         self.model, self.tau = model, tau
         self.noise, self.mixing = check_number("noise", noise, 0), check_number("mixing", mixing, 0, 1)
 
+    @staticmethod
+    @checked
+    def with_noise(
+        c: Tensor,  # Embeddings of the conditions, `[n, ...]`
+        seed: int = 0,  # Seed of the noise; may be that of the sampler
+        start: int = 0,  # Index of the first sample
+        draws: Count = 1,  # Stretches of time that have noise of their own
+    ) -> Tensor:  # Conditions with noise, `[n, 1 + draws, ...]`
+        """Append to each condition the noise that will corrupt it; row i
+        depends on (seed, start + i) alone."""
+        check_inputs(c, 0.0, c, EMBEDDINGS)
+        shape, never = (len(c), draws, *c.shape[1:]), 2**32 - 1  # a step no sampler reaches
+        noise = keyed_noise(seed, start, shape, step=never)
+        return torch.cat([c[:, None], noise.to(c)], 1)
+
     def question(self, c: Tensor, t: Tensor) -> Tensor:
         """The corrupted embeddings `[batch, ...]` at time t, eq. (6), from
         conditions with noise."""
         fine = c.ndim > 2 and c.shape[1] > 1
-        require_that(fine, f"c has shape {tuple(c.shape)}", "[batch, 1 + draws, ...], from carry_noise")
+        require_that(fine, f"c has shape {tuple(c.shape)}", "[batch, 1 + draws, ...], from with_noise")
         y, draws, time = c[:, 0], c.shape[1] - 1, t.to(c.device, c.dtype).expand(len(c))
         n = c[torch.arange(len(c)), 1 + (time * draws).long().clamp(max=draws - 1)]
         share = expand_time(_annealing(time, self.tau), y)

@@ -129,15 +129,14 @@ def test_slerp_keeps_ends_norms_and_planes():
         ({"sampler": "dopri5"}, "sampler = 'dopri5'; allowed: 'ddim'"),
         (
             {"mask": torch.ones(2)},
-            "mask = (torch.float32, 2); allowed: torch.bool and a shape that",
+            "mask.dtype = torch.float32; allowed: bool, and a shape that",
         ),
-        ({"mask": torch.ones(5, 1, 2).bool()}, "mask = (torch.bool, 5, 1, 2); allowed"),
-        ({"mask": torch.ones(3).bool()}, "mask = (torch.bool, 3); allowed"),
-        ({"mask": [True, False]}, "mask is no tensor; allowed: a tensor"),
+        ({"mask": torch.ones(5, 1, 2).bool()}, "mask is of another shape ("),
+        ({"mask": torch.ones(3).bool()}, "mask is of another shape ("),
         ({"known": torch.zeros(3, 2)}, "samples of known = 3; allowed: 1, as of c"),
         ({"c": 2}, "samples of known = 1; allowed: 2, as of c"),
         ({"known": torch.zeros(1, 2).byte()}, "known is torch.uint8; allowed: a floating-point tensor"),
-        ({"model": CFGPlusPlus(ExactDenoiser(TILT, FlowPath()), 0.5), "sampler": "heun"}, "'ddim' or 'ddpm' for"),
+        ({"model": CFGPlusPlus(ExactDenoiser(TILT, FlowPath()), 0.5), "sampler": "heun"}, "'ddim' or 'ddpm', for"),
     ],
 )
 def test_bad_requests_to_inpaint(call, words):

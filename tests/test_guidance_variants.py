@@ -37,11 +37,11 @@ from guidance_nb.guidance_variants import (
     RatioTable,
     RectifiedGuidance,
     RescaledGuidance,
-    StepMemory,
     TangentialGuidance,
+    _frequency_bands,
+    _StepMemory,
     cfgpp_scales,
     estimate_ratios,
-    frequency_bands,
 )
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time
 from guidance_nb.power_tilt import PredictorCorrector
@@ -239,7 +239,7 @@ def their_pyramid(monkeypatch):
 def test_bands_are_a_laplacian_pyramid():
     image = draw(2, 3, 16, 16)
     for levels in (1, 2, 3):
-        ours, matrix = frequency_bands(image, levels), np.eye(16)
+        ours, matrix = _frequency_bands(image, levels), np.eye(16)
         for k, band in enumerate(pyramid(image, levels)):
             assert_close(ours[k], apply(matrix, band))
             matrix = matrix @ double(16 >> (k + 1))
@@ -400,7 +400,7 @@ def test_projections_by_hand(path):
 
 
 def test_step_memory():
-    memory, like = StepMemory(), torch.ones(2, 3, requires_grad=True)
+    memory, like = _StepMemory(), torch.ones(2, 3, requires_grad=True)
     assert memory.recall(HALF, like).sum() == 0
     memory.keep(HALF, 2 * like)
     kept = memory.recall(HALF / 2, like)
@@ -592,7 +592,7 @@ def test_zero_init_by_steps():
         (lambda m: FrequencyDecoupledGuidance(m, 2.0, shares=(1.0, float("nan"))), "shares = (1.0, nan); allowed"),
         (lambda m: DynamicThresholding(m, 2.0, limit=0.0), "limit = 0.0; allowed: a finite number above 0"),
         (lambda m: RectifiedGuidance(m, 2.0, ratios=float("nan")), "nan; allowed: a finite number"),
-        (lambda m: frequency_bands(torch.zeros(1, 1, 5, 5), 4), "height and width of 12 or more"),
+        (lambda m: _frequency_bands(torch.zeros(1, 1, 5, 5), 4), "height and width of 12 or more"),
         (lambda m: interval_from_steps(FlowPath(), 10, 5, 4), "first, last = (5, 4); allowed"),
         (lambda m: interval_from_noise(FlowPath(), -1.0), "low, high = (-1.0, inf); allowed"),
         (lambda m: linear_schedule(float("nan")), "scale = nan; allowed"),

@@ -107,8 +107,8 @@ METHODS = [
     (lambda: guidance_variants.CFGZeroStar(MODEL, 2.0, zero_from=0.0), "zero_from = 0.0; allowed: a time above 0"),
     (lambda: guidance_variants.AdaptiveProjectedGuidance(MODEL, 2.0, norm=0.0), "norm, momentum = (0.0, 0.0); allowed"),
     (lambda: guidance_variants.AdaptiveProjectedGuidance(MODEL, 2.0, eta=NAN), "eta = nan; allowed: a finite number"),
-    (lambda: guidance_variants.frequency_bands(torch.zeros(2, 1, 8, 8), 0), "levels = 0; allowed: a whole number"),
-    (lambda: guidance_variants.frequency_bands(FIVE), "x of shape = (5, 2); allowed: images [batch, channels"),
+    (lambda: guidance_variants._frequency_bands(torch.zeros(2, 1, 8, 8), 0), "levels = 0; allowed: a whole number"),
+    (lambda: guidance_variants._frequency_bands(FIVE), "x of shape = (5, 2); allowed: images [batch, channels"),
     (
         lambda: guidance_variants.FrequencyDecoupledGuidance(MODEL, 2.0)(FIVE[:, :1], 0.5, LABELS % 2),
         "allowed: images",
@@ -149,7 +149,7 @@ METHODS = [
     (lambda: trained_guidance.GuidanceFreeTrainingLoss(0), "scale = 0; allowed: a positive, finite number"),
     (lambda: trained_guidance.GuidanceFreeTrainingLoss(scale_range=(0.0, 4.0)), "allowed: None, or (low, high)"),
     (lambda: trained_guidance.GuidedDistillationLoss(MODEL, dropout=1.5), "dropout = 1.5; allowed: 0 to 1"),
-    (lambda: trained_guidance.GuidedDistillationLoss("CFG"), "teacher = 'CFG'; allowed: a Denoiser"),
+    (lambda: trained_guidance.GuidedDistillationLoss("CFG"), "teacher is a str; allowed: a Denoiser"),
 ]
 
 

@@ -241,9 +241,6 @@ def test_branch_outputs():
     null = torch.full_like(c, NULL)
     assert_close(_branch_outputs(model, x, t, c), torch.stack([model.net(x, t, c), model.net(x, t, null)]).detach())
     assert_close(_branch_outputs(model, x, t, c, ["conditional"])[0], model.net(x, t, c).detach())
-    for bad in ([], ["null", "conditional"], ["null", "null"], "null"):
-        with pytest.raises(ValueError, match="branches = "):
-            _branch_outputs(model, x, t, c, bad)
 
 
 MEANS = np.random.default_rng(3).normal(size=(2, 3))
@@ -493,7 +490,7 @@ def test_learned_scale():
         (lambda: GuidanceFreeTrainingLoss(scale_range=(3.0, 1.0)), "scale_range = "),
         (lambda: GuidanceFreeTrainingLoss(scale_range=(1.0,)), "scale_range = "),
         (lambda: GuidanceFreeTrainingLoss(scale_range=2.0), "scale_range = 2.0"),
-        (lambda: GuidedDistillationLoss(nn.Identity()), r"teacher = Identity\(\); allowed: a Denoiser"),
+        (lambda: GuidedDistillationLoss(nn.Identity()), "teacher is a Identity; allowed: a Denoiser"),
         (lambda: GuidedDistillationLoss(watch(), dropout=math.nan), "dropout = nan"),
         (lambda: GuidedDistillationLoss(watch(), guidance="cfg"), "guidance = 'cfg'; allowed: a function"),
     ],

@@ -40,7 +40,6 @@ from guidance_nb.weak_models import (
     _skipped_layers,
     _token_grid,
     annealed_scale,
-    carry_noise,
     widen,
 )
 
@@ -434,7 +433,7 @@ def test_the_direction_of_annealing():
 
 def test_the_noisy_question_restated():
     y = torch.randn(5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    carried = carry_noise(y, seed=9, start=40, draws=2)
+    carried = CADS.with_noise(y, seed=9, start=40, draws=2)
     noise = keyed_noise(9, 40, (5, 2, 3, 4), step=2**32 - 1).double()
     assert torch.equal(carried[:, 0], y) and torch.equal(carried[:, 1:], noise)
     t = torch.tensor([0.1, 0.49, 0.51, 0.7, 1.0], dtype=torch.float64)
@@ -466,10 +465,10 @@ def test_samples_do_not_depend_on_their_batch(dit):
     draw = lambda c, n, start, size=None: sample(  # noqa: E731
         guided, c, (1, 8, 8), steps=4, seed=2, start=start, batch_size=size, progress=False
     )
-    whole = draw(carry_noise(y, seed=2, draws=4), 6, 0)
-    assert_close(draw(carry_noise(y, seed=2, draws=4), 6, 0, 1), whole, rtol=1e-4, atol=1e-4)
-    assert_close(draw(carry_noise(y[3:5], seed=2, start=3, draws=4), 2, 3), whole[3:5], rtol=1e-4, atol=1e-4)
-    assert (draw(carry_noise(y, seed=3, draws=4), 6, 0) - whole).abs().max() > 1e-3
+    whole = draw(CADS.with_noise(y, seed=2, draws=4), 6, 0)
+    assert_close(draw(CADS.with_noise(y, seed=2, draws=4), 6, 0, 1), whole, rtol=1e-4, atol=1e-4)
+    assert_close(draw(CADS.with_noise(y[3:5], seed=2, start=3, draws=4), 2, 3), whole[3:5], rtol=1e-4, atol=1e-4)
+    assert (draw(CADS.with_noise(y, seed=3, draws=4), 6, 0) - whole).abs().max() > 1e-3
     dit.double()
 
 
@@ -578,8 +577,8 @@ BAD = {
     "model.num_classes = 3; allowed: EMBEDDINGS": lambda m: CADS(m),
     "noise = -1; allowed": lambda m: CADS(Echo(), -1),
     "tau = (0.9, 0.6); allowed": lambda m: CADS(Echo(), tau=(0.9, 0.6)),
-    "draws = 0; allowed: a whole number": lambda m: carry_noise(torch.zeros(2, 3), draws=0),
-    "allowed: [batch, 1 + draws, ...], from carry_noise": lambda m: CADS(Echo()).predict(
+    "draws = 0; allowed: a whole number": lambda m: CADS.with_noise(torch.zeros(2, 3), draws=0),
+    "allowed: [batch, 1 + draws, ...], from with_noise": lambda m: CADS(Echo()).predict(
         torch.zeros(2, 1), 0.5, torch.zeros(2, 3)
     ),
     "model has 0 label embeddings; allowed: one": lambda m: EmbeddedLabels(
