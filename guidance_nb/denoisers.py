@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ._checks import check_choice, require_that
 from ._conditions import C, Condition, drop_rows, join, null_rows, repeat
+from ._runs import at_time, is_of_run, once
 from .paths import Path, change_path, check_time, clamp_time, expand_time
 
 # %% ../nbs/01_denoisers.ipynb #7e073ce3
@@ -36,7 +38,8 @@ class Prediction(NamedTuple):
     def velocity(self, path: Path, t: Tensor) -> Tensor:
         "Velocity dx/dt of the probability-flow ODE, eq. (2)."
         t = torch.as_tensor(t)
-        return expand_time(path.d_alpha(t), self.x0) * self.x0 + expand_time(path.d_sigma(t), self.eps) * self.eps
+        a, b = path.coefficients("velocity", lambda t: (path.d_alpha(t), path.d_sigma(t)), t, self.x0)
+        return a * self.x0 + b * self.eps
 
 # %% ../nbs/01_denoisers.ipynb #fd94ec93
 Parametrisation = Literal["velocity", "eps", "x0", "v", "edm"]
@@ -76,12 +79,15 @@ def to_prediction(
     sigma_data: float = 0.5,
 ) -> Prediction:  # The pair (x0, eps)
     "Solve eq. (3) for the posterior means of clean data and noise."
-    if prediction in ("eps", "x0"):
-        t = clamp_time(path, t, "noise" if prediction == "eps" else "data")
-    a, b = target_coefficients(prediction, path, t, sigma_data)
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    ratios = torch.stack([a, b, alpha, sigma]) / (alpha * b - sigma * a)
-    a, b, alpha, sigma = (expand_time(k, x) for k in ratios.to(x))  # moved to the device of x together
+
+    def solve(t: Tensor) -> tuple[Tensor, ...]:
+        if prediction in ("eps", "x0"):
+            t = clamp_time(path, t, "noise" if prediction == "eps" else "data")
+        a, b = target_coefficients(prediction, path, t, sigma_data)
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return tuple(torch.stack([a, b, alpha, sigma]) / (alpha * b - sigma * a))
+
+    a, b, alpha, sigma = path.coefficients(f"{prediction} {sigma_data}", solve, t, x)
     return Prediction(b * x - sigma * y, alpha * y - a * x)
 
 # %% ../nbs/01_denoisers.ipynb #e60ca5ab
@@ -209,6 +215,8 @@ def check_labels(c: C, num_classes: int, batch: int) -> C:
 # %% ../nbs/01_denoisers.ipynb #7dadd7b8
 def check_inputs(x: Tensor, t: Tensor | float, c: Condition | None, num_classes: int) -> Tensor:
     "Check `x`, `t`, and `c` for `num_classes`, and give `t` as a tensor; on an accelerator only shapes are looked at."
+    if isinstance(t, Tensor) and is_of_run(t, c):
+        return t
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x is {found}; allowed: a floating-point tensor [batch, ...]")
@@ -284,9 +292,17 @@ class NetworkDenoiser(Denoiser):
     def network_inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Data and time `[batch]` as the network sees them; EDM's have unit
         variance and are a quarter of log sigma."""
-        weight = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
-        x = x.to(weight)
-        time = t.to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))  # 16 bits would round it
+
+        def precision() -> torch.dtype:
+            return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
+
+        x = x.to(once(None, precision, self))
+        wide = torch.promote_types(x.dtype, torch.float32)  # 16 bits would round the time
+        known = at_time(self, "time", lambda t: (t,), t)
+        if known is None:
+            time = t.to(x.device, wide).expand(len(x))
+        else:
+            time = torch.full(x.shape[:1], known[0], dtype=wide, device=x.device)
         if self.prediction != "edm":
             return x, time
         total = (self.path.sigma(time) ** 2 + (self.path.alpha(time) * self.sigma_data) ** 2).sqrt()
@@ -296,8 +312,10 @@ class NetworkDenoiser(Denoiser):
         """The condition with what stands for none of it in the rows `drop`, or
         in all rows."""
         if self.num_classes != EMBEDDINGS:
-            null = torch.full((len(x),), self.num_classes, device=x.device)
-            return null if c is None else c if drop is None else torch.where(drop, null, c)  # type: ignore
+            null = partial(torch.full, (len(x),), self.num_classes, device=x.device)
+            if c is None or drop is None:
+                return null() if c is None else c
+            return once(c, lambda: torch.where(drop, null(), c), self, drop)  # type: ignore
         if c is None:
             return null_rows(self.null, len(x), x.device)
         return c if drop is None else drop_rows(c, drop, self.null)
@@ -327,7 +345,7 @@ class NetworkDenoiser(Denoiser):
             asked = given.to(inputs[0]).expand(len(x))
             blank = torch.ones(len(x), device=x.device) if c is None else 0 * asked if drop is None else drop
             inputs = (*inputs, torch.where(blank.bool(), torch.zeros_like(asked), asked))  # type: ignore
-        record_nfe(len(x))
+        record_nfe(x.shape[0])
         try:
             return self.net(*inputs).to(x.dtype)
         except IndexError as error:
@@ -356,13 +374,14 @@ class NetworkDenoiser(Denoiser):
     ) -> tuple[Prediction, Prediction]:
         """Conditional and unconditional prediction, by one pass of twice the
         rows or by two passes."""
-        t, n = torch.as_tensor(t), len(x)
+        t, n = torch.as_tensor(t), x.shape[0]
         if _one_pass(batching, x):
-            twice, drop = torch.cat([x, x]), torch.arange(2 * n, device=x.device) >= n
-            t = t.repeat(2) if t.ndim else t
-            x0, eps = self.decode(self.output(twice, t, repeat(c, 2), drop=drop), twice, t)
-            return Prediction(x0[:n], eps[:n]), Prediction(x0[n:], eps[n:])
-        everything = torch.ones(n, dtype=torch.bool, device=x.device)
+            twice, t = torch.cat([x, x]), t.repeat(2) if t.ndim else t
+            both, drop = once(c, lambda: (repeat(c, 2), torch.arange(2 * n, device=x.device) >= n))
+            pair = self.decode(self.output(twice, t, both, drop=drop), twice, t)
+            conditional, unconditional = zip(*(part.chunk(2) for part in pair))
+            return Prediction(*conditional), Prediction(*unconditional)
+        everything = once(c, lambda: torch.ones(n, dtype=torch.bool, device=x.device), "all")
         y_c, y_u = self.output(x, t, c), self.output(x, t, c, drop=everything)
         return self.decode(y_c, x, t), self.decode(y_u, x, t)
 
@@ -385,9 +404,9 @@ class NetworkDenoiser(Denoiser):
 def _one_pass(batching: Batching, x: Tensor) -> bool:
     """Whether to evaluate a pair at `x` in one pass: on an accelerator, and
     for small batches on a CPU."""
-    if check_choice("batching", batching, get_args(Batching)) != "auto":
-        return batching == "batched"
-    small = len(x) <= 512 if x.ndim < 3 else x.numel() <= 2**15
+    if batching != "auto":
+        return check_choice("batching", batching, get_args(Batching)) == "batched"
+    small = x.shape[0] <= 512 if x.ndim < 3 else x.numel() <= 2**15
     return x.device.type != "cpu" or small
 
 # %% ../nbs/01_denoisers.ipynb #cfd42199

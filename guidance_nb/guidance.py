@@ -26,6 +26,7 @@ from guidance_nb._checks import (
     require,
 )
 from ._conditions import Condition, take_rows
+from ._runs import at_time
 from .denoisers import Batching, Denoiser, Prediction, check_inputs, guide
 from .paths import Path, clamp_time, expand_time
 from .samplers import time_grid
@@ -103,6 +104,8 @@ class Guidance(Denoiser):
         self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
     ) -> Prediction:
         "The formula in 32 bits at least, for 16 do not hold its sums; the result is as precise as `x`."
+        if {x.dtype, conditional.x0.dtype, unconditional.x0.dtype} in ({torch.float32}, {torch.float64}):
+            return self.combine(conditional, unconditional, x, t, scale)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         towards, away = (Prediction(*(part.to(wide) for part in pair)) for pair in (conditional, unconditional))
         return Prediction(*(part.to(x) for part in self.combine(towards, away, wide, t, scale)))
@@ -122,6 +125,9 @@ class Guidance(Denoiser):
         t = check_inputs(x, t, c, self.num_classes)
         if c is None and self.claims.needs_condition:
             return self.unguided(x, t, None)
+        acts = at_time(self, "acts", lambda t: (self.acts_at(t),), t)
+        if acts is not None:
+            return self.guided(x, t, c) if acts[0] else self.unguided(x, t, c)
         guided, plain = (lambda model, *point: model.guided(*point)), (lambda model, *point: model.unguided(*point))
         return predict_where(self.acts_at(t), self, guided, plain, x, t, c)
 

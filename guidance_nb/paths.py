@@ -7,14 +7,16 @@ __all__ = ['expand_time', 'Path', 'FlowPath', 'VPPath', 'EDMPath', 'change_path'
 
 # %% ../nbs/00_paths.ipynb #973bf3ce
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._checks import AtLeastZero, Positive, checked, require_that
+from ._runs import at_time
 
 # %% ../nbs/00_paths.ipynb #3f713ef6
 def expand_time(
@@ -69,6 +71,20 @@ class Path:
     def _inner_times(self) -> tuple[float, float]:  # where noise-to-signal is 1e-3, and 1e3 if the signal ends
         first, last = (self.time_at(torch.tensor(ratio, dtype=torch.float64)).item() for ratio in (1e-3, 1e3))
         return first, last if self.alpha(torch.ones(())) <= 1e-3 else math.inf
+
+    def coefficients(
+        self,
+        name: str,  # What is computed
+        compute: Callable[[Tensor], tuple[Tensor, ...]],  # Functions of time
+        t: Tensor,  # Time, scalar or `[batch]`
+        x: Tensor,  # What they multiply, `[batch, ...]`
+    ) -> list[Any]:  # Tensors that broadcast against `x`, or numbers
+        """Functions of time, ready to multiply `x`; while `sample` runs they
+        are computed once, for all its times."""
+        numbers = at_time(self, name, compute, t)
+        if numbers is not None:
+            return numbers
+        return [expand_time(k, x) for k in torch.stack(compute(t)).to(x)]
 
     def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         "The point x_t of eq. (1), same shape as `x0`."

@@ -24,6 +24,7 @@ from guidance_nb._checks import (
 from ._conditions import Condition, count, map_condition, take_rows
 from ._modes import eval_mode
 from ._random import NoiseSource
+from ._runs import one_run
 from ._signatures import takes_arguments_of
 from .denoisers import Denoiser, check_labels, count_nfe
 from .paths import EDMPath, Path
@@ -76,7 +77,8 @@ def ddim_step(
     the noise (arXiv 2010.02502)."""
     path, (x0, eps) = model.path, model(x, t, c)
     if extra.eta == 0 or s == 0:
-        return path.alpha(s) * x0 + path.sigma(s) * eps
+        alpha, sigma = path.coefficients("levels", lambda s: (path.alpha(s), path.sigma(s)), s, x)
+        return alpha * x0 + sigma * eps
     ratio = path.noise_to_signal(s) / path.noise_to_signal(t)
     tau = extra.eta * path.sigma(s) * (1 - ratio**2).sqrt()
     return path.alpha(s) * x0 + (path.sigma(s) ** 2 - tau**2).sqrt() * eps + tau * extra.noise()
@@ -202,10 +204,11 @@ def _integrate(
 ) -> Tensor:
     """Follow the grid with a fixed-step sampler, from `x` at `times[0]` to the
     last time."""
-    seen(0, times[0], x)
-    for number, (t, s) in enumerate(zip(times[:-1], times[1:]), 1):
-        x = step(model, x, t, s, c, extra)
-        seen(number, s, x)
+    with one_run(times, c) as moments:
+        seen(0, moments[0], x)
+        for number, (t, s) in enumerate(zip(moments, moments[1:]), 1):
+            x = step(model, x, t, s, c, extra)
+            seen(number, s, x)
     return x
 
 

@@ -12,6 +12,7 @@ from guidance_nb._random import NoiseSource, keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.engine.checkpoints import read_checkpoint
+from guidance_nb.engine.graphs import recorded
 from guidance_nb.engine.hardware import compile_network
 from guidance_nb.engine.run import Engine
 from guidance_nb.flow_postprocessing import FlowPostprocessor, _neighbours
@@ -67,6 +68,18 @@ def test_a_recorded_run_is_the_same_run(loss):
         weights = [value.clone() for part in (model, states[-1].ema) for value in part.state_dict().values()]
         ends.append(([state.loss for state in states], weights))
     assert ends[0][0] == ends[1][0] and all(map(torch.equal, ends[0][1], ends[1][1]))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_samples_by_recorded_calls_are_the_same(name):
+    "Batches of two sizes, inside an interval and outside, so that graphs of three shapes take turns."
+    model, _, _, c = image_model(name)
+    guided = ClassifierFreeGuidance(model.cuda(), 2.0, (0.2, 0.8))
+    options = {"steps": 8, "batch_size": 5, "progress": False}
+    plain = sample(guided, c, (3, 16, 16), **options)
+    with recorded(guided):
+        draws = [sample(guided, c, (3, 16, 16), **options) for _ in range(2)]
+    assert torch.equal(*draws) and far(draws[0], plain) < 1e-6
 
 
 @pytest.mark.parametrize("name", SMALL)

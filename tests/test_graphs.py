@@ -7,11 +7,15 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
+from weights import stir
 
+import guidance_nb as gnb
 from guidance_nb import model_guidance
 from guidance_nb._random import keyed_generator
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import make_engine
+from guidance_nb.engine import graphs
 from guidance_nb.engine.run import Engine, Run, _check_graphs
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
@@ -99,3 +103,48 @@ def test_asking_all_rows_gives_the_same_loss(options, monkeypatch):
     some = loss(model, x0, c, LossContext(keyed_generator(2), 1, 9, average))
     monkeypatch.setattr(model_guidance, "_guided_mask", lambda w: slice(None))
     assert_close(loss(model, x0, c, LossContext(keyed_generator(2), 1, 9, average)), some)
+
+
+class FakeGraph:
+    "A graph as a CPU can play it: fixed memory for inputs and output, and the call again at every replay."
+
+    made: list[tuple] = []  # noqa: RUF012
+
+    def __init__(self, call, inputs):
+        self.call, self.inputs = call, [part.clone() for part in inputs]
+        self.made.append(tuple(part.shape for part in inputs))
+
+    def replay(self, inputs):
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
+        return self.call(*self.inputs)
+
+
+@pytest.fixture
+def played(monkeypatch):
+    "Recordings that a CPU can play, and which were made."
+    monkeypatch.setattr(graphs, "CallGraph", FakeGraph)
+    monkeypatch.setattr(graphs, "require", lambda *rule: None)
+    monkeypatch.setattr(FakeGraph, "made", [])
+    return FakeGraph.made
+
+
+def test_calls_are_recorded_once_for_each_shape_and_samples_are_the_same(played):
+    "Five samples in batches of two and one, both predictions in one pass; without a condition half as many rows."
+    model = stir(mlp_denoiser(2, FlowPath(), 3))
+    guided, c = ClassifierFreeGuidance(model, 2.0, interval=(0.2, 0.8)), torch.arange(5) % 3
+    options = {"steps": 6, "batch_size": 2, "progress": False}
+    plain = gnb.sample(guided, c, (2,), **options)
+    with graphs.recorded(guided):
+        drawn = gnb.sample(guided, c, (2,), **options)
+        rows = sorted(shapes[0][0] for shapes in played)
+        x = torch.randn(2, 2, requires_grad=True)
+        assert torch.autograd.grad(model(x, torch.tensor(0.5), c[:2]).x0.sum(), x)[0].any()
+    assert torch.equal(drawn, plain) and rows == [1, 2, 4]  # outside the interval 2 or 1 rows, inside 4 or 2
+    assert len(played) == 3 and "forward" not in vars(model.net)
+
+
+def test_calls_are_recorded_on_a_gpu_alone():
+    model = mlp_denoiser(2, FlowPath(), 3)
+    with pytest.raises(ValueError, match=r"^cuda_graphs = True; allowed: False on a CPU$"), graphs.recorded(model):
+        pass

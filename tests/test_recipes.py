@@ -324,6 +324,8 @@ def test_a_missing_compiler_is_bad_input(runs, monkeypatch):
         autocast_and_compile(load_trained(runs / "base"), "fp32", True),
     ):
         pass
+    with pytest.raises(ValueError, match="cuda_graphs = True; allowed: False on a CPU"):
+        generate(load_trained(runs / "base"), Request(n=2, cuda_graphs=True), progress=False)
     with pytest.raises(ValueError, match="compile = True"):
         next(train_recipe(override(load_trained(runs / "base").recipe, {"compile": "true"}), runs / "base", False))
 

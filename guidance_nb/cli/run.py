@@ -24,6 +24,7 @@ from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpo
 from guidance_nb.cli.recipe import SEED, Pair, Precision, Recipe, Table, find_key, key, override
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
 from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
+from guidance_nb.engine.graphs import recorded
 from guidance_nb.engine.hardware import check_compiler, check_tracker, choose_precision, compile_network
 from guidance_nb.engine.run import Engine
 from guidance_nb.engine.sampling import sample_sharded
@@ -442,6 +443,7 @@ class Request(Table):
         "fp32", "fp32, bf16, or auto: bf16 where the hardware is made for it"
     )
     compile: bool = key(False, "Compile the network first")
+    cuda_graphs: bool = key(False, "Record each call of the network as a CUDA graph, on a GPU")
     batch_size: int = key(256, "Images at a time; changes no sample", ge=1)
     channels: int | None = key(None, "Guide the first channels only, 3 as DiT's code. Default: the recipe's", ge=0)
     vae: str = key("", "For latents: the autoencoder that decodes. Default: the recipe's")
@@ -464,15 +466,18 @@ def complete_request(trained: Trained, request: Request, classifier: Trained | N
 
 
 @contextmanager
-def autocast_and_compile(trained: Trained, precision: Precision, compile: bool) -> Iterator[None]:
-    "Run a `trained` network inside the block in a `precision`, fp32, bf16 or auto, and compiled if `compile` says so."
+def autocast_and_compile(
+    trained: Trained, precision: Precision, compile: bool, cuda_graphs: bool = False
+) -> Iterator[None]:
+    "Run a `trained` network inside the block in a `precision`, fp32, bf16 or auto, compiled, and recorded, if asked."
     device = next(trained.model.parameters()).device
     low = choose_precision(precision, device) == "bf16"
     net = getattr(trained.model, "net", trained.model)
     if compile and not any(part._compiled_call_impl for part in net.modules()):
         check_compiler()
         compile_network(net)
-    with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
+    graphs = recorded(trained.model) if cuda_graphs else nullcontext()
+    with graphs, torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
         yield
 
 
@@ -490,10 +495,10 @@ def generate(
     rank, world = find_processes(device)
     own = len(torch.arange(asked.n).tensor_split(world)[rank])
     options: Json = {"seed": asked.seed, "batch_size": asked.batch_size, "progress": progress}
-    with autocast_and_compile(trained, asked.precision, asked.compile), count_nfe() as count:
+    with autocast_and_compile(trained, asked.precision, asked.compile, asked.cuda_graphs), count_nfe() as count:
         x = sample_sharded(model, c, trained.shape, sampler=asked.sampler, steps=asked.steps, **options).float()
     facts = asked.model_dump(exclude={"precision"}) | {"nfe": count.total / own}  # in tables, precision is a metric
-    facts = {name: value for name, value in facts.items() if name not in ("channels", "vae") or value}
+    facts = {name: value for name, value in facts.items() if value or name not in ("channels", "vae", "cuda_graphs")}
     facts |= {"arithmetic": choose_precision(asked.precision, device), "seconds": 0.0}
     facts |= {"checkpoint": str(trained.path), "step": trained.step, "method": trained.recipe.method.name}
     facts |= {"classifier": str(classifier.path) if classifier else ""}

@@ -1,12 +1,16 @@
-"""An optimiser step as a CUDA graph: recorded once, replayed with new data and new randomness, nothing launched."""
+"""A training step, or a call of a network, as a CUDA graph: recorded once, replayed with new data, nothing launched."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from guidance_nb._checks import require
 from guidance_nb._conditions import Condition, map_condition
+from guidance_nb._modes import swapped
+from guidance_nb.denoisers import NetworkDenoiser
 
 if TYPE_CHECKING:
     from guidance_nb.engine.run import Run
@@ -43,3 +47,51 @@ class StepGraph:
 
 def _tensors(x: Tensor, c: Condition | None) -> list[Tensor]:
     return [x, *(c.values() if isinstance(c, Mapping) else [] if c is None else [c])]
+
+
+class CallGraph:
+    """A call of a network without gradients, and the memory that it reads and writes."""
+
+    def __init__(self, call: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
+        self.inputs, self.graph = [part.clone() for part in inputs], torch.cuda.CUDAGraph()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # libraries choose their kernels and take their memory
+                call(*self.inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(self.graph):
+            self.y = call(*self.inputs)
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The answer to these inputs."""
+        for kept, new in zip(self.inputs, inputs):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.y.clone()
+
+
+class _Recorded:
+    """Calls of a network, recorded once for each shape of their inputs; those with gradients are made as ever."""
+
+    def __init__(self, call: Callable[..., Tensor]):
+        self.call, self.graphs = call, dict[tuple, CallGraph]()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.call(*inputs)
+        key = (torch.is_autocast_enabled("cuda"), *((part.shape, part.dtype) for part in inputs))
+        if key not in self.graphs:
+            self.graphs[key] = CallGraph(self.call, inputs)
+        return self.graphs[key].replay(inputs)
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[None]:
+    """Let the networks of a model, in evaluation mode, replay CUDA graphs of themselves inside a `with` block."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    require(device == "cuda", "cuda_graphs", True, f"False on a {device.upper()}")
+    nets = {part.net for part in model.modules() if isinstance(part, NetworkDenoiser)}
+    require(not any(net._compiled_call_impl for net in nets), "cuda_graphs", True, "False for a network compiled whole")
+    with swapped({net: _Recorded(net.forward) for net in nets}):
+        yield
