@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["guidance_nb", "guidance_nb.*"]),
     package_data={
         "guidance_nb": ["py.typed", "models/*/*"],
-        "guidance_nb.explorer": ["*.js", "*.css", "*.html", "*.png", "*.wasm", "kernels.c"],
+        "guidance_nb.explorer": ["*.js", "*.json", "*.css", "*.html", "*.png", "*.wasm", "kernels.c"],
         "guidance_nb.cli": ["*.html", "recipe_files/*.toml", "recipe_files/*/*.toml"],
         "guidance_nb.engine": ["launch_files/*.yaml"],
         "guidance_nb.interop": ["cards/*.txt"],

@@ -22,7 +22,7 @@ from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_guidance import class_gradient
 from guidance_nb.denoisers import count_nfe
 from guidance_nb.explorer import digits_page
-from guidance_nb.explorer._digits import _METHODS
+from guidance_nb.explorer._digits import methods
 from notebooks import ROOT, cells, text
 
 HOST = "document.querySelector('.guidance-digits')"
@@ -87,7 +87,7 @@ def ready(chromium, site):
     page = chromium.new_page()
     page.goto(f"{site[1]}/digits/index.html")
     page.select_option("[name=steps]", "5")
-    for method in _METHODS:
+    for method in methods():
         page.select_option("[name=method]", method)
         if page.locator("[name=load]").is_visible():
             load(page)
@@ -160,7 +160,7 @@ def test_gradient_of_the_classifier_is_that_of_autograd(ready, t):
     assert_close(found, ours, rtol=0, atol=1e-4 * ours.abs().max().item())
 
 
-@pytest.mark.parametrize(("method", "scale"), [*((name, 2.5) for name in _METHODS), ("cfg", 1), ("classifier", 1)])
+@pytest.mark.parametrize(("method", "scale"), [*((name, 2.5) for name in methods()), ("cfg", 1), ("classifier", 1)])
 def test_samples_are_those_of_the_lines_in_python(ready, method, scale):
     "All steps, by the very lines that the page shows; at every step within 1e-3."
     page = ready

@@ -4,22 +4,23 @@
 module; `explore` shows the same in Jupyter, with a model of your own if you like.
 """
 
-import json
 from collections.abc import Mapping
-from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING
 
 from guidance_nb._checks import require
 from guidance_nb._files import Json
 from guidance_nb.denoisers import Denoiser
+from guidance_nb.explorer._assets import asset, embed, program
 from guidance_nb.explorer._digits import digits_page
 from guidance_nb.explorer._live import LiveView
-from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, Scene, example_scenes, settings_of
+from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, Scene, Solver, example_scenes, settings_of
 from guidance_nb.plots import COLOURS, METHOD_LABELS
 
-__all__ = ["Scene", "digits_page", "explore", "explorer_page"]
+__all__ = ["Scene", "digits_page", "explore"]
 
-# In the order in which they are read; the last one, page.js, puts the page into its place.
+if TYPE_CHECKING:
+    from ipywidgets import Box
+
 _PROGRAM = ("parts", "mixture", "guidance", "sampling", "numbers", "picture", "report", "page")
 
 _DARK_COLOURS = {
@@ -33,7 +34,7 @@ _DARK_COLOURS = {
 _FALLBACK = """Here stands a page to play with: sliders for the guidance of five methods, over exact densities. It needs
 JavaScript; the figures and numbers further down show a part of it without."""
 
-_CHECKED: list[tuple[str, str, int, dict[str, float]]] = [
+_CHECKED: list[tuple[str, Solver, int, dict[str, float]]] = [
     ("classifier_free_guidance", "heun", 32, {"scale": 3}),
     ("classifier_free_guidance", "euler", 16, {"scale": 5.5, "first": 0.2, "last": 0.6}),
     ("classifier_guidance", "heun", 16, {"scale": 2, "sharpness": 2.5}),
@@ -42,15 +43,6 @@ _CHECKED: list[tuple[str, str, int, dict[str, float]]] = [
     ("model_guidance", "heun", 8, {"weight": 0.75}),
     ("flow_postprocessing", "heun", 16, {"scale": 4, "neighbours": 7}),
 ]
-
-
-def _asset(name: str) -> str:
-    "The text of a file beside this module."
-    return (files(__package__) / name).read_text(encoding="utf-8")
-
-
-def _program() -> str:
-    return "\n".join(_asset(f"{name}.js") for name in _PROGRAM)
 
 
 def _checked_runs(scenes: Mapping[str, Scene]) -> list[Json]:
@@ -67,27 +59,23 @@ def _checked_runs(scenes: Mapping[str, Scene]) -> list[Json]:
 
 def explorer_page(scenes: Mapping[str, Scene] | None = None) -> str:
     """The interactive page as HTML without outside parts, to be put into any page; on three example data sets."""
-    scenes = example_scenes() if scenes is None else scenes
-    require(scenes, "scenes", scenes, "one or more")
+    scenes = scenes or example_scenes()
     page = {
         "scenes": {name: scene.pack() for name, scene in scenes.items()},
         "controls": CONTROLS,
         "methods": METHOD_CONTROLS,
         "labels": {name: METHOD_LABELS[name] for name in METHOD_CONTROLS},
         "colours": {name: [COLOURS[name], _DARK_COLOURS[name]] for name in METHOD_CONTROLS},
-        "css": _asset("page.css"),
-        "html": _asset("page.html"),
+        "css": asset("page.css").decode(),
+        "html": asset("page.html").decode(),
         "checks": _checked_runs(scenes),
     }
-    data = json.dumps(page, ensure_ascii=False).replace("</", "<\\/")  # so that no text of ours ends the script
-    host = f'<div class="guidance-explorer"><p>{_FALLBACK}</p></div>'
-    return f"{host}\n<script>\n(() => {{\nconst PAGE = {data};\n{_program()}}})();\n</script>"
+    return embed("explorer", _FALLBACK, page, program(*_PROGRAM))
 
 
-def explore(scenes: Mapping[str, Scene] | None = None, model: Denoiser | None = None) -> Any:
+def explore(scenes: Mapping[str, Scene] | None = None, model: Denoiser | None = None) -> "Box":
     """Live sliders, a box of ipywidgets to be the last line of a cell; `model` takes the place of the exact one."""
-    scenes = example_scenes() if scenes is None else scenes
-    require(scenes, "scenes", scenes, "one or more")
+    scenes = scenes or example_scenes()
     for name, scene in scenes.items():
         classes = scene.mixture.num_classes
         fine = model is None or model.num_classes == classes

@@ -50,28 +50,22 @@ class LiveView:
     def __init__(self, scenes: Mapping[str, Scene], model: Denoiser | None = None):
         with extra("live"):
             import ipywidgets as widgets
-        first = next(iter(scenes))
-        classes = tuple(range(scenes[first].mixture.num_classes))
-        menus: dict[str, tuple[str, object, object]] = {  # name -> label, options, choice
-            "scene": ("data", {scene.label: name for name, scene in scenes.items()}, first),
-            "c": ("class", classes, classes[-1]),
-            "method": ("method", {METHOD_LABELS[m]: m for m in METHOD_CONTROLS}, "classifier_free_guidance"),
-            "sampler": ("sampler", ("heun", "euler"), "heun"),
-            "steps": ("steps", (4, 8, 16, 32, 64), 32),
-        }
-        self.scenes, self.model, self.controls = scenes, model, {}
+        classes = range(next(iter(scenes.values())).mixture.num_classes)
+        self.scenes, self.model = scenes, model
         self.menus = {
-            name: widgets.Dropdown(description=label, options=options, value=value)
-            for name, (label, options, value) in menus.items()
+            "scene": widgets.Dropdown(description="data", options=[(s.label, name) for name, s in scenes.items()]),
+            "c": widgets.Dropdown(description="class", options=classes, value=classes[-1]),
+            "method": widgets.Dropdown(description="method", options=[(METHOD_LABELS[m], m) for m in METHOD_CONTROLS]),
+            "sampler": widgets.Dropdown(description="sampler", options=("heun", "euler")),
+            "steps": widgets.Dropdown(description="steps", options=(4, 8, 16, 32, 64), value=32),
         }
+        self.controls = {}
         for name, (label, low, high, step, value) in CONTROLS.items():
-            if CONTROLS[name].is_switch:
-                self.controls[name] = widgets.Checkbox(value=bool(value), description=label)
-                continue
             kind = widgets.IntSlider if step == 1 else widgets.FloatSlider
             slider = kind(value, min=low, max=high, step=step, description=label, continuous_update=False)
             slider.style.description_width = "initial"
-            self.controls[name] = slider
+            switch = widgets.Checkbox(value=bool(value), description=label)
+            self.controls[name] = switch if CONTROLS[name].is_switch else slider
         self.frame, self.play = widgets.IntSlider(description="frame", max=32), widgets.Play(max=32, interval=150)
         self.link = widgets.jslink((self.play, "value"), (self.frame, "value"))
         self.picture, self.table, self.knobs = widgets.Image(format="png"), widgets.HTML(), widgets.VBox()

@@ -1,12 +1,12 @@
 """Data sets to look at, the controls of each method, and what both give: the guided denoiser, its samples, numbers."""
 
 import base64
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import check_choice, check_number, require
+from guidance_nb._checks import check_choice, check_number, checked, require
 from guidance_nb._files import Json
 from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
@@ -64,6 +64,7 @@ METHOD_CONTROLS = {
 }
 
 Settings = dict[str, float]
+Solver = Literal["heun", "euler"]
 
 
 def settings_of(method: str, **chosen: float) -> Settings:
@@ -138,9 +139,7 @@ class Scene:
         c, generator = torch.arange(mixture.num_classes).repeat_interleave(n), torch.Generator().manual_seed(seed)
         real, other = (sample_mixture(mixture, c, generator)[0].split(n) for _ in range(2))
         self.real = list(real)  # by class, `[n, d]` each
-        self.baseline = [
-            sliced_wasserstein(x, y, projections=PROJECTIONS) for x, y in zip(real, other)
-        ]  # real against real
+        self.baseline = [sliced_wasserstein(x, y, projections=PROJECTIONS) for x, y in zip(real, other)]
         self.noise = keyed_noise(seed, 0, (n, mixture.dim))  # where the samples start
         self.threshold = outlier_threshold(mixture)  # log density of an outlier, by class
 
@@ -160,27 +159,22 @@ class Scene:
             return OptimalDenoiser(exact, true_scale(method, s))
         return ClassifierFreeGuidance(plain, s["scale"], interval=(s.get("first", 0.0), s.get("last", 1.0)))
 
+    @checked
     def run(
         self,
         c: int,  # The class to sample
         method: str,  # A key of `METHOD_CONTROLS`
         settings: Settings,  # From settings_of
-        sampler: Any = "heun",  # "heun" or "euler"
+        sampler: Solver = "heun",
         steps: int = 32,  # Number of steps
         model: Denoiser | None = None,  # A model of your own instead of the exact one
     ) -> Trajectory:  # Post-processing adds a last frame, at time 0 again
         """Samples of one class with their trajectories, from the noise of the scene, eq. (5)."""
-        check_choice("sampler", sampler, ("heun", "euler"))
-        guided = self.model(method, settings, model)
+        guided, labels = self.model(method, settings, model), torch.full((len(self.noise),), c)
+        init = self.noise.double() * guided.path.sigma(torch.ones(())).item()
+        dtype, shape = torch.float64 if model is None else torch.float32, tuple(self.noise.shape[1:])
         points, times, nfe = sample_trajectory(
-            guided,
-            torch.full((len(self.noise),), c),
-            tuple(self.noise.shape[1:]),
-            sampler,
-            steps,
-            init=self.noise.double() * guided.path.sigma(torch.ones(())).item(),
-            dtype=torch.float64 if model is None else torch.float32,
-            progress=False,
+            guided, labels, shape, sampler, steps, init=init, dtype=dtype, progress=False
         )
         points = points.double()
         if method == "flow_postprocessing":  # sample i goes to number i mod k of its k nearest real points
@@ -205,10 +199,9 @@ class Scene:
         """The scene as JSON: what eqs. (1) to (6) need, by component and by class."""
         mixture, d = self.mixture, self.mixture.dim
         order = torch.cat(mixture.members)
-        first = torch.eye(d, dtype=torch.float64)[0].expand(len(order), d)  # the second direction is perpendicular
-        first = first if mixture.eigenvectors is None else mixture.eigenvectors[:, :, 0]
+        axes = torch.eye(d).double().expand(len(order), d, d) if mixture.eigenvectors is None else mixture.eigenvectors
         theta = torch.randn(PROJECTIONS, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        arrays = {"means": mixture.means[order], "directions": first[order]}
+        arrays = {"means": mixture.means[order], "directions": axes[order, :, 0]}  # the second one is perpendicular
         arrays |= {"values": mixture.eigenvalues.reshape(len(order), -1).expand(-1, d)[order]}
         arrays |= {"logWeights": mixture.weights[order].log(), "logClass": mixture.class_weights.log()}
         starts = [0, *torch.tensor([len(m) for m in mixture.members]).cumsum(0).tolist()]
