@@ -1,13 +1,13 @@
 """Networks for images, by name: U-Nets, and transformers of `diffusers`, behind one interface, and classifiers."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import check_choice, require
+from guidance_nb._checks import Count, Share, check_choice, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
@@ -15,7 +15,7 @@ from guidance_nb.images.unet import Maps, Plan
 from guidance_nb.networks import fourier_features
 from guidance_nb.paths import Path, expand_time
 
-__all__ = ["IMAGE_NETWORKS", "ImageClassifier", "build_network", "image_denoiser"]
+__all__ = ["ImageClassifier", "image_denoiser"]
 
 
 class Conditioning(nn.Module):
@@ -39,20 +39,11 @@ class Conditioning(nn.Module):
         return h + self.scale(fourier_features(scale / 8))  # scales up to 8 lie within one slow period
 
 
-def _check_counts(**counts: int | Sequence[int]) -> None:
-    "Raise an error for what is not a whole number above 0, or a list of them."
-    for name, value in counts.items():
-        listed = value if isinstance(value, Sequence) else [value]
-        require(listed and all(type(n) is int and n >= 1 for n in listed), name, value, "whole numbers above 0")
-
-
-def _check_shape(shape: Sequence[int], factor: int, why: str, dropout: float) -> tuple[int, ...]:
-    "Raise a `ValueError` for what is not the shape of an image, or one that a network cannot take."
-    _check_counts(shape=shape)
-    require(len(shape) == 3, "shape", tuple(shape), "(channels, height, width)")
-    fine = shape[1] % factor == shape[2] % factor == 0
-    require(fine, "shape", tuple(shape), f"height and width divisible by {factor}, for {why}")
-    require(0 <= dropout < 1, "dropout", dropout, "from 0 to below 1")
+def _image_shape(shape: Sequence[int], factor: int, why: str) -> tuple[int, ...]:
+    "The shape of an image that a network can take."
+    whole = len(shape) == 3 and all(type(n) is int and n >= 1 for n in shape)
+    allowed = f"(channels, height, width), height and width divisible by {factor}, for {why}"
+    require(whole and shape[1] % factor == shape[2] % factor == 0, "shape", tuple(shape), allowed)
     return tuple(shape)
 
 
@@ -68,6 +59,7 @@ def _zero(net: nn.Module, *ends: str) -> None:
                 nn.init.zeros_(weight)
 
 
+@checked
 class UNet(nn.Module):
     """ADM's U-Net (arXiv 2105.05233), as `diffusers` has it: `net(x, time, labels)`, or `net(x, time, labels, scale)`.
 
@@ -79,21 +71,20 @@ class UNet(nn.Module):
         shape: Sequence[int],  # (channels, height, width) of an image
         num_classes: int = 0,  # Number of classes; label `num_classes` is the null label
         scale_aware: bool = False,  # Whether a guidance scale is a fourth input
-        patch: int = 1,  # Side of the patches that become the channels of one pixel
-        dropout: float = 0.0,  # Dropout inside the residual blocks
+        patch: Count = 1,  # Side of the patches that become the channels of one pixel
+        dropout: Share = 0.0,  # Dropout inside the residual blocks
         *,
         widths: Sequence[int],  # Channels of each level; every next level halves the map
-        blocks: int,  # Residual blocks of a level on the way down; one more on the way up
+        blocks: Count,  # Residual blocks of a level on the way down; one more on the way up
         attention: Sequence[int] = (),  # Heights of the maps with attention; any also puts it in the middle
-        head: int = 64,  # Channels of an attention head
+        head: Count = 64,  # Channels of an attention head
         film: bool = True,  # Whether the conditioning scales and shifts, or is merely added
     ):
         super().__init__()
-        _check_counts(patch=patch, widths=widths, blocks=blocks, head=head)
-        factor, why = patch * 2 ** (len(widths) - 1), f"patch {patch} and {len(widths)} levels"
-        self.shape, self.patch = _check_shape(shape, factor, why, dropout), patch
-        fine = not any(width % 4 or (attention and width % head) for width in widths)
+        fine = widths and not any(width < 1 or width % 4 or (attention and width % head) for width in widths)
         require(fine, "widths", widths, f"multiples of 4, and of head = {head} where there is attention")
+        factor, why = patch * 2 ** (len(widths) - 1), f"patch {patch} and {len(widths)} levels"
+        self.shape, self.patch = _image_shape(shape, factor, why), patch
         self.ask = Conditioning(4 * widths[0], num_classes, scale_aware)
         groups = math.gcd(32, math.gcd(*widths) // 4)  # of four channels at least
         plan = Plan(4 * widths[0], groups, film, dropout, head)
@@ -120,6 +111,7 @@ def _lay_out(embed: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
     return tokens.contiguous()
 
 
+@checked
 class DiT(nn.Module):
     """The transformer of DiT and SiT (arXiv 2212.09748) by `diffusers`: `net(x, time, labels)`, or with `scale`.
 
@@ -131,27 +123,25 @@ class DiT(nn.Module):
         shape: Sequence[int],  # (channels, height, width) of an image or a latent; square
         num_classes: int = 0,  # Number of classes; label `num_classes` is the null label
         scale_aware: bool = False,  # Whether a guidance scale is a fourth input
-        width: int = 384,  # Width of the tokens
-        depth: int = 12,  # Number of blocks
-        heads: int = 6,  # Number of attention heads
-        patch: int = 2,  # Side of the patches that become tokens
-        dropout: float = 0.0,  # Dropout inside the blocks
+        width: Count = 384,  # Width of the tokens
+        depth: Count = 12,  # Number of blocks
+        heads: Count = 6,  # Number of attention heads
+        patch: Count = 2,  # Side of the patches that become tokens
+        dropout: Share = 0.0,  # Dropout inside the blocks
     ):
         with extra("diffusers"):
             from diffusers import DiTTransformer2DModel
             from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
         super().__init__()
-        _check_counts(width=width, depth=depth, heads=heads, patch=patch)
-        self.shape = _check_shape(shape, patch, f"patch {patch}", dropout)
+        self.shape = _image_shape(shape, patch, f"patch {patch}")
         require(shape[1] == shape[2], "shape", tuple(shape), "square images, for a transformer; U-Nets take any")
         require(width % (4 * heads) == 0, "width", width, f"multiples of 4 and of heads = {heads}")
         self.sines, self.clock = Timesteps(256, True, 0), TimestepEmbedding(256, width)
         self.ask = Conditioning(width, num_classes, scale_aware)
-        body: Any = DiTTransformer2DModel
         options: Json = {"in_channels": shape[0], "sample_size": shape[1], "patch_size": patch, "num_layers": depth}
         options |= {"num_attention_heads": heads, "attention_head_dim": width // heads, "dropout": dropout}
-        self.net = body(num_embeds_ada_norm=1, **options)
+        self.net = DiTTransformer2DModel(num_embeds_ada_norm=1, **options)
         self.net.pos_embed.register_forward_hook(_lay_out)
         for block in self.net.transformer_blocks:
             block.norm1.emb = _Given()
@@ -183,21 +173,20 @@ IMAGE_NETWORKS: dict[str, Json] = {
 }
 
 
-def _settings(name: str, allowed: Collection[str], changes: Json) -> Json:
+def _settings(name: str, allowed: Collection[str], changes: Mapping[str, object]) -> Json:
     "The settings of a name with some changed."
     settings = IMAGE_NETWORKS.get(check_choice("name", name, allowed), {})
     return settings | {check_choice("setting", key, settings): value for key, value in changes.items()}
 
 
 def build_network(
-    name: str,  # One of `IMAGE_NETWORKS`
-    shape: Sequence[int],  # (channels, height, width) of an image
-    num_classes: int,  # Number of classes; label `num_classes` is the null label
-    scale_aware: bool = False,  # Whether the network takes a guidance scale
-    seed: int = 0,  # Seed of the initial weights
-    **changes: object,  # Settings that differ from those of the name
-) -> nn.Module:  # `net(x, time, labels)`, or `net(x, time, labels, scale)` if scale-aware
-    "A network for images by name, with its own seed for the weights."
+    name: str, shape: Sequence[int], num_classes: int, scale_aware: bool = False, seed: int = 0, **changes: object
+) -> nn.Module:
+    """A network for images by name, with its own seed for the weights.
+
+    It is called as `net(x, time, labels)`, or as `net(x, time, labels, scale)` if it is scale-aware. The label
+    `num_classes` is the null label.
+    """
     settings = _settings(name, IMAGE_NETWORKS, changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
