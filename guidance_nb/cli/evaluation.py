@@ -35,9 +35,9 @@ from guidance_nb.images.features import (
     Extractor,
     Features,
     Reference,
-    check_metrics,
     extract,
     find_extractor,
+    metric_names,
     read_reference,
 )
 from guidance_nb.images.latents import LatentData
@@ -123,7 +123,7 @@ def choose_metrics(
     real: Tensor | Reference, extractor: Extractor, metrics: tuple[str, ...] | None = None, best: str = ""
 ) -> tuple[str, ...]:
     "The metrics of a comparison; an error for a column that they do not give."
-    names = check_metrics(metrics, extractor.name)
+    names = metric_names(metrics, extractor.name)
     if isinstance(real, Reference) and metrics is None:
         lacking = set() if real.images is not None else {"kd", "precision", "recall"}
         lacking |= set() if "spatial" in real.moments else {"sfd"}

@@ -2,23 +2,26 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from guidance_nb._checks import check_choice, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import digest, parse_json, read_text
 from guidance_nb._points import moments
 from guidance_nb.images.data import from_uint8, read_arrays, to_uint8
+
+if TYPE_CHECKING:
+    from transformers import Dinov2WithRegistersModel
 
 __all__ = ["Extractor", "extract", "feature_space"]
 
@@ -33,11 +36,10 @@ FeatureFunction = Callable[[Tensor], Tensor | dict[str, Tensor]]
 
 def check_images(name: str, images: Tensor, at_least: int = 1) -> Tensor:
     "Raise a `ValueError` for what is not a set of uint8 images."
-    kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-    require(kind == torch.uint8, f"type of {name}", kind, "a torch.uint8 tensor (to_uint8 converts from [-1, 1])")
-    fine = images.ndim == 4 and min(images.shape[1:])
-    require(fine, f"shape of {name}", tuple(images.shape), "[n, channels, height, width]")
-    require(len(images) >= at_least, f"images in {name}", len(images), f"{at_least} or more")
+    kind, shape = getattr(images, "dtype", type(images).__name__), tuple(getattr(images, "shape", ()))
+    fine = kind == torch.uint8 and len(shape) == 4 and min(shape[1:]) and shape[0] >= at_least
+    allowed = f"torch.uint8 [n, channels, height, width], n >= {at_least} (to_uint8 converts from [-1, 1])"
+    require(fine, name, f"{kind} {shape}", allowed)
     return images
 
 
@@ -67,10 +69,16 @@ class Features:
     checksum: str = ""
     size: tuple[int, ...] = ()
 
+    def layer(self, layer: str) -> Tensor:
+        "Rows of a layer; a `ValueError` where there are none."
+        rows, known = (", ".join(each) or "no layer" for each in (self.rows, self.moments))
+        require_that(layer in self.rows, f"{self.name} has rows of {rows}, moments of {known}", f"rows of {layer}")
+        return self.rows[layer]
+
     def moment(self, layer: str) -> tuple[Tensor, Tensor]:
         "Mean and unbiased covariance of a layer in float64, computed once."
         if layer not in self.moments:
-            self.moments[layer] = moments(layer, self.rows[layer])
+            self.moments[layer] = moments(layer, self.layer(layer))
         return self.moments[layer]
 
     def take(self, indices: Tensor) -> "Features":
@@ -105,21 +113,19 @@ def read_reference(path: str | Path, n: int | None = None) -> Reference:
             fine = numbers and shapes and np.isfinite(mean.sum() + cov.sum())
             require(fine, f"mu{end}, sigma{end} of {path}", (mean.shape, cov.shape), f"[{f}] and its square, finite")
             known[layer] = torch.from_numpy(mean).double(), torch.from_numpy(cov).double()
-    images = found.get("arr_0")
-    if images is None:
+    if (images := found.get("arr_0")) is None:
         return Reference(INCEPTION, {}, known, path.name, n, checksum(path))
     fine = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
     require(fine, f"arr_0 of {path}", f"{images.dtype} {images.shape}", "uint8 [n, height, width, 3]")
-    pictures, size = torch.from_numpy(images).permute(0, 3, 1, 2), images.shape[1:3]
-    return Reference(INCEPTION, {}, known, path.name, n, checksum(path), size, pictures)
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Reference(INCEPTION, {}, known, path.name, n, checksum(path), images.shape[1:3], pictures)
 
 
-def check_metrics(metrics: Sequence[str] | None, extractor: str) -> list[str]:
+def metric_names(metrics: Sequence[str] | None, extractor: str) -> list[str]:
     "Names without reference to Inception; without names, the usual ones. FID belongs to Inception alone."
     if metrics is None:
         return [*LAYERS] if extractor == INCEPTION else ["fd", "kd", "precision", "recall"]
     names, known = [metrics] if isinstance(metrics, str) else list(metrics), [*QUOTED, *LAYERS]
-    require(names, "metrics", names, f"some of {', '.join(known)}")
     for name in names:
         ours = check_choice("metric", name, known) not in QUOTED or extractor == INCEPTION
         require(ours, f"metric of {extractor}", name, f"{QUOTED.get(name)!r}, since {name!r} is Inception's")
@@ -138,40 +144,20 @@ def extract(
     "One pass of a network over a set of images, grey ones in three channels; do it once for a reference."
     named = extractor.name if isinstance(extractor, Extractor) else extractor or INCEPTION
     if isinstance(images, Features):
-        named = named if extractor else images.extractor
-        seen = f"seen by {images.extractor}"
-        require(images.extractor == named, name, seen, f"features of {named}")
-        return _complete(images, extractor, batch_size, progress, metrics, weights)
+        same = not extractor or images.extractor == named
+        require(same, name, f"seen by {images.extractor}", f"features of {named}")
+        if isinstance(images, Reference):
+            wanted = metric_names(metrics, INCEPTION)
+            for metric in {"fd", "sfd"} & {*wanted}:
+                images.moment(LAYERS[metric])  # an error where the file has none
+            if images.images is not None and {"kd", "precision", "recall"} & {*wanted}:
+                network = find_extractor(extractor or INCEPTION, weights, wanted)
+                images.rows.update(extract(images.images, network, images.name, batch_size, progress).rows)
+        return images
     channels = check_images(name, images).shape[1]
     others = f"1 or 3, as {named} was trained on; {PIXELS!r} and an Extractor of your own take any"
     require(channels in (1, 3) or named not in NETWORKS, f"channels of {name}", channels, others)
-    return _pass(images, find_extractor(extractor or INCEPTION, weights, metrics), name, batch_size, progress)
-
-
-def _complete(
-    images: Features,
-    extractor: str | Extractor | None,
-    batch_size: int,
-    progress: bool,
-    metrics: Sequence[str] | None,
-    weights: str | Path | None,
-) -> Features:
-    "A statistics file with rows of its images, where a metric needs rows."
-    if not isinstance(images, Reference):
-        return images
-    wanted = check_metrics(metrics, INCEPTION)
-    lacking = {LAYERS[metric] for metric in wanted if metric in ("fd", "sfd")} - {*images.moments}
-    problem = f"{images.name} has no moments of {', '.join(lacking)}"
-    require_that(not lacking, problem, "files with mu_s, sigma_s for sfid")
-    if images.images is not None and {"kd", "precision", "recall"} & set(wanted):
-        network = find_extractor(extractor or INCEPTION, weights, wanted)
-        images.rows.update(_pass(images.images, network, images.name, batch_size, progress).rows)
-    return images
-
-
-def _pass(images: Tensor, extractor: Extractor, name: str, batch_size: int, progress: bool) -> Features:
-    from tqdm.auto import tqdm
-
+    extractor = find_extractor(extractor or INCEPTION, weights, metrics)
     parts: dict[str, list[Tensor]] = {}
     with torch.no_grad(), tqdm(total=len(images), disable=not progress, unit="image", desc=name) as bar:
         for batch in images.split(batch_size):
@@ -184,9 +170,6 @@ def _pass(images: Tensor, extractor: Extractor, name: str, batch_size: int, prog
                 parts.setdefault(layer, []).append(rows.float().cpu())
             bar.update(len(batch))
     found = {layer: torch.cat(values) for layer, values in parts.items()}
-    for layer, values in found.items():
-        bad = int((~torch.isfinite(values)).any(1).sum())
-        require(not bad, f"images of {name} whose {layer} are not finite", bad, f"none, of {extractor.name}")
     return Features(extractor.name, found, {}, name, len(images), checksum(images), tuple(images.shape[2:]))
 
 
@@ -198,7 +181,7 @@ def find_extractor(
         return extractor
     if check_choice("extractor", extractor, (*NETWORKS, PIXELS)) == PIXELS:
         return Extractor(PIXELS, lambda images: from_uint8(images).flatten(1))
-    wanted = check_metrics(metrics, extractor)
+    wanted = metric_names(metrics, extractor)
     if extractor == INCEPTION:
         return _inception(weights, sorted({LAYERS[metric] for metric in wanted}))
     return resnet_extractor(cifar_resnet(weights, 20 if extractor == "resnet20" else 56))
@@ -232,53 +215,18 @@ def inception_weights(weights: str | Path | None = None) -> Path:
     return path
 
 
-@cache
-def spatial_extractor() -> str:  # The name under which torch-fidelity knows it
-    "Register with torch-fidelity Inception with sFID's layer: 7 channels of Mixed_6d, 7 x 17 x 17 = 2,023 numbers."
-    with extra("images"):
-        from torch_fidelity import register_feature_extractor
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class InceptionMixed6d(FeatureExtractorInceptionV3):
-        features_list: list[str]
-        seen: Tensor
-
-        def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
-            super().__init__(name, features_list, **options)
-            self.Mixed_6d.register_forward_hook(lambda module, args, out: setattr(self, "seen", out[:, :7].flatten(1)))
-
-        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            wanted = self.features_list
-            try:  # the parent stops at the last layer it is asked for, and "768" follows Mixed_6d
-                self.features_list = [layer for layer in wanted if layer != "mixed_6d_7"] or ["768"]
-                found = dict(zip(self.features_list, super().forward(x)), mixed_6d_7=self.seen.float())
-            finally:
-                self.features_list = wanted
-            return tuple(found[layer] for layer in wanted)
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return (*FeatureExtractorInceptionV3.get_provided_features_list(), "mixed_6d_7")
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:  # so "fid" with this extractor is sFID
-            parent = FeatureExtractorInceptionV3.get_default_feature_layer_for_metric(metric)
-            return "mixed_6d_7" if metric == "fid" else parent
-
-    register_feature_extractor("inception-v3-compat-mixed6d", InceptionMixed6d)
-    return "inception-v3-compat-mixed6d"
-
-
-_INCEPTION_LAYERS = {"features": "2048", "spatial": "mixed_6d_7", "logits": "logits_unbiased"}
+# Ours to torch-fidelity's. It computes all layers up to the last one that it is asked for; "768" follows Mixed_6d,
+# 7 channels of which are sFID's layer, 7 x 17 x 17 = 2,023 numbers.
+_INCEPTION_LAYERS = {"features": "2048", "spatial": "768", "logits": "logits_unbiased"}
 
 
 def _inception(
-    weights: str | Path | None = None,  # See inception_weights
-    layers: Sequence[str] = ("features", "spatial", "logits"),  # Which to compute
-    name: str = INCEPTION,  # Other weights than the ones behind FID need another name, which columns then contain
-    device: str | torch.device | None = None,  # CUDA where there is one
+    weights: str | Path | None = None, layers: Collection[str] = tuple(_INCEPTION_LAYERS), name: str = INCEPTION
 ) -> Extractor:
-    "The network of FID: Inception-v3 with TensorFlow's weights, by torch-fidelity, all layers in one pass."
+    """The network of FID: Inception-v3 with TensorFlow's weights, by torch-fidelity, all layers in one pass.
+
+    Weights other than the ones behind FID need another name, which columns then contain.
+    """
     with extra("images"):
         from torch_fidelity.utils import create_feature_extractor
 
@@ -287,18 +235,19 @@ def _inception(
     require(theirs, "weights", f"{path}, which are not FID's", f"{_INCEPTION_FILE}, or a name= of their own")
     if name != INCEPTION:
         torch.load(path, map_location="cpu", weights_only=True)  # fails on code, before torch-fidelity unpickles it
-    layers = [layer for layer in _INCEPTION_LAYERS if layer in layers]
-    kind = spatial_extractor() if "spatial" in layers else INCEPTION
-    wanted, device = [_INCEPTION_LAYERS[layer] for layer in layers], device or best_device()
+    wanted = {layer: theirs for layer, theirs in _INCEPTION_LAYERS.items() if layer in layers}
     options = {"cuda": False, "feature_extractor_weights_path": str(path), "verbose": False}
-    network = create_feature_extractor(kind, wanted, **options).to(device)
+    network = create_feature_extractor(INCEPTION, [*wanted.values()], **options).to(best_device())
+    seen: dict[str, Tensor] = {}
+    network.Mixed_6d.register_forward_hook(lambda module, args, out: seen.update(spatial=out[:, :7].flatten(1).float()))
 
     def features(images: Tensor) -> dict[str, Tensor]:
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if images.is_cuda else nullcontext()
         with exact:  # TF32 would change the third digit of a feature
-            return dict(zip(layers, network(images)))
+            found = dict(zip(wanted, network(images)))
+        return {layer: seen.get(layer, rows) for layer, rows in found.items()}
 
-    return Extractor(name, features, device)
+    return Extractor(name, features, best_device())
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # means and deviations of the channels, in [0, 1]
@@ -352,17 +301,18 @@ class CifarResNet(nn.Module):
 
 @checked
 def cifar_resnet(
-    path: str | Path | None = None,  # File, or folder to look in; without it GUIDANCE_NB_DATA/classifiers
-    depth: Literal[20, 56] = 56,
-    device: str | torch.device | None = None,  # CUDA where there is one
-) -> CifarResNet:  # A classifier of CIFAR-10; resnet_extractor makes its features an Extractor
-    "Load a ResNet trained on CIFAR-10, without executing what the file may hold."
-    wanted = f"resnet{depth}-*.th"
-    folder = os.environ.get("GUIDANCE_NB_DATA")
-    require(path or folder, "path", path, f"{wanted}, or GUIDANCE_NB_DATA with it in classifiers/")
-    place = Path(path).expanduser() if path is not None else Path(folder or "") / "classifiers"
-    file = next(iter(sorted(place.glob(wanted))), place) if place.is_dir() else place
-    require(file.is_file(), "path", f"{file}, no {wanted} there", "the file or the folder that holds it")
+    path: str | Path | None = None, depth: Literal[20, 56] = 56, device: str | torch.device | None = None
+) -> CifarResNet:
+    """Load a ResNet trained on CIFAR-10, without executing what the file may hold.
+
+    Without the path of a file or of its folder, it is in classifiers/ of GUIDANCE_NB_DATA. `resnet_extractor` makes its
+    features an `Extractor`.
+    """
+    wanted, folder = f"resnet{depth}-*.th", Path(os.environ.get("GUIDANCE_NB_DATA", "")) / "classifiers"
+    place = folder if path is None else Path(path).expanduser()
+    file = next(iter(sorted(place.glob(wanted))), place)
+    allowed = "the file or the folder that holds it, or GUIDANCE_NB_DATA with it in classifiers/"
+    require(file.is_file(), "path", f"{file}, no {wanted} there", allowed)
     stated = re.search(r"-([0-9a-f]{8})$", file.stem)
     whole = not stated or checksum(file).startswith(stated[1])
     require_that(whole, f"{file} is damaged: its name and its SHA-256 disagree", "the file as published")
@@ -379,31 +329,30 @@ def resnet_extractor(network: CifarResNet) -> Extractor:
     return Extractor(f"resnet{network.depth}", network.layers, next(network.parameters()).device, classes)
 
 
-def _load_dinov2(path: str | Path) -> Any:
+def _load_dinov2(path: str | Path) -> "Dinov2WithRegistersModel":
     "DINOv2 with registers (arXiv 2304.07193, 2309.16588) from a local folder; nothing is downloaded."
-    file, allowed = Path(path) / "config.json", "a folder with config.json and model.safetensors"
-    require(file.is_file(), "path", f"{path}, which has no config.json", allowed)
-    found = parse_json(read_text(file))
-    kind = found.get("model_type") if isinstance(found, dict) else None
+    allowed = "a folder with config.json and model.safetensors"
+    with explained(f"{path} has no config.json that can be read", allowed, ValueError, AttributeError):
+        kind = parse_json(read_text(Path(path) / "config.json")).get("model_type")
     require(kind == "dinov2_with_registers", f"model in {path}", kind, f"{allowed} of a 'dinov2_with_registers'")
     with extra("dinov2"):
         from safetensors import SafetensorError
         from transformers import Dinov2WithRegistersModel
 
-    read: Any = Dinov2WithRegistersModel.from_pretrained
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     with explained(f"{path} holds damaged weights", allowed, SafetensorError):
-        model, report = read(path, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        model, report = Dinov2WithRegistersModel.from_pretrained(path, **options)
     missing = sorted(set(report["missing_keys"]) - {"embeddings.mask_token"})
     require(not missing, f"missing weights in {path}", missing[:1], "none")
     return model.eval().requires_grad_(False)
 
 
-def _dinov2_extractor(
-    path: str | Path,  # Folder with the weights, see load_dinov2
-    size: int = 224,  # Height and width the network sees; a multiple of its patch size
-    device: str | torch.device | None = None,  # CUDA where there is one
-) -> Extractor:  # Layers "features", the class token, and "patches", the mean of the patch tokens
-    "Features of DINOv2: images resized bicubically with antialiasing and normalised; register tokens take no part."
+def _dinov2_extractor(path: str | Path, size: int = 224, device: str | torch.device | None = None) -> Extractor:
+    """Features of DINOv2: layers "features", the class token, and "patches", the mean of the patch tokens.
+
+    Images are resized bicubically with antialiasing to `size`, a multiple of the network's patch size, and normalised;
+    register tokens take no part.
+    """
     network, device = _load_dinov2(path), device or best_device()
     patch, first = network.config.patch_size, 1 + network.config.num_register_tokens
     require(size >= 1 and size % patch == 0, "size", size, f"a multiple of the patch size {patch}")
@@ -426,7 +375,7 @@ def feature_space(
     path: str | Path | None = None,  # Where the weights are
     batch_size: int = 64,  # Images per call of the network
     progress: bool = False,  # Show a progress bar
-    **options: Any,  # Those of dinov2_extractor
+    size: int = 224,  # Height and width that DINOv2 sees, a multiple of its patch size
 ) -> Literal["pixels"] | Callable[[Tensor], Tensor]:  # From images in [-1, 1] to features `[n, f]`
     "Where neighbours are sought: pixels, or what an extractor makes of images as a file would hold them."
     if name == "pixels":
@@ -435,7 +384,7 @@ def feature_space(
         extractor = find_extractor(name, path)
     else:
         require(path is not None, f"weights of {name!r}", path, "a folder of DINOv2 with registers")
-        extractor = _dinov2_extractor(path or "", **options)
+        extractor = _dinov2_extractor(path or "", size)
     layer = "patches" if name == "dinov2-patches" else "features"
 
     def features(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb import __version__
-from guidance_nb._checks import Count, Share, checked, require, require_that
+from guidance_nb._checks import Share, checked, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, locked, read_csv, write_file
 from guidance_nb._points import as_labels
@@ -30,20 +31,21 @@ from guidance_nb.images.features import (
     Reference,
     best_device,
     check_images,
-    check_metrics,
     extract,
     find_extractor,
+    metric_names,
 )
 from guidance_nb.metrics import frechet, nearest_neighbours, precision_recall
 
 __all__ = ["class_agreement", "copy_share", "image_baseline", "image_scores"]
 
 
-def kernel_distance(
-    a: Tensor,  # Features `[n, f]`
-    b: Tensor,  # Features `[m, f]`
-) -> float:  # Squared; its expectation does not depend on n and m, and it may be negative
-    "Unbiased squared MMD with the kernel (x y / f + 1)^3 over the subsets of torch-fidelity (arXiv 1801.01401)."
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD of features `[n, f]` and `[m, f]` (arXiv 1801.01401).
+
+    The kernel is (x y / f + 1)^3, the subsets are torch-fidelity's. The expectation does not depend on n and m; the
+    distance may be negative.
+    """
     size = min(1000, len(a), len(b))
     require(size >= 2, "images of the smaller set", size, "2 or more")
     subsets = 1 if len(a) == len(b) == size else 100  # all subsets of the whole are the whole
@@ -82,38 +84,26 @@ def column(metric: str, extractor: str) -> str:
     return next((quoted for quoted, ours in QUOTED.items() if ours == metric), metric)
 
 
-def _check_sets(samples: Features, reference: Features, metrics: list[str]) -> None:
-    "Raise a `ValueError` for sets that cannot be compared; the metrics do so for those that are too small."
-    one, other = samples.extractor, reference.extractor
-    require(one == other, "extractors of samples and reference", f"{one} and {other}", "one extractor")
-    for metric in metrics:
-        layer, label = LAYERS[metric], column(metric, one)
-        for role, each in (("samples", samples), ("reference", reference))[: 1 if metric == "score" else 2]:
-            if layer not in each.rows and not (metric in ("fd", "sfd") and layer in each.moments):
-                have = ", ".join(sorted({*each.rows, *each.moments})) or "none"
-                raise ValueError(f"{role} ({each.name}) has layers {have}; {label} needs rows of {layer}")
-
-
 def feature_scores(
     samples: Features, reference: Features, metrics: Sequence[str] | None = None, k: int = 3
 ) -> dict[str, float]:
     "The metrics of two sets of features."
-    names, values = check_metrics(metrics, samples.extractor), {}
-    _check_sets(samples, reference, names)
+    names, values = metric_names(metrics, samples.extractor), {}
+    one, other = samples.extractor, reference.extractor
+    require(one == other, "extractors of samples and reference", f"{one} and {other}", "one extractor")
     for metric in names:
         layer = LAYERS[metric]
         if metric in ("fd", "sfd"):
             values[metric] = frechet(samples.moment(layer), reference.moment(layer))
         elif metric == "score":
-            values[metric] = class_score(samples.rows[layer])
+            values[metric] = class_score(samples.layer(layer))
         elif metric == "kd":
-            values[metric] = kernel_distance(samples.rows[layer], reference.rows[layer])
+            values[metric] = kernel_distance(samples.layer(layer), reference.layer(layer))
         elif metric not in values:
-            found = precision_recall(reference.rows[layer], samples.rows[layer], k, best_device())
+            found = precision_recall(reference.layer(layer), samples.layer(layer), k, best_device())
             values["precision"], values["recall"] = found
-    for metric, value in values.items():
-        require(math.isfinite(value), column(metric, samples.extractor), value, "features with a finite score")
-    return {column(metric, samples.extractor): values[metric] for metric in names}
+        require(math.isfinite(values[metric]), column(metric, one), values[metric], "features with a finite score")
+    return {column(metric, one): values[metric] for metric in names}
 
 
 def image_scores(
@@ -127,22 +117,19 @@ def image_scores(
     progress: bool = False,  # Show progress bars
 ) -> dict[str, float]:  # Column -> value; columns of other networks than Inception contain their name
     "Score generated images against real ones; every image passes the network once."
-    sides = []
-    for role, each in (("samples", samples), ("reference", reference)):
-        sides.append(each.size if isinstance(each, Features) else tuple(check_images(role, each).shape[2:]))
-    same = not all(sides) or sides[0] == sides[1]
-    require(same, "sizes of samples and reference", sides, "one size, since resizing changes all")
-    channels = {each.shape[1] for each in (samples, reference) if isinstance(each, Tensor)}
-    alike = len(channels) < 2 or (channels == {1, 3} and extractor != PIXELS)
-    require(alike, "channels of samples and reference", sorted(channels), "equal ones")
-    seen = (each.extractor for each in (samples, reference) if isinstance(each, Features))
+    sets = {"samples": samples, "reference": reference}
+    shapes = [x.size if isinstance(x, Features) else tuple(check_images(name, x).shape[1:]) for name, x in sets.items()]
+    sizes, channels = ({shape[-2:] for shape in shapes if shape}, {shape[0] for shape in shapes if len(shape) == 3})
+    fine = len(sizes) < 2 and (len(channels) < 2 or (channels == {1, 3} and extractor != PIXELS))
+    require(fine, "shapes of samples and reference", shapes, "one size, since resizing changes all, and equal channels")
+    seen = (each.extractor for each in sets.values() if isinstance(each, Features))
     extractor = extractor or next(seen, INCEPTION)
-    wanted = check_metrics(metrics, extractor if isinstance(extractor, str) else extractor.name)
+    wanted = metric_names(metrics, extractor if isinstance(extractor, str) else extractor.name)
     if isinstance(samples, Tensor) and isinstance(reference, Tensor):
         extractor = find_extractor(extractor, weights, wanted)  # once for both
-    options: Json = {"batch_size": batch_size, "progress": progress, "metrics": wanted, "weights": weights}
-    real = extract(reference, extractor, "reference", **options)
-    return feature_scores(extract(samples, extractor, "samples", **options), real, wanted, k)
+    look = partial(extract, batch_size=batch_size, progress=progress, metrics=wanted, weights=weights)
+    real = look(reference, extractor, "reference")
+    return feature_scores(look(samples, extractor, "samples"), real, wanted, k)
 
 
 def image_baseline(
@@ -186,15 +173,9 @@ def class_agreement(
     return right.mean().item(), hits / asked
 
 
-def nearest_images(
-    images: Tensor,  # uint8, `[n, channels, h, w]`
-    train: Tensor,  # uint8, `[m, channels, h, w]`
-    k: int = 2,  # Neighbours
-) -> tuple[Tensor, Tensor]:  # Distances `[n, k]`, root mean square in grey levels, ascending; and indices `[n, k]`
-    "The nearest training images in pixels, exactly."
-    check_images("images", images)
-    check_images("train", train, at_least=k)
-    shapes = tuple(images.shape[1:]), tuple(train.shape[1:])
+def nearest_images(images: Tensor, train: Tensor, k: int = 2) -> tuple[Tensor, Tensor]:
+    "Distances to the nearest training images, root mean square in grey levels, and which they are, `[n, k]` each."
+    shapes = check_images("images", images).shape[1:], check_images("train", train, at_least=k).shape[1:]
     require(shapes[0] == shapes[1], "shapes of images and train", shapes, "equal shapes")
     distance, index = nearest_neighbours(images, train, k, device=best_device())
     return distance / math.sqrt(images[0].numel()), index
@@ -211,12 +192,6 @@ def copy_share(
     return (near <= ratio * second).double().mean().item(), near.mean().item()
 
 
-@checked
-def balanced_labels(n: Count, num_classes: Count) -> Tensor:
-    "The label policy of this package, 0, 1, ..., 0, 1, ...: every class equally often, up to one."
-    return torch.arange(n) % num_classes
-
-
 PROVENANCE = (
     "n", "reference", "reference_n", "reference_checksum", "extractor", "sampler", "steps", "scale", "labels", "seed",
     "command", "guidance_nb", "torch", "torch_fidelity", "hardware",
@@ -224,42 +199,29 @@ PROVENANCE = (
 
 
 def provenance(
-    samples: Features | Tensor | int,  # What was scored, or how many
-    reference: Features,  # Against what
-    sampler: str,  # Name of the sampler
-    steps: int,  # Its steps
-    scale: float,  # Guidance scale; 1 is none
-    seed: int,  # Seed of the samples
-    labels: str = "balanced",  # How labels were chosen
-    extractor: str | None = None,  # Name; without it that of the reference
-    command: str | None = None,  # Without it that of this process
-) -> Json:  # Column -> value, for append_rows
-    "What a number means nothing without."
-    n = samples if isinstance(samples, int) else samples.n if isinstance(samples, Features) else len(samples)
+    samples: Features | Tensor, reference: Features, sampler: str, steps: int, scale: float, seed: int,
+    labels: str = "balanced", command: str | None = None,
+) -> Json:  # fmt: skip
+    "What a number means nothing without, by column, for `append_rows`; a guidance scale of 1 is none."
+    n, source = samples.n if isinstance(samples, Features) else len(samples), (reference.name, reference.n)
     cuda = torch.cuda.is_available()
     hardware = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    source = reference.name, reference.n, reference.checksum
     command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     versions = __version__, torch.__version__, version("torch-fidelity")
-    made = (sampler, steps, scale, labels, seed, command)
-    values = (n, *source, extractor or reference.extractor, *made, *versions, hardware)
-    return dict(zip(PROVENANCE, values))
+    made = reference.extractor, sampler, steps, scale, labels, seed, command
+    return dict(zip(PROVENANCE, (n, *source, reference.checksum, *made, *versions, hardware)))
 
 
 def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     "Read a table of rows with provenance; a `ValueError` for any other."
-    lines = read_csv(Path(path))
-    if not lines:  # an empty file is a table that nothing was written to yet
-        return [*PROVENANCE], []
-    columns = lines[0]
+    columns, *lines = read_csv(Path(path)) or [[*PROVENANCE]]  # nothing was written to an empty file yet
     missing = [key for key in PROVENANCE if key not in columns]
-    fine, found = not missing and len(set(columns)) == len(columns), ", ".join(missing) or "a column twice"
-    told = f"{path} is not a table of image metrics: it {'lacks' if missing else 'has'} {found}"
-    require_that(fine, told, "a table that append_rows wrote")
-    for number, line in enumerate(lines[1:], 2):
+    told = f"{path} is not a table of image metrics: it lacks {', '.join(missing) or 'a name for each column'}"
+    require_that(not missing and len({*columns}) == len(columns), told, "a table that append_rows wrote")
+    for number, line in enumerate(lines, 2):
         told = f"{path} is damaged: line {number} has {len(line)} values"
         require_that(len(line) == len(columns), told, f"{len(columns)}, as the header")
-    return columns, [dict(zip(columns, line)) for line in lines[1:]]
+    return columns, [dict(zip(columns, line)) for line in lines]
 
 
 def append_rows(path: str | Path, rows: Sequence[Json]) -> None:
