@@ -30,7 +30,6 @@ from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images.data import _resize_crop, crop_image, load_images, load_samples
 from guidance_nb.images.latents import (
     INDEX,
-    check_shard,
     decode,
     describe_vae,
     draw_latents,
@@ -323,9 +322,9 @@ def test_any_flipped_byte_is_noticed_and_any_truncation_at_once(place, tmp_path)
     for at in draws.integers(0, len(whole), 40):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(ValueError, match=r"shard-00002\.safetensors (is damaged|holds no latents|belongs)"):
-            entry = check_shard(file)
-            settings = open_shard(file)[1]
-            if settings != json.loads((place / "whole" / INDEX).read_text())["settings"] or entry["rows"] != 5:
+            tensors, settings, _ = open_shard(file, verify=True)
+            wanted = json.loads((place / "whole" / INDEX).read_text())["settings"]
+            if settings != wanted or len(tensors["labels"]) != 5:
                 raise ValueError(f"{file} belongs to another encoding")
     for length in [0, 4, 100, *draws.integers(0, len(whole), 10).tolist()]:
         file.write_bytes(whole[:length])
@@ -361,8 +360,8 @@ def test_damaged_and_foreign_indices(place, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     good = json.loads((tmp_path / INDEX).read_text())
     for change, words in (
-        ({"format": "other"}, "latents.json is damaged (format = 'other';"),
-        ({"shards": good["shards"][:-1]}, "latents.json is damaged (counts = ("),
+        ({"format": "other"}, "latents.json is damaged (format and images = ('other', 37);"),
+        ({"shards": good["shards"][:-1]}, "latents.json is damaged (format and images = ("),
         ({"classes": []}, "latents.json is damaged"),
         ({"settings": good["settings"] | {"crop": "x"}}, "shard-00000.safetensors belongs to another encoding"),
     ):
@@ -383,7 +382,7 @@ def test_wrong_pictures_and_autoencoders_are_refused(place, tmp_path):
 
     pictures, out = place / "pictures", tmp_path / "out"
     fails("allowed: images of one size, or give size", pictures, out, make_vae())
-    fails("sides = '15x15'; allowed: multiples of 2", pictures, out, make_vae(), size=15)
+    fails("= (3, 15, 15); allowed: 3 channels, and sides that vae can divide by 2", pictures, out, make_vae(), size=15)
     fails("vae = 'a AutoencoderTiny'; allowed: a diffusers AutoencoderKL", pictures, out, AutoencoderTiny())
     fails("channels = 4; allowed: 1, 3", pictures, out, make_vae(4), size=16)
     fails("cannot be loaded (", pictures, out, str(tmp_path), size=16)

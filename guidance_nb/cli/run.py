@@ -43,7 +43,6 @@ from guidance_nb.images.data import (
 from guidance_nb.images.features import feature_space
 from guidance_nb.images.latents import (
     INDEX,
-    VAE,
     LatentData,
     decode,
     decode_all,
@@ -58,6 +57,7 @@ from guidance_nb.training import ClassifierLoss, DenoisingLoss, LossContext, Sta
 from guidance_nb.training_times import LogNormalTimes, TrainingTimes
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from pandas import DataFrame
 
 T = TypeVar("T")
@@ -371,7 +371,7 @@ def build_guided(
     return trained.model
 
 
-def _find_vae(recipe: Recipe, index: Json, source: str = "") -> VAE:
+def _find_vae(recipe: Recipe, index: Json, source: str = "") -> "AutoencoderKL":
     """The autoencoder of a `recipe` for latents, or the one named by `source`.
 
     One whose factor, shift or channels differ from the encoding's, which `index` or a checkpoint keeps, is an error.
