@@ -10,18 +10,18 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, check_whole, checked, explained, require, require_that
+from guidance_nb._checks import Count, check_choice, check_whole, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, digest, parse_json, read_text, write_aside
-from guidance_nb._random import keyed_generator
 
 with extra("images"):
     from PIL import Image, ImageOps
@@ -30,7 +30,6 @@ __all__ = ["ImageData", "from_uint8", "load_images", "load_samples", "save_sampl
 
 Crop = Literal["adm", "torchvision"]
 Size = int | tuple[int, int]  # Side of a square, or height and width
-Facts = Json
 
 
 def from_uint8(
@@ -45,10 +44,10 @@ def to_uint8(
     x: Tensor,  # Floats, meant to be in [-1, 1], any shape
 ) -> Tensor:  # Grey levels, uint8, same shape
     "Nearest grey levels, u = round(127.5 x + 127.5); values outside [-1, 1] are clipped."
-    require(x.is_floating_point(), "type of x", x.dtype, "floating-point values in [-1, 1]")
-    require(x.isfinite().all(), "values of x that are not finite", int((~x.isfinite()).sum()), "none")
-    if x.numel() and x.min() >= 0 and x.max() > 2:
-        raise ValueError(f"x is in [{x.min():.3g}, {x.max():.3g}]; allowed: [-1, 1] (from_uint8 converts grey levels)")
+    low, high = x.aminmax() if x.numel() else (x.sum(), x.sum())
+    fine = x.is_floating_point() and x.isfinite().all() and not (low >= 0 and high > 2)
+    told = f"x is {x.dtype} in [{low:.3g}, {high:.3g}]"
+    require_that(fine, told, "finite, floating-point values in [-1, 1] (from_uint8 converts grey levels)")
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -68,11 +67,6 @@ class ImageData:
     def num_classes(self) -> int:
         "Number of classes, also those a subset has no image of."
         return len(self.classes)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.pixels, Tensor):
-            found, wanted = (self.pixels.dtype, *self.pixels.shape), (torch.uint8, len(self), *self.shape)
-            require(found == wanted, "pixels", found, f"{wanted}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,46 +98,33 @@ class ImageData:
         return x, self.labels[mine]
 
 
-def balanced_subset(data: ImageData, per_class: int, seed: int = 0) -> ImageData:
-    "As many images of every class, chosen by seed."
-    check_whole("per_class", per_class, 1, int(data.labels.bincount(minlength=data.num_classes).min()))
-    chosen = []
-    for label in range(data.num_classes):
-        members = (data.labels == label).nonzero()[:, 0]
-        chosen.append(members[torch.randperm(len(members), generator=keyed_generator(seed, 4, label))[:per_class]])
-    indices = torch.cat(chosen)
-    pixels = data.pixels[indices] if isinstance(data.pixels, Tensor) else lambda i: data.images(indices[i])
-    return replace(data, pixels=pixels, labels=data.labels[indices])
-
-
-FILES = {  # bytes and md5 of the files as published; for CIFAR-10 torchvision has the same md5s
+FILES = {  # md5 of the files as published; for CIFAR-10 torchvision has the same
     "mnist": {
-        "MNIST/raw/train-images-idx3-ubyte": (47_040_016, "6bbc9ace898e44ae57da46a324031adb"),
-        "MNIST/raw/train-labels-idx1-ubyte": (60_008, "a25bea736e30d166cdddb491f175f624"),
-        "MNIST/raw/t10k-images-idx3-ubyte": (7_840_016, "2646ac647ad5339dbf082846283269ea"),
-        "MNIST/raw/t10k-labels-idx1-ubyte": (10_008, "27ae3e4e09519cfbb04c329615203637"),
+        "MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "MNIST/raw/t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "MNIST/raw/t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
     },
     "cifar10": {
-        "cifar-10-batches-py/batches.meta": (158, "5ff9c542aee3614f3951f8cda6e48888"),
-        "cifar-10-batches-py/data_batch_1": (31_035_704, "c99cafc152244af753f735de768cd75f"),
-        "cifar-10-batches-py/data_batch_2": (31_035_320, "d4bba439e000b95fd0a9bffe97cbabec"),
-        "cifar-10-batches-py/data_batch_3": (31_035_999, "54ebc095f3ab1f0389bbae665268c751"),
-        "cifar-10-batches-py/data_batch_4": (31_035_696, "634d18415352ddfa80567beed471001a"),
-        "cifar-10-batches-py/data_batch_5": (31_035_623, "482c414d41f54cd18b22e5b47cb7c3cb"),
-        "cifar-10-batches-py/test_batch": (31_035_526, "40351d587109b95175f43aff81a1287e"),
+        "cifar-10-batches-py/batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+        "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
+        "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
     },
 }
 
 
-def _check_files(source: str, root: Path, advice: str) -> list[str]:
-    "Names of the missing files of a published data set; an error names truncated and altered ones."
-    missing = [name for name in FILES[source] if not (root / name).is_file()]
-    for name, (size, md5) in FILES[source].items():
-        if name not in missing:
-            blob, damaged = (root / name).read_bytes(), f"{root / name} is damaged"
-            require_that(len(blob) == size, f"{damaged}: {len(blob):,} bytes instead of {size:,}", advice)
-            found = hashlib.md5(blob, usedforsecurity=False).hexdigest()
-            require_that(found == md5, f"{damaged}: its md5 is not {md5}", advice)
+def _missing_files(source: str, root: Path, advice: str) -> list[Path]:
+    "The missing files of a published data set; an error names the first truncated or altered one."
+    missing = []
+    for path, md5 in ((root / name, md5) for name, md5 in FILES[source].items()):
+        if not path.is_file():
+            missing.append(path)
+        elif hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+            raise ValueError(f"{path} is damaged: its md5 is not {md5}; allowed: {advice}")
     return missing
 
 
@@ -154,15 +135,13 @@ def _download_files(source: str, root: Path) -> None:
     with extra("images"):
         from torchvision import datasets
 
-    kind: Any = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[source]
     advice = "try again, or set GUIDANCE_NB_DATA to a folder that holds it"
     problem, kinds = f"{source} could not be downloaded to {root}", (OSError, RuntimeError, EOFError, HTTPException)
     with explained(problem, advice, *kinds):  # no network, no space, wrong md5
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside:
-            kind(aside, download=True)
-            missing = _check_files(source, Path(aside), "try again")
-            require_that(not missing, f"the download of {source} lacks {missing[:1]}", "try again")
+            {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[source](aside, download=True)
+            _missing_files(source, Path(aside), "try again")
             for name in FILES[source]:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(aside) / name, root / name)
@@ -174,13 +153,10 @@ def find_files(source: str, root: str | Path | None = None, download: bool = Tru
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guidance_nb"
     folder = Path(root or given or cache).expanduser()
     advice = "replace it, or unset GUIDANCE_NB_DATA to download" if given else "delete it and load again to download it"
-    missing = _check_files(source, folder, advice)
-    if missing and download and not given:
-        _download_files(source, folder)
-        missing = _check_files(source, folder, advice)
-    if missing:
+    if missing := _missing_files(source, folder, advice):
         advice = "set GUIDANCE_NB_DATA to a folder that has it, or unset it to download" if given else "download=True"
-        raise ValueError(f"{folder / missing[0]} is missing; allowed: {advice}")
+        require_that(download and not given, f"{missing[0]} is missing", advice)
+        _download_files(source, folder)
     return folder
 
 
@@ -198,9 +174,8 @@ def _shrink(x: Tensor, size: Size | None) -> Tensor:
     edges = stored[0] // wanted[0], stored[1] // wanted[1]
     fine = (wanted[0] * edges[0], wanted[1] * edges[1]) == stored
     require(fine, "size", size, f"{stored[0]} x {stored[1]}, as stored, or sides that divide these")
-    area = edges[0] * edges[1]
-    sums = [torch.nn.functional.avg_pool2d(part.float(), edges, divisor_override=1) for part in x.split(4096)]
-    return torch.cat([((2 * part + area) / (2 * area)).floor().to(torch.uint8) for part in sums])
+    means = [torch.nn.functional.avg_pool2d(part.float(), edges) for part in x.split(4096)]
+    return torch.cat([(part + 0.5).floor().to(torch.uint8) for part in means])
 
 
 def _read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -229,11 +204,9 @@ def image_files(folder: Path) -> list[Path]:
 
     found: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = (Path(root, name) for name in sorted(names) if not name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = (Path(root, name) for name in names if not name.startswith("."))
         found += (path for path in visible if path.suffix.lower() in _IMAGE_SUFFIXES)
-    for path in found:
-        require(path.is_file(), "image", str(path), "a regular file, so replace or delete it")
     return sorted(found)
 
 
@@ -314,10 +287,11 @@ _CACHE_BYTES = 2**28  # image folders that decode to at most this much, 256 MiB,
 class ImageFiles:
     "Image files decoded when asked for, by a pool of threads; small sets are kept."
 
-    def __init__(self, paths: Sequence[str | Path], shape: tuple[int, int, int], size: Size | None, crop: Crop = "adm"):
-        self.paths, self.shape, self.size, self.crop = [str(path) for path in paths], shape, size, crop
-        small = len(paths) * shape[0] * shape[1] * shape[2] <= _CACHE_BYTES
-        self.cache = torch.empty(len(paths), *shape, dtype=torch.uint8) if small else None
+    def __init__(self, paths: Sequence[str | Path], channels: int, size: Size | None, crop: Crop = "adm"):
+        self.paths, self.size, self.crop = [str(path) for path in paths], size, crop
+        self.shape = (channels, *common_size(paths, size))
+        small = len(paths) * math.prod(self.shape) <= _CACHE_BYTES
+        self.cache = torch.empty(len(paths), *self.shape, dtype=torch.uint8) if small else None
         self.known = torch.zeros(len(paths), dtype=torch.bool)
 
     def __call__(self, indices: Tensor) -> Tensor:
@@ -332,14 +306,9 @@ class ImageFiles:
 
     def decode(self, indices: Tensor) -> Tensor:
         "Read and decode, without the memory."
-
-        def one(i: int) -> Tensor:
-            image = read_image(self.paths[i], self.shape[0], self.size, self.crop)
-            require(image.shape == self.shape, f"shape of {self.paths[i]}", tuple(image.shape), f"{self.shape}")
-            return image
-
+        read = partial(read_image, channels=self.shape[0], size=self.size, crop=self.crop)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            images = list(pool.map(one, indices.tolist()))
+            images = list(pool.map(read, [self.paths[i] for i in indices.tolist()]))
         return torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
 
 
@@ -350,29 +319,26 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _folder_images(folder: Path, split: str, size: Size | None, channels: int, flip: bool, crop: Crop) -> ImageData:
     "A folder of class sub-folders; labels follow the sorted names, as torchvision's `ImageFolder` has it."
-    if _class_folders(folder / split):
+    if split != "train" or _class_folders(folder / split):
         folder = folder / split
-    else:
-        require(split == "train", "split", split, f"'train', or a sub-folder of {folder} that holds class folders")
     classes = _class_folders(folder)
     require(classes, "class folders", f"none in {folder}", "one sub-folder of images per class")
-    files = [(path, label) for label, name in enumerate(classes) for path in image_files(folder / name)]
-    paths, labels = [path for path, _ in files], torch.tensor([label for _, label in files], dtype=torch.long)
-    for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
-        require(count, f"images in {folder / name}", count, "at least one per class, or delete the folder")
-    shape = (channels, *common_size(paths, size))
-    return ImageData(ImageFiles(paths, shape, size, crop), labels, tuple(classes), shape, flip, str(folder))
+    files = {name: image_files(folder / name) for name in classes}
+    for name in classes:
+        require(files[name], f"images in {folder / name}", 0, "at least one per class, or delete the folder")
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(paths) for paths in files.values()]))
+    pixels = ImageFiles([path for paths in files.values() for path in paths], channels, size, crop)
+    return ImageData(pixels, labels, tuple(classes), pixels.shape, flip, str(folder))
 
 
-def _packed_images(file: Path, size: Size | None, flip: bool) -> ImageData:
-    "Labelled images of an .npz that `save_samples` wrote with the names of the classes."
+def _read_packed(file: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    "Images, labels and class names of an .npz that `save_samples` wrote with the names of the classes."
     x, labels, facts = _load_npz(file)
     classes = facts.get("classes")
-    fine = labels is not None and isinstance(classes, list) and int(labels.max()) < len(classes)
-    require(fine, f"labels and classes of {file}", classes, "labels in arr_1, the names of all classes in the facts")
-    require(x.ndim == 4, f"shape of the images of {file}", tuple(x.shape), "[n, channels, height, width]")
-    x = _shrink(x, size)
-    return ImageData(x, labels, tuple(classes), tuple(x.shape[1:]), flip, str(file))  # type: ignore[arg-type]
+    fine = x.ndim == 4 and labels is not None and isinstance(classes, list) and int(labels.max()) < len(classes)
+    allowed = "images in arr_0, labels in arr_1, the names of all classes in the facts"
+    require(fine, f"labels and classes of {file}", classes, allowed)
+    return x, labels, tuple(classes)  # type: ignore[return-value, arg-type]
 
 
 @checked
@@ -387,17 +353,18 @@ def load_images(
     crop: Crop = "adm",  # For a folder: how to crop and resize, as ADM or as torchvision does
 ) -> ImageData:  # With checked files
     "MNIST, CIFAR-10 or a folder of images; missing and damaged files are named."
-    find_sides(1 if size is None else size)
-    if source not in FILES:
-        require(Path(source).is_dir(), "source", str(source), "'mnist', 'cifar10', or a folder of class sub-folders")
-        if (file := Path(source) / f"{split}.npz").is_file():
-            return _packed_images(file, size, flip)
+    name = str(source)
+    if name in FILES:
+        check_choice("split", split, ("train", "test"))
+        x, labels, classes = _read_published(name, find_files(name, root, download), split)
+    elif (file := Path(source) / f"{split}.npz").is_file():
+        x, labels, classes = _read_packed(file)
+    else:
+        require(Path(source).is_dir(), "source", name, "'mnist', 'cifar10', or a folder of class sub-folders")
         return _folder_images(Path(source), split, size, channels or 3, flip, crop)
-    check_choice("split", split, ("train", "test"))
-    x, labels, classes = _read_published(str(source), find_files(str(source), root, download), split)
     require(channels in (None, x.shape[1]), "channels", channels, f"{x.shape[1]}, as stored")
     x = _shrink(x, size)
-    return ImageData(x, labels, classes, (x.shape[1], x.shape[2], x.shape[3]), flip, str(source))
+    return ImageData(x, labels, classes, (x.shape[1], x.shape[2], x.shape[3]), flip, name)
 
 
 class SampleFile(NamedTuple):
@@ -405,7 +372,7 @@ class SampleFile(NamedTuple):
 
     x: Tensor  # uint8 `[n, channels, height, width]`; signals as they were saved, float32
     c: Tensor | None  # Labels `[n]`, int64, if there are any
-    facts: Facts  # What is known of them
+    facts: Json  # What is known of them
 
 
 _FORMAT = "guidance_nb samples 1"
@@ -415,12 +382,10 @@ _FACTS = "facts.json"
 def may_replace(path: Path, overwrite: bool) -> bool:
     "Whether replacing what is there loses nothing but samples of ours, with `overwrite` of anybody."
     if path.is_file():
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = set(archive.namelist())
-        except zipfile.BadZipFile:
-            return False
-        return overwrite or {"arr_0.npy", "facts.npy"} <= names <= {"arr_0.npy", "arr_1.npy", "facts.npy"}
+        if overwrite or not zipfile.is_zipfile(path):
+            return zipfile.is_zipfile(path)
+        with zipfile.ZipFile(path) as archive:
+            return {"arr_0.npy", "facts.npy"} <= {*archive.namelist()} <= {"arr_0.npy", "arr_1.npy", "facts.npy"}
     files = [p for p in path.rglob("*") if not p.is_dir() and p != path / _FACTS]
     if overwrite:
         return all(p.suffix.lower() in _IMAGE_SUFFIXES for p in files)
@@ -428,7 +393,7 @@ def may_replace(path: Path, overwrite: bool) -> bool:
     return not any(path.iterdir()) or (ours and _record(path) is not None)
 
 
-def _record(folder: Path) -> Facts | None:
+def _record(folder: Path) -> Json | None:
     "What `save_samples` wrote beside its images, or None for a folder made elsewhere."
     try:
         found = parse_json(read_text(folder / _FACTS))
@@ -441,38 +406,40 @@ def save_samples(
     path: str | Path,  # A name that ends in .npz, or a folder for PNG files
     x: Tensor,  # Images `[n, channels, height, width]`: floats in [-1, 1], or uint8; or signals `[n, ...]`, floats
     c: Tensor | None = None,  # Labels `[n]`
-    facts: Facts | None = None,  # What to store with them: seed, scale, command
+    facts: Json | None = None,  # What to store with them: seed, scale, command
     overwrite: bool = False,  # Whether to replace a file or folder that this function did not write
 ) -> Path:  # `path`
     "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders; signals as float32."
     path = Path(path)
     other = path.suffix.lower() in (".npy", ".pt", ".zip", ".png", ".jpg", ".jpeg", ".webp", ".safetensors")
     require(not other, "path", str(path), "a name that ends in .npz, or a folder")
-    packed, signals = path.suffix.lower() == ".npz", x.ndim in (2, 3)
-    fine = x.numel() and ((signals or x.ndim == 4) if packed else (x.ndim == 4 and x.shape[1] in (1, 3)))
-    allowed = "[n, channels, height, width], not empty; with 1 or 3 channels for PNG files; signals [n, ...] for .npz"
-    require(fine, "shape of x", tuple(x.shape), allowed)
-    require(not signals or x.is_floating_point(), "type of x", x.dtype, "floating-point values, for signals")
-    if c is not None:
-        fine = not c.is_floating_point() and c.shape == x.shape[:1] and bool((c >= 0).all())
-        require(fine, "c", f"{c.dtype} {tuple(c.shape)}", f"{len(x)} whole numbers, 0 or more, one per sample")
-    require(isinstance(facts, dict | None), "facts", facts, "a dict")
-    with explained("facts cannot be written as JSON", "text, numbers, lists, dicts", TypeError, ValueError):
-        text = json.dumps(facts or {})
+    packed, signals = path.suffix.lower() == ".npz", x.ndim in (2, 3) and x.is_floating_point()
+    fine = x.numel() and (x.ndim == 4 or signals) and (packed or (x.ndim == 4 and x.shape[1] in (1, 3)))
+    told = "[n, channels, height, width], not empty; with 1 or 3 channels for PNG files"
+    require(fine, "type and shape of x", f"{x.dtype} {tuple(x.shape)}", f"{told}; float signals [n, ...] for .npz")
+    labels = None if c is None else _whole_numbers("c", c.cpu().numpy(), len(x))
+    with explained("facts cannot be written as JSON", "a dict of text, numbers, lists, dicts", TypeError, ValueError):
+        text = json.dumps(dict(facts or {}))
     y = x.detach().float() if signals else (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1)
     images = y.cpu().contiguous().numpy()
-    labels = None if c is None else c.cpu().long().numpy()
     free = not path.exists() or (path.is_dir() != packed and may_replace(path, overwrite))
     advice = "another name" if overwrite else "another name, or overwrite=True if these are samples"
     require_that(free, f"{path} exists and save_samples did not write all of it", advice)
     with write_aside(path) as aside:
         if packed:
-            arrays: Any = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
+            arrays = {"arr_0": images, "facts": np.array(text)} | ({} if labels is None else {"arr_1": labels})
             with open(aside, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]
         else:
             _write_folder(aside, images, labels, text)
     return path
+
+
+def _whole_numbers(name: str, c: np.ndarray, n: int) -> np.ndarray:
+    "Labels of n samples as int64."
+    fine = c.shape == (n,) and np.issubdtype(c.dtype, np.integer) and bool((c >= 0).all())
+    require(fine, name, f"{c.dtype} {c.shape}", f"{n} whole numbers, 0 or more, one per sample")
+    return c.astype(np.int64)
 
 
 def _write_folder(folder: Path, images: np.ndarray, labels: np.ndarray | None, text: str) -> None:
@@ -499,7 +466,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
     with explained(f"{path} cannot be read", "an .npz file of numbers", Exception):  # of many kinds, if damaged
         require(path.is_file(), "kind of file", "none", "a regular file that is there")
-        require(zipfile.is_zipfile(path), "kind of file", "no complete zip archive", "an .npz archive")
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}
 
@@ -510,84 +476,64 @@ def _load_npz(path: Path) -> SampleFile:
     require("arr_0" in arrays, f"arrays of {path}", ", ".join(arrays) or "none", "arr_0, the images")
     x, c = arrays["arr_0"], arrays.get("arr_1")
     span = f" in [{x.min():.3g}, {x.max():.3g}]" if x.size and np.issubdtype(x.dtype, np.number) else ""
-    told = f"{path}: arr_0 is {x.dtype}{span}"
     signals = x.ndim in (2, 3) and x.dtype == np.float32 and bool(np.isfinite(x).all())
-    require_that(x.dtype == np.uint8 or signals, told, "uint8 (to_uint8 converts floats in [-1, 1])")
     swapped = x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3)
     first = ", channels first" if swapped and (x.shape[3] > 4 or x.shape[2] == x.shape[3]) else ""
-    fine = (x.ndim == 4 or signals) and not first and x.size > 0
-    require_that(fine, f"{path}: arr_0 has shape {x.shape}{first}", "[n, height, width, channels], not empty")
-    if c is not None:
-        fine = c.shape == x.shape[:1] and np.issubdtype(c.dtype, np.integer) and bool((c >= 0).all())
-        require_that(fine, f"{path}: arr_1 is {c.dtype} {c.shape}", f"{len(x)} whole numbers, 0 or more")
-    try:
-        facts = parse_json(str(arrays.get("facts", "{}")))
-    except ValueError:
-        facts = None
-    require(isinstance(facts, dict), f"facts of {path}", str(arrays.get("facts"))[:60], "JSON of a table, or none")
-    labels = None if c is None else torch.from_numpy(c.astype(np.int64))
+    fine = ((x.ndim == 4 and x.dtype == np.uint8) or signals) and not first and x.size > 0
+    allowed = "uint8 [n, height, width, channels], not empty (to_uint8 converts floats in [-1, 1])"
+    require_that(fine, f"{path}: arr_0 is {x.dtype}{span} of shape {x.shape}{first}", allowed)
+    labels = None if c is None else torch.from_numpy(_whole_numbers(f"arr_1 of {path}", c, len(x)))
+    with explained(f"facts of {path} cannot be read", "JSON of a table, or none", TypeError, ValueError):
+        facts = dict(parse_json(str(arrays.get("facts", "{}"))))
     y = torch.from_numpy(x)
     return SampleFile(y if signals else y.permute(0, 3, 1, 2).contiguous(), labels, facts)
 
 
 def _load_folder(path: Path, size: Size | None = None, channels: int | None = None) -> SampleFile:
-    "Samples from a folder that `save_samples` wrote or that was made elsewhere."
+    "Samples from a folder that `save_samples` wrote; of another one, labels follow the sorted names of sub-folders."
     files = image_files(path)
     depths = {len(file.relative_to(path).parts) for file in files}
     found = "images at several depths" if depths else "no images"
     require(depths in ({1}, {2}), f"content of {path}", found, "all images in it, or all in its sub-folders")
-    record = _record(path)
-    if record is None:
-        return _folder_made_elsewhere(files, depths == {2}, size, channels)
-    return _folder_of_ours(path, files, depths == {2}, record)
-
-
-def _decode(files: list[Path], size: Size | None, channels: int) -> Tensor:
-    shape = (channels, *common_size(files, size))
-    return ImageFiles(files, shape, size).decode(torch.arange(len(files)))
-
-
-def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Facts) -> SampleFile:
-    "File names are the numbers of samples, folder names the labels; all must be there, and unchanged."
-    damaged = f"{path / _FACTS} is damaged, or a name is no number"
-    with explained(damaged, "as written", KeyError, TypeError, ValueError):
-        (count, _, _, channels), promised, facts = record["shape"], record["sha256"], dict(record["facts"])
-        files = sorted(files, key=lambda file: int(file.stem))
-        c = torch.tensor([int(file.parent.name) for file in files]) if by_class else None
-    require(len(files) == count, f"images in {path}", len(files), f"all {count}, so write it anew")
-    x = _decode(files, None, channels)
-    same = _pixels_digest(x.permute(0, 2, 3, 1).numpy(), None if c is None else c.numpy()) == promised
-    require(same, f"images and labels in {path}", "others than were written", "unchanged, so write it anew")
-    return SampleFile(x, c, facts)
-
-
-def _folder_made_elsewhere(files: list[Path], by_class: bool, size: Size | None, channels: int | None) -> SampleFile:
-    "Labels follow the sorted names of the sub-folders, which the facts hold; grey stays grey if all are."
-    if channels is None:
+    if record := _record(path):
+        return _folder_of_ours(path, files, depths == {2}, record)
+    if channels is None:  # grey stays grey if all are
         with ThreadPoolExecutor() as pool:
             channels = 1 if {mode for _, mode in pool.map(_read_header, files)} <= {"1", "L"} else 3
-    x = _decode(files, size, channels)
-    if not by_class:
+    x = ImageFiles(files, channels, size)(torch.arange(len(files)))
+    if depths == {1}:
         return SampleFile(x, None, {})
     names = [file.parent.name for file in files]
     classes = sorted({*names})
     return SampleFile(x, torch.tensor([classes.index(name) for name in names]), {"classes": classes})
 
 
+def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Json) -> SampleFile:
+    "File names are the numbers of samples, folder names the labels; all must be there, and unchanged."
+    damaged = f"{path / _FACTS} is damaged, or a name is no number"
+    with explained(damaged, "as written", KeyError, TypeError, ValueError):
+        (count, _, _, channels), promised, facts = record["shape"], record["sha256"], dict(record["facts"])
+        files = sorted(files, key=lambda file: int(file.stem))
+        c = torch.tensor([int(file.parent.name) for file in files]) if by_class else None
+    x = ImageFiles(files, channels, None)(torch.arange(len(files)))
+    same = _pixels_digest(x.permute(0, 2, 3, 1).numpy(), None if c is None else c.numpy()) == promised
+    told = f"{path} holds {len(files)} images, which are not those that were written with their labels"
+    require_that(same, told, f"all {count} of them, unchanged, so write it anew")
+    return SampleFile(x, c, facts)
+
+
+@checked
 def load_samples(
     path: str | Path,  # An .npz file in ADM's layout, or a folder of images
     size: Size | None = None,  # Wanted side, or height and width: folders made elsewhere are resized, others have it
-    channels: int | None = None,  # Channels wanted; 1 or 3 for a folder
+    channels: Count | None = None,  # Channels wanted; 1 or 3 for a folder
 ) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
     "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
     path = Path(path)
-    wanted = None if size is None else find_sides(size)
-    check_whole("channels", 1 if channels is None else channels, 1)
-    require(not path.is_dir() or channels in (None, 1, 3), "channels", channels, "1, 3, for a folder of image files")
     require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")
-    found = _load_folder(path, size, channels) if path.is_dir() else _load_npz(path)
+    kept = channels if channels in (1, 3) else None  # of the channels that image files have
+    found = _load_folder(path, size, kept) if path.is_dir() else _load_npz(path)
     _, stored, *sides = found.x.shape
-    shown = "x".join(map(str, wanted or ()))
-    require(wanted in (None, tuple(sides)), f"size of the images of {path}", tuple(sides), shown)
-    require(channels in (None, stored), f"channels of {path}", stored, f"{channels}, as asked for")
+    wanted = (channels or stored, *(sides if size is None else find_sides(size)))
+    require((stored, *sides) == wanted, f"shape of the images of {path}", (stored, *sides), f"{wanted}, as asked for")
     return found

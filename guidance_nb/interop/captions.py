@@ -107,8 +107,8 @@ def load_captioned(
         require(Path(source).is_dir(), "source", str(source), "a folder of captioned pictures, or a datasets.Dataset")
         found, name = find_captions(Path(source), column), str(source)
         paths, captions = [str(path) for path in found], list(found.values())
-        shape = (3, *common_size(paths, size))
-        pixels = ImageFiles(paths, shape, size, crop)
+        pixels = ImageFiles(paths, 3, size, crop)
+        shape = pixels.shape
     captions = [caption.strip() for caption in captions]
     number = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
     labels = torch.tensor([number[caption] for caption in captions], dtype=torch.long)
