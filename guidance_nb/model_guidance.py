@@ -58,8 +58,7 @@ def _guidance_direction(
     c: Tensor,  # Labels `[batch]`, or for "null" any condition
     unconditional: _Negative = "null",  # What is subtracted
     classifier: nn.Module | None = None,  # For "posterior": logits
-    generator: torch.Generator | None = None,  # Draws the other class
-    ahead: Tensor | None = None,  # The other class is so many further
+    ahead: Tensor | None = None,  # For "contrastive": so many classes further
 ) -> Tensor:  # Direction in the teacher's own parametrisation, shaped like `x`
     "Conditional minus unconditional raw output, in one pass."
     n, size = teacher.num_classes, len(x)
@@ -67,19 +66,19 @@ def _guidance_direction(
         if unconditional == "null":
             e_c, e_u = output_pair(teacher, x, t, c)
             return e_c - e_u
-        labels = torch.arange(n).to(c).repeat_interleave(size)
-        if unconditional == "contrastive":
-            ahead = torch.randint(1, n, (size,), generator=generator) if ahead is None else ahead
-            labels = torch.cat([c, (c + ahead.to(c)) % n])
-        copies = len(labels) // size
-        y = teacher.output(x.repeat(copies, *[1] * (x.ndim - 1)), t.repeat(copies), labels)
-        y = y.unflatten(0, (copies, size))
-    if unconditional == "contrastive":
+        labels = torch.arange(n).to(c)[:, None].expand(n, size)
+        if ahead is not None:
+            labels = torch.stack([c, (c + ahead.to(c)) % n])
+        copies = len(labels)
+        many = x.repeat(copies, *[1] * (x.ndim - 1)), t.repeat(copies)
+        y = teacher.output(*many, labels.flatten()).unflatten(0, (copies, size))
+    if ahead is not None:
         return y[0] - y[1]
     p = y.new_full((size, n), 1 / n)
-    if unconditional == "posterior" and classifier is not None:
+    if classifier is not None:
         p = classifier(x, t).softmax(1).to(y)
-    return y[c, torch.arange(size).to(c)] - torch.einsum("bn,nb...->b...", p, y)
+    own = y[c, torch.arange(size).to(c)]
+    return own - torch.einsum("bn,nb...->b...", p, y)
 
 
 @checked
@@ -97,11 +96,15 @@ class _Options:
     classifier: nn.Module | None = None  # For "posterior": noisy logits
 
     def __post_init__(self) -> None:
-        frozen, classifier = (part and type(part).__name__ for part in (self.frozen, self.classifier))
-        fine = (frozen is not None) == (self.target == "frozen")
-        require(fine, "frozen", frozen, "a network if and only if target='frozen'")
-        fine = (classifier is not None) == (self.unconditional == "posterior")
-        require(fine, "classifier", classifier, "given iff unconditional='posterior'")
+        posterior = self.unconditional == "posterior"
+        for name, needed, option in (
+            ("frozen", self.target == "frozen", "target='frozen'"),
+            ("classifier", posterior, "unconditional='posterior'"),
+        ):
+            part = getattr(self, name)
+            found = part and type(part).__name__
+            allowed = f"a network if and only if {option}"
+            require((part is not None) == needed, name, found, allowed)
         if self.scale_range is None and not callable(self.weight):
             self.drawn_weight(math.inf)
 
@@ -113,19 +116,23 @@ class _Options:
     def check(self, model: NetworkDenoiser, c: Tensor) -> None:
         "Whether the options fit a network."
         check_conditional(model, c, self.scale_range)
-        fine = model.num_classes != EMBEDDINGS or self.unconditional == "null"
-        require(fine, "unconditional", self.unconditional, "'null', for a model without classes")
+        kind = self.unconditional
+        allowed = "'null', for a model without classes"
+        fine = model.num_classes != EMBEDDINGS or kind == "null"
+        require(fine, "unconditional", kind, allowed)
         if self.frozen is not None:
-            found, own = ((net.prediction, net.path) for net in (self.frozen, model))
+            own = model.prediction, model.path
+            found = self.frozen.prediction, self.frozen.path
             require(found == own, "frozen", found, f"{own}, as the model")
 
     def drawn_weight(self, classes: float) -> float:
         "The weight now, with the limit of eqs. (9) and (16)."
         w = self.weight() if callable(self.weight) else self.weight
         limit = 1 - 1 / classes if self.unconditional == "contrastive" else 1.0
-        frozen = self.target == "frozen"
-        allowed = "a finite number" if frozen else f"below {limit:g}, or target='frozen', for it diverges"
-        require(math.isfinite(w) and (frozen or w < limit), "weight", w, allowed)
+        limit = math.inf if self.target == "frozen" else limit
+        allowed = f"below {limit:g}, or target='frozen', for it diverges"
+        allowed = allowed if limit < math.inf else "a finite number"
+        require(-math.inf < w < limit, "weight", w, allowed)
         return float(w)
 
     def weights(
@@ -146,11 +153,13 @@ class _Options:
         "The direction where w is not 0, and 0 elsewhere."
         d, rows, ahead = torch.zeros_like(x), _guided_mask(w), None
         if context.step >= self.start_step and len(w[rows]):
-            teacher = {"online": model, "frozen": self.frozen}.get(self.target, context.ema)
+            teachers = {"online": model, "frozen": self.frozen}
+            teacher = teachers.get(self.target, context.ema)
             if self.unconditional == "contrastive":
                 ahead = context.integers(x, 1, model.num_classes)[rows]
-            point, kind = (x[rows], t[rows], take_rows(c, rows)), (self.unconditional, self.classifier)
-            d[rows] = _guidance_direction(teacher, *point, *kind, ahead=ahead).to(d)
+            kind = self.unconditional, self.classifier, ahead
+            point = x[rows], t[rows], take_rows(c, rows)
+            d[rows] = _guidance_direction(teacher, *point, *kind).to(d)
         return d
 
 # %% ../nbs/13_model_guidance.ipynb #b4295cc5

@@ -18,10 +18,10 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from guidance_nb.cli._tables import METHODS, METRICS
 from guidance_nb.cli.app import app, main
 from guidance_nb.cli.recipe import FineTuning, Recipe, find_key, override, read_recipe, recipe_names
 from guidance_nb.cli.run import Request, take_images, train_recipe
-from guidance_nb.comparison import DATA, METHODS
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images.data import load_images, load_samples, save_samples
 from notebooks import ROOT, cells, text
@@ -52,7 +52,7 @@ def test_the_tour_writes_all_it_promises(finished):
     out, process = finished
     assert process.returncode == 0, process.stderr
     rows = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
-    expected = {(d, m, s) for d in DATA for m in METHODS for s in (("1.0",) if m == "none" else ("1.0", "2.0"))}
+    expected = {(d, m, s) for d in METRICS for m in METHODS for s in (("1.0",) if m == "none" else ("1.0", "2.0"))}
     assert {(r["data"], r["method"], str(float(r["scale"]))) for r in rows} == expected and len(rows) == len(expected)
     facts, metrics = (
         {"sampler", "steps", "nfe", "seconds", "seed"},

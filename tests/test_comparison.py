@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 from tqdm import tqdm
 
+from guidance_nb.cli._tables import METHODS, METRICS
 from guidance_nb.cli._tour import (
     NETWORKS,
     SCALES,
@@ -28,7 +29,7 @@ from guidance_nb.cli._tour import (
     save_stage,
     training_stage,
 )
-from guidance_nb.comparison import DATA, METHODS, load_problem, score_samples
+from guidance_nb.comparison import load_problem, score_samples
 from guidance_nb.denoisers import count_nfe
 from guidance_nb.mixtures import ExactDenoiser
 
@@ -112,7 +113,7 @@ def test_damaged_stages_are_reported(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", METRICS)
 def test_real_samples_score_better_than_noise(data):
     problem = load_problem(data)
     real = baseline_rows(problem, 300, seeds=1)[0]
@@ -170,7 +171,7 @@ def test_a_job_begins_as_soon_as_a_worker_is_free_and_what_it_needs_is_there():
 
 
 def test_the_plan_waits_for_networks_and_reuses_files(tmp_path):
-    stages = [Stage(data, 0, "sample", method, SCALES, QUICK) for data in DATA for method in METHODS]
+    stages = [Stage(data, 0, "sample", method, SCALES, QUICK) for data in METRICS for method in METHODS]
     jobs = plan(stages, tmp_path)
     for number, job in enumerate(jobs):
         stage = job.arguments[0]
@@ -183,7 +184,7 @@ def test_the_plan_waits_for_networks_and_reuses_files(tmp_path):
     assert [job.after for job in plan(stages, tmp_path)] == [frozenset()] * len(stages)
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", METRICS)
 def test_sampling_and_scoring_have_their_share_of_the_bar(data):
     stages = [Stage(data, 0, "sample", method, SCALES, budget_for(data)) for method in METHODS]
     training = {need: need.seconds for stage in stages for need in stage.needs}

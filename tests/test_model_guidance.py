@@ -151,7 +151,8 @@ def test_contrastive_mean_over_draws():
     teacher = NetworkDenoiser(Rows(y), FlowPath(), 4)
     x, c = torch.zeros(40_000, 2, dtype=torch.float64), torch.full((40_000,), 2)
     t = torch.full((40_000,), 0.5, dtype=torch.float64)
-    d = _guidance_direction(teacher, x, t, c, "contrastive", generator=torch.Generator().manual_seed(0))
+    ahead = torch.randint(1, 4, (40_000,), generator=torch.Generator().manual_seed(0))
+    d = _guidance_direction(teacher, x, t, c, "contrastive", ahead=ahead)
     assert_close(d.mean(0), 4 / 3 * (y[2] - y[:4].mean(0)), rtol=0, atol=0.03)
     assert (d.abs().sum(1) > 0).all()  # never its own class
 

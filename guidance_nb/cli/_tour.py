@@ -28,7 +28,8 @@ from guidance_nb._files import check_folder, clean_remnants, digest, parse_json,
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.classifier_guidance import ClassifierGuidance
-from guidance_nb.comparison import DATA, METHODS, Problem, load_problem, score_samples, show_scores, summary
+from guidance_nb.cli._tables import METHODS, METRICS, show_scores, summary
+from guidance_nb.comparison import Problem, load_problem, score_samples
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, count_nfe
 from guidance_nb.flow_postprocessing import FlowPostprocessor
 from guidance_nb.mixtures import ExactDenoiser, sample_mixture
@@ -427,7 +428,7 @@ def finish(stages: list[Stage], folder: Path, progress: bool = True, workers: in
 
 
 def run_tour(
-    data: tuple[str, ...] = DATA,  # Data sets
+    data: tuple[str, ...] = tuple(METRICS),  # Data sets
     seeds: int = 1,  # Number of seeds, from 0
     out: str | Path = "tour",  # Folder for results and finished stages
     scales: tuple[float, ...] = SCALES,  # Guidance scales

@@ -162,8 +162,8 @@ def _tour(
     quick: Annotated[bool, typer.Option("--quick", help="Everything in miniature, to try the machinery.")] = False,
 ) -> None:
     "Train and compare all five methods, no guidance and the exact model on the fractal and on real digits."
+    from guidance_nb.cli._tables import summary
     from guidance_nb.cli._tour import run_tour
-    from guidance_nb.comparison import summary
 
     with _interruptible("finished stages are kept, start again to continue"):
         asked = tuple(dict.fromkeys(data.split(","))), seeds, out, _parse_numbers("scales", scales), quick
