@@ -7,17 +7,17 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_origin
 
 if TYPE_CHECKING:
-    from guidance_nb.denoisers import Denoiser, NetworkDenoiser
+    from guidance_nb.denoisers import Denoiser
 
 _T = TypeVar("_T")
-_F = TypeVar("_F", bound=Callable[..., Any])
-Rule = Callable[[str, Any], Any]  # of a name and a value, which it returns
+_F = TypeVar("_F", bound=Callable[..., object])
+Ends = tuple[float, float]
 
 
 def require(fine: object, name: str, value: object, allowed: str) -> None:
@@ -39,8 +39,7 @@ def explained(problem: str, allowed: str, *kinds: type[Exception]) -> Iterator[N
     try:
         yield
     except kinds as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{problem} ({reason}); allowed: {allowed}") from None
+        raise ValueError(f"{problem} ({' '.join(str(error).split())[:200]}); allowed: {allowed}") from None
 
 
 def check_choice(name: str, value: _T, allowed: Collection[_T]) -> _T:
@@ -55,25 +54,17 @@ def check_choice(name: str, value: _T, allowed: Collection[_T]) -> _T:
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf, allowed: str = "") -> float:
     """A finite number from `low` to `high`, ends included where they are finite."""
     end = 10**308 if isinstance(value, int) else math.inf
-    fine = isinstance(value, Real) and not isinstance(value, bool) and -end < value < end
-    ends = {(False, False): "a finite number", (True, False): f"a number, {low:g} or more"}
-    words = ends.get((math.isfinite(low), math.isfinite(high)), f"{low:g} to {high:g}")
-    require(fine and low <= value <= high, name, value, allowed or words)
+    fine = isinstance(value, Real) and not isinstance(value, bool) and -end < value < end and low <= value <= high
+    words = "a finite number" if low == -math.inf else f"a number, {low:g} or more"
+    require(fine, name, value, allowed or (words if high == math.inf else f"{low:g} to {high:g}"))
     return value if isinstance(value, int | float) else float(value)  # numpy's numbers are numbers, too
 
 
-def check_whole(name: str, value: int, low: int = 0, high: int | None = None) -> int:
+def check_whole(name: str, value: int, low: int = 0, high: float = math.inf) -> int:
     """A whole number from `low` to `high`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    fine = whole and low <= value <= (math.inf if high is None else high)
-    require(fine, name, value, f"a whole number, {low} or more" if high is None else f"a whole number, {low} to {high}")
+    fine = isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+    require(fine, name, value, f"a whole number, {low} {'or more' if high == math.inf else f'to {high}'}")
     return int(value)
-
-
-def check_distinct(name: str, values: Iterable[Hashable]) -> None:
-    """One value or more, each once."""
-    values = tuple(values)
-    require(values and len(set(values)) == len(values), name, values, "one or more, each once")
 
 
 def check_nonzero(name: str, value: float) -> float:
@@ -87,10 +78,8 @@ def check_scale(scale: _T, name: str = "scale") -> _T:
     """A finite number, a tensor of finite numbers, or a function of time."""
     if isinstance(scale, Real):
         return check_number(name, scale)  # type: ignore
-    if not callable(scale):
-        import torch  # here, for the help of the command needs none
-
-        require(isinstance(scale, torch.Tensor) and scale.isfinite().all(), name, scale, "a finite number")
+    finite = getattr(scale, "isfinite", None)  # a tensor's
+    require(callable(scale) or (finite and finite().all()), name, scale, "a finite number")
     return scale
 
 
@@ -104,38 +93,24 @@ def check_denoiser(name: str, model: "Denoiser") -> "Denoiser":
     return model
 
 
-def _two_numbers(values: object) -> tuple[float, float]:
-    """Both as numbers, NaN for what is none."""
+def check_range(name: str, ends: Iterable[float], low: float = 0.0, high: float = 1e308, allowed: str = "") -> Ends:
+    """Two numbers in order, from `low` to `high`."""
     try:
-        low, high = (float(value) for value in values)  # type: ignore[attr-defined]
-        return low, high
+        first, last = map(float, ends)
     except (TypeError, ValueError):
-        return math.nan, math.nan
+        first = last = math.nan
+    require(low <= first <= last <= high, name, ends, allowed or "None, or (low, high) with 0 <= low <= high")
+    return first, last
 
 
-def check_interval(interval: Iterable[float]) -> tuple[float, float]:
-    """Two times in [0, 1], in order."""
-    low, high = _two_numbers(interval)
-    require(0 <= low <= high <= 1, "interval", interval, "two times, 0 <= first <= last <= 1")
-    return low, high
-
-
-def check_scale_range(name: str, scale_range: _T, positive: bool = False) -> _T:
-    """Two finite scales in order."""
-    low, high = _two_numbers(scale_range)
-    fine = (0 < low if positive else 0 <= low) and low <= high < math.inf
-    require(fine, name, scale_range, f"None, or (low, high) with 0 {'<' if positive else '<='} low <= high")
-    return scale_range
-
-
-def _rule(hint: object) -> Rule | None:
+def _rule(hint: object) -> Callable[[str, object], object] | None:
     """What the type of an argument says of its value; None may stand where it is allowed."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is Annotated:
-        return next((part for part in hint.__metadata__ if callable(part)), None)  # type: ignore[attr-defined]
-    if kind is Literal:
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return parts[1]
+    if get_origin(hint) is Literal:
         return lambda name, value: check_choice(name, value, parts)
-    if type(None) in parts and len(parts) == 2 and (rule := _rule(parts[0])):
+    if type(None) in parts and (rule := _rule(parts[0])):
         return lambda name, value: value if value is None else rule(name, value)
     return None
 
@@ -143,24 +118,24 @@ def _rule(hint: object) -> Rule | None:
 def checked(made: _F) -> _F:
     """Let a function, or the constructor of a class, check the arguments given by the rules in their types."""
     function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
-    signature = inspect.signature(function)
-    rules = {name: rule for name, part in signature.parameters.items() if (rule := _rule(part.annotation))}
+    hints = {name: part.annotation for name, part in inspect.signature(function).parameters.items()}
+    rules = {name: rule for name, hint in hints.items() if (rule := _rule(hint))}
+
+    def ruled(name: str, value: object) -> object:
+        return rules[name](name, value) if name in rules else value
 
     @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        try:
-            given = signature.bind(*args, **options)
-        except TypeError:
-            return function(*args, **options)  # which names itself in its error
-        for name in [name for name in rules if name in given.arguments]:
-            given.arguments[name] = rules[name](name, given.arguments[name])
-        return function(*given.args, **given.kwargs)
+    def call(*args: object, **options: object) -> object:
+        first = [ruled(name, value) for name, value in zip(hints, args)]
+        return function(*first, *args[len(first) :], **{name: ruled(name, value) for name, value in options.items()})
 
     if not isinstance(made, type):
         return call  # type: ignore[return-value]
     made.__init__ = call  # type: ignore[misc]
     return made
 
+
+check_interval = functools.partial(check_range, allowed="two times, 0 <= first <= last <= 1", high=1)
 
 WithScore = Annotated["Denoiser", check_denoiser]
 Number = Annotated[float, check_number]  # finite
@@ -171,14 +146,8 @@ Share = Annotated[float, functools.partial(check_number, low=0, high=1)]
 Whole = Annotated[int, check_whole]  # 0 or more
 Count = Annotated[int, functools.partial(check_whole, low=1)]
 Seed = Annotated[int, functools.partial(check_whole, high=2**64 - 1)]
-Interval = Annotated[tuple[float, float], lambda name, value: check_interval(value)]
-ScaleRange = Annotated[tuple[float, float], check_scale_range]
-
-PositiveRange = Annotated[tuple[float, float], functools.partial(check_scale_range, positive=True)]
-
-
-def check_conditional(model: "NetworkDenoiser", c: object, scale_range: object = None) -> None:
-    """A condition for every sample, and a range of scales for networks that take a scale, and for no others."""
-    require(c is not None, "c", c, "one condition a sample, for guidance needs one")
-    allowed = f"{'a range' if model.scale_aware else 'None'}, for model.scale_aware = {model.scale_aware}"
-    require(model.scale_aware == (scale_range is not None), "scale_range", scale_range, allowed)
+Interval = Annotated[Ends, check_interval]
+ScaleRange = Annotated[Ends, check_range]
+PositiveRange = Annotated[
+    Ends, functools.partial(check_range, low=math.ulp(0.0), allowed="None, or (low, high) with 0 < low <= high")
+]

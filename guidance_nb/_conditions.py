@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from guidance_nb._checks import require
+
 if TYPE_CHECKING:
     from .denoisers import NetworkDenoiser
 
@@ -72,3 +74,10 @@ def null_rows(null: Condition | None, batch: int, device: torch.device) -> Condi
     if null is None:
         raise ValueError("null is None; allowed: a null condition, given when the denoiser was made, to do without c")
     return map_condition(lambda part: part.to(device).expand(batch, *part.shape[1:]), null)
+
+
+def check_conditional(model: "NetworkDenoiser", c: object, scale_range: object = None) -> None:
+    """A condition for every sample, and a range of scales for networks that take a scale, and for no others."""
+    require(c is not None, "c", c, "one condition a sample, for guidance needs one")
+    allowed = f"{'a range' if model.scale_aware else 'None'}, for model.scale_aware = {model.scale_aware}"
+    require(model.scale_aware == (scale_range is not None), "scale_range", scale_range, allowed)

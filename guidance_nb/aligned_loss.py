@@ -12,10 +12,9 @@ from guidance_nb._checks import (
     AtLeastZero,
     NonZero,
     Number,
-    check_conditional,
     checked,
 )
-from ._conditions import output_pair
+from ._conditions import check_conditional, output_pair
 from .denoisers import NetworkDenoiser
 from .training import LossContext
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ class Denoiser(nn.Module):
         or `[batch]`), condition `c` `[batch]`."""
         raise NotImplementedError
 
-    def predict(self, x: Tensor, t: Tensor, c: Condition | None = None, **options: Any) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, c: Condition | None = None, **options: object) -> Prediction:
         "The same as calling the model: `model(x, t, c)`."
         return self(x, t, c, **options)
 
@@ -194,18 +194,21 @@ class Denoiser(nn.Module):
         return f"path={self.path}, num_classes={classes}"
 
 # %% ../nbs/01_denoisers.ipynb #1f49e9eb
+def shown(x: object) -> str:
+    "What `x` is, in a message: its type and shape."
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 def check_labels(c: C, num_classes: int, batch: int) -> C:
     "The `c` of a `batch` for `num_classes`; a `ValueError` for a wrong type, shape or range."
-    found = f"{c.dtype} {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
     if num_classes == EMBEDDINGS:
         parts = [*c.values()] if isinstance(c, Mapping) else [c]
         fine = parts and all(isinstance(part, Tensor) and part.ndim and len(part) == batch for part in parts)
-        vectors = not isinstance(c, Tensor) or (c.is_floating_point() and c.ndim > 1)
-        require_that(fine and vectors, f"c is {found}", f"embeddings [batch, ...] with batch = {batch}, or None")
+        fine = fine and (not isinstance(c, Tensor) or (c.is_floating_point() and c.ndim > 1))
+        require_that(fine, f"c is {shown(c)}", f"embeddings [batch, ...] with batch = {batch}, or None")
         return c
-    if not isinstance(c, Tensor) or c.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"c is {found}; allowed: a LongTensor [batch] of class indices, or None")
-    require_that(c.shape == (batch,), f"c has shape {tuple(c.shape)}", f"[batch] = [{batch}]")
+    if not isinstance(c, Tensor) or c.dtype not in (torch.int64, torch.int32) or c.shape != (batch,):
+        raise ValueError(f"c is {shown(c)}; allowed: a LongTensor [batch] = [{batch}] of class indices, or None")
     if batch and not (0 <= (ends := torch.aminmax(c)).min.item() and ends.max.item() < num_classes):
         bad = (c < 0) | (c >= num_classes)
         allowed = f"0 to {num_classes - 1}" if num_classes else "None, for the model has no classes"
@@ -218,15 +221,12 @@ def check_inputs(x: Tensor, t: Tensor | float, c: Condition | None, num_classes:
     if isinstance(t, Tensor) and is_of_run(t, c):
         return t
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x is {found}; allowed: a floating-point tensor [batch, ...]")
-    t = torch.as_tensor(t)
-    if t.device.type == "cpu" and not torch.compiler.is_compiling():
-        t = check_time(t)
+        raise ValueError(f"x is {shown(x)}; allowed: a floating-point tensor [batch, ...]")
+    t = check_time(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
         raise ValueError(f"t has shape {tuple(t.shape)}; allowed: a scalar or [batch] = [{len(x)}]")
-    on_cpu = not isinstance(c, Tensor) or c.device.type == "cpu"
-    if c is not None and on_cpu and not torch.compiler.is_compiling():
+    readable = not torch.compiler.is_compiling() and (not isinstance(c, Tensor) or c.device.type == "cpu")
+    if c is not None and readable:
         check_labels(c, num_classes, len(x))
     return t
 
@@ -241,11 +241,9 @@ class _NFECount:
 _open_counters: list[_NFECount] = []
 
 
-def record_nfe(
-    rows: int,  # Number of samples about to pass through a network once
-) -> None:
-    """Report network evaluations to every open counter; a model calls this
-    next to its network."""
+def record_nfe(rows: int) -> None:
+    """Report to every open counter that `rows` samples pass through a network
+    once; a model calls this next to its network."""
     for counter in _open_counters:
         counter.total += rows
 
@@ -335,10 +333,9 @@ class NetworkDenoiser(Denoiser):
         if self.prediction == "eps":
             asked, t = t, clamp_time(self.path, t)
             if t.device.type == "cpu" and not torch.compiler.is_compiling() and (asked > t).any():
-                advice = "train it to predict 'velocity' or 'v', or begin sampling below t = 1 with `times`"
-                warnings.warn(
-                    f"prediction = 'eps' says nothing about data at t = 1 of {self.path}: {advice}", stacklevel=2
-                )
+                told = f"prediction = 'eps' says nothing about data at t = 1 of {self.path}: "
+                told += "train it to predict 'velocity' or 'v', or begin sampling below t = 1 with `times`"
+                warnings.warn(told, stacklevel=2)
         inputs = (*self.network_inputs(x, t), self.network_condition(c, drop, x))
         if self.scale_aware:
             given = inputs[0].new_ones(()) if scale is None else torch.as_tensor(scale)
@@ -411,13 +408,9 @@ def _one_pass(batching: Batching, x: Tensor) -> bool:
 
 # %% ../nbs/01_denoisers.ipynb #cfd42199
 class OnPath(Denoiser):
-    "The same model, used on another path at equal noise-to-signal ratio."
+    "A `model`, used on another `path` at equal noise-to-signal ratio."
 
-    def __init__(
-        self,
-        model: Denoiser,  # A model on any path
-        path: Path,  # The path to use it on
-    ):
+    def __init__(self, model: Denoiser, path: Path):
         super().__init__(path, model.num_classes)
         self.model = model
         loudest = model.path.noise_to_signal(torch.ones((), dtype=torch.float64))

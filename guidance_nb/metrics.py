@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['nll', 'outlier_threshold', 'outlier_rate', 'nearest_neighbours', 'coverage', 'precision_recall', 'frechet',
-           'sliced_wasserstein', 'class_accuracy', 'digits_classifier', 'calibration_error', 'real_baseline']
+           'sliced_wasserstein', 'class_accuracy', 'digits_classifier', 'real_baseline']
 
 # %% ../nbs/06_metrics.ipynb #7f7261a0
 from collections.abc import Callable
@@ -13,28 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import (
-    Positive,
-    check_whole,
-    checked,
-    require,
-    require_that,
-)
+from ._checks import Count, Positive, checked, require
 from ._extras import extra
-from guidance_nb._points import (
-    as_labels,
-    as_points,
-    inside,
-    moments,
-    search,
-)
-from guidance_nb.mixtures import (
-    Mixture,
-    digits,
-    log_posterior,
-    log_prob,
-    sample_mixture,
-)
+from ._points import as_labels, as_points, inside, moments, search
+from .mixtures import Mixture, digits, log_posterior, log_prob, sample_mixture
 
 # %% ../nbs/06_metrics.ipynb #4002d693
 def nll(
@@ -80,10 +62,11 @@ def outlier_rate(
     return (log_prob(mixture, points, c) < threshold[c]).double().mean().item()
 
 # %% ../nbs/06_metrics.ipynb #b3b95d62
+@checked
 def nearest_neighbours(
     x: Tensor,  # Points to find neighbours of, `[n, ...]`
     y: Tensor,  # Points to search, `[m, ...]`
-    k: int = 1,  # Number of neighbours
+    k: Count = 1,  # Number of neighbours
     # Labels `[n]`; only neighbours of the same class count
     x_c: Tensor | None = None,
     y_c: Tensor | None = None,  # Labels `[m]`
@@ -93,9 +76,8 @@ def nearest_neighbours(
     are fewer."""
     a = as_points("x", x)
     b = as_points("y", y, a.shape[1])
-    check_whole("k", k, 1)
     both = (x_c is None) == (y_c is None)
-    require_that(both, "labels for one set only", "for both or for none")
+    require(both, "x_c, y_c", "labels of one set", "of both or of none")
     a_c = torch.zeros(len(a)) if x_c is None else as_labels("x_c", x_c, len(a))
     b_c = torch.zeros(len(b)) if y_c is None else as_labels("y_c", y_c, len(b))
     distance = torch.full((len(a), k), torch.inf, dtype=torch.float64)
@@ -124,14 +106,14 @@ def coverage(
     return (nearest <= radius).double().mean().item()
 
 # %% ../nbs/06_metrics.ipynb #a9695996
+@checked
 def precision_recall(
     real: Tensor,  # Real features, `[m, ...]`
     generated: Tensor,  # Generated features, `[n, ...]`
-    k: int = 3,  # Neighbour that sets the radius, the point itself not counted
+    k: Count = 3,  # Neighbour that sets the radius, the point itself not counted
     device: str | torch.device | None = None,  # Where to search; None: the CPU
 ) -> tuple[float, float]:  # Precision and recall, 0 to 1
     "Improved precision and recall, eq. (4) (arXiv 1904.06991)."
-    check_whole("k", k, 1)
     y = as_points("real", real, at_least=k + 1)
     x = as_points("generated", generated, y.shape[1], at_least=k + 1)
 
@@ -164,13 +146,14 @@ def frechet(
     return ((mean_a - mean_b).square().sum() + spread).clamp(min=0).item()
 
 # %% ../nbs/06_metrics.ipynb #c81f31d0
+@checked
 def sliced_wasserstein(
     a: Tensor,  # Points, `[n, ...]`
     b: Tensor,  # Points, `[m, ...]`; the sizes may differ
     # Labels `[n]`; with both, the mean over the classes
     a_c: Tensor | None = None,
     b_c: Tensor | None = None,  # Labels `[m]`
-    projections: int = 256,  # Number of random directions
+    projections: Count = 256,  # Number of random directions
     seed: int = 0,  # Seed of the directions
 ) -> float:  # In the unit of the data
     """Sliced 2-Wasserstein distance, eq. (6); in one dimension the distance
@@ -178,10 +161,11 @@ def sliced_wasserstein(
     if a_c is not None and b_c is not None:
         a_c, b_c = as_labels("a_c", a_c, len(a)), as_labels("b_c", b_c, len(b))
         classes = b_c.unique().tolist()
-        require(a_c.unique().tolist() == classes, "classes of a", a_c.unique().tolist(), f"{classes}, those of b")
-        each = [(a[a_c == k], b[b_c == k]) for k in classes]
-        return sum(sliced_wasserstein(*pair, projections=projections, seed=seed) for pair in each) / len(each)
-    check_whole("projections", projections, 1)
+        found, allowed = a_c.unique().tolist(), f"{classes}, those of b"
+        require(found == classes, "classes of a", found, allowed)
+        pairs, how = ((a[a_c == k], b[b_c == k]) for k in classes), (projections, seed)
+        each = [sliced_wasserstein(*pair, None, None, *how) for pair in pairs]
+        return sum(each) / len(each)
     a = as_points("a", a)
     b = as_points("b", b, a.shape[1])
     generator = torch.Generator().manual_seed(seed)
@@ -228,24 +212,6 @@ def digits_classifier() -> Callable[[Tensor], Tensor]:  # `[n, ...]` of 64 value
     svc = SVC(C=10.0).fit(x.double().numpy(), c.numpy())
     return lambda x: torch.from_numpy(svc.decision_function(as_points("x", x, 64).numpy()))
 
-# %% ../nbs/06_metrics.ipynb #2529bc66
-def calibration_error(
-    probabilities: Tensor,  # Predicted class probabilities, `[n, num_classes]`
-    labels: Tensor,  # True classes, `[n]`
-    bins: int = 10,  # Equal bins of confidence
-) -> float:  # 0 (calibrated) to 1
-    """Expected calibration error of the predicted class, eq. (7) (arXiv
-    1706.04599)."""
-    check_whole("bins", bins, 1)
-    p = as_points("probabilities", probabilities)
-    labels = as_labels("labels", labels, len(p), p.shape[1])
-    fine = p.min() >= 0 and (p.sum(1) - 1).abs().max() <= 1e-3
-    require(fine, "sums of probabilities", p.sum(1)[:2].tolist(), "1, of numbers from 0 (apply softmax to logits)")
-    confidence, predicted = p.max(1)
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = (predicted == labels).double() - confidence
-    return torch.zeros(bins, dtype=torch.float64).index_add(0, which, gap).abs().sum().item() / len(p)
-
 # %% ../nbs/06_metrics.ipynb #0fe9940a
 _T = TypeVar("_T")
 
@@ -257,7 +223,7 @@ def real_baseline(
     seeds: int = 3,  # Number of independent pairs
 ) -> tuple[float, float]:  # Mean and standard deviation over the pairs
     "The value of a metric between two independent sets of real data."
-    check_whole("seeds", seeds, 2)
+    require(seeds > 1, "seeds", seeds, "2 or more")
     each = [metric(draw(2 * i), draw(2 * i + 1)) for i in range(seeds)]
     values = torch.tensor(each, dtype=torch.float64)
     return values.mean().item(), values.std().item()

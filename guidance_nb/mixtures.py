@@ -20,35 +20,39 @@ from .denoisers import Denoiser, Prediction, check_inputs, check_labels
 from .paths import FlowPath, Path
 
 # %% ../nbs/02_mixtures.ipynb #fbc9a34a
+def _times(matrices: Tensor, x: Tensor) -> Tensor:
+    "Matrices `[n, d * d]`, or numbers `[n, 1]`, times points `[n, d]`."
+    if matrices.shape[1] == 1:
+        return matrices * x
+    square = matrices.unflatten(1, (x.shape[1], x.shape[1]))
+    return torch.einsum("nij,nj->ni", square, x)
+
+
 class _MixtureAtTime(NamedTuple):
-    """The components of a mixture at one time: means, precisions, and
-    log(weight * normaliser)."""
+    """The components of a mixture at one time. Their matrices are `[K, d * d]`,
+    or numbers `[K, 1]` when isotropic."""
 
     means: Tensor  # M, `[K, d]`
-    precisions: Tensor  # V^-1, `[K, d, d]`, or `[K]` when isotropic
-    log_norm: Tensor  # `[K]`
+    precisions: Tensor  # V^-1
+    gains: Tensor  # alpha Sigma V^-1
+    log_norm: Tensor  # log(weight * normaliser), `[K]`
 
     def log_joint(self, x: Tensor) -> Tensor:
         """log(weight_k N(x; M_k, V_k)), `[batch, K]`, as one matrix product of
         monomials and coefficients."""
-        if self.precisions.ndim == 1:
-            squares, quadratic = x.square().sum(1, keepdim=True), self.precisions[:, None]
-            linear = self.precisions[:, None] * self.means
+        if self.precisions.shape[1] == 1:
+            squares = x.square().sum(1, keepdim=True)
         else:
-            squares, quadratic = (x[:, :, None] * x[:, None, :]).flatten(1), self.precisions.flatten(1)  # [., d * d]
-            linear = torch.einsum("kij,kj->ki", self.precisions, self.means)
+            squares = (x[:, :, None] * x[:, None, :]).flatten(1)
+        linear = _times(self.precisions, self.means)
         constant = self.log_norm - 0.5 * (linear * self.means).sum(1)
         monomials = torch.cat([squares, x, torch.ones_like(x[:, :1])], 1)
-        return monomials @ torch.cat([-0.5 * quadratic, linear, constant[:, None]], 1).T
+        factors = [-0.5 * self.precisions, linear, constant[:, None]]
+        return monomials @ torch.cat(factors, 1).T
 
-    def whiten(self, responsibilities: Tensor, x: Tensor) -> Tensor:
-        "sum_k r_k V_k^-1 (x - M_k), `[batch, d]`: minus the score."
-        if self.precisions.ndim == 1:
-            r = responsibilities * self.precisions
-            return r.sum(1, keepdim=True) * x - r @ self.means
-        pm = torch.einsum("kij,kj->ki", self.precisions, self.means)
-        average = (responsibilities @ self.precisions.flatten(1)).unflatten(1, self.precisions.shape[1:])
-        return torch.einsum("bij,bj->bi", average, x) - responsibilities @ pm
+    def average(self, matrices: Tensor, r: Tensor, x: Tensor) -> Tensor:
+        "sum_k r_k A_k (x - M_k), `[batch, d]`: minus the score for V^-1."
+        return _times(r @ matrices, x) - r @ _times(matrices, self.means)
 
 # %% ../nbs/02_mixtures.ipynb #63e82faf
 class Mixture:
@@ -79,9 +83,8 @@ class Mixture:
         require(fine, "weights", weights.tolist(), "positive, finite numbers")
         self.num_classes = int(labels.max()) + 1
         check_labels(labels, self.num_classes, len(means))
-        if covariances.ndim == 1:
-            self.eigenvalues, self.eigenvectors = covariances, None
-        else:
+        self.eigenvalues, self.eigenvectors = covariances, None
+        if covariances.ndim == 3:
             gap = (covariances - covariances.mT).abs().amax().item()
             require(gap <= 1e-6 * covariances.abs().amax(), "asymmetry of covariances", gap, "symmetric matrices")
             self.eigenvalues, self.eigenvectors = torch.linalg.eigh(covariances)
@@ -103,42 +106,37 @@ class Mixture:
     @property
     def covariances(self) -> Tensor:
         "Covariance matrices of the components, `[K, d, d]`."
-        if self.eigenvectors is None:
-            return self.eigenvalues[:, None, None] * torch.eye(self.dim, dtype=torch.float64)
-        return (self.eigenvectors * self.eigenvalues[:, None]) @ self.eigenvectors.mT
+        q = self.eigenvectors
+        if q is None:
+            q = torch.eye(self.dim, dtype=torch.float64)
+        return (q * self.eigenvalues.reshape(len(self.means), 1, -1)) @ q.mT
 
 # %% ../nbs/02_mixtures.ipynb #b34cecd6
-def _mixture_at(
-    mixture: Mixture,  # The mixture
-    path: Path,  # The path
-    t: Tensor,  # Time, scalar
-    # Indices of the components wanted, all by default
-    chosen: Tensor | None = None,
-) -> _MixtureAtTime:  # These components at that time
-    """The components of a mixture at one time, eq. (1); an error at t = 0 if
-    they have no density."""
-    k = slice(None) if chosen is None else chosen
+def _mixture_at(mixture: Mixture, path: Path, t: Tensor, k: Tensor | slice) -> _MixtureAtTime:
+    """The components `k` of a mixture at one time `t`, eq. (1); an error at
+    t = 0 if they have no density."""
     alpha, sigma = path.alpha(t.double()), path.sigma(t.double())
-    variance = alpha**2 * mixture.eigenvalues[k] + sigma**2  # [K] or [K, d]
-    dense = (variance > 0).all()
-    require_that(dense, "t = 0 with zero-variance components", "t > 0, for data points have no density")
-    norm = mixture.weights[k].log() - 0.5 * mixture.dim * math.log(2 * math.pi)
-    if mixture.eigenvectors is None:
-        return _MixtureAtTime(alpha * mixture.means[k], 1 / variance, norm - 0.5 * mixture.dim * variance.log())
-    q = mixture.eigenvectors[k]
-    return _MixtureAtTime(alpha * mixture.means[k], (q / variance[:, None]) @ q.mT, norm - 0.5 * variance.log().sum(1))
+    values, means = mixture.eigenvalues[k], alpha * mixture.means[k]
+    values = values.reshape(len(means), -1)  # [K, d], or [K, 1] if isotropic
+    variance = alpha**2 * values + sigma**2
+    told = "t = 0 with zero-variance components"
+    allowed = "t > 0, for data points have no density"
+    require_that((variance > 0).all(), told, allowed)
+    logs = (2 * math.pi * variance).log().expand(-1, mixture.dim)
+    inverse, gains = 1 / variance, alpha * values / variance
+    if mixture.eigenvectors is not None:
+        q = mixture.eigenvectors[k]
+        inverse = ((q * inverse[:, None]) @ q.mT).flatten(1)
+        gains = ((q * gains[:, None]) @ q.mT).flatten(1)
+    log_norm = mixture.weights[k].log() - 0.5 * logs.sum(1)
+    return _MixtureAtTime(means, inverse, gains, log_norm)
 
 # %% ../nbs/02_mixtures.ipynb #eb36d475
 def _map_by_time_and_class(
-    mixture: Mixture,  # The mixture to evaluate
-    fn: Callable,  # `fn(terms, rows, t, chosen) -> Tensor [rows, ...]`
-    x: Tensor,  # Noisy data, `[batch, d]`
-    path: Path,  # Path of `x`
-    t: Tensor,  # Time, scalar or `[batch]`
-    c: Tensor | None,  # Labels `[batch]`, or None for all classes
-) -> Tensor:  # Results in the order of `x`, float64
-    """Apply `fn` to rows that share a time and a class, in blocks of bounded
-    size."""
+    mixture: Mixture, fn: Callable[..., Tensor], x: Tensor, path: Path, t: Tensor, c: Tensor | None
+) -> Tensor:
+    """Apply `fn(terms, rows, t, k) -> [rows, ...]` to rows of `x` that share a
+    time and a class, in blocks of bounded size; float64, in the order of `x`."""
     fine = x.ndim == 2 and x.shape[1] == mixture.dim
     require_that(fine, f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]")
     key_t = t.reshape(-1).expand(len(x))
@@ -146,14 +144,14 @@ def _map_by_time_and_class(
     parts, order = [], []
     for time in key_t.unique():
         for k in key_c[key_t == time].unique().tolist():
-            rows = torch.nonzero((key_t == time) & (key_c == k)).squeeze(1)
-            chosen = None if k < 0 else mixture.members[k]
+            rows = ((key_t == time) & (key_c == k)).nonzero()[:, 0]
+            chosen = slice(None) if k < 0 else mixture.members[k]
             terms = _mixture_at(mixture, path, time, chosen)
             for block in rows.split(max(1, 2**21 // len(terms.means))):
-                parts.append(fn(terms, x[block].double(), time.double(), chosen))
+                part = x[block].double()
+                parts.append(fn(terms, part, time.double(), chosen))
                 order.append(block)
-    out = torch.cat(parts)
-    return out[torch.cat(order).argsort()]
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 # %% ../nbs/02_mixtures.ipynb #bbd7b848
 def log_prob(
@@ -180,9 +178,10 @@ def log_posterior(
     "The exact noise-aware classifier, eq. (3)."
     t = check_inputs(x, t, None, mixture.num_classes)
 
-    def by_class(terms: _MixtureAtTime, x: Tensor, t: Tensor, _: Tensor | None) -> Tensor:
+    def by_class(terms: _MixtureAtTime, x: Tensor, *_: object) -> Tensor:
         joint = terms.log_joint(x)
-        return torch.stack([joint[:, m].logsumexp(1) for m in mixture.members], 1).log_softmax(1)
+        each = [joint[:, m].logsumexp(1) for m in mixture.members]
+        return torch.stack(each, 1).log_softmax(1)
 
     return _map_by_time_and_class(mixture, by_class, x, path, t, None)
 
@@ -205,22 +204,17 @@ def sample_mixture(
             drawn = torch.multinomial(mixture.weights[members], n, replacement=True, generator=generator)
             component[here] = members[drawn]
     z = torch.randn(len(c), mixture.dim, dtype=torch.float64, generator=generator)
-    if mixture.eigenvectors is None:
-        offset = mixture.eigenvalues[component].sqrt()[:, None] * z
-    else:
-        offset = torch.einsum("bij,bj->bi", mixture.eigenvectors[component], mixture.eigenvalues[component].sqrt() * z)
-    return (mixture.means[component] + offset).to(torch.get_default_dtype()), c
+    z = mixture.eigenvalues[component].reshape(len(c), -1).sqrt() * z
+    if mixture.eigenvectors is not None:
+        z = _times(mixture.eigenvectors[component].flatten(1), z)
+    return (mixture.means[component] + z).to(torch.get_default_dtype()), c
 
 # %% ../nbs/02_mixtures.ipynb #cd26a0b6
 class ExactDenoiser(Denoiser):
-    """The optimal denoiser of a mixture, eq. (2): what a perfectly trained
-    network would compute."""
+    """The optimal denoiser of data with the distribution `mixture` on `path`,
+    eq. (2): what a perfectly trained network would compute."""
 
-    def __init__(
-        self,
-        mixture: Mixture,  # The data distribution
-        path: Path,  # The path to denoise on
-    ):
+    def __init__(self, mixture: Mixture, path: Path):
         super().__init__(path, mixture.num_classes)
         self.mixture = mixture
 
@@ -228,33 +222,22 @@ class ExactDenoiser(Denoiser):
         """Exact posterior means at noisy data `x` `[batch, d]`, in the dtype
         of `x`."""
         t = check_inputs(x, t, c, self.num_classes)
-        both = _map_by_time_and_class(self.mixture, self._both, x, self.path, t, c).to(x.dtype)
-        return Prediction(*both.chunk(2, 1))
+        mixture, path = self.mixture, self.path
+        both = _map_by_time_and_class(mixture, self._both, x, path, t, c)
+        return Prediction(*both.to(x.dtype).chunk(2, 1))
 
-    def _both(self, terms: _MixtureAtTime, x: Tensor, t: Tensor, chosen: Tensor | None) -> Tensor:
-        mixture, k = self.mixture, slice(None) if chosen is None else chosen
-        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+    def _both(self, terms: _MixtureAtTime, x: Tensor, t: Tensor, k: Tensor | slice) -> Tensor:
         r = terms.log_joint(x).softmax(1)
-        if mixture.eigenvectors is None:
-            gain = r * (alpha * mixture.eigenvalues[k] * terms.precisions)  # [batch, K]
-            regression = gain.sum(1, keepdim=True) * x - gain @ terms.means
-        else:
-            shrink = mixture.eigenvectors[k] * mixture.eigenvalues[k][:, None] @ mixture.eigenvectors[k].mT
-            shrink = alpha * shrink @ terms.precisions  # alpha Sigma V^-1, [K, d, d]
-            average = (r @ shrink.flatten(1)).unflatten(1, shrink.shape[1:])
-            regression = torch.einsum("bij,bj->bi", average, x) - r @ torch.einsum("kij,kj->ki", shrink, terms.means)
-        return torch.cat([r @ mixture.means[k] + regression, sigma * terms.whiten(r, x)], 1)
+        x0 = r @ self.mixture.means[k] + terms.average(terms.gains, r, x)
+        eps = self.path.sigma(t) * terms.average(terms.precisions, r, x)
+        return torch.cat([x0, eps], 1)
 
 # %% ../nbs/02_mixtures.ipynb #55beda23
 class ExactClassifier(nn.Module):
-    """The exact noise-aware classifier of a mixture: `classifier(x, t)` gives
-    log p(c | x_t), eq. (3)."""
+    """The exact noise-aware classifier of a `mixture`: `classifier(x, t)` gives
+    log p(c | x_t), eq. (3), for noisy data `x` on `path`."""
 
-    def __init__(
-        self,
-        mixture: Mixture,  # The data distribution
-        path: Path,  # The path the noisy data lives on
-    ):
+    def __init__(self, mixture: Mixture, path: Path):
         super().__init__()
         self.mixture, self.path, self.num_classes = mixture, path, mixture.num_classes
 
@@ -315,20 +298,15 @@ def checkerboard(
     return Mixture(cells.double() - centre, torch.full((len(cells),), std**2), cells.sum(1) % 2)
 
 # %% ../nbs/02_mixtures.ipynb #e0ef7b8c
-def mixture_of_points(
-    x: Tensor,  # Data points, `[n, d]`
-    labels: Tensor,  # Their classes, `[n]`
-) -> Mixture:  # Zero-variance components
-    """A finite data set as a mixture: the distribution that a model trained on
-    it is asked to reproduce."""
+def mixture_of_points(x: Tensor, labels: Tensor) -> Mixture:
+    """A finite data set `x` `[n, d]` with class `labels` `[n]` as a mixture of
+    zero variance: what a model trained on it is asked to reproduce."""
     return Mixture(x, torch.zeros(len(x)), labels)
 
 
-def digits(
-    split: str = "train",  # "train" (1,437 images), "test" (360) or "all"
-) -> tuple[Tensor, Tensor]:  # Pixels in [-1, 1], `[n, 64]`, and labels `[n]`
-    """The 1,797 real 8x8 handwritten digits that come with scikit-learn, in a
-    fixed split."""
+def digits(split: str = "train") -> tuple[Tensor, Tensor]:
+    """Pixels in [-1, 1], `[n, 64]`, and labels of the 1,797 handwritten digits
+    of scikit-learn; `split`: "train" (1,437 of them), "test" (360), "all"."""
     with extra("images"):
         from sklearn.datasets import load_digits
 

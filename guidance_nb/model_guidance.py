@@ -19,13 +19,12 @@ from guidance_nb._checks import (
     ScaleRange,
     Share,
     Whole,
-    check_conditional,
     check_number,
     check_scale,
     checked,
     require,
 )
-from ._conditions import output_pair, take_rows
+from ._conditions import check_conditional, output_pair, take_rows
 from ._modes import eval_mode
 from guidance_nb.denoisers import (
     EMBEDDINGS,

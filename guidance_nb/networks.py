@@ -11,12 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from guidance_nb.denoisers import (
-    NetworkDenoiser,
-    Parametrisation,
-    check_inputs,
-    record_nfe,
-)
+from .denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
 from .paths import Path
 
 # %% ../nbs/04_networks.ipynb #9efdb62a

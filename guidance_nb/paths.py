@@ -7,6 +7,7 @@ __all__ = ['expand_time', 'Path', 'FlowPath', 'VPPath', 'EDMPath', 'change_path'
 
 # %% ../nbs/00_paths.ipynb #973bf3ce
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +20,9 @@ from ._checks import AtLeastZero, Positive, checked, require_that
 from ._runs import at_time
 
 # %% ../nbs/00_paths.ipynb #3f713ef6
-def expand_time(
-    t: Tensor,  # Coefficients or times, scalar or `[batch]`
-    x: Tensor,  # Data, `[batch, ...]`
-) -> Tensor:  # `t` in the dtype of `x`, with trailing singleton dimensions
-    "Shape per-sample coefficients so that they multiply `[batch, ...]` data."
+def expand_time(t: Tensor, x: Tensor) -> Tensor:
+    """Shape coefficients or times `t`, scalar or `[batch]`, so that they
+    multiply data `x` `[batch, ...]`, and give them its dtype."""
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.ndim == 0:
         return t
@@ -33,30 +32,30 @@ def expand_time(
 
 # %% ../nbs/00_paths.ipynb #5ee101bc
 @dataclass(frozen=True)
-class Path:
+class Path(ABC):
     """A Gaussian path x_t = alpha(t) x0 + sigma(t) eps, eq. (1); t = 0 is
     data, t = 1 is noise."""
 
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
         "Signal coefficient, same shape as `t`."
-        raise NotImplementedError
 
+    @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
         "Noise coefficient, same shape as `t`."
-        raise NotImplementedError
 
+    @abstractmethod
     def d_alpha(self, t: Tensor) -> Tensor:
         "Time derivative of `alpha`."
-        raise NotImplementedError
 
+    @abstractmethod
     def d_sigma(self, t: Tensor) -> Tensor:
         "Time derivative of `sigma`."
-        raise NotImplementedError
 
+    @abstractmethod
     def time_at(self, noise_to_signal: Tensor) -> Tensor:
         """Time at which sigma / alpha equals `noise_to_signal`, the inverse of
         `noise_to_signal`."""
-        raise NotImplementedError
 
     def training_time(self, u: Tensor) -> Tensor:
         "Time of a training sample at a uniform number; uniform on most paths."
@@ -95,11 +94,12 @@ class Path:
 
 # %% ../nbs/00_paths.ipynb #cf938b8e
 def check_time(t: Tensor | float) -> Tensor:
-    "`t` as a tensor; outside [0, 1] it is a `ValueError`, and NaN is; on an accelerator they are not read back."
+    """`t` as a tensor; outside [0, 1] it is a `ValueError`, and NaN is. Values on
+    an accelerator, or in a compiled model, are not read back."""
     t = torch.as_tensor(t)
     if not t.is_floating_point():
         t = t.to(torch.get_default_dtype())
-    if t.device.type != "cpu" or (t.ndim == 0 and 0 <= t.item() <= 1):
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or (t.ndim == 0 and 0 <= t.item() <= 1):
         return t
     if (bad := ~((t >= 0) & (t <= 1))).any():
         raise ValueError(f"t = {t[bad].flatten()[0].item():g}; allowed: 0 (data) to 1 (noise)")

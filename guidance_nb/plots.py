@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,11 +64,15 @@ def _class_colour(k: int) -> str:
     return "tab:" + _CLASSES[k % len(_CLASSES)]
 
 # %% ../nbs/07_plots.ipynb #a14c7b96
-def _axes(ax: "Axes | None") -> "Axes":
-    "The given axes, or new ones on a new figure."
+def _pyplot() -> ModuleType:
     with extra("plots"):
         import matplotlib.pyplot as plt
-    return plt.subplots(figsize=(3, 3))[1] if ax is None else ax
+    return plt
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    "The given axes, or new ones on a new figure."
+    return _pyplot().subplots(figsize=(3, 3))[1] if ax is None else ax
 
 
 def _colour(role: str) -> str:
@@ -80,12 +85,9 @@ def _frame(ax: "Axes", extent: float) -> "Axes":
     return ax
 
 # %% ../nbs/07_plots.ipynb #f8bc9e9e
-def _pixel_centres(
-    extent: float,  # Half the side of the square
-    size: int,  # Pixels along a side
-    # `[size * size, 2]`, float64; reshape to `[size, size]` and index as [y, x]
-) -> Tensor:
-    "Centres of the pixels of the square [-extent, extent]^2."
+def _pixel_centres(extent: float, size: int) -> Tensor:
+    """Centres of size^2 pixels of the square [-extent, extent]^2; reshape to
+    `[size, size]` and index as [y, x]."""
     check_whole("size", size, 2)
     require(0 < extent < math.inf, "extent", extent, "a positive number")
     axis = (torch.arange(size, dtype=torch.float64) + 0.5) / size * 2 * extent - extent
@@ -94,16 +96,15 @@ def _pixel_centres(
 # %% ../nbs/07_plots.ipynb #c8bc14c0
 @lru_cache(maxsize=16)
 def _density_image(
-    mixture: Mixture,  # A mixture in two dimensions
-    c: int | None = None,  # Class, or None for the whole mixture
-    path: Path = FlowPath(),  # Path, irrelevant at t = 0
-    t: float = 0.0,  # Time
-    extent: float = 2.0,  # Half the side of the square
-    size: int = 160,  # Pixels along a side
-    # Density at the pixel centres, `[size, size]`, indexed [y, x], float64
+    mixture: Mixture,
+    c: int | None = None,
+    path: Path = FlowPath(),
+    t: float = 0.0,
+    extent: float = 2.0,
+    size: int = 160,
 ) -> Tensor:
-    """The density p_t blurred by at least half a pixel, eq. (1), so that no
-    thin branch falls between pixels."""
+    """The density p_t at pixel centres, indexed [y, x], blurred by at least half
+    a pixel, eq. (1), so that no thin branch falls between pixels."""
     require(mixture.dim == 2, "dimension of the mixture", mixture.dim, "1 or 2")
     x, time = _pixel_centres(extent, size), torch.tensor(t, dtype=torch.float64)
     scale = torch.ones((), dtype=torch.float64)
@@ -176,19 +177,14 @@ def show_trajectories(
 ) -> "Axes":  # The axes
     """Draw trajectories from noise to data: value against falling time in 1-D,
     curves in the plane in 2-D."""
-    with extra("plots"):
-        from matplotlib.collections import LineCollection
-    shape, times = tuple(run.points.shape), run.times.detach().cpu().double()
+    shape = tuple(run.points.shape)
     require(len(shape) == 3 and shape[2] in (1, 2), "shape of points", shape, "[times, n, 1] or [times, n, 2]")
     check_whole("every", every, 1)
-    ax, curves = _axes(ax), run.points[:, ::every].detach().cpu().double().transpose(0, 1)  # [n, times, d]
-    flat = shape[2] == 1
-    if flat:
-        curves = torch.cat([times[None, :, None].expand_as(curves), curves], 2)
-    ax.add_collection(LineCollection(list(curves.numpy()), colors=_colour(role), linewidths=0.5, alpha=0.6))
-    ax.autoscale_view()
-    if flat:
-        ax.set(xlim=(times[0].item(), times[-1].item()), xlabel="time t", ylabel="x")
+    ax, curves = _axes(ax), run.points[:, ::every].detach().cpu().double()
+    across = run.times.detach().cpu().double() if shape[2] == 1 else curves[..., 0]
+    ax.plot(across, curves[..., -1], color=_colour(role), lw=0.5, alpha=0.6)
+    if shape[2] == 1:
+        ax.set(xlim=across[[0, -1]].tolist(), xlabel="time t", ylabel="x")
     else:
         ax.set(xticks=[], yticks=[], aspect="equal")
     return ax
@@ -238,13 +234,10 @@ def show_toy(
     mixture: Mixture,  # The distribution that the samples should follow
 ) -> "Figure":  # The figure, as wide as a page
     "Show samples of a plane by model and guidance scale over the density."
-    with extra("plots"):
-        import matplotlib.pyplot as plt
     real = sample_mixture(mixture, c, torch.Generator().manual_seed(0))
     threshold, columns = outlier_threshold(mixture), len(next(iter(rows.values())))
-    size = (7.2, 2.65 * len(rows))
-    fig, axes = plt.subplots(len(rows), columns, squeeze=False, figsize=size, dpi=72)
-    fig.set_layout_engine("constrained")
+    look = {"figsize": (7.2, 2.65 * len(rows)), "dpi": 72, "layout": "constrained"}
+    fig, axes = _pyplot().subplots(len(rows), columns, squeeze=False, **look)
     for line, (name, samples) in zip(axes, rows.items()):
         line[0].set_ylabel(name)
         for ax, above, (scale, x) in zip(line, axes[0], samples.items()):
@@ -258,15 +251,12 @@ def show_toy(
     return fig
 
 
-def show_digits(
-    rows: dict[str, Tensor],  # Label -> images `[columns, channels, h, w]`
-) -> "Axes":  # The axes, as wide as a page
-    "Show images in labelled rows, one for each guidance scale."
-    with extra("plots"):
-        import matplotlib.pyplot as plt
+def show_digits(rows: dict[str, Tensor]) -> "Axes":
+    """Show labelled `rows` of images `[columns, channels, h, w]`, one for each
+    guidance scale, as wide as a page."""
     columns = len(next(iter(rows.values())))
     size = (7.2, 6.6 / columns * len(rows))
-    ax = plt.subplots(figsize=size, layout="constrained")[1]
+    ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
     show_images(torch.cat(list(rows.values())), columns, ax)
     ax.axis("on")
     height = ax.images[0].get_size()[0] / len(rows)

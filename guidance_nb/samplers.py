@@ -8,25 +8,19 @@ __all__ = ['Sampler', 'SAMPLERS', 'time_grid', 'StepContext', 'ddim_step', 'eule
 
 # %% ../nbs/03_samplers.ipynb #b90b543f
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidance_nb._checks import (
-    check_choice,
-    check_number,
-    check_whole,
-    require,
-    require_that,
-)
+from ._checks import check_choice, check_number, check_whole, require, require_that
 from ._conditions import Condition, count, map_condition, take_rows
 from ._modes import eval_mode
 from ._random import NoiseSource
 from ._runs import one_run
 from ._signatures import takes_arguments_of
-from .denoisers import Denoiser, check_labels, count_nfe
+from .denoisers import Denoiser, check_labels, count_nfe, shown
 from .paths import EDMPath, Path
 
 # %% ../nbs/03_samplers.ipynb #60c9d74f
@@ -184,19 +178,21 @@ def check_request(
         check_choice("sampler", sampler, get_args(Sampler))
     steps = model.consistent or callable(sampler) or sampler in ("ddim", "ddpm")
     require(steps, "sampler", sampler, "'ddim' or 'ddpm', for this model predicts a step of theirs")
-    whole = isinstance(c, int) and not isinstance(c, bool)
-    labels = isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim > 0)
-    fine = (whole and c > 0) or (labels and count(c) > 0)  # type: ignore
-    require_that(fine, f"c = {c!r}", "labels [n] or the number of unconditional samples, n of 1 or more")
+    whole, n = isinstance(c, int) and not isinstance(c, bool), 0
+    if whole or isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim):
+        n = c if isinstance(c, int) else count(c)
+    require_that(n > 0, f"c = {c!r}", "labels [n] or the number of unconditional samples, n of 1 or more")
     sized = isinstance(shape, tuple | list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
     require(sized, "shape", shape, "the shape of one sample, (...) with positive whole numbers")
     if not isinstance(c, int):
-        check_labels(c, model.num_classes, count(c))
-    valid = times.ndim == 1 and len(times) > 1 and ((times >= 0) & (times <= 1)).all() and (times.diff() != 0).all()
-    one_way = callable(sampler) or (times.diff() < 0).all() or ((times.diff() > 0).all() and sampler in _REVERSIBLE)
+        check_labels(c, model.num_classes, n)
+    moves = times.diff() if times.ndim == 1 else times[:0]
+    one_way = (moves < 0).all() or (sampler in _REVERSIBLE and (moves > 0).all())
+    one_way = (moves != 0).all() if callable(sampler) else one_way
+    fine = len(moves) and ((times >= 0) & (times <= 1)).all() and one_way
     rising = f"; or strictly rising, for {', '.join(_REVERSIBLE)}"
-    require(valid and one_way, "times", times.tolist(), f"two times or more in [0, 1], strictly falling{rising}")
-    return c if isinstance(c, int) else count(c)
+    require(fine, "times", times.tolist(), f"two times or more in [0, 1], strictly falling{rising}")
+    return n
 
 # %% ../nbs/03_samplers.ipynb #b98a0855
 def _integrate(
@@ -290,8 +286,7 @@ def sample(
     require(real, "dtype", dtype, "a floating-point type of torch")
     if init is not None:
         fine = isinstance(init, Tensor) and init.is_floating_point() and init.shape == (n, *shape)
-        found = f"{init.dtype} {tuple(init.shape)}" if isinstance(init, Tensor) else type(init).__name__
-        require_that(fine, f"init is {found}", f"a floating-point tensor {(n, *shape)}")
+        require_that(fine, f"init is {shown(init)}", f"a floating-point tensor {(n, *shape)}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     bar = tqdm(total=n * (len(times) - 1), disable=not progress, unit=" sample steps", unit_scale=True)
 
@@ -321,20 +316,20 @@ def sample(
 
 
 @takes_arguments_of(sample)
-def sample_trajectory(*args: Any, **kwargs: Any) -> Trajectory:
+def sample_trajectory(*args: object, callback: _Callback | None = None, **options: object) -> Trajectory:
     """Draw samples as `sample` does, and return all points on the way, their
     times, and the NFE."""
     points: dict[int, list[Tensor]] = {}
     times: dict[int, Tensor] = {}
-    follow = kwargs.pop("callback", None)
 
     def keep(step: int, t: Tensor, x: Tensor) -> None:
         points.setdefault(step, []).append(x)
         times[step] = t
-        if follow is not None:
-            follow(step, t, x)
+        if callback is not None:
+            callback(step, t, x)
 
     with count_nfe() as evaluations:
-        x = sample(*args, **kwargs, callback=keep)  # type: ignore[misc]
-    every = torch.stack([torch.cat(points[step]) for step in sorted(points)])
-    return Trajectory(every, torch.stack([times[step] for step in sorted(times)]), evaluations.total / len(x))
+        x = sample(*args, **options, callback=keep)  # type: ignore
+    every = torch.stack([torch.cat(parts) for parts in points.values()])
+    grid = torch.stack(list(times.values()))
+    return Trajectory(every, grid, evaluations.total / len(x))

@@ -21,12 +21,12 @@ from guidance_nb._checks import (
     ScaleRange,
     Share,
     WithScore,
-    check_conditional,
     check_number,
     checked,
     require,
     require_that,
 )
+from ._conditions import check_conditional
 from ._modes import eval_mode
 from .classifier_free_guidance import ClassifierFreeGuidance
 from .denoisers import Denoiser, NetworkDenoiser, Prediction

@@ -360,7 +360,7 @@ def test_bad_scale(scale):
 )
 def test_bad_interval(interval):
     with pytest.raises(ValueError, match="allowed: two times, 0 <= first <= last <= 1"):
-        check_interval(interval)
+        check_interval("interval", interval)
 
 
 def test_bad_input():
@@ -371,7 +371,7 @@ def test_bad_input():
     x, t, c = batch()
     with pytest.raises(ValueError, match="c contains 4; allowed: 0 to 3"):
         ClassifierFreeGuidance(network(), 2.0, (0.2, 0.5)).predict(x, t, c + 1)
-    with pytest.raises(ValueError, match="c has shape"):
+    with pytest.raises(ValueError, match=r"c is torch\.int64"):
         ClassifierFreeGuidance(network(), 2.0, (0.2, 0.5)).predict(x, t, c[:-1])
     with pytest.raises(ValueError, match=r"v_u = -1\.0"):
         sde_variance(1.0, -1.0, 2.0)

@@ -130,7 +130,7 @@ def test_drop_marks_single_rows():
         ((torch.zeros(5, 2), 0.5, torch.zeros(5)), "c is torch.float32"),
         ((torch.zeros(5, 2), 0.5, torch.full((5,), -1)), "c contains -1; allowed: 0 to 2"),
         ((torch.zeros(5, 2), 0.5, torch.full((5,), 3)), "c contains 3; allowed: 0 to 2"),
-        ((torch.zeros(5, 2), 0.5, torch.zeros(4, dtype=torch.long)), "c has shape (4,)"),
+        ((torch.zeros(5, 2), 0.5, torch.zeros(4, dtype=torch.long)), "c is torch.int64 (4,)"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_is_allowed(arguments, words):

@@ -595,7 +595,7 @@ def test_zero_init_by_steps():
         (lambda m: _frequency_bands(torch.zeros(1, 1, 5, 5), 4), "height and width of 12 or more"),
         (lambda m: interval_from_steps(FlowPath(), 10, 5, 4), "first, last = (5, 4); allowed"),
         (lambda m: interval_from_noise(FlowPath(), -1.0), "low, high = (-1.0, inf); allowed"),
-        (lambda m: linear_schedule(float("nan")), "scale = nan; allowed"),
+        (lambda m: beta_schedule(2.0, b=float("nan")), "a, b = (2.0, nan); allowed"),
         (lambda m: ClassifierFreeGuidance(Denoiser(FlowPath(), 0)), "model.num_classes = 0; allowed"),
     ],
 )

@@ -52,6 +52,10 @@ def one(mean: float, variance: float) -> mixtures.Mixture:
     return mixtures.Mixture(torch.full((1, 1), mean), torch.full((1,), variance), torch.tensor([0]))
 
 
+def scheduled(scale):
+    return guidance_variants.RescaledGuidance(MODEL, scale)(FIVE[:, :1], 0.5, LABELS * 0)
+
+
 def train(loss, *data, steps: int = 5):
     return training.train(nn.Linear(1, 1), loss, data, steps, 4, progress=False)
 
@@ -65,7 +69,7 @@ FOUNDATIONS = [
     (lambda: denoisers.check_inputs(FIVE, torch.rand(4), None, 3), "[batch] = [5]"),
     (lambda: denoisers.check_inputs(FIVE, 0.5, torch.zeros(5), 3), "c is torch.float32"),
     (lambda: denoisers.check_inputs(FIVE, 0.5, LABELS + 1, 3), "c contains 3; allowed: 0 to 2"),
-    (lambda: denoisers.check_inputs(FIVE, 0.5, torch.tensor([0]), 3), "c has shape (1,)"),
+    (lambda: denoisers.check_inputs(FIVE, 0.5, torch.tensor([0]), 3), "c is torch.int64 (1,)"),
     (lambda: denoisers.check_inputs(FIVE, 0.5, torch.zeros(4, 7), denoisers.EMBEDDINGS), "c is torch.float32 (4, 7)"),
     (lambda: denoisers.NetworkDenoiser(Tell(), FLOW, prediction="noise"), "prediction = 'noise'"),
     (lambda: TELL.predict_pair(FIVE, 0.5, LABELS, "both"), "allowed: 'auto', 'batched', 'sequential'"),
@@ -101,8 +105,8 @@ METHODS = [
     ),
     (lambda: guidance.interval_from_steps(paths.EDMPath(), 32, 17, 32), "allowed: 0 <= first <= last < steps = 32"),
     (lambda: guidance.interval_from_noise(paths.EDMPath(), 2, 1), "low, high = (2, 1); allowed: 0 <= low <= high"),
-    (lambda: guidance.beta_schedule(3.0, 0.5), "a = 0.5; allowed: a number, 1 or more"),
-    (lambda: guidance.linear_schedule(2.0, floor=NAN), "floor = nan; allowed: a finite number"),
+    (lambda: guidance.beta_schedule(3.0, 0.5), "a, b = (0.5, 2.0); allowed: numbers, 1 or more"),
+    (lambda: scheduled(guidance.linear_schedule(2.0, NAN)), "scale = nan; allowed: a finite number"),
     (lambda: guidance_variants.RescaledGuidance(MODEL, 2.0, phi=1.5), "phi = 1.5; allowed: 0 to 1"),
     (lambda: guidance_variants.CFGZeroStar(MODEL, 2.0, zero_from=0.0), "zero_from = 0.0; allowed: a time above 0"),
     (lambda: guidance_variants.AdaptiveProjectedGuidance(MODEL, 2.0, norm=0.0), "norm, momentum = (0.0, 0.0); allowed"),

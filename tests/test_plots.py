@@ -105,12 +105,12 @@ def test_trajectories(every):
     model = ExactDenoiser(checkerboard(), FlowPath())
     samples = sample_trajectory(model, 10, (2,), steps=5, progress=False)
     ax = plots.show_trajectories(samples, every=every)
-    curves = ax.collections[0].get_segments()
+    curves = [line.get_xydata() for line in ax.lines]
     np.testing.assert_allclose(np.stack(curves), samples.points[:, ::every].transpose(0, 1), rtol=1e-6)
     model = ExactDenoiser(gaussian_pair(), FlowPath())
     samples = sample_trajectory(model, 10, (1,), steps=5, progress=False)
     ax = plots.show_trajectories(samples)
-    curve = ax.collections[0].get_segments()[2]
+    curve = ax.lines[2].get_xydata()
     np.testing.assert_allclose(curve[:, 0], samples.times)
     np.testing.assert_allclose(curve[:, 1], samples.points[:, 2, 0], rtol=1e-6)
     assert ax.get_xlim() == (1.0, 0.0)

@@ -195,7 +195,7 @@ def test_divergence_is_reported():
         ({"shape": (0, 2), "c": 2}, "shape = (0, 2)"),
         ({"c": torch.tensor([0, 5])}, "c contains 5; allowed: 0 to 1"),
         ({"c": torch.tensor([0.0, 1.0])}, "c is torch.float32"),
-        ({"c": torch.tensor([[0]])}, "c has shape (1, 1)"),
+        ({"c": torch.tensor([[0]])}, "c is torch.int64 (1, 1)"),
         ({"c": 0}, "c = 0; allowed: labels [n] or the number of unconditional samples"),
         ({"c": torch.zeros(0, dtype=torch.long)}, "c = tensor([], dtype=torch.int64); allowed: labels [n]"),
         ({"c": torch.tensor(1)}, "c = tensor(1)"),

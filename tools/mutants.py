@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant("engine/interrupts.py", "raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)",
            "raise KeyboardInterrupt", "checkpoints signals"),
     # guidance
-    Mutant("guidance.py", "(t <= self.interval[1] * (1 + 1e-6))", "(t <= self.interval[1])",
+    Mutant("guidance.py", "(t <= last * (1 + 1e-6))", "(t <= last)",
            "guidance_contract interval_ends"),
     Mutant("guidance.py", 'late, early = clamp_time(path, t, "data"), clamp_time(path, t)',
            'late, early = clamp_time(path, t, "data"), t', "guidance_variants both_ends"),

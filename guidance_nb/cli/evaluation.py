@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, check_distinct, require, require_that
+from guidance_nb._checks import check_choice, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
 from guidance_nb.cli.load import model_names, own_device
@@ -289,7 +289,7 @@ def sweep_points(
 ) -> list[Request]:
     "The points of a sweep."
     for name, values in {"scales": scales, "steps": steps or (0,), "samplers": samplers or ("",)}.items():
-        check_distinct(name, values)
+        require(len({*values}) == len(values) > 0, name, values, "one or more, each once")
     return [
         request.changed(scale=scale, steps=n, sampler=sampler)
         for sampler in samplers or (request.sampler,)

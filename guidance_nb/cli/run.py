@@ -350,7 +350,7 @@ def build_guided(
     scale = trained.scale if scale is None else scale
     check_number("scale", scale)
     free = classifier is None and method.name != "model_guidance"
-    fine = free or check_interval(interval) == (0, 1)
+    fine = free or check_interval("interval", interval) == (0, 1)
     require(fine, "interval", interval, "(0, 1), for only classifier-free guidance can pause")
     most = f"0 to {trained.shape[0]}, and only for classifier-free guidance"
     require(not channels or (free and 0 < channels <= trained.shape[0]), "channels", channels, most)
@@ -363,7 +363,7 @@ def build_guided(
         return ClassifierGuidance(trained.model, classifier.model, scale)
     if free:
         by_channel = dit_channel_scales(scale, trained.shape[0], channels) if channels else scale
-        return ClassifierFreeGuidance(trained.model, by_channel, check_interval(interval))
+        return ClassifierFreeGuidance(trained.model, by_channel, check_interval("interval", interval))
     if is_scale_aware(trained.recipe):
         return FixedScale(trained.model, scale)
     told = f"{method.scale:g}, which {trained.path} was trained for"
