@@ -9,6 +9,7 @@ __all__ = ['inpaint', 'image_to_image', 'slerp']
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -36,11 +37,16 @@ from guidance_nb.samplers import (
 )
 
 # %% ../nbs/21_editing.ipynb #2e0d000d
-def _check_floats(name: str, x: Tensor) -> None:
+def _check_floats(name: str, x: Tensor) -> Tensor:
     "Numbers of another type would be rounded, or wrapped around, in silence."
     found = f"{name} is {getattr(x, 'dtype', type(x).__name__)}"
     fine = isinstance(x, Tensor) and x.is_floating_point()
     require_that(fine, found, "a floating-point tensor [n, ...]")
+    return x
+
+
+_Floats = Annotated[Tensor, _check_floats]
+_Time = Annotated[float, partial(check_number, low=1e-9, high=1, allowed="above 0, at most 1")]
 
 
 class _Known(Denoiser):
@@ -101,7 +107,7 @@ def _with_jumps(times: Tensor, resamplings: int, jump: int) -> Tensor:
 def inpaint(
     model: Denoiser,  # Any denoiser, guided or not
     c: Condition | int,  # Conditions `[n]`, or the number of samples
-    known: Tensor,  # Data to keep where the mask is true, `[n, ...]`
+    known: _Floats,  # Data to keep where the mask is true, `[n, ...]`
     mask: Tensor,  # True where data is known; broadcasts to `known`
     resamplings: Count = 5,  # How often each stretch is taken; 1: replacement
     jump: Count = 1,  # Steps of a stretch
@@ -111,7 +117,6 @@ def inpaint(
 ) -> Tensor:  # Samples `[n, ...]`, equal to `known` under the mask
     "Fill in what is unknown, by replacement and resampling (arXiv 2201.09865)."
     check_choice("sampler", sampler, tuple(SAMPLERS))
-    _check_floats("known", known)
     shape, allowed = known.shape, "bool, and a shape that broadcasts to known"
     with explained("mask is of another shape", allowed, RuntimeError):
         mask = mask.expand(shape)
@@ -125,11 +130,12 @@ def inpaint(
     return sample(held, c, shape[1:], step, times=times, **options)  # type: ignore[arg-type]
 
 # %% ../nbs/21_editing.ipynb #2e0d001e
+@checked
 def image_to_image(
     model: Denoiser,  # Any denoiser, guided or not
     c: Condition | int,  # Conditions `[n]`, or the number of samples
-    x: Tensor,  # Images to begin with, `[n, ...]`
-    strength: float = 0.7,  # The time to begin at; 1 keeps nothing
+    x: _Floats,  # Images to begin with, `[n, ...]`
+    strength: _Time = 0.7,  # The time to begin at; 1 keeps nothing
     sampler: Sampler = "heun",  # Any sampler
     steps: int = 32,  # Of a whole run; those below `strength` are taken
     seed: int = 0,  # As for `sample`
@@ -137,9 +143,6 @@ def image_to_image(
     **options: object,  # Of `sample`: batch_size, progress, ...
 ) -> Tensor:  # Images `[n, ...]`
     "Redraw images from a noise level, eq. (6) (arXiv 2108.01073)."
-    fine = check_number("strength", strength, 0, 1) > 0
-    require(fine, "strength", strength, "above 0, at most 1")
-    _check_floats("x", x)
     grid = time_grid(model.path, steps, sampler)
     first = torch.tensor([strength], dtype=torch.float64)
     times = torch.cat([first, grid[grid < strength]])

@@ -11,7 +11,7 @@ __all__ = ['RescaledGuidance', 'MagnitudeAwareGuidance', 'CFGZeroStar', 'Tangent
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -351,7 +351,7 @@ class RectifiedGuidance(Guidance):
         super().__init__(model, scale, interval, batching)
         self.ratios = ratios if callable(ratios) else check_number("ratios", ratios)
 
-    def pair(self, x: Tensor, t: Tensor, c: Any) -> tuple[Prediction, Prediction]:
+    def pair(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Prediction, Prediction]:
         """The conditional pair, and the unconditional one with rho times its
         noise."""
         conditional, unconditional = super().pair(x, t, c)

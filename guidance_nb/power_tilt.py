@@ -9,7 +9,7 @@ __all__ = ['MixturePair', 'tilt_on_grid', 'anderson_step', 'CharacteristicGuidan
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ class CharacteristicGuidance(Guidance):
         self.solver, self.span = (iterations, tolerance, memory), span
         self.solved = self.fell_back = 0
 
-    def guided(self, x: Tensor, t: Tensor, c: Any) -> Prediction:
+    def guided(self, x: Tensor, t: Tensor, c: Tensor) -> Prediction:
         """Two predictions at two points, whose shift is their own difference
         of noise, eq. (5)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -90,15 +90,10 @@ def _draw_scales(
     scale_range: tuple[float, float],  # Lowest and highest scale
     x0: Tensor,  # Clean data, `[batch, ...]`
     context: LossContext,  # Source of randomness
-    # Whether 1 / scale is uniform, as GFT's beta is, rather than the scale
-    reciprocal: bool = False,
 ) -> Tensor:  # Scales, `[batch]`
     "A guidance scale for each sample."
     low, high = scale_range
-    uniform = context.times(x0)  # uniform numbers, as times are
-    if reciprocal:
-        return 1 / (1 / high + (1 / low - 1 / high) * uniform)
-    return low + (high - low) * uniform
+    return low + (high - low) * context.times(x0)  # uniform, as times are
 
 # %% ../nbs/19_trained_guidance.ipynb #a99e7a67
 @checked
@@ -118,7 +113,10 @@ class GuidanceFreeTrainingLoss:
         "Per-sample losses `[batch]`."
         check_conditional(model, c, self.scale_range)
         t, eps, drop = context.times(x0), context.noise(x0), context.drop(x0, self.dropout)
-        scale = None if self.scale_range is None else _draw_scales(self.scale_range, x0, context, reciprocal=True)
+        scale = None
+        if self.scale_range is not None:  # beta = 1 / scale is uniform
+            low, high = self.scale_range
+            scale = 1 / _draw_scales((1 / high, 1 / low), x0, context)
         x, target = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
         y = model.output(x, t, c, drop=drop, scale=scale)
         beta = 1 / (torch.full_like(t, self.scale) if scale is None else scale)

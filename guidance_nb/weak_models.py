@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -594,6 +594,6 @@ class IndependentConditionGuidance(Guidance):
         keyed = [np.random.Generator(np.random.Philox(key=[self.seed, k])) for k in levels.flatten().tolist()]
         return torch.tensor([int(draw.integers(self.num_classes)) for draw in keyed]).view(t.shape)
 
-    def pair(self, x: Tensor, t: Tensor, c: Any) -> tuple[Prediction, Prediction]:
+    def pair(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Prediction, Prediction]:
         "The prediction for the label, and that for another."
         return self.model(x, t, c), self.model(x, t, (c + self.shift(t).to(c.device)) % self.num_classes)
