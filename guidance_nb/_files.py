@@ -35,9 +35,8 @@ def digest(*parts: "str | bytes | Path | Tensor | np.ndarray") -> str:
                 while block := file.read(2**22):
                     found.update(block)
         elif isinstance(part, torch.Tensor):
-            for piece in part.detach().split(4096) if part.ndim else [part.detach()]:
-                if piece.numel():
-                    found.update(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            for piece in part.detach().reshape(-1).split(2**24):
+                found.update(piece.cpu().view(torch.uint8).numpy())
         elif isinstance(part, np.ndarray):
             found.update(np.ascontiguousarray(part).data)
         else:
@@ -165,10 +164,8 @@ def _lives(process: int) -> bool:
         return False
     try:
         os.kill(process, 0)  # signal 0 only asks
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)
     return True
 
 

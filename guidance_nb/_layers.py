@@ -7,11 +7,8 @@ Layer: TypeAlias = Any  # A layer of diffusers
 Layers: TypeAlias = int | str | Sequence[int | str]  # Numbers, or parts of names
 
 
-def choose_layers(
-    found: Mapping[str, Layer],  # Layers by name
-    layers: Layers,  # Numbers, or parts of names; an empty list chooses none
-) -> list[Layer]:  # Those layers
-    "Look up layers, or say in one line which there are."
+def choose_layers(found: Mapping[str, Layer], layers: Layers) -> list[Layer]:
+    "Look up layers by number or part of a name, or say in one line which there are; an empty list chooses none."
     names, chosen = list(found), []
     for wanted in [layers] if isinstance(layers, int | str) else layers:
         if isinstance(wanted, str):

@@ -20,9 +20,7 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def swapped(
-    forwards: Mapping[nn.Module, Callable[..., object]],  # What each module computes meanwhile
-) -> Iterator[None]:
+def swapped(forwards: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
     """Let modules compute something else inside a `with` block, and leave them exactly as they were."""
     before = {module: vars(module).get("forward") for module in forwards}
     try:

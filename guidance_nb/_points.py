@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from guidance_nb._checks import require_that
+
 from .denoisers import check_labels
 
 SPARE = 8  # candidates beyond k; more are taken where these do not decide
@@ -18,10 +20,9 @@ def as_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1) -
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} has shape {found}; allowed: a tensor [n, ...] with n >= {at_least}")
     points = x.detach().cpu().double().flatten(1)
-    if bad := int((~torch.isfinite(points)).any(1).sum()):
-        raise ValueError(f"{name} has {bad} samples that are not finite; allowed: finite values")
-    if dim is not None and points.shape[1] != dim:
-        raise ValueError(f"{name} has {points.shape[1]} values per sample; allowed: {dim}, as in the other set")
+    bad, width = int((~torch.isfinite(points)).any(1).sum()), points.shape[1]
+    require_that(not bad, f"{name} has {bad} samples that are not finite", "finite values")
+    require_that(dim in (None, width), f"{name} has {width} values per sample", f"{dim}, as in the other set")
     return points
 
 
@@ -57,14 +58,11 @@ def _squares(x: Tensor, y: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, 
 
 
 def search(
-    x: Tensor,  # Points to find neighbours of, `[n, d]`
-    y: Tensor,  # Points to search, `[m, d]`
-    k: int,  # Number of neighbours, 1 to m
-    device: str | torch.device | None = None,  # Where to search; None: where x is
-    spare: int = SPARE,  # Candidates beyond k
-) -> tuple[Tensor, Tensor]:  # Squared distances, ascending, and indices, `[n, k]` each, on the CPU
-    """The k nearest points, exactly; of equal distances the lower index comes first.
+    x: Tensor, y: Tensor, k: int, device: str | torch.device | None = None, spare: int = SPARE
+) -> tuple[Tensor, Tensor]:
+    """The k points of y nearest to each of x, exactly; of equal distances the lower index comes first.
 
+    Squared distances, ascending, and indices, `[n, k]` each, on the CPU; found on `device`, or where x is.
     A matrix product proposes candidates; its rounding can hide small differences of distance. So candidates are
     compared by sums of squared differences, and a row takes more of them if a point left out might be as near.
     """
@@ -83,13 +81,8 @@ def search(
     return torch.cat(distances), torch.cat(indices)
 
 
-def inside(
-    x: Tensor,  # Points, `[n, d]`
-    y: Tensor,  # Centres of balls, `[m, d]`
-    squares: Tensor,  # Squared radii, `[m]`, float64
-    device: str | torch.device | None = None,  # Where to search; None: where x is
-) -> Tensor:  # bool `[n]`
-    "Whether a point lies in any of the closed balls, exactly."
+def inside(x: Tensor, y: Tensor, squares: Tensor, device: str | torch.device | None = None) -> Tensor:
+    "Whether each point of x lies in any of the closed balls around y, with squared radii in float64, exactly."
     y = y.to(x.device if device is None else device, torch.float64)
     reach, found = squares.to(y.device), []
     for part, near, slack in _squares(x, y, MEMORY // (8 * len(y))):

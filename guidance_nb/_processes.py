@@ -2,9 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,30 +32,22 @@ def in_all_processes(action: Callable[[], T], world: int) -> list[T]:
     "Let every process do its part and give all results to all; the first error is raised everywhere."
     if world == 1:
         return [action()]
-    outcome: list[Any] = [None, None]
+    outcome: T | Exception
     try:
-        outcome[0] = action()
+        outcome = action()
     except Exception as error:
-        outcome[1] = error
-    outcomes: list[Any] = [None] * world
+        outcome = error
+    outcomes = [outcome] * world
     torch.distributed.all_gather_object(outcomes, outcome)
-    for _, problem in outcomes:
-        if problem is not None:
-            raise problem
-    return [result for result, _ in outcomes]
+    for found in outcomes:
+        if isinstance(found, Exception):
+            raise found
+    return outcomes  # type: ignore[return-value]
 
 
 def on_main(action: Callable[[], T], rank: int, world: int) -> T:
     "Let the main process act and give every process its result, or its error."
     return in_all_processes(action if rank == 0 else lambda: None, world)[0]  # type: ignore[return-value]
-
-
-def _gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    "The rows of all processes in order, in every process."
-    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])]).contiguous()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, sizes)])
 
 
 def row_shares(n: int, batch_size: int, world: int) -> list[int]:
@@ -73,15 +65,13 @@ def share_rows(
         return action(slice(0, n))
     sizes = row_shares(n, batch_size, world)
     first = sum(sizes[:rank])
-    made: dict[str, Tensor] = {}
 
     def act() -> dict[str, Tensor]:
-        made.update(action(slice(first, first + sizes[rank])) if sizes[rank] else {})
-        return {key: rows[:0].cpu() for key, rows in made.items()}
+        made = action(slice(first, first + sizes[rank])) if sizes[rank] else {}
+        return {key: rows.cpu() for key, rows in made.items()}
 
-    forms = next(filter(None, in_all_processes(act, world)))
-    where = device if torch.distributed.get_backend() != "gloo" else torch.device("cpu")
-    return {key: _gather(made.get(key, form).to(where), sizes) for key, form in forms.items()}
+    shares = [share for share in in_all_processes(act, world) if share]
+    return {key: torch.cat([share[key] for share in shares]).to(device) for key in shares[0]}
 
 
 def destroy_process_group(failed: bool = False) -> None:

@@ -493,7 +493,12 @@ def test_nothing_is_unpickled():
     [
         (lambda: Engine(save_every=0), "save_every = 0; allowed: a whole number, 1 or more"),
         (lambda: Engine(keep=1.5), "keep = 1.5; allowed"),
-        (lambda: Engine(metadata={"a": torch.ones(1)}), "metadata is no JSON"),
+        (
+            lambda: next(
+                fit(*case("plain")[:3], 2, 4, engine=Engine(folder="/nowhere", metadata={"a": torch.ones(1)}))
+            ),
+            "metadata, or what the loss keeps, is no JSON",
+        ),
         (lambda: read_checkpoint("/nowhere"), "/nowhere holds no checkpoint; allowed: a folder with step-"),
     ],
 )

@@ -47,8 +47,8 @@ from guidance_nb.cli.run import (
     recipe_shape,
     train_recipe,
 )
+from guidance_nb.engine._hardware import choose_precision
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
-from guidance_nb.engine.hardware import choose_precision
 from guidance_nb.flow_postprocessing import pair_data
 from guidance_nb.images.data import ImageData, SampleFile, from_uint8, load_images, save_samples
 from guidance_nb.images.features import Extractor, Features, cifar_resnet, extract, resnet_extractor

@@ -110,10 +110,10 @@ MUTANTS = [
     Mutant("engine/run.py", 'clean_remnants(folder, "step-*")', "pass", "checkpoints middle"),
     Mutant("engine/run.py", "self.changes = found.record[\"changes\"] + changes", "self.changes = changes",
            "checkpoints stated"),
-    Mutant("engine/checkpoints.py", 'if digest(path / name) != written["sha256"]:', "if False:",
+    Mutant("engine/checkpoints.py", '_measure(path / name) != written:', "False:",
            "checkpoints damaged"),
     Mutant("engine/checkpoints.py", "[found.index(newest) :][:keep]", "[:keep]", "checkpoints past_a_damaged"),
-    Mutant("engine/interrupts.py", "raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)",
+    Mutant("engine/_interrupts.py", "raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)",
            "raise KeyboardInterrupt", "checkpoints signals"),
     # guidance
     Mutant("guidance.py", "(t <= last * (1 + 1e-6))", "(t <= last)",

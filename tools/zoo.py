@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from guidance_nb._files import write_aside
 from guidance_nb.cli.evaluation import (
     baseline_row,
     extract_reference_features,
@@ -30,7 +32,7 @@ from guidance_nb.cli.evaluation import (
 from guidance_nb.cli.load import MODELS
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import Request, generate, load_trained, make_data, train_recipe
-from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint, write_weights
+from guidance_nb.engine.checkpoints import _NAMES, Checkpoint, _measure, _seal_record, checkpoints_in, read_checkpoint
 from guidance_nb.images.data import from_uint8, save_samples
 from guidance_nb.images.metrics import append_rows, read_rows
 
@@ -170,6 +172,16 @@ import guidance_nb as gnb
 model = gnb.load("{name}")
 ```
 """
+
+
+def write_weights(saved: Checkpoint, target: Path, metadata: dict[str, Any]) -> None:
+    "Write the moving average alone, in half precision, as a folder that is read like a checkpoint."
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in saved.ema.items()}
+    with write_aside(target) as aside:
+        aside.mkdir()
+        save_file(weights, aside / _NAMES[1])
+        record = saved.record | {"metadata": metadata, "files": {_NAMES[1]: _measure(aside / _NAMES[1])}}
+        (aside / "checkpoint.json").write_text(_seal_record(record), encoding="utf-8")
 
 
 def ship(out: Path, target: Path) -> None:

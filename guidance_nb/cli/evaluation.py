@@ -27,7 +27,7 @@ from guidance_nb.cli.run import (
     postprocess,
 )
 from guidance_nb.denoisers import NetworkDenoiser
-from guidance_nb.engine.hardware import choose_precision
+from guidance_nb.engine._hardware import choose_precision
 from guidance_nb.engine.sampling import extract_sharded
 from guidance_nb.images.data import FILES, ImageData, SampleFile, from_uint8, load_images, load_samples
 from guidance_nb.images.features import (

@@ -23,9 +23,9 @@ from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore
 from guidance_nb.cli.recipe import SEED, Pair, Precision, Recipe, Table, find_key, key, override
 from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
+from guidance_nb.engine._hardware import check_compiler, check_tracker, choose_precision, compile_network
 from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine.graphs import recorded
-from guidance_nb.engine.hardware import check_compiler, check_tracker, choose_precision, compile_network
 from guidance_nb.engine.run import Engine
 from guidance_nb.engine.sampling import sample_sharded
 from guidance_nb.flow_postprocessing import FlowPostprocessor, PairDraws, PairLoss, pair_data

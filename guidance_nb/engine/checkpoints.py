@@ -82,6 +82,11 @@ def _seal_record(record: Json) -> str:
     return json.dumps(body | {"checksum": digest(json.dumps(body, sort_keys=True))}, indent=1, sort_keys=True)
 
 
+def _measure(path: Path) -> Json:
+    """What the record says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
 def write_checkpoint(folder: Path, record: Json, parts: tuple[nn.Module | dict, nn.Module, dict]) -> Path:
     """Write model, average and moments whole or not at all; an `OSError` leaves older checkpoints as they are."""
     from safetensors.torch import save_file, save_model
@@ -97,7 +102,7 @@ def write_checkpoint(folder: Path, record: Json, parts: tuple[nn.Module | dict, 
                     save_file(part, aside / name)
                 else:  # weights that are shared are written once
                     save_model(part, str(aside / name))
-                files[name] = {"bytes": (aside / name).stat().st_size, "sha256": digest(aside / name)}
+                files[name] = _measure(aside / name)
             name = "checkpoint.json"
             (aside / name).write_text(_seal_record(record | {"format": _FORMAT, "files": files}), encoding="utf-8")
     except OSError as error:
@@ -107,24 +112,16 @@ def write_checkpoint(folder: Path, record: Json, parts: tuple[nn.Module | dict, 
     return target
 
 
-def write_weights(saved: Checkpoint, target: Path, metadata: Json) -> None:
-    """Write the moving average alone, in half precision, as a folder that is read like a checkpoint."""
-    from safetensors.torch import save_file
-
-    weights = {name: value.half() if value.is_floating_point() else value for name, value in saved.ema.items()}
-    with write_aside(target) as aside:
-        aside.mkdir()
-        save_file(weights, aside / _NAMES[1])
-        files = {_NAMES[1]: {"bytes": (aside / _NAMES[1]).stat().st_size, "sha256": digest(aside / _NAMES[1])}}
-        record = saved.record | {"metadata": dict(metadata), "files": files}
-        (aside / "checkpoint.json").write_text(_seal_record(record), encoding="utf-8")
-
-
 def prune_checkpoints(newest: Path, keep: int) -> None:
     """Remove all but the newest up to this one; later ones can only be damaged, or the run had gone on from them."""
     found = checkpoints_in(newest.parent)
     for path in set(found) - set(found[found.index(newest) :][:keep]):
         remove(path)
+
+
+def _damage(file: Path) -> _DamagedCheckpoint:
+    told = "not what was written (wrong checksum)" if file.exists() else "missing"
+    return _DamagedCheckpoint(f"{file.parent}: {file.name} is {told}")
 
 
 def _check(path: Path) -> Json:
@@ -133,22 +130,16 @@ def _check(path: Path) -> Json:
         text = (path / "checkpoint.json").read_text(encoding="utf-8")
         record = parse_json(text)
         intact = text == _seal_record(record)
-    except FileNotFoundError:
-        raise _DamagedCheckpoint(f"{path}: checkpoint.json is missing") from None
-    except (ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError):
         intact = False
     if not intact:
-        raise _DamagedCheckpoint(f"{path}: checkpoint.json is not what was written")
+        raise _damage(path / "checkpoint.json")
     by = record.get("versions", {}).get("guidance_nb", "unknown")
     told = f"{path} has format {record['format']} (guidance_nb {by})"
     require_that(record["format"] == _FORMAT, told, f"format {_FORMAT}")
     for name, written in record["files"].items():
-        if not (path / name).is_file():
-            raise _DamagedCheckpoint(f"{path}: {name} is missing")
-        if (size := (path / name).stat().st_size) != written["bytes"]:
-            raise _DamagedCheckpoint(f"{path}: {name} has {size} bytes instead of {written['bytes']}")
-        if digest(path / name) != written["sha256"]:
-            raise _DamagedCheckpoint(f"{path}: {name} is not what was written (wrong checksum)")
+        if not (path / name).is_file() or _measure(path / name) != written:
+            raise _damage(path / name)
     return record
 
 
@@ -156,8 +147,6 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Check and open a checkpoint, or the newest intact one of a run; warns about damaged ones passed over."""
     path, problems = Path(path), []
     if path.name.startswith("step-") or (path / "checkpoint.json").exists():
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path} is not a folder; allowed: a checkpoint, or the folder of a run")
         return Checkpoint(path, _check(path))
     for candidate in checkpoints_in(path):
         try:
@@ -172,7 +161,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Load weights, or name the first that does not fit."""
-    from guidance_nb.engine.hardware import shard_like
+    from guidance_nb.engine._hardware import shard_like
 
     state = module.state_dict()
     own, found = ({name: tuple(value.shape) for name, value in part.items()} for part in (state, tensors))

@@ -4,28 +4,27 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import AtLeastZero, Count, Positive, check_choice, check_whole, checked, require
+from guidance_nb._checks import AtLeastZero, Count, Positive, check_whole, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._random import keyed_generator
-from guidance_nb.denoisers import Denoiser, count_nfe
+from guidance_nb.denoisers import count_nfe
 from guidance_nb.engine.run import checkpoint_gradients
 from guidance_nb.images.networks import build_network
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.samplers import Sampler, sample
 from guidance_nb.training import LossContext
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["cost_sheet", "launch_file"]
+__all__ = ["launch_file"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,7 @@ def _kept_bytes(net: nn.Module, run: Callable[[], Tensor]) -> int:
 
 
 def _count_network(
-    build: Callable[[], nn.Module],
-    inputs: Callable[[int], tuple],
-    precision: Literal["fp32", "bf16"] = "bf16",
-    gradient_checkpointing: bool = False,
+    build: Callable[[], nn.Module], inputs: Callable[[int], tuple], precision: str, gradient_checkpointing: bool = False
 ) -> NetworkCost:
     """Count FLOPs and bytes of any network that answers with one tensor; nothing is computed or allocated.
 
@@ -68,7 +64,6 @@ def _count_network(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    check_choice("precision", precision, ("fp32", "bf16"))
     with torch.device("meta"):
         net, args = build(), inputs(2)
         with FlopCounterMode(display=False) as forward:
@@ -88,39 +83,22 @@ def _count_network(
     return NetworkCost(weights, there, back, float(each), float(max(0, kept[0] - each)), gradient_checkpointing)
 
 
-@cache
-def _count_named(name: str, shape: tuple[int, ...], classes: int, options: tuple, changes: tuple) -> NetworkCost:
-    aware, *how = options
+@checked
+def network_cost(
+    name: str, shape: Sequence[int], num_classes: int, scale_aware: bool = False,
+    precision: Literal["fp32", "bf16"] = "bf16", gradient_checkpointing: bool = False, **changes: object,
+) -> NetworkCost:  # fmt: skip
+    """Cost of one of `IMAGE_NETWORKS` by name, for images or latents of `shape`."""
 
     def inputs(n: int) -> tuple:
-        scales = (torch.ones(n),) if aware else ()
+        scales = (torch.ones(n),) if scale_aware else ()
         return torch.zeros(n, *shape), torch.zeros(n), torch.zeros(n, dtype=torch.long), *scales
 
-    return _count_network(lambda: build_network(name, shape, classes, aware, **dict(changes)), inputs, *how)
+    build = partial(build_network, name, tuple(shape), num_classes, scale_aware, **changes)  # type: ignore[arg-type]
+    return _count_network(build, inputs, precision, gradient_checkpointing)
 
 
-def network_cost(
-    name: str,
-    shape: Sequence[int],
-    num_classes: int,
-    scale_aware: bool = False,
-    precision: Literal["fp32", "bf16"] = "bf16",
-    gradient_checkpointing: bool = False,
-    **changes: object,
-) -> NetworkCost:
-    """Cost of one of `IMAGE_NETWORKS` by name, for images or latents of `shape`; counted once."""
-    plain = tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in sorted(changes.items()))
-    return _count_named(name, tuple(shape), num_classes, (scale_aware, precision, gradient_checkpointing), plain)
-
-
-def dit_flops(width: int, depth: int, tokens: int, values: int) -> int:
-    """FLOPs of a DiT forward, counted by hand, eq. (1); `values` are the numbers in a patch."""
-    d, n = width, tokens
-    return 2 * (depth * (12 * n * d**2 + 2 * n**2 * d + 6 * d**2) + 2 * n * values * d + 3 * d**2 + 256 * d)
-
-
-@dataclass(frozen=True)
-class LossNFE:
+class LossNFE(NamedTuple):
     """Network function evaluations per training sample, the mean over a run."""
 
     trained: float  # With a backward pass
@@ -129,17 +107,16 @@ class LossNFE:
 
 @torch.enable_grad()
 def count_loss_nfe(
-    loss: Callable[..., Tensor],
-    model: nn.Module | None = None,
-    data: tuple[Tensor, Tensor | None] | None = None,
+    loss: Callable[..., Tensor], model: nn.Module | None = None, data: tuple[Tensor, Tensor] | None = None,
     steps: int = 1,
-) -> LossNFE:
+) -> LossNFE:  # fmt: skip
     """Count the evaluations that a loss takes by calling it on a tiny model, at 64 of the steps of a run.
 
     `model` and `data` default to a perceptron and random points with ten classes.
     """
-    aware = getattr(loss, "scale_range", None) is not None
-    model = mlp_denoiser(2, FlowPath(), 10, width=4, depth=1, scale_aware=aware) if model is None else model
+    if model is None:
+        aware = getattr(loss, "scale_range", None) is not None
+        model = mlp_denoiser(2, FlowPath(), 10, width=4, depth=1, scale_aware=aware)
     x, c = (torch.zeros(1024, 2), torch.arange(1024) % 10) if data is None else data
     average, trained, total = copy.deepcopy(model), 0, 0
 
@@ -164,16 +141,7 @@ def training_flops(cost: NetworkCost, nfe: LossNFE) -> float:
     return nfe.trained * (cost.forward + cost.backward + again) + nfe.asked * cost.forward
 
 
-def count_sample_nfe(sampler: Sampler, steps: int, guide: Callable[[Denoiser], Denoiser] | None = None) -> float:
-    """Count the evaluations that a sample takes by drawing one from a toy, with `guide` around the model."""
-    model = mlp_denoiser(2, FlowPath(), 10, width=4, depth=1)
-    with count_nfe() as evaluations:
-        sample(guide(model) if guide else model, torch.zeros(1).long(), (2,), sampler, steps, progress=False)
-    return float(evaluations.total)
-
-
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """What a data sheet says of an accelerator."""
 
     peak: float  # FLOP/s of dense bf16 matrix products
@@ -182,7 +150,7 @@ class Chip:
     link: float  # Bytes/s to the other chips of a machine, in one direction
 
 
-CHIPS: dict[str, Chip] = {  # NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, sparsity taken out
+CHIPS = {  # NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, sparsity taken out
     "a100": Chip(312e12, 80e9, 2.039e12, 300e9),
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9),
     "h200": Chip(989e12, 141e9, 4.8e12, 450e9),
@@ -214,16 +182,9 @@ def memory_per_gpu(cost: NetworkCost, trained: float, gpus: int = 1, sharded: bo
 
 @checked
 def cost_sheet(
-    cost: NetworkCost,
-    nfe: LossNFE,
-    steps: int,
-    batch_size: int,
-    gradient_accumulation_steps: Count = 1,
-    gpus: Sequence[int] = (1, 8),
-    chip: str | Chip = "h100",
-    share: float = 0.35,
-    sharded: bool = False,
-) -> "pd.DataFrame":
+    cost: NetworkCost, nfe: LossNFE, steps: int, batch_size: int, gradient_accumulation_steps: Count = 1,
+    gpus: Sequence[int] = (1, 8), chip: str | Chip = "h100", share: float = 0.35, sharded: bool = False,
+) -> "pd.DataFrame":  # fmt: skip
     """GPU-hours and memory of a training run, eqs. (2) to (4), at an assumed MFU `share`, one row a number of GPUs."""
     with extra("plots"):
         import pandas as pd
@@ -245,8 +206,7 @@ def cost_sheet(
     return pd.DataFrame(table)
 
 
-def launch_file(name: str) -> Path:
+@checked
+def launch_file(name: Literal["ddp-1node", "ddp-multinode", "fsdp2"]) -> Path:
     """A configuration that comes with the package, for `accelerate launch --config_file`."""
-    folder = Path(__file__).parent / "launch_files"
-    check_choice("name", name, sorted(path.stem for path in folder.glob("*.yaml")))
-    return folder / f"{name}.yaml"
+    return Path(__file__).parent / "launch_files" / f"{name}.yaml"

@@ -38,14 +38,15 @@ class StepGraph:
 
     def replay(self, x: Tensor, c: Condition | None, generator: torch.Generator) -> Tensor:
         """Do the step with these data and this randomness; its loss."""
-        for kept, new in zip(_tensors(self.x, self.c), _tensors(x, c)):
+        for kept, new in zip(tensors_of(self.x, self.c), tensors_of(x, c)):
             kept.copy_(new.pin_memory() if new.device.type == "cpu" else new, non_blocking=True)
         self.generator.manual_seed(generator.initial_seed())
         self.graph.replay()
         return self.value
 
 
-def _tensors(x: Tensor, c: Condition | None) -> list[Tensor]:
+def tensors_of(x: Tensor, c: Condition | None) -> list[Tensor]:
+    """All tensors of a batch."""
     return [x, *(c.values() if isinstance(c, Mapping) else [] if c is None else [c])]
 
 

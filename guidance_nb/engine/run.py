@@ -7,11 +7,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,32 +21,13 @@ from guidance_nb._conditions import Condition, map_condition, take_rows
 from guidance_nb._files import Json, clean_remnants, digest, locked
 from guidance_nb._processes import on_main
 from guidance_nb._random import has_dropout, keyed_generator, keyed_global_rng
-from guidance_nb.engine.checkpoints import (
-    Checkpoint,
-    checkpoints_in,
-    find_changes,
-    load_weights,
-    prune_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)  # fmt: skip
-from guidance_nb.engine.graphs import StepGraph
-from guidance_nb.engine.hardware import (
-    LossModule,
-    Precision,
-    check_compiler,
-    choose_precision,
-    compile_network,
-    full_tensor,
-    open_accelerator,
-    shard_like,
-)  # fmt: skip
-from guidance_nb.engine.interrupts import stop_signals, stopped_by, uninterrupted
+from guidance_nb.engine import _hardware as hardware
+from guidance_nb.engine import checkpoints
+from guidance_nb.engine._interrupts import stop_signals, stopped_by, uninterrupted
+from guidance_nb.engine.graphs import StepGraph, tensors_of
 from guidance_nb.training import Data, FetchData, LossContext, State, batches, ema_decay, learning_rate, update_ema
 
 __all__ = ["Engine"]
-
-_T = TypeVar("_T")
 
 
 @checked
@@ -65,7 +45,7 @@ class Engine:
     resume: bool = True  # Whether to go on from the newest; if not, the folder must hold none
     metadata: Json = field(default_factory=dict)  # Whatever describes the run
     may_change: tuple[str, ...] = ()  # Keys that may differ at a resume; the checkpoints record what did
-    precision: Precision = "auto"  # "auto" is bf16 where the hardware multiplies it, else fp32
+    precision: hardware.Precision = "auto"  # "auto" is bf16 where the hardware multiplies it, else fp32
     gradient_accumulation_steps: Count = 1  # Passes per optimiser step; each sees an equal share of the batch
     compile: bool = False  # Whether to compile the network, or each of its equal blocks (`torch.compile`, in place)
     channels_last: bool = False  # Whether images and convolutions are kept channels last, as tensor cores prefer
@@ -78,9 +58,6 @@ class Engine:
     log_every: Count = 50  # Steps between two logs
     cpu: bool = False  # Whether to stay on the CPU although there is an accelerator
     find_unused_parameters: bool = False  # Whether some weights take no part in the loss; for several processes
-
-    def __post_init__(self) -> None:
-        _check_json("metadata", self.metadata)
 
     def __call__(
         self, model: nn.Module, loss: Callable, data: Data, settings: dict, progress: bool, description: str
@@ -124,12 +101,12 @@ class _DeferredLoss:
 class Run:
     """What a run holds between two steps, and what it can do."""
 
-    def __init__(self, engine: Engine, model: Any, loss: Callable, data: Data, settings: dict, held: ExitStack):
+    def __init__(self, engine: Engine, model: nn.Module, loss: Callable, data: Data, settings: dict, held: ExitStack):
         self.engine, self.model, self.loss = engine, model, loss
         self.folder = None if engine.folder is None else Path(engine.folder)
         if engine.compile:
-            check_compiler()
-        self.accelerator: Any = open_accelerator(engine)
+            hardware.check_compiler()
+        self.accelerator = hardware.open_accelerator(engine)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.sharded, self.scaler = self.accelerator.is_fsdp2, self.accelerator.scaler
         passes, size, steps = engine.gradient_accumulation_steps, settings["batch_size"], settings["steps"]
@@ -152,8 +129,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), settings["lr"], weight_decay=engine.weight_decay, fused=True
         )
-        self.module, self.stepper = self.accelerator.prepare(LossModule(model, loss), self.optimizer)
-        self.weights, self.kept = [*model.parameters()], [*self.average.parameters()]
+        self.module, self.stepper = self.accelerator.prepare(hardware.LossModule(model, loss), self.optimizer)
+        self.weights: list[Tensor] = [*model.parameters()]
+        self.kept: list[Tensor] = [*self.average.parameters()]
         self.step, self.saved = 0, 0  # steps done, and step of the newest checkpoint
         self.path: Path | None = None  # the newest checkpoint
         self.changes: list[dict] = []  # what differed at resumes
@@ -169,7 +147,7 @@ class Run:
             self.resume(held)
         if engine.compile:  # in place: names of weights and copies of the model stay plain
             for part in (model, self.average):  # the average, too, for some losses ask it at every step
-                compile_network(getattr(part, "net", part))
+                hardware.compile_network(getattr(part, "net", part))
         if engine.tracker is not None:
             self.accelerator.init_trackers("log")
         self.clock = (self.step, time.perf_counter())
@@ -236,8 +214,8 @@ class Run:
         if generator is None:
             place = self.device if self.device.type == "cuda" else "cpu"
             generator = keyed_generator(seed, 0, self.step, device=place)
-        context = LossContext(generator, self.step, self.settings["steps"], self.average, rows, total)
-        context.model, context.law = self.model, self.law
+        step, steps = self.step, self.settings["steps"]
+        context = LossContext(generator, step, steps, self.average, rows, total, self.model, self.law)
         with ExitStack() as stack:
             if number + 1 < passes:
                 stack.enter_context(self.accelerator.no_sync(self.module))
@@ -255,7 +233,7 @@ class Run:
             clip = self.accelerator.clip_grad_norm_ if asks else nn.utils.clip_grad_norm_
             clip(self.weights, self.engine.clip)
         self.stepper.step()
-        weights = [full_tensor(p.detach()) for p in self.weights] if self.sharded else self.weights
+        weights = [hardware.full_tensor(p.detach()) for p in self.weights] if self.sharded else self.weights
         if isinstance(self.decay, Tensor):  # as a graph reads it
             with torch.no_grad():  # a few kernels for all weights together
                 ahead = torch._foreach_sub(weights, self.kept)
@@ -292,10 +270,6 @@ class Run:
             self.accelerator.log(values, step=self.step)
             self.clock = (self.step, now)
 
-    def everywhere(self, action: Callable[[], _T]) -> _T:
-        """What the main process finds, in every process; or its error."""
-        return on_main(action, self.accelerator.process_index, self.world)
-
     def save(self, together: bool = True) -> None:
         """Write a checkpoint of this step and remove old ones; `together` all processes share the writer's errors."""
         if self.folder is None or self.step == self.saved or (self.sharded and not together):
@@ -311,22 +285,22 @@ class Run:
                          "python": platform.python_version()},
             "hardware": {"device": str(self.device), "processes": self.world, "precision": self.engine.precision},
         }  # fmt: skip
-        state = self.optimizer.state
-        moments = {f"{key}/{name}": value for name, p in self.model.named_parameters() if p in state
-                   for key, value in state[p].items()}  # fmt: skip
-        model: Any = self.model
+        named = {name: self.optimizer.state.get(p, {}) for name, p in self.model.named_parameters()}
+        moments = {f"{key}/{name}": value.contiguous() for name, state in named.items() for key, value in state.items()}
+        model: nn.Module | dict = self.model
         if self.sharded:  # all processes give, the main one keeps
-            whole = [{k: full_tensor(v) for k, v in part.items()} for part in (model.state_dict(), moments)]
+            whole = [
+                {k: hardware.full_tensor(v) for k, v in part.items()} for part in (self.model.state_dict(), moments)
+            ]
             model, moments = ({k: v.cpu().clone() for k, v in part.items()} if main else {} for part in whole)
-        moments = {name: value.contiguous() for name, value in moments.items()}
 
         def write() -> Path:
-            path = write_checkpoint(folder, record, (model, self.average, moments))
-            prune_checkpoints(path, self.engine.keep)
+            path = checkpoints.write_checkpoint(folder, record, (model, self.average, moments))
+            checkpoints.prune_checkpoints(path, self.engine.keep)
             return path
 
         if together:
-            self.path = self.everywhere(write)
+            self.path = on_main(write, self.accelerator.process_index, self.world)
         elif main:
             self.path = write()
         self.saved = self.step
@@ -335,30 +309,32 @@ class Run:
         """Take the folder, and put the run where its newest intact checkpoint left it, if there is one."""
         folder, engine = Path(self.engine.folder or ""), self.engine
 
-        def find() -> Checkpoint | None:
-            _loss_state(self.loss)  # finds out now, not at the first checkpoint, that it cannot be written
+        def find() -> checkpoints.Checkpoint | None:
+            what = "metadata, or what the loss keeps, is no JSON"  # found out now, not at the first checkpoint
+            with explained(what, "numbers, texts, lists, dicts", TypeError, ValueError):
+                json.dumps([engine.metadata, _loss_state(self.loss)])
             folder.mkdir(parents=True, exist_ok=True)
             with explained(f"folder = {folder}", "another folder, for a run is at work in it", BlockingIOError):
                 held.enter_context(locked(folder / ".lock", wait=False))
             clean_remnants(folder, "step-*")
-            if not (paths := checkpoints_in(folder)):
+            if not (paths := checkpoints.checkpoints_in(folder)):
                 return None
             require(engine.resume, "folder", f"{folder} with {paths[0].name}", "an empty folder with resume=False")
-            return read_checkpoint(folder)
+            return checkpoints.read_checkpoint(folder)
 
-        found = self.everywhere(find)
+        found = on_main(find, self.accelerator.process_index, self.world)
         if found is None:
             return
-        changes = find_changes(found, self.settings, engine.metadata, engine.may_change)
+        changes = checkpoints.find_changes(found, self.settings, engine.metadata, engine.may_change)
         self.changes = found.record["changes"] + changes
-        load_weights(self.model, found.model, f"{found.path}/model.safetensors")
-        load_weights(self.average, found.ema, f"{found.path}/ema.safetensors")
+        checkpoints.load_weights(self.model, found.model, f"{found.path}/model.safetensors")
+        checkpoints.load_weights(self.average, found.ema, f"{found.path}/ema.safetensors")
         weights = dict(self.model.named_parameters())
         for key, value in found.optimizer.items():  # laid out in memory as the weights are
             kind, name = key.split("/", 1)
             p = weights[name]
             fresh = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
-            self.optimizer.state[p][kind] = fresh.detach().copy_(shard_like(value, fresh))
+            self.optimizer.state[p][kind] = fresh.detach().copy_(hardware.shard_like(value, fresh))
         if hasattr(self.loss, "load_state_dict"):
             self.loss.load_state_dict(found.record["loss_state"])
         if self.scaler is not None and found.record["scaler"]:
@@ -367,14 +343,9 @@ class Run:
         self.value = _DeferredLoss(torch.tensor(found.record["loss"], dtype=torch.float64), found.step - 1)
 
 
-def _check_json(name: str, value: object) -> object:
-    with explained(f"{name} is no JSON", "numbers, texts, lists, dicts", TypeError, ValueError):
-        return json.loads(json.dumps(value))
-
-
 def _loss_state(loss: Callable) -> object:
     """What a loss keeps between steps, if it has a `state_dict`."""
-    return _check_json("loss.state_dict()", loss.state_dict()) if hasattr(loss, "state_dict") else None
+    return loss.state_dict() if hasattr(loss, "state_dict") else None
 
 
 def _describe_loss(loss: Callable) -> Json:
@@ -391,29 +362,25 @@ def _describe_data(data: Data, folder: Path | None) -> Json:
         return {"size": len(data), "digest": identity}
     if callable(data):
         return {"size": None, "digest": None}
-    x, c = data
-    parts = [x, *(c.values() if isinstance(c, Mapping) else [] if c is None else [c])]
-    return {"size": [*x.shape], "digest": None if folder is None else digest(*parts)[:16]}
+    return {"size": [*data[0].shape], "digest": None if folder is None else digest(*tensors_of(*data))[:16]}
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
     """Let blocks keep their inputs alone and compute the rest again in the backward pass."""
-    known: list[Any] = [part for part in model.modules() if hasattr(part, "enable_gradient_checkpointing")]
-    require(known, "gradient_checkpointing", True, "False for this network, which is none of diffusers")
-    for part in known:
-        part.enable_gradient_checkpointing()
+    known = [getattr(part, "enable_gradient_checkpointing", None) for part in model.modules()]
+    require(any(known), "gradient_checkpointing", True, "False for this network, which is none of diffusers")
+    for enable in filter(None, known):
+        enable()
 
 
 def _check_graphs(run: Run) -> None:
     """Raise a one-line error for a run that cannot be recorded."""
     rules = {
-        "on a CPU": run.device.type == "cuda",
-        "with several processes": run.world == 1,
+        "on a CPU": run.device.type == "cuda", "with several processes": run.world == 1,
         "with gradient_accumulation_steps above 1": run.engine.gradient_accumulation_steps == 1,
-        "with precision = 'fp16'": run.scaler is None,
-        "with dropout inside the network": not run.dropout,
+        "with precision = 'fp16'": run.scaler is None, "with dropout inside the network": not run.dropout,
         "with a loss that changes from step to step": not getattr(run.loss, "changes", False),
-    }
+    }  # fmt: skip
     for where, fine in rules.items():
         require(fine, "cuda_graphs", True, f"False {where}")
 
@@ -444,7 +411,7 @@ def _memory_hint(run: Run) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
             raise
         engine, batch = run.engine, run.settings["batch_size"]
-        precision, passes = choose_precision(engine.precision, run.device), engine.gradient_accumulation_steps
+        precision, passes = hardware.choose_precision(engine.precision, run.device), engine.gradient_accumulation_steps
         knobs = [f"a smaller batch_size than {batch}", f"gradient_accumulation_steps = {2 * passes}"]
         knobs += ["precision = 'bf16'"] if precision == "fp32" else []
         knobs += [] if engine.gradient_checkpointing else ["gradient_checkpointing = True"]

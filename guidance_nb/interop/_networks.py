@@ -13,7 +13,6 @@ from guidance_nb._files import Json
 Network: TypeAlias = Any  # A network of diffusers, or one wrapped by peft
 Pipeline: TypeAlias = Any  # A pipeline of diffusers
 Scheduler: TypeAlias = Any  # A scheduler of diffusers
-Autoencoder: TypeAlias = Any  # An AutoencoderKL
 
 CONDITIONS = {
     "UNet2DModel": ("class_labels",),
@@ -47,13 +46,11 @@ def takes_labels(net: Network) -> bool:
 
 def name_conditions(net: Network, c: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Conditions by the names the network gives them."
-    names, found = condition_names(net), ["a tensor"] if isinstance(c, Tensor) else sorted(c)
-    if isinstance(c, Tensor) and len(names) == 1:
-        return {names[0]: c}
+    names = condition_names(net)
+    given = c if isinstance(c, Mapping) else {names[0] if len(names) == 1 else "a tensor": c}
     words = f"tensors by name, {', '.join(names)}" if len(names) > 1 else f"a tensor, or {{{names[0]!r}: tensor}}"
-    require(found == sorted(names), "c", ", ".join(found), words)
-    assert isinstance(c, Mapping)
-    return {name: c[name] for name in names}
+    require(sorted(given) == sorted(names), "c", ", ".join(sorted(given)), words)
+    return {name: given[name] for name in names}
 
 
 def latent_channels(net: Network) -> int:
@@ -62,10 +59,8 @@ def latent_channels(net: Network) -> int:
     return net.config.in_channels // patch
 
 
-def to_patches(
-    x: Tensor,  # Latents, `[batch, channels, height, width]`
-) -> tuple[Tensor, Tensor]:  # Tokens `[batch, patches, 4 channels]`, positions `[patches, 3]`
-    "Latents as the row of 2 x 2 patches that Flux sees."
+def to_patches(x: Tensor) -> tuple[Tensor, Tensor]:
+    "Latents as the row of 2 x 2 patches that Flux sees `[batch, patches, 4 channels]`, and positions `[patches, 3]`."
     b, channels, height, width = x.shape
     require(height % 2 == width % 2 == 0, "shape of x", tuple(x.shape), "even height and width, for patches of 2 x 2")
     tokens = x.reshape(b, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
@@ -74,23 +69,16 @@ def to_patches(
     return tokens.reshape(b, -1, 4 * channels), positions
 
 
-def from_patches(
-    tokens: Tensor,  # `[batch, patches, 4 channels]`
-    shape: torch.Size,  # Shape of the latents
-) -> Tensor:  # Latents, `[batch, channels, height, width]`
-    "The inverse of `to_patches`."
+def from_patches(tokens: Tensor, shape: torch.Size) -> Tensor:
+    "The inverse of `to_patches`, for latents of a shape."
     b, channels, height, width = shape
     grid = tokens.reshape(b, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return grid.reshape(shape)
 
 
-def embed_scale(
-    scale: Tensor,  # Guidance scales `[batch]`
-    width: int,  # Even width of the embedding
-) -> Tensor:  # `[batch, width]`
-    "Sines and cosines of 1000 (scale - 1), as the pipelines of Stable Diffusion feed them to its network."
-    half = width // 2
-    rates = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=scale.device))
+def embed_scale(scale: Tensor, width: int) -> Tensor:
+    "Sines and cosines of 1000 (scale - 1) `[batch, width]`, as pipelines of Stable Diffusion feed them to the network."
+    rates = torch.exp(-math.log(10000.0) / (width // 2 - 1) * torch.arange(width // 2, device=scale.device))
     angles = 1000 * (scale.float() - 1)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)
 
@@ -101,13 +89,12 @@ def takes_scale(net: Network) -> bool:
 
 
 def call_network(
-    net: Network,  # A network of diffusers
-    x: Tensor,  # Noisy data as the network sees it, `[batch, channels, height, width]`
-    time: Tensor,  # What it is told of time, `[batch]`
-    conditions: Mapping[str, Tensor],  # By name
-    scale: Tensor | None = None,  # Guidance scales `[batch]`, for networks that take them
-) -> Tensor:  # Prediction of the clean data, noise or velocity, shape of `x`
-    "One evaluation in the calling convention of the network's family; sizes and labels keep their precision."
+    net: Network, x: Tensor, time: Tensor, conditions: Mapping[str, Tensor], scale: Tensor | None = None
+) -> Tensor:
+    """One evaluation in the calling convention of the network's family; sizes and labels keep their precision.
+
+    `x` is as the network sees it, `time` `[batch]` what it is told, `scale` `[batch]` for networks that take it.
+    """
     family, dtype, keep = network_family(net), next(net.parameters()).dtype, ("time_ids", "class_labels")
     given: Json = {key: c if key in keep else c.to(dtype) for key, c in conditions.items()}
     data = x.to(dtype)

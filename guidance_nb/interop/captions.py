@@ -1,11 +1,11 @@
 """Captioned pictures, and what of them is computed once: latents, and an embedding for each distinct caption."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,23 +20,35 @@ from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop.diffusers import PipelineParts
 from guidance_nb.interop.text_denoiser import check_pipeline
 
+if TYPE_CHECKING:
+    from datasets import Dataset  # type: ignore[import-untyped]
+
 __all__: list[str] = []
 
+_SHARD_ROWS = 1024  # Pictures, or captions, of a file
 _TABLES = ("metadata.jsonl", "metadata.csv")
 
 
 def _read_table(path: Path) -> list[Json]:
     "Rows of a table of captions; what cannot be read is a `ValueError` that names file and line."
-    lines = [] if path.suffix == ".csv" else read_text(path).split("\n")
-    columns, *values = ([[]] if lines else read_csv(path)) or [[]]
-    rows: list[Json] = [dict(zip(columns, line)) for line in values if line]
-    for number, line in enumerate(lines, 1):
-        with explained(f"{path} line {number} is no JSON", "one object a line", json.JSONDecodeError):
-            rows += [parse_json(line)] if line.strip() else []
+    rows: list[Json] = []
+    if path.suffix == ".csv":
+        columns, *lines = read_csv(path) or [[]]
+        rows = [dict(zip(columns, line)) for line in lines if line]
+    else:
+        for number, text in enumerate(read_text(path).split("\n"), 1):
+            with explained(f"{path} line {number} is no JSON", "one object a line", json.JSONDecodeError):
+                rows += [parse_json(text)] if text.strip() else []
     for number, row in enumerate(rows, 1):
         named = isinstance(row, dict) and isinstance(row.get("file_name"), str)
         require_that(named, f"{path} row {number} has no file_name", "one for every row")
     return rows
+
+
+def _said(caption: object, place: str, allowed: str) -> str:
+    "A caption without the spaces around it; one that is missing names its picture."
+    require_that(isinstance(caption, str) and caption.strip(), f"{place} has no caption", allowed)
+    return str(caption).strip()
 
 
 def find_captions(folder: Path, column: str = "text") -> dict[Path, str]:
@@ -50,19 +62,16 @@ def find_captions(folder: Path, column: str = "text") -> dict[Path, str]:
         found = {folder / row["file_name"]: row.get(column) for row in _read_table(table)}
     for path in sorted(found.keys() - set(pictures)):
         require_that(False, f"{path} is in {table} but not in the folder", "rows of pictures that are there")
-    require(pictures, "pictures", f"none in {folder}", "a folder with captioned pictures")
-    for path in pictures:
-        said = isinstance(caption := found.get(path), str) and caption.strip()
-        where = path.with_suffix(".txt").name if table is None else f"a row of {table.name} with {column!r}"
-        require_that(said, f"{path} has no caption", where)
-    return {path: str(found[path]).strip() for path in pictures}
+    require(pictures, "pictures", f"none in {folder}", "a folder of captioned pictures, or a datasets.Dataset")
+    where = "" if table is None else f"a row of {table.name} with {column!r}"
+    return {path: _said(found.get(path), str(path), where or path.with_suffix(".txt").name) for path in pictures}
 
 
 @dataclass
 class _DatasetPictures:
     "Pictures of a `datasets.Dataset`, decoded and cropped when asked for."
 
-    dataset: Any  # What is indexed by number and gives rows
+    dataset: "Dataset"  # What is indexed by number and gives rows
     column: str  # Column of the pictures
     size: Size | None  # Side, or height and width, to crop and resize to; None wants pictures of one size
     crop: Crop  # A key of `CROPS`
@@ -79,70 +88,58 @@ class _DatasetPictures:
 
     def __call__(self, indices: Tensor) -> Tensor:
         "The pictures `[b, 3, height, width]`, uint8."
-        found = [self.one(i) for i in indices.tolist()]
-        for i, picture in zip(indices.tolist(), found):
-            a, b = ("x".join(map(str, x.shape[:0:-1])) for x in (found[0], picture))
-            told = f"picture {indices[0]} of {self.name} is {a} and picture {i} is {b}"
-            require_that(a == b, told, "pictures of one size, or give size")
-        return torch.stack(found)
+        with explained(f"pictures of {self.name} differ in size", "pictures of one size, or give size", RuntimeError):
+            return torch.stack([self.one(i) for i in indices.tolist()])
 
 
 @checked
 def load_captioned(
-    source: Any, size: Size | None = None, crop: Crop = "adm", column: str = "text", pictures: str = "image"
+    source: "Dataset | str | Path",
+    size: Size | None = None,
+    crop: Crop = "adm",
+    column: str = "text",
+    pictures: str = "image",
 ) -> ImageData:
     "Captioned pictures, decoded when asked for; missing captions, unreadable and unlike pictures are named."
-    pixels: Any
-    if hasattr(source, "column_names"):
+    pixels: Callable[[Tensor], Tensor]
+    if not isinstance(source, str | Path):
         name = f"dataset {getattr(source, '_fingerprint', '')}".strip()
         for wanted in (column, pictures):
             check_choice(f"column of {name}", wanted, source.column_names)
-        captions = list(source[column])
-        for i, caption in enumerate(captions):
-            said = isinstance(caption, str) and caption.strip()
-            require(said, f"caption of picture {i} of {name}", caption, "text, not empty")
+        captions = [_said(text, f"picture {i} of {name}", f"{column!r}") for i, text in enumerate(source[column])]
         pixels = _DatasetPictures(source, pictures, size, crop, name)
-        shape: Any = tuple(pixels.one(0).shape) if size is None else (3, *common_size([], size))
+        height, width = pixels.one(0).shape[1:] if size is None else common_size([], size)
     else:
-        require(Path(source).is_dir(), "source", str(source), "a folder of captioned pictures, or a datasets.Dataset")
         found, name = find_captions(Path(source), column), str(source)
         paths, captions = [str(path) for path in found], list(found.values())
-        pixels = ImageFiles(paths, 3, size, crop)
-        shape = pixels.shape
-    captions = [caption.strip() for caption in captions]
+        pixels = files = ImageFiles(paths, 3, size, crop)
+        height, width = files.shape[1:]
     number = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
     labels = torch.tensor([number[caption] for caption in captions], dtype=torch.long)
-    return ImageData(pixels, labels, tuple(number), shape, name=name)
+    return ImageData(pixels, labels, tuple(number), (3, height, width), name=name)
 
 
 def _texts_digest(captions: Sequence[str]) -> str:
     return digest(json.dumps(["", *captions]))
 
 
-def _cache_text(
-    pipeline: Pipeline,  # A Stable Diffusion pipeline
-    captions: Sequence[str],  # Distinct captions
-    out: str | Path,  # Folder of the shards; whole ones in it are kept
-    shard_rows: int = 1024,  # Captions of a shard
-    dtype: str = "float32",  # How numbers are stored: "float32" or "float16"
-    batch_size: int = 64,  # Captions at a time
-) -> None:
-    "Embeddings of the null prompt and of captions, computed once, on all processes if there are several."
-    out, texts, parts = Path(out), ["", *captions], PipelineParts(pipeline.unet, pipeline)
-    settings = {"captions": _texts_digest(captions), "dtype": dtype, "shard_rows": shard_rows}
+def _cache_text(pipeline: Pipeline, captions: Sequence[str], out: Path) -> None:
+    "Embeddings of the null prompt and of distinct captions, computed once, on all processes if there are several."
+    texts, parts = ["", *captions], PipelineParts(pipeline.unet, pipeline)
+    settings = {"captions": _texts_digest(captions), "dtype": "float32", "shard_rows": _SHARD_ROWS}
     settings |= {"encoder": weights_digest(pipeline.text_encoder.state_dict())}
     rank, world = find_processes(next(pipeline.text_encoder.parameters()).device)
 
     def make(number: int) -> Json:
-        path, first = out / f"text-{number:05d}.safetensors", number * shard_rows
+        path, first = out / f"text-{number:05d}.safetensors", number * _SHARD_ROWS
         if kept := find_shard(path, settings):
             return kept
-        rows = texts[first : first + shard_rows]
-        batches = [parts.encode(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-        embedded = torch.cat([c.to("cpu", getattr(torch, dtype)) for c in batches])  # type: ignore[union-attr]
+        rows = texts[first : first + _SHARD_ROWS]
+        batches = [parts.encode(rows[i : i + 64]) for i in range(0, len(rows), 64)]
+        embedded = torch.cat([c.cpu().float() for c in batches])  # type: ignore[union-attr]
         return write_shard(path, embedded, torch.arange(first, first + len(rows)), settings)
 
-    numbers = range(rank, -(-len(texts) // shard_rows), world)
+    numbers = range(rank, -(-len(texts) // _SHARD_ROWS), world)
     made = in_all_processes(lambda: [make(number) for number in numbers], world)
     shards = sorted((shard for part in made for shard in part), key=lambda shard: shard["file"])
     index = json.dumps({"settings": settings, "shards": shards}, indent=1)
@@ -161,11 +158,6 @@ class CaptionedLatents:
     def shape(self) -> tuple[int, ...]:
         "Channels, height, width of a latent."
         return self.latents.shape
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        "Distinct captions."
-        return self.latents.classes
 
     @property
     def null(self) -> Tensor:
@@ -191,21 +183,21 @@ class CaptionedLatents:
 
 
 def cache_captioned(
-    source: Any,  # A folder of captioned pictures, a `datasets.Dataset`, or what load_captioned gave
+    source: ImageData | str | Path,  # What load_captioned gave, or a folder of captioned pictures of one size
     out: str | Path,  # Folder for latents and embeddings; what is whole in it is kept
     pipeline: Pipeline,  # A Stable Diffusion pipeline
-    size: Size | None = None,  # Side, or height and width, to crop and resize to; None wants pictures of one size
     flip: bool = False,  # Whether to encode mirror images, too; they belie captions with "left" and "right"
     crop: Crop = "adm",  # A key of `CROPS`
-    column: str = "text",  # Column of the captions
     batch_size: int = 8,  # Pictures at a time
     progress: bool = True,  # Whether to show a progress bar
 ) -> CaptionedLatents:
     "Encode pictures and captions once; goes on where it was interrupted."
     check_pipeline(pipeline)
-    data = source if isinstance(source, ImageData) else load_captioned(source, size, crop, column)
-    how: Json = {"flip": flip, "shard_rows": 1024, "batch_size": batch_size, "crop": crop}
-    encode_folder(data, Path(out) / "latents", pipeline.vae, **how, progress=progress)
+    data = source if isinstance(source, ImageData) else load_captioned(source)
+    encode_folder(
+        data, Path(out) / "latents", pipeline.vae, flip=flip, shard_rows=_SHARD_ROWS, batch_size=batch_size, crop=crop,
+        progress=progress,
+    )  # fmt: skip
     _cache_text(pipeline, data.classes, Path(out) / "text")
     return load_cached(out, flip)
 
@@ -213,9 +205,8 @@ def cache_captioned(
 def load_cached(folder: str | Path, flip: bool = False) -> CaptionedLatents:
     "Latents and embeddings of a folder; missing, truncated and foreign files are named."
     latents, text = load_latents(Path(folder) / "latents", flip), Path(folder) / "text"
-    finished = (text / "text.json").is_file()
-    require(finished, "embeddings", f"none in {text}", "a folder that `cache_captioned` has finished")
-    with explained(f"{text / 'text.json'} is damaged", "delete it and start again", ValueError, KeyError, TypeError):
+    advice = "a folder that `cache_captioned` has finished"
+    with explained(f"{text / 'text.json'} is missing or damaged", advice, ValueError, KeyError, TypeError):
         index = parse_json(read_text(text / "text.json"))
         captions, rows = (index["settings"][key] for key in ("captions", "shard_rows"))
         files = [text / entry["file"] for entry in index["shards"]]

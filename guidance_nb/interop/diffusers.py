@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,13 @@ from guidance_nb._files import Json
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
 from guidance_nb.images.data import Size, find_sides
 from guidance_nb.images.latents import undo_scaling
-from guidance_nb.interop._networks import (
-    Autoencoder,
-    Network,
-    Pipeline,
-    Scheduler,
-    call_network,
-    condition_names,
-    latent_channels,
-    name_conditions,
-    network_family,
-    takes_labels,
-    takes_scale,
-)
+from guidance_nb.interop import _networks as networks
+from guidance_nb.interop._networks import Network, Pipeline, Scheduler
 from guidance_nb.interop.schedulers import SchedulerFacts, path_from_scheduler
 from guidance_nb.paths import clamp_time
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 __all__ = ["from_diffusers"]
 
@@ -54,24 +46,14 @@ def open_pipeline(source: Pipeline | str | Path) -> Pipeline:
         return DiffusionPipeline.from_pretrained(str(source))
 
 
-def _own_network(pipeline: Pipeline) -> Network:
-    "The network a pipeline denoises with."
-    net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    require(net is not None, "pipeline", type(pipeline).__name__, "one with a unet or a transformer")
-    return net
-
-
 def has_encoder(pipeline: Pipeline) -> bool:
     "Whether a pipeline can encode prompts."
     return any(getattr(pipeline, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
 
 
 @torch.no_grad()
-def _decode_latents(
-    vae: Autoencoder,  # An AutoencoderKL, or None where the data are the images
-    latents: Tensor,  # Latents as the network sees them, `[n, channels, height, width]`
-) -> Tensor:  # Images, in [-1, 1] up to what the decoder exceeds
-    "Images of latents: undo the pipeline's scaling, then decode."
+def _decode_latents(vae: "AutoencoderKL | None", latents: Tensor) -> Tensor:
+    "Images of latents: undo the pipeline's scaling, then decode; without `vae` the data are the images."
     if vae is None:
         return latents
     x = undo_scaling(vae.config, latents).to(next(vae.parameters()))
@@ -91,7 +73,7 @@ class PipelineParts:
         return self
 
     @property
-    def vae(self) -> Autoencoder:
+    def vae(self) -> "AutoencoderKL | None":
         "The autoencoder, or None."
         return getattr(self.pipeline, "vae", None)
 
@@ -105,22 +87,22 @@ class PipelineParts:
         "Shape of one sample."
         own = self.net.config.get("sample_size") or getattr(self.pipeline, "default_sample_size", 128)
         if self.size is None:
-            return latent_channels(self.net), *find_sides(tuple(own) if isinstance(own, list) else own)
+            return networks.latent_channels(self.net), *find_sides(tuple(own) if isinstance(own, list) else own)
         height, width = find_sides(self.size)
         fine = not (height % self.factor or width % self.factor)
         require(fine, "size", self.size, f"multiples of {self.factor}, the pixels of one latent")
-        return latent_channels(self.net), height // self.factor, width // self.factor
+        return networks.latent_channels(self.net), height // self.factor, width // self.factor
 
     def encode(self, prompts: Sequence[str | int], blank: bool = False) -> Condition:
         "Conditions of prompts or classes; `blank` ones are zeros where the pipeline wants it so."
-        if takes_labels(self.net):
+        if networks.takes_labels(self.net):
             return self._encode_classes(prompts)
         name = type(self.pipeline).__name__
         require(has_encoder(self.pipeline), "text encoder", f"None in {name}", "conditions made elsewhere")
-        found = dict(zip(condition_names(self.net), self._encode_text([str(prompt) for prompt in prompts])))
+        found = dict(zip(networks.condition_names(self.net), self._encode_text([str(prompt) for prompt in prompts])))
         if blank and self.pipeline.config.get("force_zeros_for_empty_prompt"):
             found = {name: torch.zeros_like(c) for name, c in found.items()}
-        if "time_ids" in condition_names(self.net):
+        if "time_ids" in networks.condition_names(self.net):
             height, width = (side * self.factor for side in self.shape[1:])
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
             found["time_ids"] = sizes.to(found["text_embeds"].device).expand(len(prompts), -1)
@@ -128,34 +110,34 @@ class PipelineParts:
 
     def _encode_classes(self, classes: Sequence[str | int]) -> Tensor:
         known = getattr(self.pipeline, "labels", {})
-        for name in classes:
-            found = not isinstance(name, str) or name in known
-            require(found, "class", name, f"an index, or one of {len(known)} names")
-        return torch.tensor([known[name] if isinstance(name, str) else int(name) for name in classes])
+        indices = [known.get(name, -1) if isinstance(name, str) else int(name) for name in classes]
+        wrong = next((name for name, index in zip(classes, indices) if index < 0), None)
+        require(wrong is None, "class", wrong, f"an index, or one of {len(known)} names")
+        return torch.tensor(indices)
 
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> tuple[Tensor, ...]:
         "Text, and pooled text where there is one, by `encode_prompt`, whose form differs from pipeline to pipeline."
-        family, device = network_family(self.net), next(self.net.parameters()).device
+        family, device = networks.network_family(self.net), next(self.net.parameters()).device
         encode = self.pipeline.encode_prompt
         if family == "FluxTransformer2DModel":
             return encode(prompts, None, device, **self.options)[:2]
         if family == "SD3Transformer2DModel":
             return encode(prompts, None, None, device, 1, False, **self.options)[::2]
-        if "text_embeds" in condition_names(self.net):  # SDXL
+        if "text_embeds" in networks.condition_names(self.net):  # SDXL
             return encode(prompts, None, device, 1, False, **self.options)[::2]
         return encode(prompts, device, 1, False, **self.options)[:1]
 
 
 def _find_null(net: Network, null: int | Condition | None) -> tuple[int, Condition | None]:
     "How many classes a network has, and what stands for none of them."
-    if not takes_labels(net):
+    if not networks.takes_labels(net):
         for c in [] if null is None else [null] if isinstance(null, int | Tensor) else null.values():
             shape = tuple(c.shape) if isinstance(c, Tensor) else c
             fine = isinstance(c, Tensor) and c.is_floating_point() and len(c) == 1
             require(fine, "null", shape, "the condition [1, ...] of an empty prompt, or None")
         return EMBEDDINGS, null  # type: ignore[return-value]
-    if network_family(net) == "DiTTransformer2DModel":
+    if networks.network_family(net) == "DiTTransformer2DModel":
         label = net.config.num_embeds_ada_norm
         for module in net.modules():
             if type(module).__name__ == "LabelEmbedding":
@@ -171,15 +153,15 @@ class DiffusersDenoiser(NetworkDenoiser):
 
     def __init__(
         self,
-        parts: PipelineParts,  # The network and what surrounds it
-        facts: SchedulerFacts,  # What its scheduler says
+        parts: PipelineParts,
+        facts: SchedulerFacts,
         null: int | Condition | None = None,  # What stands for no condition: a label, or a condition `[1, ...]`
         guidance: float | None = None,  # Fixed scale for a network that takes one; None makes it scale-aware
     ):
         classes, null = _find_null(parts.net, null)
-        aware = takes_scale(parts.net) and guidance is None
+        aware = networks.takes_scale(parts.net) and guidance is None
         super().__init__(parts.net, facts.path, classes, facts.prediction, facts.sigma_data, aware, null)
-        self.parts, self.facts, self.guidance = parts, facts, guidance if takes_scale(parts.net) else None
+        self.parts, self.facts, self.guidance = parts, facts, guidance if networks.takes_scale(parts.net) else None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -210,15 +192,15 @@ class DiffusersDenoiser(NetworkDenoiser):
         t = clamp_time(self.path, t) if self.prediction == "eps" else t
         fine = x.ndim == 4 and x.shape[1] == channels
         require(fine, "shape of x", tuple(x.shape), f"[batch, {channels}, height, width]")
-        named = name_conditions(self.net, self.network_condition(c, drop, x)) if self.num_classes else {}
-        asked: Any = (1.0 if scale is None else scale) if self.scale_aware else self.guidance
-        if asked is not None:
-            asked = torch.as_tensor(asked, dtype=torch.float32, device=x.device).expand(len(x))
-        if self.scale_aware and (c is None or drop is not None):
-            asked = torch.zeros_like(asked) if c is None else asked.masked_fill(drop, 0.0)
+        named = networks.name_conditions(self.net, self.network_condition(c, drop, x)) if self.num_classes else {}
+        wanted = (1.0 if scale is None else scale) if self.scale_aware else self.guidance
+        asked = None if wanted is None else torch.as_tensor(wanted, dtype=torch.float32, device=x.device).expand(len(x))
+        if asked is not None and self.scale_aware:
+            dropped = torch.tensor(c is None, device=x.device) if c is None or drop is None else drop
+            asked = asked.masked_fill(dropped, 0.0)
         data, time = self.network_inputs(x, t) if clock is None else (x, clock(t).to(x.device).expand(len(x)))
         record_nfe(len(x))
-        return self.facts.sign * call_network(self.net, data, time, named, asked).to(x.dtype)
+        return self.facts.sign * networks.call_network(self.net, data, time, named, asked).to(x.dtype)
 
 
 def from_diffusers(
@@ -231,7 +213,9 @@ def from_diffusers(
 ) -> DiffusersDenoiser:  # With `shape`, `encode(prompts)`, `decode_latents(latents)`
     "A model of diffusers as a denoiser: with path, prediction and time of its scheduler, for any guidance."
     pipeline = None if isinstance(source, nn.Module) else open_pipeline(source)
-    parts = PipelineParts(source if pipeline is None else _own_network(pipeline), pipeline, size, options)
+    net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", source)
+    require(isinstance(net, nn.Module), "pipeline", type(pipeline).__name__, "one with a unet or a transformer")
+    parts = PipelineParts(net, pipeline, size, options)
     scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
     facts = scheduler if isinstance(scheduler, SchedulerFacts) else path_from_scheduler(scheduler)
     if isinstance(null, str):

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from guidance_nb.interop.schedulers import scheduler_times
 from guidance_nb.model_guidance import FixedScale
 from guidance_nb.samplers import sample
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
+
 __all__: list[str] = []
 
-_Clip: TypeAlias = tuple[Any, Any] | str | Path  # `(CLIPModel, CLIPProcessor)`, or the folder or name of both
 
-
-def _load_clip(source: _Clip) -> tuple[Any, Any]:
+def _load_clip(source: "tuple[CLIPModel, CLIPProcessor] | str | Path") -> "tuple[CLIPModel, CLIPProcessor]":
     "A CLIP of `transformers`; one that cannot be loaded is a `ValueError`."
     if not isinstance(source, str | Path):
         return source
@@ -39,12 +40,12 @@ def _load_clip(source: _Clip) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def clip_score(
-    images: Tensor,  # `[n, 3, height, width]`, in [-1, 1] or uint8
-    prompts: Sequence[str],  # One a picture
-    clip: _Clip,  # See load_clip
-    batch_size: int = 32,  # Pictures at a time
-) -> Tensor:  # `[n]`, 0 to 100
-    "Agreement of pictures with texts, eq. (4) (arXiv 2104.08718, with the factor of torchmetrics)."
+    images: Tensor, prompts: Sequence[str], clip: "tuple[CLIPModel, CLIPProcessor] | str | Path", batch_size: int = 32
+) -> Tensor:
+    """Agreement of pictures with their texts `[n]`, 0 to 100, eq. (4) (arXiv 2104.08718, factor of torchmetrics).
+
+    `images` are `[n, 3, height, width]`, in [-1, 1] or uint8; `clip` is a model and its processor, or their folder.
+    """
     with extra("images"):
         from torchvision.transforms.functional import to_pil_image
 
@@ -66,7 +67,7 @@ def compare_scales(
     pipeline: Pipeline,  # Encodes the prompts and decodes the latents
     scales: Sequence[float] = (1.0, 2.0, 4.0, 7.5),  # Guidance scales; 1 is none
     *,
-    clip: _Clip | None = None,  # See load_clip; None leaves the score out
+    clip: "tuple[CLIPModel, CLIPProcessor] | str | Path | None" = None,  # None leaves the score out
     steps: int = 50,  # Steps of DDIM on the times of the pipeline's scheduler
     seed: int = 0,  # Picture i depends on (seed, i) alone, and not on model and scale
     size: Size | None = None,  # Side in pixels, or height and width; None for the pipeline's own

@@ -34,11 +34,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 class PipelineDenoiser(Denoiser):
     "What a pipeline has predicted at one point, as a denoiser: first it notes what guidance asks, then it answers."
 
-    def __init__(
-        self,
-        path: Path,  # The path of the pipeline's model
-        net: nn.Module | None = None,  # Its network, for guidance that changes layers
-    ):
+    def __init__(self, path: Path, net: nn.Module | None = None):  # `net` for guidance that changes layers
         super().__init__(path, EMBEDDINGS)
         self.net, self.asked = net, dict[_Request, _Layers]()
 
@@ -70,12 +66,7 @@ class PipelineDenoiser(Denoiser):
 class _WeakNetwork(Denoiser):
     "The same model with another network in the place of its own."
 
-    def __init__(
-        self,
-        model: Denoiser,  # The model
-        net: nn.Module,  # Its network
-        weak: nn.Module,  # The other
-    ):
+    def __init__(self, model: Denoiser, net: nn.Module, weak: nn.Module):
         super().__init__(model.path, model.num_classes)
         self.model, self.forwards = model, {net: weak.forward}
 

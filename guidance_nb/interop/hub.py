@@ -17,7 +17,7 @@ from guidance_nb.paths import Path as GaussianPath
 with extra("diffusers"):
     from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
-__all__ = ["HubDenoiser", "TrainingFacts"]
+__all__ = ["HubDenoiser"]
 
 _PATHS: dict[str, Callable[..., GaussianPath]] = {
     kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)
@@ -90,21 +90,19 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
         return new.eval()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "HubDenoiser":
         "Read a folder or a repository of the Hub; missing or unexpected weights are an error."
-        return super().from_pretrained(*args, **{"strict": True, **kwargs})
+        return super().from_pretrained(source, **{"strict": True, **options})
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+    def generate_model_card(self, *_: object, **__: object) -> ModelCard:
         "The card: method, scale convention, samples seen, and how to sample."
-        words = asdict(self.facts) | {
+        words = {
             "data": f" of {self.facts.data}" if self.facts.data else "",
             "built_in": ", which is an input of the network" if self.scale_aware else "",
             "null": f" and label {self.num_classes} for none of them" if self.num_classes else "",
             "imports": self.facts.imports + "\n" if self.facts.imports else "",
         }
-        named = {"network": self.network, "prediction": self.prediction, "path": self.path, "shape": self.shape}
-        classes = {"num_classes": self.num_classes, "classes": max(self.num_classes, 1)}
-        return ModelCard(_CARD.format(**words, **named, **classes))
+        return ModelCard(_CARD.format(model=self, facts=self.facts, classes=max(self.num_classes, 1), **words))
 
 
 def open_pretrained(source: str) -> Denoiser:

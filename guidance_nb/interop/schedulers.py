@@ -14,7 +14,7 @@ from guidance_nb.denoisers import Parametrisation
 from guidance_nb.interop._networks import Scheduler
 from guidance_nb.paths import EDMPath, FlowPath, Path
 
-__all__ = ["path_from_scheduler", "scheduler_times"]
+__all__ = ["scheduler_times"]
 
 _SCHEDULER_PREDICTIONS: dict[str, Parametrisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
@@ -90,12 +90,10 @@ class _Clock:
 
     scale: float  # Number of training steps
     offset: float = 0.0  # 1 where timestep 0 is the first noisy level
-    nearest: bool = False  # Whether to tell whole timesteps only
 
     def __call__(self, t: Tensor) -> Tensor:
         "Timesteps of times `t`, float32."
-        told = (self.scale * _wide(t) - self.offset).clamp(min=0)
-        return (told.round() if self.nearest else told).float()
+        return (self.scale * _wide(t) - self.offset).clamp(min=0).float()
 
     def time(self, timestep: Tensor) -> Tensor:
         "The inverse: times of timesteps, in double precision."
@@ -112,10 +110,7 @@ class SchedulerFacts(NamedTuple):
     sign: float = 1.0  # Sign of the output; -1 for EDM networks of type `v_prediction`
 
 
-def path_from_scheduler(
-    scheduler: Scheduler,  # A scheduler of diffusers
-    nearest: bool = False,  # Whether the network is told whole timesteps only
-) -> SchedulerFacts:  # Path, prediction and time
+def path_from_scheduler(scheduler: Scheduler) -> SchedulerFacts:
     "Read path, prediction and time from a scheduler's configuration, eq. (1); raises `ValueError` for any other."
     name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
     kind, steps = config.get("prediction_type"), config.get("num_train_timesteps", 1000)
@@ -124,7 +119,7 @@ def path_from_scheduler(
         sign = 1.0 if check_choice(told, kind, ("epsilon", "v_prediction")) == "epsilon" else -1.0
         return SchedulerFacts(EDMPath(config["sigma_max"]), "edm", None, config["sigma_data"], sign)
     if (name.startswith("FlowMatch") and not config.get("invert_sigmas")) or kind == "flow_prediction":
-        return SchedulerFacts(FlowPath(), "velocity", _Clock(steps, 0, nearest))
+        return SchedulerFacts(FlowPath(), "velocity", _Clock(steps))
     table: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
@@ -134,8 +129,8 @@ def path_from_scheduler(
     signal = table[-1] > 0 and not config.get("rescale_betas_zero_snr")  # some leave 2^-24 of it even so
     require(signal or kind != "epsilon", f"{told} with zero terminal SNR", kind, way_out)
     angles = torch.atan2((1 - table.double()).sqrt(), table.double().sqrt())
-    clock = _Clock(len(angles), 1, nearest)
-    return SchedulerFacts(TablePath(tuple(angles.tolist())), _SCHEDULER_PREDICTIONS[str(kind)], clock)
+    path, clock = TablePath(tuple(angles.tolist())), _Clock(len(angles), 1)
+    return SchedulerFacts(path, _SCHEDULER_PREDICTIONS[str(kind)], clock)
 
 
 def scheduler_times(

@@ -3,20 +3,21 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.checkpoint import checkpoint
 
-from guidance_nb._checks import Whole, check_choice, checked, require
+from guidance_nb._checks import Whole, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._files import write_aside
 from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.interop._networks import Network, Pipeline, Scheduler, condition_names, latent_channels
-from guidance_nb.interop.diffusers import DiffusersDenoiser, PipelineParts, has_encoder, open_pipeline, opening
+from guidance_nb.interop.diffusers import DiffusersDenoiser, PipelineParts, open_pipeline, opening
 from guidance_nb.interop.schedulers import path_from_scheduler
 from guidance_nb.training import LossContext
 
@@ -27,23 +28,18 @@ _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 def _check_network(net: Network, scheduler: Scheduler) -> None:
     "Raise an error for a network that is not fine-tuned here, or a scheduler that does not say what it predicts."
-    name = type(net).__name__
-    fine = name == "UNet2DConditionModel" and condition_names(net) == ("encoder_hidden_states",)
-    require(fine, "network", name, "a UNet2DConditionModel conditioned on text alone")
-    clock = path_from_scheduler(scheduler).clock
-    require(clock, "scheduler", type(scheduler).__name__, "any but those of EDM")
+    fine = condition_names(net) == ("encoder_hidden_states",)
+    require(fine, "network", type(net).__name__, "a UNet2DConditionModel conditioned on text alone")
+    require(path_from_scheduler(scheduler).clock, "scheduler", type(scheduler).__name__, "any but those of EDM")
 
 
 def check_pipeline(pipeline: Pipeline) -> None:
     "Raise a one-line error for a pipeline that cannot be fine-tuned."
-    name, vae, allowed = type(pipeline).__name__, getattr(pipeline, "vae", None), "a Stable Diffusion pipeline"
-    for part in ("unet", "vae"):
-        require(getattr(pipeline, part, None) is not None, f"{part} of {name}", None, allowed)
+    for part in ("unet", "vae", "text_encoder", "tokenizer"):
+        there, told = getattr(pipeline, part, None) is not None, "one, as a Stable Diffusion pipeline has"
+        require(there, f"{part} of {type(pipeline).__name__}", None, told)
     _check_network(pipeline.unet, pipeline.scheduler)
-    for part in ("text_encoder", "tokenizer"):
-        told = "one, for the null prompt"
-        require(has_encoder(pipeline) and getattr(pipeline, part, None) is not None, f"{part} of {name}", None, told)
-    channels, made = latent_channels(pipeline.unet), vae.config.latent_channels  # type: ignore[union-attr]
+    channels, made = latent_channels(pipeline.unet), pipeline.vae.config.latent_channels
     allowed = f"{made}, as the autoencoder makes (inpainting and depth models have more)"
     require(channels == made, "channels of the unet", channels, allowed)
 
@@ -63,9 +59,9 @@ def _add_lora(net: Network, rank: int, layers: Sequence[str] = _LORA_LAYERS, see
     with extra("sd"):
         from peft import LoraConfig
 
-    names = [name for name, _ in net.named_modules()]
+    names = [f".{name}" for name, _ in net.named_modules()]
     for layer in layers:
-        found = any(name == layer or name.endswith(f".{layer}") for name in names)
+        found = any(name.endswith(f".{layer}") for name in names)
         require(found, "layer", layer, f"ends of the names of layers, {', '.join(_LORA_LAYERS)}")
     net.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -78,32 +74,30 @@ class TextDenoiser(DiffusersDenoiser):
 
     frozen: frozenset[str]
 
-    def __init__(
-        self,
-        net: Network,  # A UNet2DConditionModel, perhaps with LoRA layers or a scale input
-        scheduler: Scheduler,  # Its scheduler
-        null: Tensor,  # Embedding of the null prompt, `[1, tokens, width]`
-    ):
-        _check_network(net, scheduler)
+    def __init__(self, net: Network, scheduler: Scheduler, null: Tensor):  # `null` is that of `load_text_denoiser`
         width = net.config.cross_attention_dim
         require(null.shape[-1] == width, "shape of null", tuple(null.shape), f"width {width}, as the network takes")
         super().__init__(PipelineParts(net), path_from_scheduler(scheduler), null)
         self.frozen = frozenset(name for name, p in self.named_parameters() if not p.requires_grad)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        "The weights that are trained, and the null prompt."
-        whole = super().state_dict(*args, **kwargs)
-        return {k: v for k, v in whole.items() if k not in self.frozen} if self.frozen and not kwargs else whole
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        "Load what `state_dict` gave."
-        return super().load_state_dict(state_dict, strict and not self.frozen, assign)
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_miss_no_frozen)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "TextDenoiser":
         memo |= {id(p): p for name, p in self.named_parameters() if name in self.frozen}
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
+
+
+def _leave_out_frozen(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    assert isinstance(model, TextDenoiser)
+    for name in model.frozen:
+        del state[prefix + name]
+
+
+def _miss_no_frozen(model: nn.Module, found: _IncompatibleKeys) -> None:
+    assert isinstance(model, TextDenoiser)
+    found.missing_keys[:] = [name for name in found.missing_keys if name not in model.frozen]
 
 
 @checked
@@ -121,8 +115,7 @@ def load_text_denoiser(
     if isinstance(source, str | Path):
         net, scheduler = _read_parts(str(source))
     else:
-        check_pipeline(source)
-        net, scheduler = copy.deepcopy(source.unet), source.scheduler
+        net, scheduler = copy.deepcopy(getattr(source, "unet", None)), source.scheduler
     _check_network(net, scheduler)
     if scale_aware:
         _add_scale_input(net)
@@ -131,14 +124,16 @@ def load_text_denoiser(
     return TextDenoiser(net, scheduler, null)
 
 
-def _read_parts(source: str) -> tuple[Any, Any]:
+def _read_parts(source: str) -> tuple[Network, Scheduler]:
     with extra("diffusers"):
         import diffusers
 
     with opening("pipeline", source):
         kinds = diffusers.DiffusionPipeline.load_config(source)
-        read = lambda part: getattr(diffusers, kinds[part][1]).from_pretrained(source, subfolder=part)  # noqa: E731
-        return read("unet"), read("scheduler")
+        net, scheduler = (
+            getattr(diffusers, kinds[part][1]).from_pretrained(source, subfolder=part) for part in ("unet", "scheduler")
+        )
+    return net, scheduler
 
 
 class TwoStageAlignedLoss(AlignedLoss):
@@ -166,17 +161,13 @@ _ADVICE = {
 }
 
 
+@checked
 def pipeline_card(
-    method: str = "plain",  # A key of `ADVICE`
-    *,
-    steps: int = 0,  # Optimiser steps
-    samples: int = 0,  # Samples seen
-    base: str = "a pipeline",  # What it came from
-    data: str = "",  # What was learned
-    scale: float = 1.0,  # `guidance_scale` to sample with
-) -> str:  # Markdown with the Hub's header
-    "What the page of a fine-tuned pipeline says."
-    advice, data = _ADVICE[check_choice("method", method, _ADVICE)].format(scale=scale), f" of {data}" if data else ""
+    method: Literal["plain", "aligned_loss", "model_guidance", "scale-aware"] = "plain", *, steps: int = 0,
+    samples: int = 0, base: str = "a pipeline", data: str = "", scale: float = 1.0,
+) -> str:  # fmt: skip
+    "What the page of a pipeline says that came from `base` and learned `data`, to be sampled at `scale`; for the Hub."
+    advice, data = _ADVICE[method].format(scale=scale), f" of {data}" if data else ""
     return _CARD.format(method=method, steps=steps, samples=samples, data=data, base=base, advice=advice, scale=scale)
 
 

@@ -4,9 +4,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-__all__: list[str] = []
 
 _STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _IGNORABLE = (signal.SIG_DFL, signal.default_int_handler)  # whoever has set anything else, such as nohup, means it
@@ -17,7 +14,7 @@ class _Stops:
 
     def __init__(self) -> None:
         self.runs, self.busy, self.waiting, self.came = 0, False, 0, 0
-        self.before: dict[int, Any] = {}
+        self.before: dict[int, signal._HANDLER] = {}
 
     def handle(self, number: int, frame: object) -> None:
         """Keep the first signal of a step; raise else."""

@@ -5,7 +5,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from guidance_nb.engine.run import Engine
-
-__all__: list[str] = []
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -37,9 +35,7 @@ def choose_precision(precision: Precision, device: torch.device) -> Precision:
         emulated = device.type == "cuda" and not units
     if precision == "bf16" and emulated:
         warnings.warn("precision = 'bf16' is emulated on this processor, so 'fp32' is faster here", stacklevel=2)
-    if precision != "auto":
-        return precision
-    return "bf16" if units else "fp32"
+    return precision if precision != "auto" else "bf16" if units else "fp32"
 
 
 def check_compiler() -> None:
@@ -69,12 +65,11 @@ def compile_network(net: nn.Module) -> None:
 
 def check_tracker(tracker: str | None, folder: str | os.PathLike | None) -> None:
     """Raise an error for a tracker that is not installed, or has no place to write."""
-    if tracker is not None:
-        with extra("engine"):
-            from accelerate.tracking import get_available_trackers
+    with extra("engine"):
+        from accelerate.tracking import get_available_trackers
 
-        check_choice("tracker", tracker, [*sorted(str(name) for name in get_available_trackers()), None])
-        require(folder is not None, "tracker", tracker, "None without a folder, which takes the log")
+    check_choice("tracker", tracker, [*sorted(map(str, get_available_trackers())), None])
+    require(tracker is None or folder is not None, "tracker", tracker, "None without a folder, which takes the log")
 
 
 def open_accelerator(engine: "Engine") -> "Accelerator":
@@ -113,7 +108,7 @@ def _prepare_sharding(accelerator: "Accelerator", engine: "Engine") -> None:
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    state: Any = accelerator.state
+    state = accelerator.state
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.num_processes > 1
     if wanted and getattr(state, "fsdp_plugin", None) is None:  # on CPUs, and after a run in another precision
         PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
@@ -135,9 +130,9 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def shard_like(x: Tensor, like: Any) -> Tensor:
+def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that belongs here, if `like` is such a part."""
-    if not hasattr(like, "full_tensor"):
+    if not (hasattr(like, "device_mesh") and hasattr(like, "placements")):
         return x
     from torch.distributed.tensor import distribute_tensor
 
