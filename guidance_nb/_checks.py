@@ -83,13 +83,19 @@ def check_scale(scale: _T, name: str = "scale") -> _T:
     return scale
 
 
-def check_denoiser(name: str, model: "Denoiser") -> "Denoiser":
-    """A denoiser that has a velocity and a score."""
+def check_kind(name: str, model: "Denoiser") -> "Denoiser":
+    """A denoiser, guided or not."""
     from .denoisers import Denoiser
 
     made = "NetworkDenoiser(net, path, num_classes) for a network, from_diffusers(model) for one of diffusers"
     require_that(isinstance(model, Denoiser), f"{name} is a {type(model).__name__}", f"a Denoiser: {made}")
-    require(model.consistent, name, model, "a model with a velocity and a score; CFG++ has none")
+    return model
+
+
+def check_denoiser(name: str, model: "Denoiser") -> "Denoiser":
+    """A denoiser that has a velocity and a score."""
+    fine = check_kind(name, model).consistent
+    require(fine, name, model, "a model with a velocity and a score; CFG++ has none")
     return model
 
 
@@ -138,6 +144,7 @@ def checked(made: _F) -> _F:
 check_interval = functools.partial(check_range, allowed="two times, 0 <= first <= last <= 1", high=1)
 
 WithScore = Annotated["Denoiser", check_denoiser]
+AnyDenoiser = Annotated["Denoiser", check_kind]
 Number = Annotated[float, check_number]  # finite
 AtLeastZero = Annotated[float, functools.partial(check_number, low=0)]
 NonZero = Annotated[float, check_nonzero]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import require
+from guidance_nb._checks import check_kind, require
 
 if TYPE_CHECKING:
     from .denoisers import NetworkDenoiser
@@ -78,6 +78,7 @@ def null_rows(null: Condition | None, batch: int, device: torch.device) -> Condi
 
 def check_conditional(model: "NetworkDenoiser", c: object, scale_range: object = None) -> None:
     """A condition for every sample, and a range of scales for networks that take a scale, and for no others."""
+    check_kind("model", model)
     require(c is not None, "c", c, "one condition a sample, for guidance needs one")
     allowed = f"{'a range' if model.scale_aware else 'None'}, for model.scale_aware = {model.scale_aware}"
     require(model.scale_aware == (scale_range is not None), "scale_range", scale_range, allowed)

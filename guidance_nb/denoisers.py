@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, require_that
+from ._checks import check_choice, check_kind, require_that
 from ._conditions import C, Condition, drop_rows, join, null_rows, repeat
 from ._runs import at_time, is_of_run, once
 from .paths import Path, change_path, check_time, clamp_time, expand_time
@@ -357,6 +357,8 @@ class NetworkDenoiser(Denoiser):
 
     def decode(self, y: Tensor, x: Tensor, t: Tensor | float) -> Prediction:
         "The pair that a raw output `y` at (x, t) stands for, eq. (3)."
+        lost = x.requires_grad and torch.is_grad_enabled() and not y.requires_grad
+        require_that(not lost, "net gives no gradient at x", "a network without torch.no_grad and detach inside")
         return to_prediction(y, x, torch.as_tensor(t), self.path, self.prediction, self.sigma_data)
 
     def forward(
@@ -411,7 +413,7 @@ class OnPath(Denoiser):
     "A `model`, used on another `path` at equal noise-to-signal ratio."
 
     def __init__(self, model: Denoiser, path: Path):
-        super().__init__(path, model.num_classes)
+        super().__init__(path, check_kind("model", model).num_classes)
         self.model = model
         loudest = model.path.noise_to_signal(torch.ones((), dtype=torch.float64))
         self.last_time = min(path.time_at(loudest).item(), 1.0)  # noisier points the model has never seen

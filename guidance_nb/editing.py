@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import (
+    AnyDenoiser,
     Count,
     check_choice,
     check_number,
@@ -105,7 +106,7 @@ def _with_jumps(times: Tensor, resamplings: int, jump: int) -> Tensor:
 # %% ../nbs/21_editing.ipynb #2e0d000e
 @checked
 def inpaint(
-    model: Denoiser,  # Any denoiser, guided or not
+    model: AnyDenoiser,  # Any denoiser, guided or not
     c: Condition | int,  # Conditions `[n]`, or the number of samples
     known: _Floats,  # Data to keep where the mask is true, `[n, ...]`
     mask: Tensor,  # True where data is known; broadcasts to `known`
@@ -132,7 +133,7 @@ def inpaint(
 # %% ../nbs/21_editing.ipynb #2e0d001e
 @checked
 def image_to_image(
-    model: Denoiser,  # Any denoiser, guided or not
+    model: AnyDenoiser,  # Any denoiser, guided or not
     c: Condition | int,  # Conditions `[n]`, or the number of samples
     x: _Floats,  # Images to begin with, `[n, ...]`
     strength: _Time = 0.7,  # The time to begin at; 1 keeps nothing

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import (
+    check_kind,
     check_number,
     check_scale,
     check_whole,
@@ -394,7 +395,7 @@ def estimate_ratios(
 ) -> RatioTable:  # E[e_c e_u] / E[e_u^2] by time and class
     """Estimate the ratio of eq. (8) element by element on noised data of each
     class (arXiv 2410.18737)."""
-    counts = c.bincount(minlength=model.num_classes)
+    counts = c.bincount(minlength=check_kind("model", model).num_classes)
     require_that(counts.all(), f"c has no sample of class {counts.argmin()}", "samples of every class")
     ratios = []
     for t in times:

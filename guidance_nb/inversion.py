@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ._checks import Whole, checked
+from ._checks import AnyDenoiser, Whole, checked
 from ._conditions import Condition
 from .denoisers import Denoiser
 from .samplers import SAMPLERS, StepContext, check_request, sample, time_grid
@@ -37,7 +37,7 @@ def _implicit_step(
 
 @checked
 def invert(
-    model: Denoiser,  # Any denoiser, guided or not
+    model: AnyDenoiser,  # Any denoiser, guided or not
     x: Tensor,  # Data, `[n, ...]`
     c: Condition | None = None,  # Its conditions `[n]`, or None
     sampler: Literal["ddim", "euler", "heun"] = "ddim",  # As for the way back

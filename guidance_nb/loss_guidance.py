@@ -23,7 +23,7 @@ from guidance_nb._checks import (
 )
 from ._conditions import Condition, map_condition
 from ._modes import swapped
-from .denoisers import Denoiser, Prediction
+from .denoisers import EMBEDDINGS, Denoiser, Prediction
 from .guidance import Claims, Guidance, Scale, Schedule, shift_prediction
 from .paths import Path, clamp_time, expand_time
 from .power_tilt import anderson_step
@@ -56,6 +56,8 @@ class LossGuidance(Guidance):
         require(callable(loss), "loss", loss, "a function (x0, c) -> [batch]")
         self.loss, self.through, self.recompute = loss, through, recompute
         self.steps, self.shared = check_whole("steps", steps, 1), num_classes is None
+        if num_classes not in (None, EMBEDDINGS):
+            check_whole("num_classes", num_classes)
         self.num_classes = model.num_classes if num_classes is None else num_classes
 
     def unguided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
@@ -79,6 +81,8 @@ class LossGuidance(Guidance):
         alpha, sigma = (expand_time(f(late), x) for f in (self.path.alpha, self.path.sigma))
         if not self.through:
             return sigma**2 / (alpha**2 + sigma**2) * g
+        told = "model gives x0 without a gradient"
+        require_that(x0.requires_grad, told, "one that has it, or through=False")
         back = torch.autograd.grad(x0, x, g, retain_graph=True, create_graph=deep)
         return sigma**2 / alpha * back[0]
 

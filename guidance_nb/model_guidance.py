@@ -19,6 +19,7 @@ from guidance_nb._checks import (
     ScaleRange,
     Share,
     Whole,
+    check_kind,
     check_number,
     check_scale,
     checked,
@@ -207,8 +208,8 @@ class FixedScale(Denoiser):
         model: NetworkDenoiser,  # A network trained with `scale_range`
         scale: Scale,  # Number, `[batch]` or function of time; 1 is unguided
     ):
-        super().__init__(model.path, model.num_classes)
-        aware = model.scale_aware
+        super().__init__(check_kind("model", model).path, model.num_classes)
+        aware = getattr(model, "scale_aware", False)
         require(aware, "model.scale_aware", aware, "True")
         self.model, self.scale = model, check_scale(scale)
 

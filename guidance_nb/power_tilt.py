@@ -303,7 +303,7 @@ def sample_feynman_kac(
 ) -> _WeightedSamples:
     """Weighted guided ancestral sampling, eq. (10), of the power tilt (arXiv
     2503.02819)."""
-    path, guided = model.path, ClassifierFreeGuidance(model, scale)
+    guided, path = ClassifierFreeGuidance(model, scale), model.path
     labels = torch.as_tensor(c)
     labels = labels.expand(n, *labels.shape).contiguous()
     times = time_grid(path, steps) if times is None else times.double().cpu()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._checks import check_choice, check_number, check_whole, require, require_that
+from ._checks import check_choice, check_kind, check_number, check_whole, require, require_that
 from ._conditions import Condition, count, map_condition, take_rows
 from ._modes import eval_mode
 from ._random import NoiseSource
@@ -274,8 +274,7 @@ def sample(
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> Tensor:  # Samples `[n, *shape]`
     "Draw samples; sample i depends on (seed, start + i) alone, and the model is left in the mode it was in."
-    told = f"model is a {type(model).__name__}"
-    require_that(isinstance(model, Denoiser), told, "a Denoiser, such as NetworkDenoiser(net, path)")
+    check_kind("model", model)
     times = time_grid(model.path, steps, str(sampler)) if times is None else torch.as_tensor(times).double().cpu()
     n = check_request(model, c, shape, sampler, times)
     rising = times[0] < times[1]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from ._checks import AtLeastZero, Count, Seed, Share, checked, require
+from ._checks import AtLeastZero, Count, Seed, Share, check_kind, checked, require
 from ._conditions import Condition, count, map_condition, take_rows
 from ._processes import prefetch
 from ._random import has_dropout, keyed_generator, keyed_global_rng, visiting_order
@@ -114,7 +114,7 @@ class DenoisingLoss:
         "Per-sample losses `[batch]`."
         t, eps = context.times(x0), context.noise(x0)
         drop = context.drop(x0, self.dropout)
-        x = model.path.interpolate(x0, eps, t)
+        x = check_kind("model", model).path.interpolate(x0, eps, t)
         error = model.output(x, t, c, drop=drop) - model.target(x0, eps, t)
         return error.square().flatten(1).mean(1)
 

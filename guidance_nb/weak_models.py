@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from guidance_nb._checks import (
     Count,
     check_denoiser,
+    check_kind,
     check_number,
     check_scale,
     checked,
@@ -259,7 +260,7 @@ class _Perturbed(Denoiser):
         # Breaks a model inside a `with` block
         perturb: Callable[[nn.Module], AbstractContextManager[None]],
     ):
-        super().__init__(model.path, model.num_classes)
+        super().__init__(check_kind("model", model).path, model.num_classes)
         self.model, self.perturb = model, perturb
         with perturb(model):
             pass  # an unknown layer raises its error now
@@ -439,7 +440,7 @@ class CADS(Denoiser):
         tau: tuple[float, float] = (0.6, 0.9),
         mixing: float = 1.0,  # Share of the rescaled embedding, 0 to 1
     ):
-        super().__init__(model.path, model.num_classes)
+        super().__init__(check_kind("model", model).path, model.num_classes)
         allowed = "EMBEDDINGS, a model of embeddings, such as EmbeddedLabels(model)"
         require(model.num_classes == EMBEDDINGS, "model.num_classes", model.num_classes, allowed)
         _annealing(torch.zeros(()), tau)
@@ -491,7 +492,7 @@ class EmbeddedLabels(Denoiser):
         # A model with one embedding table for its labels
         model: NetworkDenoiser,
     ):
-        super().__init__(model.path, EMBEDDINGS)
+        super().__init__(check_kind("model", model).path, EMBEDDINGS)
         rows = model.num_classes + 1
         tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part.num_embeddings == rows]
         fine, told = len(tables) == 1 and model.num_classes > 0, f"model has {len(tables)} label embeddings"

@@ -7,7 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 from weights import stir
 
-from guidance_nb.denoisers import EMBEDDINGS, count_nfe
+from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
+from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, count_nfe
 from guidance_nb.images.networks import image_denoiser
 from guidance_nb.loss_guidance import LossGuidance, _recomputed, pigdm_scale
 from guidance_nb.mixtures import ExactDenoiser, Mixture, log_prob
@@ -162,8 +163,41 @@ def test_bad_input_is_one_line(network):
         LossGuidance(network, loss, steps=0)
     with pytest.raises(ValueError, match=r"^loss = 3; allowed"):
         LossGuidance(network, 3)
+    for wrong in (-2, 1.5, True, "10"):
+        with pytest.raises(ValueError, match=r"^num_classes = .*; allowed: a whole number, 0 or more$"):
+            LossGuidance(network, loss, num_classes=wrong)
+    assert LossGuidance(network, loss, num_classes=EMBEDDINGS).num_classes == EMBEDDINGS
     with pytest.raises(ValueError, match=r"^std = -1; allowed"):
         pigdm_scale(FlowPath(), -1)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "eps", "x0"])
+def test_a_network_that_disables_gradients_says_so(prediction):
+    "Its x0 has the gradient of what is added to its output, which is not the denoiser's."
+    net = NetworkDenoiser(Deaf(), FlowPath(), 0, prediction)
+    x, t, total = torch.randn(3, 2), torch.tensor(0.5), lambda x0, c: x0.sum(1)
+    for wrong in (net, ClassifierFreeGuidance(NetworkDenoiser(Deaf(), FlowPath(), 2, prediction), 2.0)):
+        with pytest.raises(ValueError, match=r"^net gives no gradient at x; allowed: a network without torch.no_grad"):
+            LossGuidance(wrong, total)(x, t, torch.arange(3) % 2 if wrong is not net else None)
+    assert LossGuidance(net, total, through=False).x0(x, t).isfinite().all()
+    with pytest.raises(ValueError, match=r"^model gives x0 without a gradient; allowed: one that has it, or through"):
+        LossGuidance(Still(FlowPath()), total)(x, t)
+
+
+class Deaf(nn.Module):
+    "A network that is evaluated without gradients."
+
+    @torch.no_grad()
+    def forward(self, x, *_):
+        return 0.5 * x
+
+
+class Still(Denoiser):
+    "A denoiser that is evaluated without gradients."
+
+    @torch.no_grad()
+    def forward(self, x, t, c=None):
+        return Prediction(0.5 * x, 0.5 * x)
 
 
 @each_path

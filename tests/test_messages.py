@@ -9,15 +9,22 @@ import torch
 from torch import nn
 
 from guidance_nb import (
+    aligned_loss,
     denoisers,
+    editing,
+    explorer,
     guidance,
     guidance_variants,
+    inversion,
+    loss_guidance,
     mixtures,
+    model_guidance,
     networks,
     paths,
     plots,
     power_tilt,
     samplers,
+    several_conditions,
     trained_guidance,
     training,
     weak_models,
@@ -162,3 +169,41 @@ def test_a_wrong_input_is_one_line(call, words):
     with pytest.raises((ValueError, TypeError), match=re.escape(words)) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+RAW = {
+    "sample": lambda net: samplers.sample(net, LABELS, (2,), progress=False),
+    "inpaint": lambda net: editing.inpaint(net, LABELS, FIVE, FIVE > 0),
+    "image_to_image": lambda net: editing.image_to_image(net, LABELS, FIVE),
+    "invert": lambda net: inversion.invert(net, FIVE, LABELS),
+    "guidance": lambda net: guidance.Guidance(net),
+    "loss": lambda net: loss_guidance.LossGuidance(net, lambda x0, c: x0.sum(1)),
+    "conditions": lambda net: several_conditions.ComposedConditions(net),
+    "attention": lambda net: several_conditions.NormalizedAttentionGuidance(net, 0, 0),
+    "perturbed": lambda net: weak_models.PerturbedAttentionGuidance(net, 0),
+    "CADS": lambda net: weak_models.CADS(net),
+    "embedded": lambda net: weak_models.EmbeddedLabels(net),
+    "path": lambda net: denoisers.OnPath(net, FLOW),
+    "fixed scale": lambda net: model_guidance.FixedScale(net, 2.0),
+    "corrector": lambda net: power_tilt.PredictorCorrector(net),
+    "particles": lambda net: power_tilt.sample_feynman_kac(net, 0, 4, (2,), 2.0),
+    "ratios": lambda net: guidance_variants.estimate_ratios(net, FIVE, LABELS, GRID),
+    "teacher": lambda net: trained_guidance.GuidedDistillationLoss(net),
+    "loss of training": lambda net: training.train(net, training.DenoisingLoss(), (FIVE, LABELS), 1, 4, progress=False),
+    "explorer": lambda net: explorer.explore(model=net),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_network_that_is_no_denoiser_is_told_how_to_become_one(name):
+    with pytest.raises(ValueError, match=r"^\w+ is a Linear; allowed: a Denoiser: NetworkDenoiser\(net, [^\n]+$"):
+        RAW[name](nn.Linear(2, 2))
+
+
+LOSSES = [aligned_loss.AlignedLoss(2.0), model_guidance.ModelGuidanceLoss(0.5)]
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, trained_guidance.GuidanceFreeTrainingLoss()], ids=lambda x: type(x).__name__)
+def test_a_network_that_is_no_denoiser_is_not_trained_as_one(loss):
+    with pytest.raises(ValueError, match=r"^model is a Linear; allowed: a Denoiser: [^\n]+$"):
+        train(loss, torch.randn(8, 1), torch.arange(8) % 2)

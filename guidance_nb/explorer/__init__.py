@@ -7,7 +7,7 @@ module; `explore` shows the same in Jupyter, with a model of your own if you lik
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from guidance_nb._checks import require
+from guidance_nb._checks import check_kind, require
 from guidance_nb._files import Json
 from guidance_nb.denoisers import Denoiser
 from guidance_nb.explorer._assets import asset, embed, program
@@ -78,6 +78,6 @@ def explore(scenes: Mapping[str, Scene] | None = None, model: Denoiser | None = 
     scenes = scenes or example_scenes()
     for name, scene in scenes.items():
         classes = scene.mixture.num_classes
-        fine = model is None or model.num_classes == classes
+        fine = model is None or check_kind("model", model).num_classes == classes
         require(fine, "classes of model", model and model.num_classes, f"{classes}, as scene {name!r}")
     return LiveView(scenes, model).box
