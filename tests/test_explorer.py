@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from guidance_nb.explorer import _PROGRAM, Scene, _checked_runs, explore, explorer_page
+from guidance_nb.explorer import _PROGRAM, Scene, _checked_runs, example_scenes, explore, explorer_page
 from guidance_nb.explorer._assets import program as read_program
-from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, example_scenes, settings_of, true_scale
+from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, settings_of, true_scale
 from guidance_nb.mixtures import ExactDenoiser, Mixture, gaussian_pair, log_prob
 from guidance_nb.paths import FlowPath, VPPath
 from guidance_nb.plots import _density_image

@@ -13,7 +13,8 @@ from guidance_nb.denoisers import Denoiser
 from guidance_nb.explorer._assets import asset, embed, program
 from guidance_nb.explorer._digits import digits_page
 from guidance_nb.explorer._live import LiveView
-from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, Scene, Solver, example_scenes, settings_of
+from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, Scene, Solver, settings_of
+from guidance_nb.mixtures import checkerboard, fractal, gaussian_pair
 from guidance_nb.plots import COLOURS, METHOD_LABELS
 
 __all__ = ["Scene", "digits_page", "explore"]
@@ -43,6 +44,15 @@ _CHECKED: list[tuple[str, Solver, int, dict[str, float]]] = [
     ("model_guidance", "heun", 8, {"weight": 0.75}),
     ("flow_postprocessing", "heun", 16, {"scale": 4, "neighbours": 7}),
 ]
+
+
+def example_scenes() -> dict[str, Scene]:
+    """The three data sets of the page."""
+    return {
+        "pair": Scene("two Gaussians on a line", gaussian_pair(), 2.6),
+        "fractal": Scene("fractal in the plane", fractal(depth=3), 1.8),
+        "grid": Scene("two-class grid in the plane", checkerboard(), 2.4),
+    }
 
 
 def _checked_runs(scenes: Mapping[str, Scene]) -> list[Json]:

@@ -13,15 +13,7 @@ from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.denoisers import Denoiser, Prediction, guide, record_nfe, to_prediction
 from guidance_nb.metrics import nll, outlier_rate, outlier_threshold, sliced_wasserstein
-from guidance_nb.mixtures import (
-    ExactClassifier,
-    ExactDenoiser,
-    Mixture,
-    checkerboard,
-    fractal,
-    gaussian_pair,
-    sample_mixture,
-)
+from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture, sample_mixture
 from guidance_nb.paths import FlowPath
 from guidance_nb.samplers import Trajectory, sample_trajectory
 
@@ -222,12 +214,3 @@ class Scene:
 def pack_points(x: Tensor) -> str:
     """Points `[n, d]` as base64 of their float32 values, little-endian."""
     return base64.b64encode(x.detach().numpy().astype("<f4").tobytes()).decode()
-
-
-def example_scenes() -> dict[str, Scene]:
-    """The three data sets of the page."""
-    return {
-        "pair": Scene("two Gaussians on a line", gaussian_pair(), 2.6),
-        "fractal": Scene("fractal in the plane", fractal(depth=3), 1.8),
-        "grid": Scene("two-class grid in the plane", checkerboard(), 2.4),
-    }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Extractor", "extract", "feature_space"]
 
 INCEPTION = "inception-v3-compat"
-NETWORKS = INCEPTION, "resnet20", "resnet56"  # of images with three channels; grey ones are repeated
+_NETWORKS = INCEPTION, "resnet20", "resnet56"  # of images with three channels; grey ones are repeated
 PIXELS = "pixels"  # no network: the values themselves, of any number of channels
 LAYERS = {"fd": "features", "sfd": "spatial", "score": "logits", "kd": "features"}
 LAYERS |= {"precision": "features", "recall": "features"}  # metric -> layer
@@ -156,7 +156,7 @@ def extract(
         return images
     channels = check_images(name, images).shape[1]
     others = f"1 or 3, as {named} was trained on; {PIXELS!r} and an Extractor of your own take any"
-    require(channels in (1, 3) or named not in NETWORKS, f"channels of {name}", channels, others)
+    require(channels in (1, 3) or named not in _NETWORKS, f"channels of {name}", channels, others)
     extractor = find_extractor(extractor or INCEPTION, weights, metrics)
     parts: dict[str, list[Tensor]] = {}
     with torch.no_grad(), tqdm(total=len(images), disable=not progress, unit="image", desc=name) as bar:
@@ -179,7 +179,7 @@ def find_extractor(
     "The feature extractor of a name."
     if isinstance(extractor, Extractor):
         return extractor
-    if check_choice("extractor", extractor, (*NETWORKS, PIXELS)) == PIXELS:
+    if check_choice("extractor", extractor, (*_NETWORKS, PIXELS)) == PIXELS:
         return Extractor(PIXELS, lambda images: from_uint8(images).flatten(1))
     wanted = metric_names(metrics, extractor)
     if extractor == INCEPTION:
