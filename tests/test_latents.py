@@ -480,7 +480,7 @@ def test_what_does_not_fit_latents_is_refused(place, tmp_path):
             ("train", "latents-tiny", "--source", source, "--method", "evaluation_classifier"),
             "methods that need no clean",
         ),
-        (("train", "latents-tiny", "--source", source, "--size", 32), "data.size = 32; allowed: 16, of which"),
+        (("train", "latents-tiny", "--source", source, "--size", 32), "data.size = 32; allowed: [16, 16], of which"),
         (("sample", run, "--vae", tmp_path / "other"), "other has factor = 0.3; allowed: 0.4, as the latents were"),
         (("sample", run, "--vae", tmp_path / "none"), "none' cannot be loaded ("),
         (("sample", run, "--channels", 9), "channels = 9; allowed: 0 to 4"),

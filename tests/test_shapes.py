@@ -207,6 +207,6 @@ def test_a_recipe_brings_pictures_to_a_height_and_a_width(tmp_path):
 @pytest.mark.parametrize("kind", [Recipe, FineTuning])
 def test_a_size_is_a_side_or_a_height_and_a_width(kind, size):
     with pytest.raises(
-        ValueError, match=r"^data\.size = [^\n]+; allowed: a whole number, 0 or more, or a height and a w"
+        ValueError, match=r"^data\.size = [^\n]+; allowed: a whole number, 0 or more, or a list of 2 numbers"
     ):
         override(kind(), {"size": size})

@@ -133,12 +133,12 @@ def test_a_resumed_run_keeps_its_times(tmp_path):
         "a deviation": (lambda: LogNormalTimes(std=-1.0), "std = -1.0; allowed: a positive, finite number"),
         "no path": (lambda: TrainingTimes().draw(U, None), "path of the model = None; allowed: one, for times"),
         "a recipe": (
-            lambda: read_recipe("mnist-base", {"times": "0"}),
-            "method.times = [0.0]; allowed: a mean and a deviation above 0",
+            lambda: _make_times(read_recipe("mnist-base", {"times": "0"})),
+            "method.times = (0.0,); allowed: a mean and a deviation",
         ),
         "a weighted classifier": (
-            lambda: read_recipe("mnist-classifier", {"method.weight": "p2"}),
-            "method.weight = 'p2'; allowed: '', except for losses that train a denoiser",
+            lambda: TrainingTimes(weight="p2").weigh(U, U, torch.nn.Identity()),
+            "weight = 'p2'; allowed: None for a Identity, which is no NetworkDenoiser",
         ),
     }.values(),
 )

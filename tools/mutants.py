@@ -171,8 +171,8 @@ MUTANTS = [
     Mutant("images/data.py", "[rows] < 0.5", " < 0.5", "image_data processes"),
     Mutant("images/data.py", "file.stat().st_mtime_ns", "0", "image_data other_data"),
     Mutant("cli/run.py", "({} if numbered else", "({} if False else", "recipes numbers or index"),
-    Mutant("cli/evaluation.py", "return torch.tensor([known[name] for name in names])[file.c]", "return file.c",
-           "recipes matched"),
+    Mutant("cli/evaluation.py", "return torch.tensor([extractor.classes.index(name) for name in known])[file.c]",
+           "return file.c", "recipes matched"),
 ]  # fmt: skip
 
 

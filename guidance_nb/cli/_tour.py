@@ -16,29 +16,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guidance_nb._checks import check_choice, check_whole, require
+import guidance_nb as gnb
+from guidance_nb._checks import check_whole, explained, require
 from guidance_nb._extras import extra
 from guidance_nb._files import check_folder, clean_remnants, digest, parse_json, write_aside, write_file
-from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.classifier_guidance import ClassifierGuidance
 from guidance_nb.cli._tables import METHODS, METRICS, show_scores, summary
 from guidance_nb.comparison import Problem, load_problem, score_samples
-from guidance_nb.denoisers import Denoiser, NetworkDenoiser, count_nfe
-from guidance_nb.flow_postprocessing import FlowPostprocessor
-from guidance_nb.mixtures import ExactDenoiser, sample_mixture
-from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale
-from guidance_nb.networks import NoisyClassifier, mlp_denoiser
-from guidance_nb.paths import FlowPath
+from guidance_nb.mixtures import sample_mixture
+from guidance_nb.model_guidance import mg_weight_from_scale
+from guidance_nb.networks import NoisyClassifier
 from guidance_nb.plots import COLOURS, METHOD_LABELS, show_density, show_images, show_points
-from guidance_nb.samplers import sample, sample_trajectory
-from guidance_nb.training import ClassifierLoss, DenoisingLoss, fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +42,7 @@ Row = dict[str, object]
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 MATCHED = 2.0  # Scale of the aligned loss, and of the Model-guidance network that takes none
 EVERY_TIME = (0.0, 1.0)
-NETWORKS = {  # What each method samples from
+NETWORKS = {  # What each method samples from; base learned with label dropout, post from samples of it under CFG
     "none": ("base",),
     "exact": (),
     "classifier_guidance": ("base", "classifier"),
@@ -58,22 +51,11 @@ NETWORKS = {  # What each method samples from
     "model_guidance": ("mg", "mg_aware"),
     "flow_postprocessing": ("base", "post"),
 }
-SECONDS = {  # Of training each network, on one core, as measured
-    "fractal": {"base": 40, "classifier": 38, "aligned": 69, "mg": 63, "mg_aware": 57, "post": 52},
-    "digits": {"base": 31, "classifier": 25, "aligned": 35, "mg": 37, "mg_aware": 34, "post": 38},
+SECONDS = {  # Of training each network, and of sampling from the exact model, on one core, as measured
+    "fractal": {"base": 40, "classifier": 38, "aligned": 69, "mg": 63, "mg_aware": 57, "post": 52, "exact": 18},
+    "digits": {"base": 31, "classifier": 25, "aligned": 35, "mg": 37, "mg_aware": 34, "post": 38, "exact": 18},
 }
-SAMPLING, FROM_EXACT, SCORING = 5, 18, 2  # Of one method
-
-
-class Networks(TypedDict, total=False):
-    "Trained networks by name."
-
-    base: NetworkDenoiser  # By the denoising loss with label dropout: conditional, unconditional, both for CFG
-    classifier: NoisyClassifier
-    aligned: NetworkDenoiser
-    mg: NetworkDenoiser  # Model-guidance at one scale
-    mg_aware: NetworkDenoiser  # Model-guidance with the scale as an input
-    post: FlowPostprocessor  # Learned from samples of CFG
+SAMPLING, SCORING = 5, 2  # Of any other method
 
 
 @dataclass(frozen=True)
@@ -133,9 +115,7 @@ class Stage:
     @property
     def seconds(self) -> float:
         "How long it is expected to take, for the progress bar."
-        sampling = FROM_EXACT if self.name == "exact" else SAMPLING
-        full = SECONDS[self.data][self.name] if self.kind == "train" else sampling
-        return full * self.budget.train_steps / 4000
+        return SECONDS[self.data].get(self.name, SAMPLING) * self.budget.train_steps / 4000
 
     @property
     def own_scales(self) -> tuple[float, ...]:
@@ -172,12 +152,9 @@ def load_stage(path: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     "Read a stage; a damaged file is a `ValueError` that says which and what to do."
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, parse_json(file.metadata()["info"])  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        advice = f"allowed: delete it and start again ({type(error).__name__})"
-        raise ValueError(f"stage file {path} is damaged; {advice}") from None
+    kinds = SafetensorError, KeyError, TypeError, json.JSONDecodeError
+    with explained(f"stage file {path} is damaged", "delete it and start again", *kinds), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, parse_json(file.metadata()["info"])  # noqa: SIM118
 
 
 # Networks
@@ -185,71 +162,57 @@ def load_stage(path: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
 
 def make_network(stage: Stage, problem: Problem) -> nn.Module:
     "The untrained network of a stage, the same on every call."
-    shape, classes, budget = problem.x.shape[1:], problem.mixture.num_classes, stage.budget
-    width, depth, octaves = budget.width, budget.depth, budget.octaves
+    (d,), classes, path = problem.x.shape[1:], problem.mixture.num_classes, gnb.FlowPath()
+    width, depth, octaves = stage.budget.width, stage.budget.depth, stage.budget.octaves
     if stage.name == "post":
-        return FlowPostprocessor(tuple(shape), classes, width, depth, octaves)
+        return gnb.FlowPostprocessor((d,), classes, width, depth, octaves)
     if stage.name == "classifier":
-        return NoisyClassifier(shape[0], classes, FlowPath(), width, depth, seed=stage.seed)
+        return NoisyClassifier(d, classes, path, width, depth, seed=stage.seed)
     aware = stage.name == "mg_aware"
-    return mlp_denoiser(
-        shape[0], FlowPath(), classes, "velocity", width, depth, aware, octaves=octaves, seed=stage.seed
-    )
+    return gnb.mlp_denoiser(d, path, classes, "velocity", width, depth, aware, octaves=octaves, seed=stage.seed)
 
 
 def make_loss(stage: Stage) -> Callable[..., Tensor]:
     "The loss that trains a network. Model-guidance acts at all times here, as guidance by CFG does."
     if stage.name == "classifier":
-        return ClassifierLoss(FlowPath())
+        return gnb.ClassifierLoss(gnb.FlowPath())
     if stage.name == "aligned":
-        return AlignedLoss(MATCHED)
+        return gnb.AlignedLoss(MATCHED)
     if stage.name == "mg":
-        return ModelGuidanceLoss(mg_weight_from_scale(MATCHED), interval=EVERY_TIME)
+        return gnb.ModelGuidanceLoss(mg_weight_from_scale(MATCHED), interval=EVERY_TIME)
     if stage.name == "mg_aware":
-        return ModelGuidanceLoss(scale_range=(stage.scales[0], stage.scales[1]), interval=EVERY_TIME)
-    return DenoisingLoss()
+        return gnb.ModelGuidanceLoss(scale_range=(stage.scales[0], stage.scales[1]), interval=EVERY_TIME)
+    return gnb.DenoisingLoss()
 
 
 def train_network(stage: Stage, problem: Problem, folder: Path) -> nn.Module:
     "Train the network of a stage, and return the moving average."
-    budget, data, length = stage.budget, (problem.x, problem.c), stage.budget.train_steps
     if stage.name == "post":
         return train_post(stage, problem, folder)
-    model = make_network(stage, problem)
-    states = fit(
-        model, make_loss(stage), data, length, budget.batch, budget.lr, ema=budget.ema, seed=stage.seed, progress=False
-    )
-    for state in states:
-        average = state.ema
-    return average
+    budget, model, loss, data = stage.budget, make_network(stage, problem), make_loss(stage), (problem.x, problem.c)
+    return gnb.train(
+        model, loss, data, budget.train_steps, budget.batch, budget.lr,
+        ema=budget.ema, seed=stage.seed, progress=False,
+    ).ema  # fmt: skip
 
 
-def train_post(stage: Stage, problem: Problem, folder: Path) -> FlowPostprocessor:
+def train_post(stage: Stage, problem: Problem, folder: Path) -> gnb.FlowPostprocessor:
     "Generate with the base at several scales, and fit one flow to all of these samples."
     budget, (need,), shape = stage.budget, stage.needs, tuple(problem.x.shape[1:])
-    base = cast(NetworkDenoiser, load_network(need, problem, folder))
+    base = load_network(need, problem, folder)
     labels, generated = torch.arange(budget.pairs) % problem.mixture.num_classes, []
     for number, scale in enumerate(budget.post_scales):
-        guided, seed = ClassifierFreeGuidance(base, scale), 1000 + 10 * stage.seed + number
-        x = sample(guided, labels, shape, steps=budget.steps, seed=seed, batch_size=1000, progress=False)
+        guided, seed = gnb.ClassifierFreeGuidance(base, scale), 1000 + 10 * stage.seed + number
+        x = gnb.sample(guided, labels, shape, steps=budget.steps, seed=seed, batch_size=1000, progress=False)
         generated.append(x)
-    return FlowPostprocessor.fit(
-        torch.cat(generated),
-        problem.x[:20_000],
-        labels.repeat(len(generated)),
-        problem.c[:20_000],
-        steps=budget.train_steps,
-        batch_size=budget.batch,
-        lr=budget.lr,
-        seed=stage.seed,
-        progress=False,
-        width=budget.width,
-        depth=budget.depth,
-        octaves=budget.octaves,
-    )
+    return gnb.FlowPostprocessor.fit(
+        torch.cat(generated), problem.x[:20_000], labels.repeat(len(generated)), problem.c[:20_000],
+        steps=budget.train_steps, batch_size=budget.batch, lr=budget.lr, seed=stage.seed, progress=False,
+        width=budget.width, depth=budget.depth, octaves=budget.octaves,
+    )  # fmt: skip
 
 
-def load_network(stage: Stage, problem: Problem, folder: Path) -> nn.Module:
+def load_network(stage: Stage, problem: Problem, folder: Path) -> Any:
     "Rebuild a trained network from its stage."
     network = make_network(stage, problem)
     network.load_state_dict(load_stage(folder / stage.file)[0])
@@ -259,31 +222,30 @@ def load_network(stage: Stage, problem: Problem, folder: Path) -> nn.Module:
 # Samples
 
 
-def guided_model(method: str, networks: Networks, problem: Problem, scale: float) -> Denoiser:
+def guided_model(method: str, networks: dict[str, Any], problem: Problem, scale: float) -> gnb.Denoiser:
     "The denoiser that stands for a method at a scale."
-    check_choice("method", method, METHODS)
     if method == "none":
         return networks["base"]
     if method == "exact":
-        return ClassifierFreeGuidance(ExactDenoiser(problem.mixture, FlowPath()), scale)
+        return gnb.ClassifierFreeGuidance(gnb.ExactDenoiser(problem.mixture, gnb.FlowPath()), scale)
     if method == "classifier_guidance":
-        return ClassifierGuidance(networks["base"], networks["classifier"], scale)
+        return gnb.ClassifierGuidance(networks["base"], networks["classifier"], scale)
     if method == "model_guidance":
-        return networks["mg"] if scale == MATCHED else FixedScale(networks["mg_aware"], scale)
-    return ClassifierFreeGuidance(networks["aligned" if method == "aligned_loss" else "base"], scale)
+        return networks["mg"] if scale == MATCHED else gnb.FixedScale(networks["mg_aware"], scale)
+    return gnb.ClassifierFreeGuidance(networks["aligned" if method == "aligned_loss" else "base"], scale)
 
 
 def sample_method(stage: Stage, problem: Problem, folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     "Samples and some trajectories by scale and steps; NFE and seconds beside them."
-    networks = cast(Networks, {need.name: load_network(need, problem, folder) for need in stage.needs})
+    networks = {need.name: load_network(need, problem, folder) for need in stage.needs}
     tensors: dict[str, Tensor] = {}
     info: dict[str, list[float]] = {}
-    c = stage.labels(problem)
+    shape, c = tuple(problem.x.shape[1:]), stage.labels(problem)
     for scale, steps in stage.jobs:
         model = guided_model(stage.name, networks, problem, scale)
         begin = time.perf_counter()
-        with count_nfe() as nfe:
-            run = sample_trajectory(model, c, tuple(problem.x.shape[1:]), steps=steps, seed=stage.seed, progress=False)
+        with gnb.count_nfe() as nfe:
+            run = gnb.sample_trajectory(model, c, shape, steps=steps, seed=stage.seed, progress=False)
             x, paths = run.x, run.points[:, :60]
             if stage.name == "flow_postprocessing":
                 x = networks["post"](x, c)
@@ -489,9 +451,10 @@ def show_samples(x: Tensor, c: Tensor, problem: Problem, ax: "Axes") -> None:
 def draw_gallery(stages: list[Stage], folder: Path, problem: Problem, trajectories: bool = False) -> "Figure":
     "One panel for each method, and one for real samples beside samples."
     with extra("plots"):
-        from matplotlib import pyplot
+        from matplotlib import figure
 
-    fig, axes = pyplot.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
+    fig = figure.Figure(figsize=(10, 5.4), layout="constrained")
+    axes = fig.subplots(2, 4)
     for ax, stage in zip(axes.flat, stages):
         show_stage(stage, folder, problem, trajectories, ax)
     if not trajectories:
@@ -515,12 +478,8 @@ TITLES = {"fractal": "The 2-D fractal", "digits": "Handwritten digits, 8x8 pixel
 
 def embed(fig: "Figure", file: Path, caption: str) -> str:
     "Save a figure as a file, and return it with its caption as HTML that needs no file."
-    with extra("plots"):
-        from matplotlib import pyplot
-
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=110)
-    pyplot.close(fig)
     write_file(file, buffer.getvalue())
     picture = base64.b64encode(buffer.getvalue()).decode()
     image = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{picture}">'

@@ -3,10 +3,10 @@
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from guidance_nb import __version__
 from guidance_nb._checks import require, require_that
@@ -19,10 +19,12 @@ with extra("cli"):
 
 if TYPE_CHECKING:
     from guidance_nb.cli.recipe import Recipe, Table
-    from guidance_nb.cli.run import Trained
     from guidance_nb.images.data import SampleFile
+    from guidance_nb.training import State
 
 __all__: list[str] = []
+
+_N = TypeVar("_N", int, float)
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -30,70 +32,66 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 def parse_words(
     words: list[str],  # What follows a command: places, and --key value, --key=value, --switch, --no-switch
     find: Callable[[str], str],  # The full key that a name stands for
-    is_switch: Callable[[str], bool] = lambda key: False,  # Whether a key is true or false
-) -> tuple[list[str], Json]:  # Places, and values by key
+    is_switch: Callable[[str], bool],  # Whether a key is true or false
+) -> tuple[list[str], dict[str, str]]:  # Places, and values by key
     "Read flags that name keys, each of them once."
-    places, flags, rest = list[str](), Json(), deque(words)
+    places, flags, rest = list[str](), dict[str, str](), deque(words)
     while rest:
         word = rest.popleft()
         if not word.startswith("--"):
             places.append(word)
             continue
         name, given, value = word[2:].partition("=")
-        off = name.startswith("no-") and not given
-        key = find(name.removeprefix("no-") if off else name)
+        off = not given and name.startswith("no-") and is_switch(find(name[3:]))
+        key = find(name[3:] if off else name)
         if off or (is_switch(key) and not given and (not rest or rest[0] not in ("true", "false"))):
-            require(is_switch(key), "flag", word, f"--{key} value")
             value = str(not off).lower()
         elif not given:
-            fine = rest and not rest[0].startswith("--")
-            value = rest.popleft() if fine else ""
-            require_that(fine, f"{word} has no value", f"{word} value")
+            require_that(rest and not rest[0].startswith("--"), f"{word} has no value", f"{word} value")
+            value = rest.popleft()
         require(key not in flags, f"--{key}", value, f"once, and {flags.get(key)!r} was given before")
         flags[key] = value
     return places, flags
 
 
-def _parse_keys(first: str, context: typer.Context, kind: "type[Table]") -> tuple[str, Json]:
+def _parse_keys(first: str, context: typer.Context, kind: "type[Table]") -> tuple[str, dict[str, str]]:
     "The one place of a command and its flags, which name keys of a table of this `kind`."
     from guidance_nb.cli.recipe import find_key, is_switch
 
     words = [first, *context.args]
     places, flags = parse_words(words, lambda name: find_key(name, kind), lambda key: is_switch(key, kind))
-    require_that(places, "a name is missing", "--help, which says of what")
-    require_that(len(places) == 1, f"unexpected {places[-1]!r}", "--key value")
+    require(len(places) == 1, "names", places, "one, besides --key value; --help says of what")
     return places[0], flags
 
 
 class _Command(TyperCommand):
     "A command whose options are given once, and not empty."
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         "Raise an error for what would be silently replaced or read as nothing."
         if not {"--help", "--install-completion"} & set(args):
             given, _, order = self.make_parser(ctx).parse_args(args=list(args))
-            names = [part.name for part in order if part.param_type_name == "option"]
+            names = [str(part.name) for part in order if part.param_type_name == "option"]
             for name in names:
-                require(names.count(name) == 1, f"--{name}", given[name], "once, and it is given twice")
-                require(given[name] != "", f"--{name}", "", "a value")
+                require(names.count(name) == 1 and given[name] != "", f"--{name}", given[name], "a value, given once")
         return super().parse_args(ctx, args)
 
 
 class _KeyCommand(_Command):
     "A command that takes keys as flags; its help ends with them and, for recipes, with the recipes that there are."
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        "Write the help."
-        from guidance_nb.cli.recipe import FineTuning, Recipe, read_recipe, recipe_keys, recipe_names
+    def get_help(self, ctx: typer.Context) -> str:
+        "The help."
+        from guidance_nb.cli.recipe import FineTuning, Recipe, Table, read_recipe, recipe_keys, recipe_names
         from guidance_nb.cli.run import Request
 
-        kind: Any = {"sample": Request, "sweep": Request, "finetune": FineTuning}.get(str(self.name), Recipe)
-        keys = [f"--{name.replace('_', '-')}: {meaning}." for name, meaning in recipe_keys(kind).items()]
+        kinds: dict[str, type[Table]] = {"sample": Request, "sweep": Request, "finetune": FineTuning}
+        kind = kinds.get(str(self.name), Recipe)
         names = recipe_names(kind) if kind is not Request else []
-        known = [f"{name}: {read_recipe(name, kind=kind).title}." for name in names]
-        parts = [*(["Recipes:"] if known else []), *known, "Keys, which are flags, too:", *keys]
-        self.epilog = "\n\n".join(parts)
-        super().format_help(ctx, formatter)
+        known = [f"{name}: {dict(read_recipe(name, kind=kind))['title']}." for name in names]
+        keys = [f"--{name.replace('_', '-')}: {meaning}." for name, meaning in recipe_keys(kind).items()]
+        self.epilog = "\n\n".join([*(known and ["Recipes:", *known]), "Keys, which are flags, too:", *keys])
+        return super().get_help(ctx)
 
 
 _KEYS: Json = {"cls": _KeyCommand, "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
@@ -108,19 +106,22 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and stop.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, help="Show it and stop.")] = False,
 ) -> None:
     "Guidance in diffusion and flow models: learn, compare and use five methods."
 
 
-def _parse_numbers(name: str, text: str, kind: type = float) -> tuple[Any, ...]:
+def _split(text: str) -> tuple[str, ...]:
+    "The parts of a `text` with commas."
+    return tuple(text.split(",")) if text else ()
+
+
+def _parse_numbers(name: str, text: str, kind: type[_N]) -> tuple[_N, ...]:
     "Read a list of numbers of a `kind`; `name` is the option's, for the message."
     try:
-        return tuple(kind(part) for part in text.split(",")) if text else ()
+        return tuple(kind(part) for part in _split(text))
     except ValueError:
-        words = "numbers" if kind is float else "whole numbers"
+        words = "whole numbers" if kind is int else "numbers"
         raise ValueError(f"{name} = {text!r}; allowed: {words} separated by commas, such as 1,2,3") from None
 
 
@@ -134,13 +135,27 @@ def _interruptible(advice: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _tell(text: str) -> None:
+    "Print a `text`, in the main process alone."
+    from guidance_nb.cli.run import is_main
+
+    if is_main():
+        typer.echo(text)
+
+
+def _train(states: "Iterable[State]", told: str) -> None:
+    "Run a training to its end, and tell."
+    with _interruptible("start again to go on from the last checkpoint"):
+        for state in states:
+            last = state
+    _tell(f"{last.step} steps done, loss {last.loss:.4g}; {told}")
+
+
 _RecipeName = Annotated[str, typer.Argument(help="A recipe by name, or a TOML file.")]
 _Split = Annotated[str, typer.Option(help="train or test, of mnist and cifar10.")]
 _Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
 _Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, the folder of a run, or a name of guidance-nb models.")]
-_Classifier = Annotated[
-    str | None, typer.Option(help="Guide by this classifier checkpoint instead of by the null label.")
-]
+_Classifier = Annotated[str | None, typer.Option(help="Guide by this classifier, not by the null label.")]
 _SampleOut = Annotated[Path, typer.Option(help="An .npz file, a .png for one picture of all, or a folder for PNGs.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace samples that are there.")]
 _Samples = Annotated[str, typer.Argument(help="Samples of any origin: .npz, or a folder of images.")]
@@ -166,8 +181,8 @@ def _tour(
     from guidance_nb.cli._tour import run_tour
 
     with _interruptible("finished stages are kept, start again to continue"):
-        asked = tuple(dict.fromkeys(data.split(","))), seeds, out, _parse_numbers("scales", scales), quick
-        table, real = run_tour(*asked)
+        names = tuple(dict.fromkeys(data.split(",")))
+        table, real = run_tour(names, seeds, out, _parse_numbers("scales", scales, float), quick)
     for name in table.data.unique():
         typer.echo(f"\n{name}\n{summary(table, real, name).to_string(index=False)}")
     typer.echo(f"\nTables, figures and a page to read are in {out}: open {out / 'index.html'}")
@@ -189,21 +204,16 @@ def _train_command(
     Example: guidance-nb train mnist-base --steps 4000 --out runs/longer
     """
     from guidance_nb.cli.recipe import Recipe, read_recipe
-    from guidance_nb.cli.run import check_trainable, is_main, main_only, train_recipe
+    from guidance_nb.cli.run import main_only, train_recipe
     from guidance_nb.images.latents import read_index
 
     name, flags = _parse_keys(recipe, context, Recipe)
     chosen: Recipe = read_recipe(name, flags)
     folder = out or Path("runs") / Path(name).stem
     if chosen.latents is not None:
-        check_trainable(chosen)
         read_index(chosen.latents)
         main_only(lambda: _show_cost(chosen, (), "h100", 0.35))
-    with _interruptible("start again to go on from the last checkpoint"):
-        for state in train_recipe(chosen, folder, progress, tuple(may_change.split(",")) if may_change else ()):
-            last = state
-    if is_main():
-        typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; checkpoints are in {folder}")
+    _train(train_recipe(chosen, folder, progress, _split(may_change)), f"checkpoints are in {folder}")
 
 
 @app.command(name="encode", cls=_Command)
@@ -216,9 +226,7 @@ def _encode_command(
     shard_rows: Annotated[int, typer.Option(help="Pictures of a shard.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="How latents are stored.")] = "float32",
-    crop: Annotated[
-        Literal["adm", "torchvision"], typer.Option(help="ADM's, or torchvision's Resize and CenterCrop.")
-    ] = "adm",
+    crop: Annotated[Literal["adm", "torchvision"], typer.Option(help="Whose way to crop and resize.")] = "adm",
     split: _Split = "train",
     progress: _Progress = True,
 ) -> None:
@@ -229,16 +237,15 @@ def _encode_command(
     Example: guidance-nb encode imagenet/train latents-256 --vae stabilityai/sd-vae-ft-ema --size 256
     """
     from guidance_nb.cli.recipe import DataTable
-    from guidance_nb.cli.run import is_main, main_only
+    from guidance_nb.cli.run import main_only
     from guidance_nb.images.latents import encode_folder
 
     sides = DataTable().changed(size=size).size or None
     main_only(lambda: str(check_folder("out", out if out.exists() else out.parent)))
     with _interruptible("finished shards are kept, start again to go on"):
         index = encode_folder(source, out, vae, sides, flip, shard_rows, batch_size, dtype, crop, split, progress)
-    if is_main():
-        shards, pictures = len(index["shards"]), index["settings"]["pictures"]
-        typer.echo(f"{pictures} pictures in {shards} shards: {out}; train on them with --source latents:{out}")
+    pictures, shards = index["settings"]["pictures"], len(index["shards"])
+    _tell(f"{pictures} pictures in {shards} shards: {out}; train on them with --source latents:{out}")
 
 
 def _show_cost(recipe: "Recipe", gpus: tuple[int, ...], chip: str, share: float) -> None:
@@ -285,17 +292,12 @@ def _finetune_command(
     Example: guidance-nb finetune sd15-aligned --data my-pictures --pipeline my-pipeline
     """
     from guidance_nb.cli.recipe import FineTuning, read_recipe
-    from guidance_nb.cli.run import is_main
     from guidance_nb.interop.stable_diffusion import finetune
 
     name, flags = _parse_keys(recipe, context, FineTuning)
-    chosen = read_recipe(name, flags, FineTuning)
     folder = out or Path("runs") / Path(name).stem
-    with _interruptible("start again to go on from the last checkpoint"):
-        for state in finetune(chosen, folder, progress, cpu):
-            last = state
-    if is_main():
-        typer.echo(f"{last.step} steps done, loss {last.loss:.4g}; the pipeline is in {folder / 'pipeline'}")
+    chosen = read_recipe(name, flags, FineTuning)
+    _train(finetune(chosen, folder, progress, cpu), f"the pipeline is in {folder / 'pipeline'}")
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -305,10 +307,9 @@ def _check_target(out: Path, overwrite: bool) -> None:
     kind = out.suffix.lower()
     other = kind in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors")
     require(not other, "out", str(out), "a name that ends in .npz or .png, or a folder")
-    free = overwrite or not out.exists()
-    require_that(free, f"out = {str(out)!r} is there already", "another name, or --overwrite")
     ours = out.is_file() if kind == ".png" else out.is_dir() != (kind == ".npz") and may_replace(out, True)
-    require(not out.exists() or ours, "out", str(out), "another name, for it holds other things than samples")
+    free = not out.exists() or (overwrite and ours)
+    require_that(free, f"out = {str(out)!r} is there already", "another name, or --overwrite, for samples alone")
     check_folder("out", out.parent)
 
 
@@ -344,7 +345,7 @@ def _sample_command(
     from guidance_nb.cli.run import Request, generate, load_trained, main_only
 
     source, flags = _parse_keys(checkpoint, context, Request)
-    request = Request(**flags)
+    request = Request().changed(**flags)
     main_only(lambda: _check_target(out, overwrite))
     trained, guide = load_trained(source, ema), load_trained(classifier) if classifier else None
     columns = max(1, min(10, len(trained.classes)))
@@ -390,9 +391,7 @@ def _evaluate_command(
     samples: _Samples,
     reference: _RealData = "mnist",
     features: _FeatureExtractor = "inception-v3-compat",
-    metrics: Annotated[
-        str, typer.Option(help="Such as fid,is,precision; fd,kd for other features. Default: all usual ones.")
-    ] = "",
+    metrics: Annotated[str, typer.Option(help="Such as fid,is; fd,kd for other features. Default: usual ones.")] = "",
     split: _Split = "train",
     weights: _Weights = None,
     rows: Annotated[Path | None, typer.Option(help="Table to append the row to.")] = None,
@@ -410,7 +409,7 @@ def _evaluate_command(
     from guidance_nb.images.data import load_samples
     from guidance_nb.images.metrics import append_rows
 
-    wanted = tuple(metrics.split(",")) if metrics else None
+    wanted = _split(metrics) or None
     if rows is not None:
         main_only(lambda: str(check_folder("rows", rows.parent)))
     file, extractor = load_samples(samples), find_feature_extractor(features, weights, wanted)
@@ -452,43 +451,36 @@ def _sweep_command(
 
     Example: guidance-nb sweep runs/mnist-base --features runs/mnist-evaluation-classifier --n 5000
     """
-    from guidance_nb.cli.evaluation import (
-        extract_reference_features,
-        find_feature_extractor,
-        finish_sweep,
-        point_facts,
-        sweep,
-        sweep_points,
-    )
+    from guidance_nb.cli import evaluation
     from guidance_nb.cli.run import Request, complete_request, is_main, load_trained, main_only
     from guidance_nb.images.metrics import column
 
     source, flags = _parse_keys(checkpoint, context, Request)
-    names, counts = tuple(samplers.split(",")) if samplers else (), _parse_numbers("steps", steps, int)
-    points = sweep_points(Request(**flags), _parse_numbers("scales", scales), counts, names)
+    asked = _parse_numbers("scales", scales, float), _parse_numbers("steps", steps, int), _split(samplers)
+    points = evaluation.sweep_points(Request().changed(**flags), *asked)
     main_only(lambda: str(check_folder("out", out)))
     with _interruptible("finished points are kept, start again to go on"):
-        trained, extractor = load_trained(source), find_feature_extractor(features, weights)
+        trained, extractor = load_trained(source), evaluation.find_feature_extractor(features, weights)
         guide, repair = (load_trained(name) if name else None for name in (classifier, correction))
-        points = [complete_request(trained, point, guide) for point in points]
-        best = best or column("fd", extractor.name)
-        shape = trained.image_shape
-        real, metrics = extract_reference_features(reference, split, shape, extractor, None, best, progress)
-        for row in sweep(trained, points, real, extractor, out, guide, repair, progress, reference, metrics):
-            if is_main():
-                _show_row(row)
+        for point in points:
+            complete_request(trained, point, guide)
+        best, shape = best or column("fd", extractor.name), trained.image_shape
+        real, metrics = evaluation.extract_reference_features(
+            reference, split, shape, extractor, best=best, progress=progress
+        )
+        rows = evaluation.sweep(trained, points, real, extractor, out, guide, repair, progress, reference, metrics)
+        for row in rows:
+            _show_row(row)
     if is_main():
-        same = point_facts(trained, points[0], real, guide)
-        found = finish_sweep(out, best, {key: same[key] for key in ("checkpoint", "extractor", "reference_checksum")})
+        same = {"checkpoint": trained.path, "extractor": real.extractor, "reference_checksum": real.checksum}
+        found = evaluation.finish_sweep(out, best, same)
         typer.echo(f"\nbest point by {best}:")
         _show_row(found)
 
 
 @app.command(name="info", cls=_Command)
 def _info(
-    source: Annotated[
-        str, typer.Argument(help="A checkpoint, the folder of a run, a recipe, a sample file, or a folder of latents.")
-    ],
+    source: Annotated[str, typer.Argument(help="A checkpoint, run, model, recipe, sample file or folder of latents.")],
 ) -> None:
     """Say what a checkpoint, recipe, sample file or folder of latents is and how it was made.
 
@@ -497,7 +489,7 @@ def _info(
     Example: guidance-nb info mnist-base
     """
     from guidance_nb.cli.load import model_names
-    from guidance_nb.cli.recipe import FineTuning, Recipe, describe_recipe, read_recipe, recipe_names
+    from guidance_nb.cli.recipe import FineTuning, Recipe, Table, describe_recipe, read_recipe, recipe_names
     from guidance_nb.cli.run import load_trained
     from guidance_nb.images.data import load_samples
     from guidance_nb.images.latents import INDEX, read_index
@@ -505,7 +497,7 @@ def _info(
     path = Path(source)
     unknown = not path.exists() and source not in model_names()
     if source in recipe_names() or path.suffix.lower() == ".toml" or unknown:
-        kind: Any = FineTuning if source in recipe_names(FineTuning) else Recipe
+        kind: type[Table] = FineTuning if source in recipe_names(FineTuning) else Recipe
         typer.echo(describe_recipe(read_recipe(source, kind=kind)))
     elif (path / INDEX).is_file():
         index = read_index(path)
@@ -517,7 +509,15 @@ def _info(
         typer.echo(f"{len(file.x)} samples of shape {tuple(file.x.shape[1:])}, {'no ' if file.c is None else ''}labels")
         typer.echo(json.dumps(file.facts, indent=1))
     else:
-        typer.echo(_describe_trained(load_trained(path)))
+        trained = load_trained(path)
+        classes, size = trained.classes, "x".join(map(str, trained.shape))
+        if trained.latents is not None:
+            size = f"{'x'.join(map(str, trained.image_shape))} from latents {size}"
+        weights = sum(p.numel() for p in trained.model.parameters())
+        typer.echo(f"{trained.path}: {trained.recipe.title or trained.recipe.method.name}")
+        typer.echo(f"step {trained.step} of {trained.recipe.training.steps}, {weights:,} weights, images {size}")
+        typer.echo(f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}\n")
+        typer.echo(describe_recipe(trained.recipe))
 
 
 @app.command(name="models", cls=_Command)
@@ -534,30 +534,27 @@ def _models() -> None:
         typer.echo(f"{name:24} {size:4.1f} MB  {title.split(';')[0]}")
 
 
-def _describe_trained(trained: "Trained") -> str:
-    "What a checkpoint of a `trained` network holds, as lines of text."
-    from guidance_nb.cli.recipe import describe_recipe
-
-    weights, size = sum(p.numel() for p in trained.model.parameters()), "x".join(map(str, trained.shape))
-    if trained.latents is not None:
-        size = f"{'x'.join(map(str, trained.image_shape))} from latents {size}"
-    lines = [
-        f"{trained.path}: {trained.recipe.title or trained.recipe.method.name}",
-        f"step {trained.step} of {trained.recipe.training.steps}, {weights:,} weights, images {size}",
-        f"{len(trained.classes)} classes: {', '.join(trained.classes[:10])}{', ...' * (len(trained.classes) > 10)}",
-    ]
-    return "\n".join([*lines, "", describe_recipe(trained.recipe)])
-
-
 def _show_row(row: Json) -> None:
-    "Print the metrics of a `row` of a table, and what it takes to read them."
+    "Print the metrics of a `row` of a table, and what it takes to read them, in the main process."
     from guidance_nb.cli.evaluation import is_metric
 
     keys = ("method", "scale", "sampler", "steps", "n", "reference", "nfe", "correction")
     shown = {key: row[key] for key in keys if row.get(key) not in (None, "", 0) and row[key] == row[key]}
     facts = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()]
     values = [f"{key} {value:.4g}" for key, value in row.items() if is_metric(key) and value == value]
-    typer.echo(f"{', '.join(values)}\n  ({', '.join(facts)})")
+    _tell(f"{', '.join(values)}\n  ({', '.join(facts)})")
+
+
+def _in_one_line(error: Exception) -> str:
+    "What an error says to a user, who can mend its cause; nothing for any other error."
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error or 'while loading'}); allow more, or close other programs"
+    if isinstance(error, ValueError | FloatingPointError | OverflowError | OSError | ImportError):
+        return " ".join(str(error).split()) or type(error).__name__
+    reason = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, RuntimeError) and ("out of memory" in reason or "allocate memory" in reason):  # torch's
+        return reason if "allowed: " in reason else f"out of memory ({reason}); lower the batch size"
+    return error.format_message() if hasattr(error, "format_message") else ""  # of click: the help, where it is asked
 
 
 def main() -> None:
@@ -567,29 +564,14 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
     except typer.Abort:
         message, code = "interrupted", 130
-    except MemoryError as error:
-        message = f"out of memory ({error or 'while loading'}); allow more, or close other programs"
-    except (ValueError, FloatingPointError, OverflowError, OSError, ImportError) as error:
-        message = " ".join(str(error).split())
-    except RuntimeError as error:  # of torch, where its memory ends
-        reason = (str(error).strip().splitlines() or [""])[0]
-        if "out of memory" not in reason and "allocate memory" not in reason:
-            raise
-        message = reason if "allowed: " in reason else f"out of memory ({reason}); lower the batch size"
     except Exception as error:
-        if not hasattr(error, "format_message"):  # of click, which typer may bring as its own
+        message = _in_one_line(error)
+        if not message:
             raise
-        message = error.format_message()  # the help, where a command was given nothing
     if message:
         typer.echo(message if "\n" in message else f"guidance-nb: {message}", err=True)
-    if message or not code:
-        _leave(failed=bool(message))
-    sys.exit(code)
-
-
-def _leave(failed: bool = False) -> None:
-    "Part from other processes, if there are any; `failed` says whether they may still wait for this one."
-    if "torch.distributed" in sys.modules:
+    if "torch.distributed" in sys.modules and (message or not code):
         from guidance_nb._processes import destroy_process_group
 
-        destroy_process_group(failed)
+        destroy_process_group(failed=bool(message))  # others may still wait for one that failed
+    sys.exit(code)

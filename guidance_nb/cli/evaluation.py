@@ -3,10 +3,12 @@
 import math
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,33 +16,14 @@ from torch import Tensor
 from guidance_nb._checks import check_choice, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
-from guidance_nb.cli.load import model_names, own_device
-from guidance_nb.cli.recipe import Recipe
-from guidance_nb.cli.run import (
-    Request,
-    Trained,
-    complete_request,
-    generate,
-    is_main,
-    load_trained,
-    main_only,
-    postprocess,
-)
+from guidance_nb.cli.load import model_names, own_device, shuffled
+from guidance_nb.cli.run import Request, Trained, complete_request, generate, load_trained, main_only, postprocess
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.engine._hardware import choose_precision
 from guidance_nb.engine.sampling import extract_sharded
-from guidance_nb.images.data import FILES, ImageData, SampleFile, from_uint8, load_images, load_samples
-from guidance_nb.images.features import (
-    INCEPTION,
-    Extractor,
-    Features,
-    Reference,
-    extract,
-    find_extractor,
-    metric_names,
-    read_reference,
-)
-from guidance_nb.images.latents import LatentData
+from guidance_nb.images import features as image_features
+from guidance_nb.images.data import FILES, SampleFile, from_uint8, load_images, load_samples
+from guidance_nb.images.features import INCEPTION, Extractor, Features, Reference
 from guidance_nb.images.metrics import append_rows, column, feature_scores, provenance, read_rows
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.training import LossContext
@@ -64,29 +47,20 @@ def find_feature_extractor(
 ) -> Extractor:
     "The feature extractor of a name, or of a checkpoint of an evaluation classifier."
     if not Path(source).exists() and source not in model_names():
-        return find_extractor(source, weights, metrics)
+        return image_features.find_extractor(source, weights, metrics)
     trained = load_trained(source).require("evaluation_classifier", "classifier")
-    require(trained.latents is None, "features", source, "a classifier of pictures, not of latents")
     device = next(trained.model.parameters()).device
 
     def layers(images: Tensor) -> dict[str, Tensor]:
         x = from_uint8(images[:, : trained.shape[0]])  # grey images come with three equal channels
-        found, known = tuple(x.shape[1:]), f"{trained.shape}, which {source} was trained on"
-        require(found == trained.shape, "image shape", found, known)
+        shape = tuple(x.shape[1:])
+        require(shape == trained.shape, "image shape", shape, f"{trained.shape}, which {source} was trained on")
         grey = trained.shape[0] > 1 or torch.equal(images[:, :1].expand_as(images), images)
         require(grey, "image channels", 3, f"grey images, which {source} was trained on")
         features = trained.model.look(x, torch.zeros((), device=device))
         return {"features": features, "logits": trained.model.head(features)}
 
     return Extractor(trained.recipe.method.name, layers, device, trained.classes)
-
-
-def _check_size(samples: tuple[int, ...], reference: tuple[int, ...]) -> None:
-    "Raise an error for `samples` and `reference` of other heights and widths."
-    told = (
-        f"samples and reference have {' and '.join('x'.join(map(str, size)) for size in (samples, reference))} pixels"
-    )
-    require_that(samples == reference, told, "one size, since resizing changes all")
 
 
 def load_real(
@@ -100,30 +74,27 @@ def load_real(
         data, name = load_images(source, split), f"{source} {split}"
         x = data.images(torch.arange(len(data)))
     elif path.suffix.lower() == ".npz" and path.is_file() and _holds_moments(path):
-        return read_reference(path), path.name
+        return image_features.read_reference(path), path.name
     else:
         size = (shape[1], shape[2]) if shape and path.is_dir() else None
         x, name = load_samples(path, size=size).x, path.name
-    if shape:
-        _check_size(tuple(shape[1:]), tuple(x.shape[2:]))
+    sizes = tuple(shape or x.shape[1:])[1:], tuple(x.shape[2:])
+    require(sizes[0] == sizes[1], "sizes of samples and reference", sizes, "one size, since resizing changes all")
     return x, name
 
 
 def _holds_moments(path: Path) -> bool:
     "Whether an .npz file is meant to hold ADM's statistics: moments, or at least no images."
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile:
-        return False
-    return "mu" in names or "arr_0" not in names
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        return "mu.npy" in archive.namelist() or "arr_0.npy" not in archive.namelist()
+    return False
 
 
 def choose_metrics(
     real: Tensor | Reference, extractor: Extractor, metrics: tuple[str, ...] | None = None, best: str = ""
 ) -> tuple[str, ...]:
     "The metrics of a comparison; an error for a column that they do not give."
-    names = metric_names(metrics, extractor.name)
+    names = image_features.metric_names(metrics, extractor.name)
     if isinstance(real, Reference) and metrics is None:
         lacking = set() if real.images is not None else {"kd", "precision", "recall"}
         lacking |= set() if "spatial" in real.moments else {"sfd"}
@@ -135,13 +106,13 @@ def choose_metrics(
     return tuple(names)
 
 
-def keep_neighbours(reference: Features, n: int = 10_000, seed: int = 0) -> Features:
-    "Keep all moments of a `reference` and n rows, drawn with `seed`, for what takes all pairs, as ADM's suite does."
+def keep_neighbours(reference: Features, n: int = 10_000) -> Features:
+    "Keep all moments of a `reference` and n rows, always the same, for what takes all pairs, as ADM's suite does."
     total = min((len(rows) for rows in reference.rows.values()), default=0)
     if total <= n:
         return reference
     moments = {layer: reference.moment(layer) for layer in reference.rows if layer != "logits"}
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]
+    chosen = shuffled(total)[:n]
     return replace(reference, rows={layer: rows[chosen] for layer, rows in reference.rows.items()}, moments=moments)
 
 
@@ -155,16 +126,17 @@ def extract_reference_features(
     progress: bool = True,  # Whether to show a progress bar
 ) -> tuple[Features, tuple[str, ...]]:  # Features, which only the main process needs and has; and names of metrics
     "Features of real images, and the metrics they allow."
-    found = [Features(extractor.name)]
+    found = Features(extractor.name)
 
     def look() -> tuple[str, ...]:
+        nonlocal found
         real, name = load_real(source, split, shape)
         chosen = choose_metrics(real, extractor, metrics, best)
-        found[0] = keep_neighbours(extract(real, extractor, name, 256, progress, chosen))
+        found = keep_neighbours(image_features.extract(real, extractor, name, 256, progress, chosen))
         return chosen
 
     chosen = main_only(look)
-    return found[0], chosen
+    return found, chosen
 
 
 def _match_labels(file: SampleFile, extractor: Extractor) -> Tensor | None:
@@ -173,11 +145,8 @@ def _match_labels(file: SampleFile, extractor: Extractor) -> Tensor | None:
     if file.c is None or not extractor.classes or not isinstance(names, list) or not names:
         return file.c
     require(int(file.c.max()) < len(names), "label of the samples", int(file.c.max()), f"0 to {len(names) - 1}")
-    known = {name: i for i, name in enumerate(extractor.classes)}
-    for name in names:
-        told = f"{', '.join(extractor.classes[:10])}, which {extractor.name} knows, or images without sub-folders"
-        require(name in known, "class of the samples", name, told)
-    return torch.tensor([known[name] for name in names])[file.c]
+    known = [check_choice("class of the samples", name, extractor.classes) for name in names]
+    return torch.tensor([extractor.classes.index(name) for name in known])[file.c]
 
 
 def score(
@@ -190,10 +159,10 @@ def score(
     features: Features | None = None,  # Those of the samples, see extract_sharded; None to extract them now
 ) -> Json:  # One row of a table
     "Score samples: all metrics, class agreement if the extractor classifies, and the facts of their making."
-    if reference.size:
-        _check_size(tuple(file.x.shape[2:]), tuple(reference.size))
+    sizes = tuple(file.x.shape[2:]), tuple(reference.size or file.x.shape[2:])
+    require(sizes[0] == sizes[1], "sizes of samples and reference", sizes, "one size, since resizing changes all")
     labels, facts = _match_labels(file, extractor), dict(file.facts)
-    features = features or extract(file.x, extractor, "samples", batch_size, progress)
+    features = features or image_features.extract(file.x, extractor, "samples", batch_size, progress)
     made = (facts.get("sampler", ""), facts.get("steps", 0), facts.get("scale", math.nan), facts.get("seed", 0))
     row = provenance(features, reference, *made, facts.get("labels", "none" if labels is None else "as given"))
     interval = facts.pop("interval", None)
@@ -222,15 +191,14 @@ def baseline_row(
 ) -> Json | None:
     "How n real images score that are not in the reference: the other split, or one half of the reference on the other."
     other, n = _baseline_size(source, reference, n)
-    order = lambda total: torch.randperm(total, generator=torch.Generator().manual_seed(0))  # noqa: E731
     if other:
         data = load_images(source, other)
-        chosen = order(len(data))[:n]
+        chosen = shuffled(len(data))[:n]
         facts = {"method": "real", "labels": "as they are", "classes": list(data.classes)}
         return score(SampleFile(data.images(chosen), data.labels[chosen], facts), reference, extractor, metrics)
     if n < 4:
         return None
-    whole = order(min(len(rows) for rows in reference.rows.values()))
+    whole = shuffled(min(len(rows) for rows in reference.rows.values()))
     one, two = reference.take(whole[:n]), reference.take(whole[n : 2 * n])
     row = provenance(one, two, "", 0, math.nan, 0, "as they are") | {"method": "real"}
     return row | {"reference_checksum": reference.checksum} | feature_scores(one, two, metrics)
@@ -263,20 +231,15 @@ class MeasuredGuidanceLoss:
         self.loss = replace(self.loss, weight=self.auto)
 
 
-def measured_loss(
-    recipe: Recipe, data: ImageData | LatentData, latents: Json | None, loss: Any
-) -> MeasuredGuidanceLoss:
-    "A Model-guidance `loss` whose weight follows the Fréchet distance of samples, as `recipe`, `data`, `latents` say."
-    table = recipe.method
-    extractor = find_feature_extractor(table.auto_features)
-    metrics, best = ("fid" if extractor.name == INCEPTION else "fd",), column("fd", extractor.name)
-    blank = Trained(None, recipe, data.shape, data.classes, 0, Path("the run in training"), latents=latents)
-    source = table.auto_reference or recipe.data.source
-    real, names = extract_reference_features(source, "train", blank.image_shape, extractor, metrics, best, False)
+def measured_loss(average: Trained, loss: ModelGuidanceLoss) -> MeasuredGuidanceLoss:
+    "A Model-guidance `loss` whose weight follows the Fréchet distance of samples of the moving `average`."
+    table, shape = average.recipe.method, average.image_shape
+    extractor, source = find_feature_extractor(table.auto_features), table.auto_reference or average.recipe.data.source
+    real, names = extract_reference_features(source, "train", shape, extractor, ("fd",), progress=False)
 
     def measure(model: NetworkDenoiser) -> float:
-        file = generate(replace(blank, model=model), Request(n=table.auto_samples), progress=False)
-        return main_only(lambda: float(score(file, real, extractor, names)[best]))
+        file = generate(replace(average, model=model), Request(n=table.auto_samples), progress=False)
+        return main_only(lambda: float(score(file, real, extractor, names)[column("fd", extractor.name)]))
 
     return MeasuredGuidanceLoss(loss, measure, table.auto_every)
 
@@ -290,12 +253,8 @@ def sweep_points(
     "The points of a sweep."
     for name, values in {"scales": scales, "steps": steps or (0,), "samplers": samplers or ("",)}.items():
         require(len({*values}) == len(values) > 0, name, values, "one or more, each once")
-    return [
-        request.changed(scale=scale, steps=n, sampler=sampler)
-        for sampler in samplers or (request.sampler,)
-        for n in steps or (request.steps,)
-        for scale in scales
-    ]
+    grid = product(samplers or (request.sampler,), steps or (request.steps,), scales)
+    return [request.changed(sampler=sampler, steps=n, scale=scale) for sampler, n, scale in grid]
 
 
 def _same(one: object, other: object) -> bool:
@@ -321,9 +280,8 @@ def point_facts(trained: Trained, point: Request, reference: Features, classifie
     facts = point.model_dump(include={"scale", "steps", "sampler", "seed", "n", "labels"})
     facts |= {"checkpoint": trained.path, "step": trained.step, "training_seed": trained.recipe.training.seed}
     facts |= {"classifier": classifier.path if classifier else "", "extractor": reference.extractor}
-    facts |= {"arithmetic": choose_precision(point.precision, own_device())}
-    facts |= {"channels": point.channels} if point.channels else {}
-    return facts | {"reference_checksum": reference.checksum}
+    facts |= {"arithmetic": choose_precision(point.precision, own_device()), "reference_checksum": reference.checksum}
+    return facts | ({"channels": point.channels} if point.channels else {})
 
 
 def sweep(
@@ -342,35 +300,34 @@ def sweep(
     file = out / "rows.csv"
     points = [complete_request(trained, point, classifier) for point in points]
 
-    def add_baseline() -> Json | None:
-        n = max(point.n for point in points)
-        wanted = {"method": "real", "n": _baseline_size(source, reference, n)[1], "extractor": reference.extractor}
-        if _is_done(file, wanted | {"reference_checksum": reference.checksum}):
-            return None
-        row = baseline_row(source, reference, extractor, n, metrics)
-        append_rows(file, [row] if row else [])
-        return row
+    def lacks(wanted: Json) -> bool:  # in the main process, which alone has all of the reference
+        return not main_only(lambda: _is_done(file, wanted))
 
-    def missing_parts(wanted: Json) -> list[str]:  # "" for the samples as drawn, and the correction
-        parts = ["", *([str(correction.path)] if correction else [])]
-        return [part for part in parts if not _is_done(file, wanted | {"correction": part})]
+    def add(make: Callable[[], Json | None]) -> list[Json]:
+        "Let the main process make a row, if it can, and write it."
 
-    def write(final: SampleFile, features: Features) -> Json:
-        row = score(final, reference, extractor, metrics, features=features)
-        append_rows(file, [row])
-        return row
+        def write() -> list[Json]:
+            rows = [row for row in [make()] if row is not None]
+            append_rows(file, rows)
+            return rows
 
-    if (row := main_only(add_baseline)) is not None:
-        yield row
+        return main_only(write)
+
+    n = max(point.n for point in points)
+    wanted = {"method": "real", "n": _baseline_size(source, reference, n)[1], "extractor": reference.extractor}
+    if lacks(wanted | {"reference_checksum": reference.checksum}):
+        yield from add(partial(baseline_row, source, reference, extractor, n, metrics))
+    corrections = {"": None} | ({str(correction.path): correction} if correction else {})
     for point in points:
         wanted = point_facts(trained, point, reference, classifier)
-        if missing := main_only(partial(missing_parts, wanted)):
-            drawn = generate(trained, point, classifier, progress)
-            for part in missing:
-                show = progress and is_main()
-                final = postprocess(correction, drawn, progress=show) if part and correction else drawn
-                features = extract_sharded(final.x, extractor, "samples", 256, progress)
-                yield main_only(partial(write, final, features))
+        missing = [repair for name, repair in corrections.items() if lacks(wanted | {"correction": name})]
+        if not missing:
+            continue
+        drawn = generate(trained, point, classifier, progress)
+        for repair in missing:
+            final = postprocess(repair, drawn, progress=progress) if repair else drawn
+            features = extract_sharded(final.x, extractor, "samples", 256, progress)
+            yield from add(partial(score, final, reference, extractor, metrics, features=features))
 
 
 def _read_curves(out: Path) -> "tuple[DataFrame, DataFrame]":
@@ -397,15 +354,14 @@ def _read_curves(out: Path) -> "tuple[DataFrame, DataFrame]":
 def finish_sweep(out: Path, best: str, among: Json | None = None) -> Json:
     "Draw the curves of a sweep into curves.png and pick its best point."
     with extra("plots"):
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     from guidance_nb.plots import show_curves
 
     table, real = _read_curves(out)
     shown = [name for name in table.columns if is_metric(name)]
     check_choice("best", best, shown)
-    size = (3.2 * len(shown), 3)
-    fig, axes = pyplot.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
-    for ax, name in zip(axes[0], shown):
+    fig = Figure(figsize=(3.2 * len(shown), 3), layout="constrained")
+    for ax, name in zip(fig.subplots(1, len(shown), squeeze=False)[0], shown):
         show_curves(table.dropna(subset=[name]), "scale", name, hue="curve", ax=ax)
         for value in real[name].dropna() if name in real else ():
             ax.axhline(value, color="0.6", ls="--")
@@ -413,7 +369,6 @@ def finish_sweep(out: Path, best: str, among: Json | None = None) -> Json:
         ax.set(xlabel="guidance scale", ylabel=name.replace("_", " "), title=title)
     with write_aside(out / "curves.png") as aside:
         fig.savefig(aside, dpi=120, format="png")
-    pyplot.close(fig)
     records: list[Json] = table.dropna(subset=[best]).to_dict("records")  # type: ignore[assignment]
     rows = [row for row in records if has_facts(row, among or {})]
     require_that(rows, f"{out / 'rows.csv'} has no row of this sweep with {best}", "at least one")

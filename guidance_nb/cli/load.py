@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from guidance_nb.flow_postprocessing import FlowPostprocessor
 from guidance_nb.images.networks import ImageClassifier, build_network, image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.paths import Path as NoisePath
+
+if TYPE_CHECKING:  # to open a model needs no pydantic
+    from guidance_nb.cli.recipe import Recipe
 
 __all__ = ["load"]
 
@@ -36,12 +39,17 @@ def own_device() -> torch.device:
     return device
 
 
+def shuffled(n: int) -> torch.Tensor:
+    "The numbers below n in an order that is random and always the same."
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
 def model_names() -> list[str]:
     "Names of the trained models that come with the package."
     return sorted(path.parent.name for path in MODELS.glob("*/checkpoint.json"))
 
 
-def make_model(recipe: Any, shape: tuple[int, ...], num_classes: int) -> Any:
+def make_model(recipe: "Recipe", shape: tuple[int, ...], num_classes: int) -> Any:
     "The untrained network of a recipe, the same on every call."
     network, method, seed = recipe.network, recipe.method, recipe.training.seed
     path = PATHS[network.path]()
@@ -54,7 +62,7 @@ def make_model(recipe: Any, shape: tuple[int, ...], num_classes: int) -> Any:
     return image_denoiser(network.name, shape, path, num_classes, network.prediction, **options)
 
 
-def is_scale_aware(recipe: Any) -> bool:
+def is_scale_aware(recipe: "Recipe") -> bool:
     "Whether a guidance scale is an input of the network of a `recipe`."
     return recipe.method.name == "model_guidance" and bool(recipe.method.scale_range)
 
@@ -74,7 +82,7 @@ def open_checkpoint(
     return saved
 
 
-def restore(saved: Checkpoint, recipe: Any, ema: bool = True) -> Any:
+def restore(saved: Checkpoint, recipe: "Recipe", ema: bool = True) -> Any:
     "Rebuild a trained network."
     model = make_model(recipe, tuple(saved.metadata["shape"]), len(saved.metadata["classes"]))
     load_weights(model, saved.ema if ema else saved.model, str(saved.path))
@@ -102,4 +110,5 @@ def load(
         return _ready(open_pretrained(str(source)))
     saved = open_checkpoint(source)
     tables = {name: part for name, part in saved.metadata["recipe"].items() if isinstance(part, dict)}
-    return restore(saved, SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in tables.items()}), ema)
+    recipe = SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in tables.items()})
+    return restore(saved, cast("Recipe", recipe), ema)

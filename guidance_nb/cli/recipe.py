@@ -4,8 +4,9 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from guidance_nb._checks import check_choice, explained, require
 from guidance_nb._extras import extra
@@ -15,122 +16,99 @@ from guidance_nb.images.networks import IMAGE_NETWORKS
 from guidance_nb.samplers import Sampler
 
 with extra("cli"):
+    import pydantic
     import tomli
-    from pydantic import (
-        AfterValidator,
-        BaseModel,
-        ConfigDict,
-        Field,
-        ValidationError,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
-    from pydantic.fields import FieldInfo
 
 __all__ = ["FineTuning", "Recipe", "read_recipe"]
 
 R = TypeVar("R", bound="Table")
 
 
-class Table(BaseModel):
+class Table(pydantic.BaseModel):
     "Keys with values of a known type and range; what does not fit is a `ValueError` of one line."
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    place: ClassVar[str] = ""  # What stands before its keys in messages
 
     def __init__(self, /, **values: object):
         try:
             super().__init__(**values)
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             raise ValueError(_explain(type(self), error)) from None
 
-    @field_validator("*", mode="before")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _read(cls, value: object, info: ValidationInfo) -> object:
+    def _read(cls, value: object, info: pydantic.ValidationInfo) -> object:
         "A list may be text with commas, a table may be its first key alone, and a truth value is no number."
         name = str(info.field_name)
         hint = cls.model_fields[name].annotation
-        if (inner := _table(hint)) and not isinstance(value, Mapping | Table):
+        if (inner := _inner(cls, name)) and not isinstance(value, Mapping | Table):
             return {next(iter(inner.model_fields)): value}
         if isinstance(value, str) and (get_origin(hint) is tuple or (hint == _Size and "," in value)):
             value = [part for part in map(str.strip, value.strip("[]").split(",")) if part]
-        truths = [part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, bool)]
-        require(hint is bool or not truths, name, value, _allowed(cls.model_fields[name]))
+        parts = value if isinstance(value, list | tuple) else [value]
+        if hint is not bool and any(isinstance(part, bool) for part in parts):
+            raise ValueError(f"{name} = {value!r}; allowed: {_allowed(cls, name)}")
         return value
 
     def changed(self: R, **values: object) -> R:
         "The same with other values, which are checked like the first."
-        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | values)
+        return type(self)(**dict(self) | values)
 
 
-def _table(hint: object) -> type[Table] | None:
+def _inner(kind: type[Table], name: str) -> type[Table] | None:
+    "The table that a key of a table is, if it is one."
+    hint = kind.model_fields[name].annotation if name in kind.model_fields else None
     return hint if isinstance(hint, type) and issubclass(hint, Table) else None
 
 
-def _allowed(field: FieldInfo) -> str:
+def _allowed(kind: type[Table], name: str) -> str:
     "What a key may be, in words."
-    hint: Any = field.annotation
-    if type(None) in get_args(hint):  # a value that may be missing
-        hint = get_args(hint)[0]
-    parts = get_args(hint)
-    if get_origin(hint) is dict:
-        return "a table"
-    if hint == _Size:
-        return "a whole number, 0 or more, or a height and a width of 1 or more"
-    if get_origin(hint) is Literal:
-        return ", ".join(map(repr, parts))
-    if get_origin(hint) is tuple:
-        return f"a list of {'texts' if str in parts else 'numbers'}"
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    words = next((kinds[part] for part in (hint, *parts) if part in kinds), "a value")
-    shapes = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
-    ends = {end: getattr(rule, end) for rule in field.metadata for end in shapes if hasattr(rule, end)}
-    if {"ge", "le"} <= ends.keys():
-        return f"{words}, {ends['ge']} to {ends['le']}"
-    return ", ".join([words, *(shapes[end].format(value) for end, value in ends.items())])
+    schema = kind.model_json_schema()["properties"][name]
+    return ", or ".join(_in_words(part) for part in schema.get("anyOf", [schema]) if part.get("type") != "null")
 
 
-def _explain(kind: type[Table], error: ValidationError) -> str:
+def _in_words(schema: Json) -> str:
+    "What values a JSON schema allows."
+    if "enum" in schema:
+        return ", ".join(map(repr, schema["enum"]))
+    kinds = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
+    count = f"{schema['minItems']} " if "minItems" in schema else ""
+    kinds["array"] = f"a list of {count}{'texts' if schema.get('items') == {'type': 'string'} else 'numbers'}"
+    ends = {"minimum": "{} or more", "exclusiveMinimum": "above {}", "maximum": "at most {}"}
+    ends |= {"exclusiveMaximum": "below {}"}
+    rules = [words.format(schema[end]) for end, words in ends.items() if end in schema]
+    return ", ".join([kinds.get(str(schema.get("type")), "a table"), *rules])
+
+
+def _explain(kind: type[Table], error: pydantic.ValidationError) -> str:
     "The first thing that is wrong, in one line."
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
-        return _unknown(name, list(kind.model_fields))
+        return _unknown(kind.place + name, list(kind.model_fields))
     if first["type"] != "value_error":
-        return f"{name} = {first['input']!r}; allowed: {_allowed(kind.model_fields[name])}"
+        return f"{kind.place}{name} = {first['input']!r}; allowed: {_allowed(kind, name)}"
     told = str(first["ctx"]["error"])
-    inner = name in kind.model_fields and _table(kind.model_fields[name].annotation)
-    return f"{name}.{told}" if inner and re.match(r"[\w.]+ = ", told) else told
+    return f"{name}.{told}" if _inner(kind, name) and re.match(r"[\w.]+ = ", told) else told
 
 
 def _unknown(name: str, keys: list[str]) -> str:
     near = difflib.get_close_matches(name.split(".")[-1], {key.split(".")[-1]: 0 for key in keys}, 1, 0.5)
     likely = [key for key in keys if near and key.split(".")[-1] == near[0]]
-    hint = f"did you mean {' or '.join(likely)}?" if likely else f"allowed: {', '.join(keys)}"
+    hint = f"did you mean {' or '.join(likely)}?" if likely else f"allowed: {', '.join(keys) or 'none'}"
     return f"unknown key {name!r}; {hint}"
 
 
 def key(default: object, meaning: str, **rules: Any) -> Any:
     "A key of a table: its default, its meaning and the range of its values."
-    return Field(default, description=meaning, **rules)
+    return pydantic.Field(default, description=meaning, **rules)
 
 
-def _rising(values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
-    fine = len(values) == 2 and values[0] <= values[1]
-    require(fine, str(info.field_name), list(values), "two numbers, the lower first")
-    return values
-
-
-def _rising_or_empty(values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
-    return values and _rising(values, info)
-
-
-Pair = Annotated[tuple[float, ...], AfterValidator(_rising)]
-_Range = Annotated[tuple[float, ...], AfterValidator(_rising_or_empty)]
 _Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 SEED: Json = {"ge": 0, "lt": 2**63}
-_Size = Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+_Size = pydantic.NonNegativeInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt]
 
 
 class DataTable(Table):
@@ -144,7 +122,13 @@ class DataTable(Table):
     vae: str = key("", "For latents: folder or name of the autoencoder that decodes; empty takes the one that encoded")
 
 
-class _UNetSettings(Table):
+class _Settings(Table):
+    "Settings of a network that has none."
+
+    place = "settings."
+
+
+class _UNetSettings(_Settings):
     "Settings of the U-Nets."
 
     widths: tuple[int, ...] = key((), "Channels of each level")
@@ -156,7 +140,7 @@ class _UNetSettings(Table):
     patch: int = key(1, "Side of the patches that become the channels of one pixel", ge=1)
 
 
-class _DiTSettings(Table):
+class _DiTSettings(_Settings):
     "Settings of the transformers."
 
     width: int = key(384, "Width of the tokens", ge=1)
@@ -174,20 +158,17 @@ class _NetworkTable(Table):
     prediction: Literal["velocity", "eps", "x0", "v", "edm"] = key("velocity", "What the network predicts")
     settings: Json = key({}, "Changes of the network's settings, such as dropout")
 
-    @model_validator(mode="after")
-    def _check_settings(self) -> "_NetworkTable":
+    @pydantic.model_validator(mode="after")
+    def _read_settings(self) -> "_NetworkTable":
         check_choice("name", self.name, ["linear", *IMAGE_NETWORKS])
-        require(self.name != "linear" or not self.settings, "settings", self.settings, "none for 'linear'")
-        try:
-            found = (_UNetSettings if self.name.startswith("unet") else _DiTSettings)(**self.settings)
-        except ValueError as error:
-            raise ValueError(f"settings.{error}".replace("settings.unknown", "network.settings: unknown")) from None
-        self.settings.update({name: getattr(found, name) for name in found.model_fields_set})
+        kinds = {"unet": _UNetSettings, "dit": _DiTSettings}
+        settings = kinds.get(self.name.split("-")[0], _Settings)(**self.settings)
+        self.settings.update(settings.model_dump(exclude_unset=True))
         return self
 
 
-_Denoising = Literal["plain", "aligned_loss", "model_guidance"]
-_Method = Literal[_Denoising, "classifier", "evaluation_classifier", "flow_postprocessing"]
+Denoising = Literal["plain", "aligned_loss", "model_guidance"]
+_Method = Literal[Denoising, "classifier", "evaluation_classifier", "flow_postprocessing"]
 _Weight = Literal["", "x0", "eps", "v", "min_snr", "p2"]
 
 
@@ -198,10 +179,10 @@ class _MethodTable(Table):
     dropout: float = key(0.1, "Probability of training without the label, for losses with label dropout", ge=0, le=1)
     scale: float = key(2.0, 'Guidance scale trained for ("aligned_loss", "model_guidance" without `scale_range`)')
     anchor: float = key(0.0, 'Weight of the unconditional term of "aligned_loss"', ge=0)
-    scale_range: _Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
+    scale_range: tuple[float, ...] = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
     guided_share: float = key(0.5, 'Share of a scale-aware "model_guidance" at a drawn scale, not at 1', ge=0, le=1)
     unconditional: Literal["null", "contrastive", "uniform"] = key("null", 'What "model_guidance" guides away from')
-    interval: Pair = key((0.0, 0.75), 'Times at which "model_guidance" guides')
+    interval: tuple[float, float] = key((0.0, 0.75), 'Times at which "model_guidance" guides')
     times: tuple[float, ...] = key((), "Mean and deviation of log(sigma / alpha) at training times; empty: usual ones")
     time_shift: float = key(1.0, "Factor on sigma / alpha at training times, above 1 for larger images", gt=0)
     weight: _Weight = key("", "Weighting over noise levels; empty keeps the loss's own")
@@ -271,27 +252,15 @@ class Recipe(Table):
         kind, found, folder = self.data.source.partition(":")
         return Path(folder) if found and kind == "latents" else None
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check_together(self) -> "Recipe":
-        method = self.method
-        two = not method.times or (len(method.times) == 2 and method.times[1] > 0)
-        require(two, "method.times", list(method.times), "a mean and a deviation above 0")
-        noisy = method.name in get_args(_Denoising) or not method.weight
-        require(noisy, "method.weight", method.weight, "'', except for losses that train a denoiser")
-        if method.name not in ("classifier", "evaluation_classifier"):
-            check_choice("network.name", self.network.name, list(IMAGE_NETWORKS))
-        measured, told = (
-            method.name == "model_guidance" and not method.scale_range,
-            "model_guidance without scale_range",
-        )
-        require(measured or not method.auto_every, "method.auto_every", method.auto_every, f"0, except for {told}")
-        late = method.name == "model_guidance" and method.start_step >= self.training.steps
-        require(not late, "method.start_step", method.start_step, f"below training.steps = {self.training.steps}")
-        if self.latents is not None:
-            clean = method.name not in ("evaluation_classifier", "flow_postprocessing")
-            require(clean, "method.name", method.name, "methods that need no clean pictures, for latents")
-            told = "real images, such as ADM's statistics, for latents"
-            require(method.auto_reference or not method.auto_every, "method.auto_reference", "", told)
+        method, guided = self.method, self.method.name == "model_guidance"
+        fine = not method.auto_every or (guided and not method.scale_range)
+        require(fine, "method.auto_every", method.auto_every, "0, except for model_guidance without scale_range")
+        fine = not guided or method.start_step < self.training.steps
+        require(fine, "method.start_step", method.start_step, f"below training.steps = {self.training.steps}")
+        fine = self.latents is None or method.name not in ("evaluation_classifier", "flow_postprocessing")
+        require(fine, "method.name", method.name, "methods that need no clean pictures, for latents")
         return self
 
 
@@ -310,20 +279,18 @@ class _PipelineTable(Table):
 
     name: str = key("", "Folder or Hub name of a Stable Diffusion pipeline")
     lora_rank: int = key(0, "Rank of LoRA; 0 trains all weights", ge=0)
-    lora_layers: tuple[str, ...] = key(
-        ("to_q", "to_k", "to_v", "to_out.0"), "How the names of the layers end that get it"
-    )
+    lora_layers: tuple[str, ...] = key(("to_q", "to_k", "to_v", "to_out.0"), "Ends of the names of layers that get it")
 
 
 class FineTuningMethodTable(Table):
     "The loss it trains by."
 
-    name: _Denoising = key("plain", "The loss")
+    name: Denoising = key("plain", "The loss")
     dropout: float = key(0.1, 'Probability of training without the caption ("plain", "model_guidance")', ge=0, le=1)
     scale: float = key(7.5, 'Guidance scale trained for; for "plain" the one suggested for sampling')
     two_stage: bool = key(False, 'Whether "aligned_loss" keeps the activations of one branch at a time')
-    scale_range: _Range = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
-    interval: Pair = key((0.0, 1.0), 'Times at which "model_guidance" guides')
+    scale_range: tuple[float, ...] = key((), 'Lowest and highest scale of a scale-aware "model_guidance"')
+    interval: tuple[float, float] = key((0.0, 1.0), 'Times at which "model_guidance" guides')
 
 
 class _FineTuningLoopTable(_LoopTable):
@@ -356,7 +323,7 @@ class FineTuning(Table):
     training: _FineTuningLoopTable = _FineTuningLoopTable()
     grid: _GridTable = _GridTable()
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check_together(self) -> "FineTuning":
         rank, told = self.pipeline.lora_rank, "0 for a scale-aware network, whose new input is trained"
         require(not self.method.scale_range or not rank, "pipeline.lora_rank", rank, told)
@@ -367,9 +334,9 @@ _FOLDERS: dict[type[Table], Path] = {Recipe: Path(__file__).parent / "recipe_fil
 _FOLDERS[FineTuning] = _FOLDERS[Recipe] / "finetuning"
 
 
-def _fields(kind: type[Table]) -> Iterator[tuple[str, FieldInfo]]:
+def _fields(kind: type[Table]) -> Iterator[tuple[str, pydantic.fields.FieldInfo]]:
     for name, field in kind.model_fields.items():
-        inner = _table(field.annotation)
+        inner = _inner(kind, name)
         yield from ((f"{name}.{part}", each) for part, each in inner.model_fields.items()) if inner else [(name, field)]
 
 
@@ -377,8 +344,11 @@ def recipe_keys(
     kind: type[Table] = Recipe,  # Recipe or FineTuning
 ) -> dict[str, str]:
     "Every key of a recipe, `table.key`, with its meaning."
-    choices = {name: f": {_allowed(field)}" for name, field in _fields(kind) if get_origin(field.annotation) is Literal}
-    return {name: f"{field.description}{choices.get(name, '')}" for name, field in _fields(kind)}
+    meanings = {name: str(field.description) for name, field in _fields(kind)}
+    choices = {
+        name: get_args(field.annotation) for name, field in _fields(kind) if get_origin(field.annotation) is Literal
+    }
+    return meanings | {name: f"{meanings[name]}: {', '.join(map(repr, names))}" for name, names in choices.items()}
 
 
 def find_key(name: str, kind: type[Table] = Recipe) -> str:
@@ -403,19 +373,15 @@ def is_switch(name: str, kind: type[Table] = Recipe) -> bool:
 
 def override(recipe: R, changes: Json) -> R:
     "Replace values of a recipe by key, and check the whole."
-    tables = recipe.model_dump()
+    tables, kind = recipe.model_dump(), type(recipe)
     for name, value in changes.items():
-        inner = _table(type(recipe).model_fields[name].annotation) if name in type(recipe).model_fields else None
-        parts = {f"{name}.{part}": each for part, each in value.items()} if inner and isinstance(value, Mapping) else {}
-        for full, each in (parts or ({} if inner and value == {} else {name: value})).items():
-            table, *rest = find_key(full, type(recipe)).split(".", 2)
-            if not rest:
-                tables[table] = each
-            elif len(rest) == 1:
-                tables[table][rest[0]] = each
-            else:
-                tables[table]["settings"][rest[1]] = each
-    return type(recipe)(**tables)
+        whole = isinstance(value, Mapping) and _inner(kind, name)
+        for full, each in (
+            {f"{name}.{part}": each for part, each in value.items()} if whole else {name: value}
+        ).items():
+            *places, last = find_key(full, kind).split(".", 2)
+            reduce(dict.__getitem__, places, tables)[last] = each
+    return kind(**tables)
 
 
 def recipe_names(
@@ -446,22 +412,14 @@ def describe_recipe(
     recipe: Table,  # A recipe
 ) -> str:  # TOML, with the meaning of every key
     "A recipe in full, defaults included, as a TOML file."
-    tables, meanings, lines = recipe.model_dump(), recipe_keys(type(recipe)), list[str]()
+    meanings = recipe_keys(type(recipe))
 
-    def write(name: str, value: object, meaning: str = "") -> None:
-        shown = json.dumps(value, ensure_ascii=False)  # agrees with TOML for all that a recipe holds
-        lines.append(f"{name} = {shown}  # {meaning}" if meaning else f"{name} = {shown}")
-
-    for table, values in tables.items():
-        if not isinstance(values, dict):
-            write(table, values, meanings[table])
-            continue
-        lines += ["", f"[{table}]"]
-        inner = values.pop("settings", None)
+    def lines(values: Json, place: str = "") -> Iterator[str]:
         for name, value in values.items():
-            write(name, value, meanings[f"{table}.{name}"])
-        if inner is not None:
-            lines += ["", f"[{table}.settings]  # {meanings[f'{table}.settings']}"]
-            for name, value in inner.items():
-                write(name, value)
-    return "\n".join(lines)
+            meaning = f"  # {meanings[place + name]}" if place + name in meanings else ""
+            if isinstance(value, dict):
+                yield from ["", f"[{place}{name}]{meaning}", *lines(value, f"{place}{name}.")]
+            else:  # JSON agrees with TOML for all that a recipe holds
+                yield f"{name} = {json.dumps(value, ensure_ascii=False)}{meaning}"
+
+    return "\n".join(lines(recipe.model_dump()))

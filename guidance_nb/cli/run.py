@@ -7,53 +7,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import check_choice, check_interval, check_number, explained, require, require_that
+import guidance_nb as gnb
+from guidance_nb._checks import check_choice, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, check_folder, write_aside
 from guidance_nb._pictures import tile
 from guidance_nb._processes import find_processes, on_main
-from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
-from guidance_nb.classifier_guidance import ClassifierGuidance
-from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore
-from guidance_nb.cli.recipe import SEED, Pair, Precision, Recipe, Table, find_key, key, override
-from guidance_nb.denoisers import Denoiser, check_labels, count_nfe
-from guidance_nb.engine._hardware import check_compiler, check_tracker, choose_precision, compile_network
+from guidance_nb.classifier_free_guidance import dit_channel_scales
+from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore, shuffled
+from guidance_nb.cli.recipe import SEED, Denoising, Precision, Recipe, Table, find_key, key, override
+from guidance_nb.denoisers import check_labels
+from guidance_nb.engine._hardware import check_compiler, choose_precision, compile_network
 from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine.graphs import recorded
 from guidance_nb.engine.run import Engine
 from guidance_nb.engine.sampling import sample_sharded
-from guidance_nb.flow_postprocessing import FlowPostprocessor, PairDraws, PairLoss, pair_data
-from guidance_nb.images.data import (
-    FILES,
-    ImageData,
-    SampleFile,
-    find_files,
-    find_sides,
-    from_uint8,
-    load_images,
-    load_samples,
-    to_uint8,
-)
+from guidance_nb.flow_postprocessing import PairDraws, PairLoss, pair_data
+from guidance_nb.images import data as image_data
+from guidance_nb.images import latents
+from guidance_nb.images.data import ImageData, SampleFile, from_uint8, to_uint8
 from guidance_nb.images.features import feature_space
-from guidance_nb.images.latents import (
-    INDEX,
-    LatentData,
-    decode,
-    decode_all,
-    latent_constants,
-    load_latents,
-    load_vae,
-    read_index,
-)
-from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss, mg_weight_from_scale, scale_from_mg_weight
-from guidance_nb.samplers import Sampler, sample, time_grid
-from guidance_nb.training import ClassifierLoss, DenoisingLoss, LossContext, State, fit
+from guidance_nb.model_guidance import mg_weight_from_scale, scale_from_mg_weight
+from guidance_nb.samplers import Sampler, time_grid
+from guidance_nb.training import Data, LossContext, State
 from guidance_nb.training_times import LogNormalTimes, TrainingTimes
 
 if TYPE_CHECKING:
@@ -61,6 +42,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 T = TypeVar("T")
+_Samples = ImageData | latents.LatentData
 __all__ = ["generate", "train_recipe"]
 
 
@@ -79,51 +61,47 @@ def main_only(action: Callable[[], T]) -> T:
 
 def take_images(data: ImageData, n: int) -> ImageData:
     "A part of `data` for a quick trial: n images chosen at random, always the same."
-    require(n <= len(data), "data.limit", n, f"0 to {len(data)}, as many as there are")
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:n].sort().values
+    chosen = shuffled(len(data))[:n].sort().values
     return replace(data, pixels=lambda indices: data.images(chosen[indices]), labels=data.labels[chosen])
 
 
-def make_data(recipe: Recipe, split: str = "train") -> ImageData | LatentData:
+def make_data(recipe: Recipe, split: str = "train") -> _Samples:
     "The images of a `recipe`, of the `split` train or test, or their latents."
     table = recipe.data
-    if recipe.latents is not None:
+    data: _Samples
+    if recipe.latents is None:
+        if table.source in image_data.FILES:
+            main_only(lambda: image_data.find_files(table.source))  # one process downloads
+        train = split == "train"
+        data = image_data.load_images(table.source, split, size=table.size or None, flip=table.flip and train)
+        data = replace(data, shift=table.shift if train else 0)
+        data = take_images(data, table.limit) if table.limit else data
+    else:
         check_choice("split", split, ("train",))
-        settings = read_index(recipe.latents)["settings"]
-        (_, *sides), most = settings["image"], settings["pictures"]
-        allowed = f"{sides[0] if sides[0] == sides[1] else sides}, of which {recipe.latents} is, or 0"
-        require(table.size == 0 or [*find_sides(table.size)] == sides, "data.size", table.size, allowed)
-        require(table.limit <= most, "data.limit", table.limit, f"0 to {most}, as many as there are")
+        sides, size = latents.read_index(recipe.latents)["settings"]["image"][1:], table.size
+        fine = size == 0 or [*image_data.find_sides(size)] == sides
+        require(fine, "data.size", size, f"{sides}, of which {recipe.latents} is, or 0")
         require(not table.shift, "data.shift", table.shift, "0, for latents")
-        return load_latents(recipe.latents, flip=table.flip, limit=table.limit)
-    if table.source in FILES:
-        main_only(lambda: str(find_files(table.source)))  # one process downloads
-    data = load_images(table.source, split, size=table.size or None, flip=table.flip and split == "train")
-    data = replace(data, shift=table.shift if split == "train" else 0)
-    return take_images(data, table.limit) if table.limit else data
+        data = latents.load_latents(recipe.latents, flip=table.flip, limit=table.limit)
+    require(table.limit <= len(data), "data.limit", table.limit, f"0 to {len(data)}, as many as there are")
+    return data
 
 
 def _read_generated(files: tuple[str, ...], shape: tuple[int, ...], num_classes: int) -> tuple[Tensor, Tensor | None]:
     "Read samples made here or elsewhere, several files one after the other."
-    parts = [load_samples(name, size=(shape[1], shape[2]), channels=shape[0]) for name in files]
-    labels = [part.c for part in parts if part.c is not None]
-    bare = [name for name, part in zip(files, parts) if part.c is None]
-    require_that(len(bare) in (0, len(parts)), f"{', '.join(bare)} has no labels and others have", "all or none")
-    x = from_uint8(torch.cat([part.x for part in parts]))
-    if not labels:
-        return x, None
-    check_labels(torch.cat(labels), num_classes, len(x))
-    return x, torch.cat(labels)
+    parts = [image_data.load_samples(name, size=(shape[1], shape[2]), channels=shape[0]) for name in files]
+    x, labels = from_uint8(torch.cat([part.x for part in parts])), [part.c for part in parts if part.c is not None]
+    return x, check_labels(torch.cat(labels), num_classes, len(x)) if labels else None  # of all files, or of none
 
 
 def _read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
     "Samples of a `recipe` of post-processing, each with its nearest images of `data`."
+    from guidance_nb.cli.evaluation import find_feature_extractor
+
     method = recipe.method
     x, c = _read_generated(method.samples, data.shape, data.num_classes)
     real = from_uint8(data.images(torch.arange(len(data))))
     if method.space == "classifier":
-        from guidance_nb.cli.evaluation import find_feature_extractor
-
         space = feature_space(find_feature_extractor(method.weights))
     else:
         space = feature_space(method.space, method.weights or None)
@@ -135,22 +113,20 @@ def recipe_shape(recipe: Recipe) -> tuple[tuple[int, ...], int]:
     known: dict[str, tuple[tuple[int, ...], int]] = {"mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10)}
     if recipe.data.source in known:
         (channels, side, _), classes = known[recipe.data.source]
-        return (channels, *find_sides(recipe.data.size or side)), classes
-    if recipe.latents is None or (recipe.latents / INDEX).is_file():
+        return (channels, *image_data.find_sides(recipe.data.size or side)), classes
+    if recipe.latents is None or (recipe.latents / latents.INDEX).is_file():
         data = make_data(recipe)
         return tuple(data.shape), data.num_classes
-    return (4, *(side // 8 for side in find_sides(recipe.data.size or 256))), 1000
+    return (4, *(side // 8 for side in image_data.find_sides(recipe.data.size or 256))), 1000
 
 
 # Training
 
 
-_LOOP = ("steps", "save_every", "keep", "precision", "gradient_accumulation_steps", "gradient_checkpointing")
-_SPEED = ("compile", "cuda_graphs", "channels_last", "grid_every", "tracker")
-_MAY_CHANGE = (  # at a resume; whether more steps may follow is for `fit` to say
-    *("recipe.title", "recipe.sampling", "recipe.data.vae"),
-    *(f"recipe.training.{name}" for name in (*_LOOP, *_SPEED)),
-)
+_LOOP = ("save_every", "keep", "precision", "gradient_accumulation_steps", "gradient_checkpointing")
+_SPEED = ("compile", "cuda_graphs", "channels_last")
+_FREE = ("steps", "grid_every", "tracker", *_LOOP, *_SPEED)  # whether more steps may follow is for `fit` to say
+_MAY_CHANGE = ("recipe.title", "recipe.sampling", "recipe.data.vae", *(f"recipe.training.{name}" for name in _FREE))
 
 
 class CleanLoss:
@@ -161,20 +137,20 @@ class CleanLoss:
         return nn.functional.cross_entropy(model(x0, torch.zeros((), device=x0.device)), c, reduction="none")
 
 
-def make_loss(recipe: Recipe) -> Callable:
+def make_loss(recipe: Recipe) -> Callable[..., Tensor]:
     "The loss of a `recipe`, from the page of its method: `loss(model, x0, c, context)`."
     method = recipe.method
     if method.name == "aligned_loss":
-        return AlignedLoss(method.scale, method.anchor)
+        return gnb.AlignedLoss(method.scale, method.anchor)
     if method.name == "model_guidance":
         names = ("dropout", "start_step", "unconditional", "interval", "guided_share")
         options: Json = {name: getattr(method, name) for name in names}
         if method.scale_range:
-            return ModelGuidanceLoss(scale_range=method.scale_range, **options)  # type: ignore[arg-type]
-        return ModelGuidanceLoss(mg_weight_from_scale(method.scale), **options)
-    losses: dict[str, Callable] = {
-        "plain": DenoisingLoss(method.dropout),
-        "classifier": ClassifierLoss(PATHS[recipe.network.path]()),
+            return gnb.ModelGuidanceLoss(**options | {"scale_range": method.scale_range})
+        return gnb.ModelGuidanceLoss(mg_weight_from_scale(method.scale), **options)
+    losses: dict[str, Callable[..., Tensor]] = {
+        "plain": gnb.DenoisingLoss(method.dropout),
+        "classifier": gnb.ClassifierLoss(PATHS[recipe.network.path]()),
         "evaluation_classifier": CleanLoss(),
         "flow_postprocessing": PairLoss(),
     }
@@ -186,6 +162,7 @@ def _make_times(recipe: Recipe) -> TrainingTimes | None:
     method = recipe.method
     options: Json = {"shift": method.time_shift, "weight": method.weight or None}
     if method.times:
+        require(len(method.times) == 2, "method.times", method.times, "a mean and a deviation")
         return LogNormalTimes(**options, mean=method.times[0], std=method.times[1])
     return TrainingTimes(**options) if options != {"shift": 1.0, "weight": None} else None
 
@@ -193,8 +170,7 @@ def _make_times(recipe: Recipe) -> TrainingTimes | None:
 def make_engine(recipe: Recipe, folder: Path | None = None, metadata: Json | None = None) -> Engine:
     "How a `recipe` is run, in a `folder` of checkpoints that hold `metadata`."
     table = recipe.training
-    same = [*_LOOP[1:], "compile", "cuda_graphs", "channels_last", "warmup", "weight_decay"]
-    options: Json = {name: getattr(table, name) for name in same}
+    options: Json = {name: getattr(table, name) for name in (*_LOOP, *_SPEED, "warmup", "weight_decay")}
     options |= {"folder": folder, "metadata": metadata or {}, "may_change": _MAY_CHANGE}
     return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
 
@@ -202,12 +178,10 @@ def make_engine(recipe: Recipe, folder: Path | None = None, metadata: Json | Non
 def recipe_cost(recipe: Recipe, gpus: tuple[int, ...] = (), chip: str = "h100", share: float = 0.35) -> "DataFrame":
     "GPU-hours and memory that a recipe will take: an estimate that assumes a fraction of the peak."
     table, network, at_once = recipe.training, recipe.network, recipe.training.gradient_accumulation_steps
-    denoisers = ("plain", "aligned_loss", "model_guidance")
-    require(recipe.method.name in denoisers, "method.name", recipe.method.name, "methods that train a denoiser")
+    check_choice("method.name", recipe.method.name, get_args(Denoising))
     precision: Literal["fp32", "bf16"] = "fp32" if table.precision == "fp32" else "bf16"
-    recompute = table.gradient_checkpointing
-    aware, (shape, classes) = is_scale_aware(recipe), recipe_shape(recipe)
-    cost = network_cost(network.name, shape, classes, aware, precision, recompute, **network.settings)
+    aware, (shape, classes), again = is_scale_aware(recipe), recipe_shape(recipe), table.gradient_checkpointing
+    cost = network_cost(network.name, shape, classes, aware, precision, again, **network.settings)
     nfe = count_loss_nfe(make_loss(recipe), steps=table.steps)
     counts = gpus or (1, 8)[: 1 if table.batch_size % (8 * at_once) else 2]
     return cost_sheet(cost, nfe, table.steps, table.batch_size, at_once, counts, chip, share)
@@ -216,41 +190,37 @@ def recipe_cost(recipe: Recipe, gpus: tuple[int, ...] = (), chip: str = "h100", 
 def check_trainable(recipe: Recipe) -> None:
     "Raise an error for a `recipe` that cannot be trained here, before any work is done."
     make_loss(recipe)
-    make_engine(recipe)
-    check_tracker(recipe.training.tracker or None, ".")
+    _make_times(recipe)
     given = recipe.method.name != "flow_postprocessing" or recipe.method.samples
     require_that(given, "method.samples is empty", "sample files, of `guidance-nb sample` or made elsewhere")
-    if recipe.training.compile:
-        check_compiler()
 
 
-def _check_fits(recipe: Recipe, data: ImageData | LatentData) -> None:
+def _check_fits(recipe: Recipe, data: _Samples) -> None:
     "Raise an error, before any work, for a `recipe` too large for its `data` or this machine's memory."
-    table, channels = recipe.training, recipe.sampling.guided_channels
-    most = data.shape[0]
-    require(channels <= most, "sampling.guided_channels", channels, f"0 to {most}, as many as there are")
-    require(table.batch_size <= len(data), "training.batch_size", table.batch_size, f"1 to {len(data)}, all images")
+    batch, memory = recipe.training.batch_size, _find_memory(own_device())
+    require(batch <= len(data), "training.batch_size", batch, f"1 to {len(data)}, all images")
     with torch.device("meta"):
         weights = sum(p.numel() for p in make_model(recipe, tuple(data.shape), data.num_classes).parameters())
-    device = own_device()
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _physical_memory()
     needed = 20 * weights  # four bytes each for weights, gradients, two moments and the average
     told = f"network = {recipe.network.name} with {recipe.network.settings} needs {needed / 1e9:.0f} GB to be trained"
     require_that(needed <= memory, told, f"at most {memory / 1e9:.0f} GB, the memory of this machine")
 
 
-def _physical_memory() -> float:
+def _find_memory(device: torch.device) -> float:
+    "Bytes that there are in all; on Windows there is no way to ask."
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
-def make_training(recipe: Recipe, data: Any) -> tuple[Any, Any, tuple[str, ...]]:
+def make_training(recipe: Recipe, data: _Samples) -> tuple[nn.Module, Data, tuple[str, ...]]:
     "What a `recipe` trains on its `data`: untrained model, data for fit, names of the classes the model knows."
     if recipe.method.name != "flow_postprocessing":
         return make_model(recipe, data.shape, data.num_classes), data, data.classes
-    pairs = _read_pairs(recipe, data)
+    pairs = _read_pairs(recipe, cast(ImageData, data))
     classes = () if pairs.labels is None else data.classes
     net = make_model(recipe, data.shape, len(classes)).net
-    return FlowPostprocessor.from_pairs(pairs, len(classes), net=net, dropout=recipe.method.dropout), pairs, classes
+    return gnb.FlowPostprocessor.from_pairs(pairs, len(classes), net=net, dropout=recipe.method.dropout), pairs, classes
 
 
 def train_recipe(
@@ -265,28 +235,25 @@ def train_recipe(
     _check_fits(recipe, data)
     folder, table = check_folder("out", Path(folder)), recipe.training
     model, source, classes = make_training(recipe, data)
-    facts: Json = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape)}
-    facts["classes"] = list(classes)
-    if isinstance(data, LatentData):  # what decodes them must be kept
+    facts: Json = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape), "classes": list(classes)}
+    if isinstance(data, latents.LatentData):  # what decodes them must be kept
         facts["latents"] = {"vae": data.index["vae"], "settings": {"image": data.index["settings"]["image"]}}
         if table.grid_every:
             _find_vae(recipe, data.index)  # rather now than at the first grid
-    same = ("batch_size", "lr", "schedule", "ema", "ema_warmup", "seed")
-    options: Json = {name: getattr(table, name) for name in same}
-    options["times"], loss = _make_times(recipe), make_loss(recipe)
+    average = Trained(model, recipe, data.shape, data.classes, 0, folder, latents=facts.get("latents"))
+    loss, engine = make_loss(recipe), make_engine(recipe, folder, facts)
     if recipe.method.auto_every:
         from guidance_nb.cli.evaluation import measured_loss
 
-        loss = measured_loss(recipe, data, facts.get("latents"), loss)
-    engine = make_engine(recipe, folder, facts)
-    keys = [find_key(name) for name in changes]
-    stated = (*engine.may_change, *(f"recipe.{name}" for name in keys), *(name.split(".")[-1] for name in keys))
-    options |= {"engine": replace(engine, may_change=stated), "progress": progress}
-    for state in fit(model, loss, source, table.steps, description=recipe.method.name, **options):
+        loss = measured_loss(average, cast(gnb.ModelGuidanceLoss, loss))
+    for name in map(find_key, changes):
+        engine = replace(engine, may_change=(*engine.may_change, f"recipe.{name}", name.split(".")[-1]))
+    same = ("batch_size", "lr", "schedule", "ema", "ema_warmup", "seed")
+    options: Json = {name: getattr(table, name) for name in same} | {"times": _make_times(recipe), "engine": engine}
+    options |= {"description": recipe.method.name, "progress": progress}
+    for state in gnb.fit(model, loss, source, table.steps, **options):
         if table.grid_every and state.step % table.grid_every == 0 and is_main():
-            made = state.step, folder, True, facts.get("latents")
-            trained = Trained(state.ema, recipe, data.shape, data.classes, *made)
-            _save_grid(trained, folder / f"grid-{state.step:08d}.png")
+            _save_grid(replace(average, model=state.ema), folder / f"grid-{state.step:08d}.png")
         yield state
 
 
@@ -342,30 +309,27 @@ def build_guided(
     trained: Trained,  # A trained denoiser
     scale: float | None = None,  # Guidance scale; 1 is the conditional model; None takes the recipe's
     classifier: Trained | None = None,  # Guide by this classifier instead of by the null label
-    interval: tuple[float, ...] = (0.0, 1.0),  # Times that classifier-free guidance guides
+    interval: tuple[float, float] = (0.0, 1.0),  # Times that classifier-free guidance guides
     channels: int = 0,  # First channels that classifier-free guidance guides; 0 guides all
-) -> Denoiser:  # The model to sample from
+) -> gnb.Denoiser:  # The model to sample from
     "A trained model at a guidance scale, by the method it was trained for."
-    method = trained.require("plain", "aligned_loss", "model_guidance").recipe.method
+    method = trained.require(*get_args(Denoising)).recipe.method
     scale = trained.scale if scale is None else scale
-    check_number("scale", scale)
-    free = classifier is None and method.name != "model_guidance"
-    fine = free or check_interval("interval", interval) == (0, 1)
+    free, known = classifier is None and method.name != "model_guidance", trained.shape[0]
+    fine = free or tuple(interval) == (0, 1)
     require(fine, "interval", interval, "(0, 1), for only classifier-free guidance can pause")
-    most = f"0 to {trained.shape[0]}, and only for classifier-free guidance"
-    require(not channels or (free and 0 < channels <= trained.shape[0]), "channels", channels, most)
+    fine = channels == 0 or (free and channels <= known)
+    require(fine, "channels", channels, f"0 to {known}, and only for classifier-free guidance")
     if classifier is not None:
-        same = trained.shape == classifier.require("classifier").shape and trained.classes == classifier.classes
-        require_that(same, f"{classifier.path} is for other images or classes than {trained.path}", "the same")
-        paths = " and ".join(f"{each.path} is on {each.model.path}" for each in (classifier, trained))
-        same = trained.model.path == classifier.model.path
-        require_that(same, paths, "one path, since noise must mean the same to both")
-        return ClassifierGuidance(trained.model, classifier.model, scale)
+        facts = [(each.shape, each.classes, each.model.path) for each in (trained, classifier.require("classifier"))]
+        told = f"{classifier.path} is for other images, classes or noise than {trained.path}"
+        require_that(facts[0] == facts[1], told, "one shape, the same classes, one path")
+        return gnb.ClassifierGuidance(trained.model, classifier.model, scale)
     if free:
-        by_channel = dit_channel_scales(scale, trained.shape[0], channels) if channels else scale
-        return ClassifierFreeGuidance(trained.model, by_channel, check_interval("interval", interval))
+        by_channel = dit_channel_scales(scale, known, channels) if channels else scale
+        return gnb.ClassifierFreeGuidance(trained.model, by_channel, interval)
     if is_scale_aware(trained.recipe):
-        return FixedScale(trained.model, scale)
+        return gnb.FixedScale(trained.model, scale)
     told = f"{method.scale:g}, which {trained.path} was trained for"
     require_that(scale == method.scale, f"scale = {scale:g}", told)
     return trained.model
@@ -379,24 +343,25 @@ def _find_vae(recipe: Recipe, index: Json, source: str = "") -> "AutoencoderKL":
     known = index["vae"]
     name = source or recipe.data.vae or known["name"]
     require_that(name, "the latents were encoded by a nameless autoencoder", "data.vae or --vae, its folder")
-    vae = load_vae(name)
-    config = dict(zip(("factor", "shift"), latent_constants(vae.config)))
+    vae = latents.load_vae(name)
+    config = dict(zip(("factor", "shift"), latents.latent_constants(vae.config)))
     for part, found in (config | {"latent_channels": vae.config.latent_channels}).items():
-        allowed = f"{known[part]}, as the latents were encoded with"
-        require_that(found == known[part], f"{name} has {part} = {found}", allowed)
+        told = f"{name} has {part} = {found}"
+        require_that(found == known[part], told, f"{known[part]}, as the latents were encoded with")
     return vae
 
 
 @torch.no_grad()
 def _save_grid(trained: Trained, file: Path, rows: int = 4) -> None:
     "Draw `rows` samples of every class into a PNG `file`, from the same noise each time; a classifier has none."
-    if not isinstance(trained.model, Denoiser):
+    if not isinstance(trained.model, gnb.Denoiser):
         return
     classes, table = min(10, len(trained.classes)), trained.recipe.sampling
     c, seed = torch.arange(rows * classes) % classes, trained.recipe.training.seed
-    x = sample(build_guided(trained), c, trained.shape, table.sampler, table.sampler_steps, seed=seed, progress=False)
+    model = build_guided(trained)
+    x = gnb.sample(model, c, trained.shape, table.sampler, table.sampler_steps, seed=seed, progress=False)
     if trained.latents is not None:
-        x = from_uint8(decode(_find_vae(trained.recipe, trained.latents), x))
+        x = from_uint8(latents.decode(_find_vae(trained.recipe, trained.latents), x))
     write_picture(x, file, classes)
 
 
@@ -438,9 +403,9 @@ class Request(Table):
     sampler: Sampler | None = key(None, "Sampler. Default: the recipe's")
     steps: int | None = key(None, "Steps of the sampler. Default: the recipe's", ge=1)
     seed: int = key(0, "Seed; sample i depends on (seed, i) alone", **SEED)
-    interval: Pair = key((0.0, 1.0), "First and last time that classifier-free guidance guides")
+    interval: tuple[float, float] = key((0.0, 1.0), "First and last time that classifier-free guidance guides")
     precision: Literal["fp32", "bf16", "auto"] = key(
-        "fp32", "fp32, bf16, or auto: bf16 where the hardware is made for it"
+        "fp32", "Arithmetic; auto is bf16 where the hardware is made for it"
     )
     compile: bool = key(False, "Compile the network first")
     cuda_graphs: bool = key(False, "Record each call of the network as a CUDA graph, on a GPU")
@@ -453,15 +418,14 @@ def complete_request(trained: Trained, request: Request, classifier: Trained | N
     "Fill in what the recipe of `trained` says, and raise an error for what cannot be drawn with it."
     table = trained.recipe.sampling
     usual = {"scale": trained.scale, "sampler": table.sampler, "steps": table.sampler_steps}
-    usual["channels"] = table.guided_channels
+    usual |= {"channels": table.guided_channels}
     asked = request.changed(**{name: value for name, value in usual.items() if getattr(request, name) is None})
     _read_labels(asked.labels, asked.n, trained.classes)
     view = build_guided(trained, asked.scale, classifier, asked.interval, asked.channels or 0)
     time_grid(view.path, asked.steps or 0, asked.sampler or "")
-    if trained.latents is not None:
+    if trained.latents:
         _find_vae(trained.recipe, trained.latents, asked.vae)
-    fine = trained.latents is not None or not asked.vae
-    require(fine, "vae", asked.vae, f"none, for {trained.path} was trained on pictures")
+    require(trained.latents or not asked.vae, "vae", asked.vae, f"none, for {trained.path} was trained on pictures")
     return asked
 
 
@@ -495,22 +459,20 @@ def generate(
     rank, world = find_processes(device)
     own = len(torch.arange(asked.n).tensor_split(world)[rank])
     options: Json = {"seed": asked.seed, "batch_size": asked.batch_size, "progress": progress}
-    with autocast_and_compile(trained, asked.precision, asked.compile, asked.cuda_graphs), count_nfe() as count:
+    with autocast_and_compile(trained, asked.precision, asked.compile, asked.cuda_graphs), gnb.count_nfe() as count:
         x = sample_sharded(model, c, trained.shape, sampler=asked.sampler, steps=asked.steps, **options).float()
-    facts = asked.model_dump(exclude={"precision"}) | {"nfe": count.total / own}  # in tables, precision is a metric
-    facts = {name: value for name, value in facts.items() if value or name not in ("channels", "vae", "cuda_graphs")}
-    facts |= {"arithmetic": choose_precision(asked.precision, device), "seconds": 0.0}
-    facts |= {"checkpoint": str(trained.path), "step": trained.step, "method": trained.recipe.method.name}
-    facts |= {"classifier": str(classifier.path) if classifier else ""}
-    facts |= {"training_seed": trained.recipe.training.seed} | ({} if trained.ema else {"ema": False})
-    facts["classes"] = list(trained.classes)
     if trained.latents is None:
         images = to_uint8(x.cpu())
     else:
         vae = _find_vae(trained.recipe, trained.latents, asked.vae)
-        images = decode_all(vae, x, min(32, asked.batch_size), progress)
-    facts["seconds"] = round(time.perf_counter() - start, 3)
-    return SampleFile(images, c, facts)
+        images = latents.decode_all(vae, x, min(32, asked.batch_size), progress)
+    facts = asked.model_dump(exclude={"precision"})  # in tables, precision is a metric
+    facts = {name: value for name, value in facts.items() if value or name not in ("channels", "vae", "cuda_graphs")}
+    facts |= {"nfe": count.total / own, "arithmetic": choose_precision(asked.precision, device)}
+    facts |= {"seconds": round(time.perf_counter() - start, 3), "checkpoint": str(trained.path), "step": trained.step}
+    facts |= {"method": trained.recipe.method.name, "classifier": str(classifier.path) if classifier else ""}
+    facts |= {"training_seed": trained.recipe.training.seed} | ({} if trained.ema else {"ema": False})
+    return SampleFile(images, c, facts | {"classes": list(trained.classes)})
 
 
 def postprocess(
@@ -524,11 +486,9 @@ def postprocess(
 ) -> SampleFile:  # Corrected samples, with the facts of both makings
     "Move samples to where real ones are, with a trained correction."
     trained.require("flow_postprocessing")
-    found = tuple(file.x.shape[1:])
-    require_that(found == trained.shape, f"samples have shape {found}", f"{trained.shape}, as {trained.path}")
     start, labels = time.perf_counter(), file.c if trained.model.num_classes else None
-    with count_nfe() as count:
-        x = trained.model(from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress)
+    with gnb.count_nfe() as count:
+        x = trained.model(from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress and is_main())
     before = {name: file.facts.get(name, 0.0) for name in ("nfe", "seconds")}
     nfe, spent = (value if isinstance(value, int | float) else 0.0 for value in before.values())
     facts = {"correction": str(trained.path), "correction_steps": steps, "correction_sampler": sampler}
