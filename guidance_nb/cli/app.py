@@ -546,7 +546,7 @@ def _show_row(row: Json) -> None:
 
 
 def _in_one_line(error: Exception) -> str:
-    "What an error says to a user, who can mend its cause; nothing for any other error."
+    "One line about an error that a user can correct; nothing about any other."
     if isinstance(error, MemoryError):
         return f"out of memory ({error or 'while loading'}); allow more, or close other programs"
     if isinstance(error, ValueError | FloatingPointError | OverflowError | OSError | ImportError):

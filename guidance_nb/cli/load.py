@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def model_names() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob("*/checkpoint.json"))
 
 
-def make_model(recipe: "Recipe", shape: tuple[int, ...], num_classes: int) -> Any:
+def make_model(recipe: "Recipe", shape: tuple[int, ...], num_classes: int) -> nn.Module:
     "The untrained network of a recipe, the same on every call."
     network, method, seed = recipe.network, recipe.method, recipe.training.seed
     path = PATHS[network.path]()
@@ -82,7 +82,7 @@ def open_checkpoint(
     return saved
 
 
-def restore(saved: Checkpoint, recipe: "Recipe", ema: bool = True) -> Any:
+def restore(saved: Checkpoint, recipe: "Recipe", ema: bool = True) -> nn.Module:
     "Rebuild a trained network."
     model = make_model(recipe, tuple(saved.metadata["shape"]), len(saved.metadata["classes"]))
     load_weights(model, saved.ema if ema else saved.model, str(saved.path))
