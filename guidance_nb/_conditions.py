@@ -40,12 +40,7 @@ def join(conditions: Sequence[Condition]) -> Condition:
     return torch.cat(list(conditions))  # type: ignore
 
 
-def output_pair(
-    model: "NetworkDenoiser",  # A network that knows what stands for no condition
-    x: Tensor,  # Noisy data `[batch, ...]`
-    t: Tensor,  # Times `[batch]`
-    c: Condition,  # Conditions `[batch]`
-) -> tuple[Tensor, Tensor]:
+def output_pair(model: "NetworkDenoiser", x: Tensor, t: Tensor, c: Condition) -> tuple[Tensor, Tensor]:
     """Raw outputs with and without the condition, in one pass of twice the batch."""
     drop = torch.arange(2 * len(x), device=x.device) >= len(x)
     conditional, unconditional = model.output(torch.cat([x, x]), torch.cat([t, t]), repeat(c, 2), drop=drop).chunk(2)

@@ -95,7 +95,8 @@ class Guidance(Denoiser):
     def combined(
         self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
     ) -> Prediction:
-        "The formula in 32 bits at least, for 16 do not hold its sums; the result is as precise as `x`."
+        """The formula in 32 bits at least, for 16 do not hold its sums; the
+        result is as precise as `x`."""
         if {x.dtype, conditional.x0.dtype, unconditional.x0.dtype} in ({torch.float32}, {torch.float64}):
             return self.combine(conditional, unconditional, x, t, scale)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -161,17 +162,14 @@ class Guidance(Denoiser):
         return f"scale={scale}, interval={self.interval}, path={self.path}"
 
 # %% ../nbs/08_guidance.ipynb #8a10b071
+_Part: TypeAlias = Callable[..., Prediction]
+
+
 def predict_where(
-    inside: Tensor,  # Whether guidance acts, scalar or `[batch]`
-    model: Denoiser,  # The model, which may hold values of single samples
-    # Predicts where it does, `guided(model, x, t, c)`
-    guided: Callable[..., Prediction],
-    plain: Callable[..., Prediction],  # Predicts where it does not
-    x: Tensor,  # Noisy data, `[batch, ...]`
-    t: Tensor,  # Time, scalar or `[batch]`
-    c: Condition | None,  # Condition `[batch]`, or None
-) -> Prediction:  # In the order of `x`
-    "Give each sample to one of two predictors, and none to both."
+    inside: Tensor, model: Denoiser, guided: _Part, plain: _Part, x: Tensor, t: Tensor, c: Condition | None
+) -> Prediction:
+    """Predict samples that are `inside`, scalar or `[batch]`, by `guided(model, x,
+    t, c)` and the others by `plain(model, x, t, c)`, none by both."""
     if inside.all():
         return guided(model, x, t, c)
     if not inside.any():
@@ -246,13 +244,9 @@ def interval_from_steps(
 Schedule = Callable[[Tensor], Tensor]
 
 
-def linear_schedule(
-    scale: float,  # Mean guidance scale over time
-    # Smallest scale ("clamped linear"); raises the mean
-    floor: float = -math.inf,
-) -> Schedule:  # Scale as a function of time
-    """A scale that grows linearly from 1 at pure noise, eq. (3) (arXiv
-    2404.13040)."""
+def linear_schedule(scale: float, floor: float = -math.inf) -> Schedule:
+    """A scale of mean `scale` that grows linearly from 1 at pure noise, eq. (3)
+    (arXiv 2404.13040); a `floor` is the smallest scale, and raises the mean."""
     return lambda t: (1 + 2 * (scale - 1) * (1 - t)).clamp(min=floor)
 
 
@@ -281,10 +275,7 @@ def beta_schedule(
     return lambda t: 1 + peak * t ** (a - 1) * (1 - t) ** (b - 1)
 
 
-def exponential_schedule(
-    start: float = 1.0,  # Scale at pure noise
-    # Growth towards data: the scale ends at start * exp(rate)
-    rate: float = math.log(2),
-) -> Schedule:  # Scale as a function of time
-    "A scale that grows exponentially towards data (arXiv 2603.08155)."
+def exponential_schedule(start: float = 1.0, rate: float = math.log(2)) -> Schedule:
+    """A scale that grows exponentially towards data, from `start` at pure noise
+    to start * exp(`rate`) (arXiv 2603.08155)."""
     return lambda t: start * torch.exp(rate * (1 - t))

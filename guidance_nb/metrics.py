@@ -19,12 +19,10 @@ from ._points import as_labels, as_points, inside, moments, search
 from .mixtures import Mixture, digits, log_posterior, log_prob, sample_mixture
 
 # %% ../nbs/06_metrics.ipynb #4002d693
-def nll(
-    x: Tensor,  # Samples, `[n, d]`
-    c: Tensor,  # Their labels, `[n]`
-    mixture: Mixture,  # The true distribution
-) -> float:  # In nats; the baseline is the entropy of p(x | c)
-    "Mean negative log-likelihood under the true class density, eq. (1)."
+def nll(x: Tensor, c: Tensor, mixture: Mixture) -> float:
+    """Mean negative log-likelihood, in nats, of samples `x` `[n, d]` with labels
+    `c` `[n]` under the true class density of a `mixture`, eq. (1); the baseline
+    is the entropy of p(x | c)."""
     points = as_points("x", x, mixture.dim)
     return -log_prob(mixture, points, as_labels("c", c, len(points), mixture.num_classes)).mean().item()
 

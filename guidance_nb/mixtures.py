@@ -93,8 +93,9 @@ class Mixture:
         require(smallest >= rounding, "eigenvalue of covariances", round(smallest, 9), "0 and above")
         self.eigenvalues = self.eigenvalues.clamp(min=0)
         self.means, self.labels, self.weights = means, labels, weights.double() / weights.double().sum()
-        self.members = [torch.nonzero(labels == k).squeeze(1) for k in range(self.num_classes)]
-        empty = [k for k, members in enumerate(self.members) if not len(members)]
+        classes = range(self.num_classes)
+        self.members = [(labels == k).nonzero()[:, 0] for k in classes]
+        empty = [k for k in classes if not len(self.members[k])]
         require(not empty, "classes without a component", empty, "none, every class from 0 upwards is present")
         self.class_weights = torch.stack([self.weights[m].sum() for m in self.members])
 
@@ -135,8 +136,8 @@ def _mixture_at(mixture: Mixture, path: Path, t: Tensor, k: Tensor | slice) -> _
 def _map_by_time_and_class(
     mixture: Mixture, fn: Callable[..., Tensor], x: Tensor, path: Path, t: Tensor, c: Tensor | None
 ) -> Tensor:
-    """Apply `fn(terms, rows, t, k) -> [rows, ...]` to rows of `x` that share a
-    time and a class, in blocks of bounded size; float64, in the order of `x`."""
+    """Apply `fn(terms, rows, t, k) -> [rows, ...]` to rows of `x` that share
+    a time and a class, in blocks of bounded size; float64, ordered as `x`."""
     fine = x.ndim == 2 and x.shape[1] == mixture.dim
     require_that(fine, f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]")
     key_t = t.reshape(-1).expand(len(x))
@@ -246,26 +247,19 @@ class ExactClassifier(nn.Module):
         return log_posterior(self.mixture, x, self.path, t).to(x.dtype)
 
 # %% ../nbs/02_mixtures.ipynb #e036ad15
-def gaussian_pair(
-    # Class 1 sits at `mean` along the first axis, class 0 at `-mean`
-    mean: float = 1.0,
-    variance: float = 0.05,  # Variance of both classes, in every direction
-    dim: int = 1,  # Dimension of the data
-) -> Mixture:  # Two classes of equal weight
-    "Two Gaussian classes at +-mean, the 1-D data of arXiv 2503.10638."
+def gaussian_pair(mean: float = 1.0, variance: float = 0.05, dim: int = 1) -> Mixture:
+    """Two Gaussian classes of equal weight in `dim` dimensions, class 0 at
+    `-mean` and class 1 at `mean` along the first axis, each of a `variance` in
+    every direction: the 1-D data of arXiv 2503.10638."""
     m = torch.zeros(2, dim, dtype=torch.float64)
     m[:, 0] = torch.tensor([-mean, mean])
     return Mixture(m, torch.full((2,), variance, dtype=torch.float64), torch.arange(2))
 
 # %% ../nbs/02_mixtures.ipynb #edda17ce
-def fractal(
-    depth: int = 6,  # Number of splits
-    per_branch: int = 8,  # Gaussians on each branch
-    # Two classes of equal weight in two dimensions, 8 (2^(depth + 1) - 1)
-    # components each
-) -> Mixture:
-    """The 2-D fractal: one binary tree per class, growing from the origin at
-    angles pi/4 and 5 pi/4."""
+def fractal(depth: int = 6, per_branch: int = 8) -> Mixture:
+    """The 2-D fractal: for each of two classes of equal weight a binary tree of
+    `depth` splits with `per_branch` Gaussians on each branch, growing from the
+    origin at angles pi/4 and 5 pi/4."""
     means, covariances, labels, weights = [], [], [], []
 
     def grow(start: Tensor, angle: float, level: int, label: int) -> None:
@@ -286,13 +280,10 @@ def fractal(
     return Mixture(torch.stack(means), torch.stack(covariances), torch.tensor(labels), torch.tensor(weights))
 
 # %% ../nbs/02_mixtures.ipynb #c4f0f051
-def checkerboard(
-    size: int = 4,  # Cells along each side
-    # Standard deviation of each cell; neighbours are one unit apart
-    std: float = 0.12,
-) -> Mixture:  # Two classes in two dimensions, `size * size` components
-    """A two-class grid of Gaussians with alternating labels, in the manner of
-    arXiv 2502.12154 figure 2."""
+def checkerboard(size: int = 4, std: float = 0.12) -> Mixture:
+    """A grid of `size * size` Gaussians one unit apart, of standard deviation
+    `std`, whose two classes alternate, in the manner of arXiv 2502.12154
+    figure 2."""
     centre = (size - 1) / 2
     cells = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     return Mixture(cells.double() - centre, torch.full((len(cells),), std**2), cells.sum(1) % 2)

@@ -15,11 +15,9 @@ from .denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nf
 from .paths import Path
 
 # %% ../nbs/04_networks.ipynb #9efdb62a
-def fourier_features(
-    t: Tensor,  # Values, `[batch]`, of order one
-    octaves: int = 8,  # Number of frequencies pi, 2 pi, 4 pi, ...
-) -> Tensor:  # `[batch, 2 * octaves]`
-    "Cosines and sines of t at doubling frequencies, eq. (1)."
+def fourier_features(t: Tensor, octaves: int = 8) -> Tensor:
+    """Cosines and sines, `[batch, 2 * octaves]`, of values `t` `[batch]` of order
+    one at the frequencies pi, 2 pi, 4 pi, ..., eq. (1)."""
     angles = t[:, None] * math.pi * 2.0 ** torch.arange(octaves, device=t.device, dtype=t.dtype)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
@@ -115,14 +113,10 @@ class NoisyClassifier(nn.Module):
 # %% ../nbs/04_networks.ipynb #a20ea17d
 class LinearClassifier(nn.Module):
     """One linear layer on [x, t], the misspecified classifier of arXiv
-    2503.10638; `classifier(x, t)` gives logits."""
+    2503.10638; `classifier(x, t)` gives logits of `num_classes` for data of
+    dimension `dim`, with initial weights that depend on `seed`."""
 
-    def __init__(
-        self,
-        dim: int,  # Dimension of the data
-        num_classes: int,  # Number of classes
-        seed: int = 0,  # Seed of the initial weights
-    ):
+    def __init__(self, dim: int, num_classes: int, seed: int = 0):
         super().__init__()
         self.num_classes = num_classes
         with torch.random.fork_rng(devices=[]):

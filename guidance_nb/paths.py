@@ -26,8 +26,8 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.ndim == 0:
         return t
-    fine, batch = t.shape == x.shape[:1], x.shape[0]
-    require_that(fine, f"t has shape {tuple(t.shape)}", f"a scalar or [batch] = [{batch}]")
+    told, allowed = f"t has shape {tuple(t.shape)}", f"a scalar or [{len(x)}]"
+    require_that(t.shape == x.shape[:1], told, allowed)
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 # %% ../nbs/00_paths.ipynb #5ee101bc
@@ -67,8 +67,10 @@ class Path(ABC):
         return self.sigma(t) / self.alpha(t)
 
     @cached_property
-    def _inner_times(self) -> tuple[float, float]:  # where noise-to-signal is 1e-3, and 1e3 if the signal ends
-        first, last = (self.time_at(torch.tensor(ratio, dtype=torch.float64)).item() for ratio in (1e-3, 1e3))
+    def _inner_times(self) -> tuple[float, float]:
+        # Where noise-to-signal is 1e-3, and 1e3 if the signal ends
+        ratios = torch.tensor([1e-3, 1e3], dtype=torch.float64)
+        first, last = self.time_at(ratios).tolist()
         return first, last if self.alpha(torch.ones(())) <= 1e-3 else math.inf
 
     def coefficients(
@@ -138,7 +140,8 @@ class VPPath(Path):
     beta_max: Positive = 20.0
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        return -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2)
+        slope = self.beta_max - self.beta_min
+        return -0.5 * (self.beta_min * t + 0.5 * slope * t**2)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._log_alpha(t).exp() if self.schedule == "linear" else torch.sin(math.pi / 2 * (1 - t))
@@ -159,13 +162,15 @@ class VPPath(Path):
         return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
 
     @cached_property
-    def _first_time(self) -> float:  # where sigma is 0.01; closer to the data its slope is held
+    def _first_time(self) -> float:
+        # Where sigma is 0.01; closer to the data its slope is held
         return self.time_at(torch.tensor(0.01, dtype=torch.float64)).item()
 
     def time_at(self, noise_to_signal: Tensor) -> Tensor:
         if self.schedule == "cosine":
             return 2 / math.pi * torch.atan(noise_to_signal)
-        slope, log_snr = self.beta_max - self.beta_min, torch.log1p(noise_to_signal.clamp(max=1e15) ** 2)
+        slope = self.beta_max - self.beta_min
+        log_snr = torch.log1p(noise_to_signal.clamp(max=1e15) ** 2)
         root = (self.beta_min**2 + 2 * slope * log_snr).sqrt()
         return 2 * log_snr / (self.beta_min + root).clamp(min=1e-30)
 
@@ -219,13 +224,9 @@ def change_path(
     return x * expand_time(torch.where(ratio > 1, noise, signal), x), s  # both are equal; one of them is finite
 
 # %% ../nbs/00_paths.ipynb #20e71aab
-def clamp_time(
-    path: Path,  # The path `t` refers to
-    t: Tensor,  # Time, scalar or `[batch]`
-    # Which end of the path to keep away from
-    end: Literal["noise", "data"] = "noise",
-) -> Tensor:  # `t`, moved inside where a formula would divide by zero
-    """Keep a formula away from t = 1 if alpha vanishes there (end 'noise'), or
-    from t = 0, where sigma does ('data')."""
+def clamp_time(path: Path, t: Tensor, end: Literal["noise", "data"] = "noise") -> Tensor:
+    """Times `t`, scalar or `[batch]`, moved inside a `path` where a formula
+    would divide by zero: at t = 1 if alpha vanishes there (`end` 'noise'), or
+    at t = 0, where sigma does ('data')."""
     first, last = path._inner_times
     return t.clamp(min=first) if end == "data" else t.clamp(max=last)

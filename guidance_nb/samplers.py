@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'SAMPLERS', 'time_grid', 'StepContext', 'ddim_step', 'euler_step', 'ddpm_step', 'heun_step', 'Trajectory',
-           'solve_adaptively', 'sample', 'sample_trajectory']
+           'sample', 'sample_trajectory']
 
 # %% ../nbs/03_samplers.ipynb #b90b543f
 from collections.abc import Callable, Mapping
@@ -39,10 +39,11 @@ def time_grid(
         levels = torch.linspace(*ends, steps, dtype=torch.float64) ** rho
         times = path.time_at(levels)
         times[0] = 1.0  # the power and its root may miss it by a rounding
-        return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+        return torch.cat([times, times.new_zeros(1)])
     if sampler == "euler_maruyama":
-        last = path.time_at(torch.tensor(0.04 / 0.96, dtype=torch.float64)).item()
-        return torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+        last = path.time_at(torch.tensor(0.04 / 0.96, dtype=torch.float64))
+        times = torch.linspace(1, last.item(), steps, dtype=torch.float64)
+        return torch.cat([times, times.new_zeros(1)])
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 # %% ../nbs/03_samplers.ipynb #933be85e
@@ -107,7 +108,8 @@ def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | N
 def _heun_step_from_data(
     model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext
 ) -> Tensor:
-    "Heun's step; with rising times the one that leaves t = 0 is eq. (2). Same arguments as `ddim_step`."
+    """Heun's step; with rising times the one that leaves t = 0 is eq. (2). Same
+    arguments as `ddim_step`."""
     return (ddim_step if t == 0 else heun_step)(model, x, t, s, c, extra)
 
 # %% ../nbs/03_samplers.ipynb #ad5981f1
@@ -131,7 +133,8 @@ def _euler_maruyama_step(
 
 # %% ../nbs/03_samplers.ipynb #61cb19c0
 def _dpmpp_2m_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
-    "DPM-Solver++(2M), eq. (4) (arXiv 2211.01095 alg. 2); same arguments as `ddim_step`."
+    """DPM-Solver++(2M), eq. (4) (arXiv 2211.01095 alg. 2); same arguments as
+    `ddim_step`."""
     path, x0 = model.path, model(x, t, c).x0
     h = path.noise_to_signal(t).log() - path.noise_to_signal(s).log()
     d = x0
@@ -150,7 +153,8 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler_maruyama": _euler_maruyama_step,
     "dpmpp_2m": _dpmpp_2m_step,
 }
-_REVERSIBLE = ("ddim", "euler", "heun", "dopri5")  # those that may go from data to noise, too
+# Those that may go from data to noise, too
+_REVERSIBLE = ("ddim", "euler", "heun", "dopri5")
 
 
 class Trajectory(NamedTuple):
@@ -207,17 +211,14 @@ def _integrate(
             seen(number, s, x)
     return x
 
-
+# %% ../nbs/03_samplers.ipynb #5e1ad0c7
 def solve_adaptively(
-    # dx/dt at `(t, x)`, never asked outside the times
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,  # Where to start, at `times[0]`
-    # Rising or falling times, float64; only the last is a step the solver must
-    # make
-    times: Tensor,
-    tolerance: float = 1e-5,  # Relative and absolute
-) -> Tensor:  # The points at `times`
-    "Solve an ODE by torchdiffeq's Dopri5."
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, tolerance: float = 1e-5
+) -> Tensor:
+    """Solve dx/dt = `velocity(t, x)`, from `x` at `times[0]`, by torchdiffeq's
+    Dopri5: the points at `times`, which rise or fall, float64, and of which only
+    the last is a step the solver must make. The `tolerance` is relative and
+    absolute, and the velocity is never asked outside the times."""
     from torchdiffeq import odeint
 
     low, high = times.min().item(), times.max().item()
@@ -228,7 +229,7 @@ def solve_adaptively(
 
     return odeint(field, x, times.to(x.device), rtol=tolerance, atol=tolerance, method="dopri5", options=land)
 
-
+# %% ../nbs/03_samplers.ipynb #5e1ad0c8
 def _integrate_adaptively(model: Denoiser, x: Tensor, c: Condition | None, times: Tensor, seen: _Callback) -> Tensor:
     "Solve the probability-flow ODE by the angle, eq. (5)."
     path = model.path
@@ -273,7 +274,8 @@ def sample(
     progress: bool = True,  # Whether to show a progress bar
     dtype: torch.dtype = torch.float32,  # Precision of the state
 ) -> Tensor:  # Samples `[n, *shape]`
-    "Draw samples; sample i depends on (seed, start + i) alone, and the model is left in the mode it was in."
+    """Draw samples; sample i depends on (seed, start + i) alone, and the model
+    is left in the mode it was in."""
     check_kind("model", model)
     times = time_grid(model.path, steps, str(sampler)) if times is None else torch.as_tensor(times).double().cpu()
     n = check_request(model, c, shape, sampler, times)

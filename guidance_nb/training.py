@@ -186,14 +186,9 @@ def batches(
         yield x[indices[rows]], take_rows(c, indices[rows])
 
 # %% ../nbs/05_training.ipynb #ca321074
-def learning_rate(
-    step: int,  # Number of the step, from 0
-    lr: float,  # Largest rate
-    schedule: Literal["cosine", "constant"],  # A fall to zero, or none
-    steps: int,  # Number of steps
-    warmup: int = 0,  # Steps of a linear rise before it
-) -> float:
-    "The learning rate of a step."
+def learning_rate(step: int, lr: float, schedule: Literal["cosine", "constant"], steps: int, warmup: int = 0) -> float:
+    """The learning rate of a `step` from 0 of `steps`: after a linear rise of
+    `warmup` steps it is `lr`, and falls to zero by the `schedule` "cosine"."""
     if step < warmup:
         return lr * (step + 1) / warmup
     done, all_steps = step - warmup, steps - warmup
