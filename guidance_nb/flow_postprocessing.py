@@ -107,7 +107,11 @@ class PairDraws:
         named = 0 if labels is None else int(labels.max()) + 1
         self.num_classes = named if num_classes is None else num_classes
 
-    def __call__(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self,
+        n: int,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor | None]:
         "Stacked pairs `[n, 2, ...]` and their classes `[n]`."
         size, k = self.neighbours.shape
         i = torch.randint(size, (n,), generator=generator)
@@ -235,7 +239,13 @@ class FlowPostprocessor(nn.Module):
         y = self.net(y.flatten(1) if self.flat else y, tau, labels)
         return (self.spread * y).reshape(z.shape).to(z.dtype)
 
-    def guided(self, z: Tensor, tau: Tensor, c: Tensor | None, scale: float) -> Tensor:
+    def guided(
+        self,
+        z: Tensor,
+        tau: Tensor,
+        c: Tensor | None,
+        scale: float,
+    ) -> Tensor:
         "The velocity at a guidance scale, eq. (7)."
         v_c = self.velocity(z, tau, c)
         return v_c if scale == 1 else self.velocity(z, tau).lerp(v_c, scale)
@@ -273,7 +283,12 @@ class FlowPostprocessor(nn.Module):
                 bar.update(len(end))
         return torch.cat(done)
 
-    def check(self, samples: Tensor, labels: Tensor | None, scale: float) -> None:
+    def check(
+        self,
+        samples: Tensor,
+        labels: Tensor | None,
+        scale: float,
+    ) -> None:
         """Raise an error for samples, labels or a scale that the correction
         was not trained for."""
         n, shape, kind = self.num_classes, samples.shape, samples.dtype
@@ -355,7 +370,8 @@ def memorisation_report(
     """Distance of samples to their nearest training sample, against that of
     fresh real ones."""
     kept, place = _to_features(training, space), device or samples.device
-    ours, base = (nearest_neighbours(_to_features(x, space), kept, device=place)[0] for x in (samples, fresh))
+    sets = [_to_features(x, space) for x in (samples, fresh)]
+    ours, base = (nearest_neighbours(x, kept, device=place)[0] for x in sets)
     nearest, usual = ours.median(), base.median()
     return {
         "nearest": nearest.item(),

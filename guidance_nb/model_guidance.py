@@ -136,7 +136,12 @@ class _Options:
         return float(w)
 
     def weights(
-        self, x0: Tensor, t: Tensor, drop: Tensor, context: LossContext, classes: int
+        self,
+        x0: Tensor,
+        t: Tensor,
+        drop: Tensor,
+        context: LossContext,
+        classes: int,
     ) -> tuple[Tensor | None, Tensor]:
         "Scales s to feed, or None, and weights w, both `[batch]`."
         guided = ~drop & (self.interval[0] <= t) & (t <= self.interval[1])
@@ -148,7 +153,13 @@ class _Options:
         return s, (s - 1) * guided
 
     def direction(
-        self, model: NetworkDenoiser, x: Tensor, t: Tensor, c: Tensor, w: Tensor, context: LossContext
+        self,
+        model: NetworkDenoiser,
+        x: Tensor,
+        t: Tensor,
+        c: Tensor,
+        w: Tensor,
+        context: LossContext,
     ) -> Tensor:
         "The direction where w is not 0, and 0 elsewhere."
         d, rows, ahead = torch.zeros_like(x), _guided_mask(w), None

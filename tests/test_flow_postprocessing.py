@@ -239,7 +239,7 @@ def test_bad_input(clouds):
         _neighbours(x, y[:0], 1)
     with pytest.raises(ValueError, match="space = 'dino'"):
         _neighbours(x, y, 1, space="dino")
-    with pytest.raises(ValueError, match="allowed: for both or for none"):
+    with pytest.raises(ValueError, match="allowed: of both or of none"):
         _neighbours(x, y, 1, c)
     with pytest.raises(ValueError, match=r"allowed: \[batch\] = \[150\]"):
         _neighbours(x, y, 1, c[:3], d)
