@@ -8,13 +8,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from guidance_nb import denoisers
 from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_nfe
 from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import SAMPLERS, _sit_diffusion, sample, sample_trajectory, solve_adaptively, time_grid
+from guidance_nb.samplers import (
+    SAMPLERS,
+    StepContext,
+    _sit_diffusion,
+    ddim_step,
+    sample,
+    sample_trajectory,
+    solve_adaptively,
+    time_grid,
+)
 
 F64 = {"progress": False, "dtype": torch.float64}
 
@@ -52,6 +62,37 @@ def test_ddim_agrees_with_diffusers(trained_like):
     theirs, ratios = by_scheduler(scheduler, trained_like, x, c, 20, ratio_of_alpha_bar)
     ours = sample(trained_like, c, (2,), "ddim", times=trained_like.path.time_at(ratios), init=x, **F64)
     assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+class CountingPath(FlowPath):
+    "Counts how often its functions are asked for."
+
+    asked = 0
+
+    def alpha(self, t):
+        CountingPath.asked += 1
+        return super().alpha(t)
+
+
+@pytest.mark.parametrize("batching", ["batched", "sequential"])
+def test_what_belongs_to_a_run_is_computed_once(batching, monkeypatch):
+    "However many steps there are; and step by step, outside of a run, the samples are the same bit for bit."
+    model = mlp_denoiser(2, CountingPath(), 3)
+    torch.nn.init.normal_(model.net.read.weight)
+    guided, c = ClassifierFreeGuidance(model, 2.0, (0.2, 0.8), batching), torch.arange(4) % 3
+    checks, counts, options = [], [], {"sampler": "ddim", "progress": False}
+    monkeypatch.setattr(denoisers, "check_labels", lambda *given: checks.append(given))
+    for steps in (5, 25):
+        checks.clear()
+        CountingPath.asked = 0
+        drawn = sample(guided, c, (2,), steps=steps, **options)
+        counts.append((CountingPath.asked, len(checks)))
+    assert counts[0] == counts[1]
+    x, times = keyed_noise(0, 0, (4, 2)), time_grid(model.path, 25)
+    with torch.no_grad():
+        for t, s in zip(times, times[1:]):
+            x = ddim_step(guided, x, t, s, c, StepContext(None, 0.0, None, {}))
+    assert torch.equal(x, drawn) and CountingPath.asked > 25
 
 
 def test_ddpm_agrees_with_diffusers_given_the_same_noise(trained_like, monkeypatch):

@@ -12,11 +12,16 @@ import csv
 import os
 import platform
 import re
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
@@ -26,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb import __version__
+from guidance_nb._random import keyed_noise
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, _one_pass, count_nfe
@@ -60,6 +66,7 @@ class Sizes:
     search: tuple[int, int, int] = (2_000, 10_000, 784)  # queries, real points, numbers in each
     depth: int = 56  # of the network that scores
     scored: tuple[int, ...] = (2_000,)  # numbers of images
+    shipped: str = "mnist-cfg"  # a model of the package, to be loaded by a Python that has just started; or none
     settings: dict[str, Any] = field(default_factory=dict)  # changes of the network's settings
     device: str = "cpu"
     seconds: float = 4.0  # of timing per row, more if the least number of rounds takes longer
@@ -71,7 +78,7 @@ LONG = replace(CPU, scored=(2_000, 10_000), seconds=40.0)
 CUDA = replace(CPU, network="unet-mnist", samples=256, batch=256, train_steps=8, device="cuda")
 QUICK = replace(
     CPU, network="unet-tiny", samples=4, steps=4, batch=8, train_steps=1, pairs=(2, 4), batches=(1, 2),
-    search=(20, 50, 6), depth=20, scored=(64,), seconds=0.0, rounds=(2, 2), settings={},
+    search=(20, 50, 6), depth=20, scored=(64,), seconds=0.0, rounds=(2, 2), settings={}, shipped="",
 )  # fmt: skip
 
 
@@ -201,7 +208,32 @@ def sampling(sizes: Sizes) -> Iterator[Pair]:
             few = replace(sizes, samples=n, shape=shape, steps=max(2, min(sizes.steps, 128 // n)))
             guided = ClassifierFreeGuidance(model, SCALE)
             replay, note = record(model, guided, few)
-            yield Pair(f"sampling/{name} {n}", partial(draw, guided, few), replay, 1.02, note=note)
+            ours, bare = partial(draw, guided, few), by_hand(model, few)
+            same = check_same(ours(), bare())
+            yield Pair(f"sampling/{name} {n}", ours, replay, 1.02, note=note)
+            yield Pair(f"by hand/{name} {n}", bare, replay, note=f"the floor of the row above; samples: {same}")
+
+
+def by_hand(model: NetworkDenoiser, sizes: Sizes) -> Callable[[], Tensor]:
+    "The same guided samples with nothing around the calls: Euler steps, which are those of DDIM on the straight path."
+    n, net, device = sizes.samples, model.net, sizes.device
+    noise, given = keyed_noise(0, 0, (n, *sizes.shape)).to(device), labels(n).to(device)
+    null, times = torch.full((n,), CLASSES, device=device), torch.linspace(1, 0, sizes.steps + 1).tolist()
+    both, one_pass = torch.cat([given, null]), _one_pass("auto", noise)
+
+    @torch.no_grad()
+    def loop() -> Tensor:
+        x = noise
+        for t, s in pairwise(times):
+            if one_pass:
+                y, away = net(torch.cat([x, x]), torch.full((2 * n,), t, device=device), both).chunk(2)
+            else:
+                time = torch.full((n,), t, device=device)
+                y, away = net(x, time, given), net(x, time, null)
+            x = x + (s - t) * (away + SCALE * (y - away))
+        return x
+
+    return loop
 
 
 def model_guidance(sizes: Sizes) -> Iterator[Pair]:
@@ -466,7 +498,34 @@ def gpu(sizes: Sizes) -> Iterator[Pair]:
     yield Pair("compiled/not, speed", run(precision="bf16", compile=True), half, at_least=True, note=note)
 
 
+def start(sizes: Sizes) -> Iterator[Pair]:
+    "A Python that has just started and loads a trained model, or draws with it, against one that imports PyTorch."
+    with tempfile.TemporaryDirectory() as folder:
+        words = f"sample {sizes.shipped} --scale 3 --n 10 --steps 1 --no-progress --overwrite --out {folder}/x.png"
+        command = f"import sys; from guidance_nb.cli import _main; sys.argv = 'guidance-nb {words}'.split(); _main()"
+        load = f"import guidance_nb as gnb; gnb.load('{sizes.shipped}')"
+        for name, code, goal in (("load a model", load, 2), ("sample ten digits", command, 3)):
+            spent: dict[str, list[float]] = {"ours": [], "PyTorch": []}
+
+            def fresh(side: str, code: str, spent: dict[str, list[float]] = spent) -> None:
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                spent[side].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+            def note(timing: Timing, spent: dict[str, list[float]] = spent, goal: int = goal) -> str:
+                ours, bare = (median(each) for each in spent.values())
+                verdict = "met" if ours <= goal else "MISSED"
+                return f"{ours:.2f} s of processor time, PyTorch alone {bare:.2f}; goal {goal} s {verdict}"
+
+            ours, other = (code, "import torch") if sizes.shipped else ("pass", "pass")
+            yield Pair(
+                f"{name}/import torch", partial(fresh, "ours", ours), partial(fresh, "PyTorch", other), note=note
+            )
+
+
 BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Pair]]] = {
+    "start": start,
     "sampling": sampling,
     "model-guidance": model_guidance,
     "interval": interval,
