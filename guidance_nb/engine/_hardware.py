@@ -90,13 +90,10 @@ def open_accelerator(engine: "Engine") -> "Accelerator":
         AcceleratorState._reset_state()  # a run after another may use another precision
     check_tracker(engine.tracker, engine.folder)
     accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=cpu,
+        mixed_precision=precision, cpu=cpu, log_with=engine.tracker, project_dir=engine.folder,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=engine.find_unused_parameters)],
-        log_with=engine.tracker,
-        project_dir=engine.folder,
-    )
+    )  # fmt: skip
     _prepare_sharding(accelerator, engine)
     return accelerator
 

@@ -94,12 +94,9 @@ class _DatasetPictures:
 
 @checked
 def load_captioned(
-    source: "Dataset | str | Path",
-    size: Size | None = None,
-    crop: Crop = "adm",
-    column: str = "text",
+    source: "Dataset | str | Path", size: Size | None = None, crop: Crop = "adm", column: str = "text",
     pictures: str = "image",
-) -> ImageData:
+) -> ImageData:  # fmt: skip
     "Captioned pictures, decoded when asked for; missing captions, unreadable and unlike pictures are named."
     pixels: Callable[[Tensor], Tensor]
     if not isinstance(source, str | Path):
@@ -183,15 +180,14 @@ class CaptionedLatents:
 
 
 def cache_captioned(
-    source: ImageData | str | Path,  # What load_captioned gave, or a folder of captioned pictures of one size
-    out: str | Path,  # Folder for latents and embeddings; what is whole in it is kept
-    pipeline: Pipeline,  # A Stable Diffusion pipeline
-    flip: bool = False,  # Whether to encode mirror images, too; they belie captions with "left" and "right"
-    crop: Crop = "adm",  # A key of `CROPS`
-    batch_size: int = 8,  # Pictures at a time
-    progress: bool = True,  # Whether to show a progress bar
-) -> CaptionedLatents:
-    "Encode pictures and captions once; goes on where it was interrupted."
+    source: ImageData | str | Path, out: str | Path, pipeline: Pipeline, flip: bool = False, crop: Crop = "adm",
+    batch_size: int = 8, progress: bool = True,
+) -> CaptionedLatents:  # fmt: skip
+    """Encode pictures and captions once into a folder; goes on where it was interrupted.
+
+    `source` is what load_captioned gave, or a folder of captioned pictures of one size. With `flip` mirror images are
+    encoded, too; they belie captions with "left" and "right".
+    """
     check_pipeline(pipeline)
     data = source if isinstance(source, ImageData) else load_captioned(source)
     encode_folder(

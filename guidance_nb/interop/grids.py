@@ -62,18 +62,16 @@ def clip_score(
 
 
 def compare_scales(
-    models: Mapping[str, NetworkDenoiser],  # Networks by name, such as "before" and "after"
-    prompts: Sequence[str],  # Prompts
-    pipeline: Pipeline,  # Encodes the prompts and decodes the latents
-    scales: Sequence[float] = (1.0, 2.0, 4.0, 7.5),  # Guidance scales; 1 is none
-    *,
-    clip: "tuple[CLIPModel, CLIPProcessor] | str | Path | None" = None,  # None leaves the score out
-    steps: int = 50,  # Steps of DDIM on the times of the pipeline's scheduler
-    seed: int = 0,  # Picture i depends on (seed, i) alone, and not on model and scale
-    size: Size | None = None,  # Side in pixels, or height and width; None for the pipeline's own
-    progress: bool = True,  # Whether to show a progress bar
-) -> tuple[Tensor, list[Json]]:  # Pictures `[models, scales, prompts, 3, height, width]`, uint8, and a table
-    "Pictures of several networks over guidance scales from the same noise, with CLIP score and NFE."
+    models: Mapping[str, NetworkDenoiser], prompts: Sequence[str], pipeline: Pipeline,
+    scales: Sequence[float] = (1.0, 2.0, 4.0, 7.5), *, steps: int = 50, seed: int = 0, size: Size | None = None,
+    clip: "tuple[CLIPModel, CLIPProcessor] | str | Path | None" = None, progress: bool = True,
+) -> tuple[Tensor, list[Json]]:  # fmt: skip
+    """Pictures of several networks over guidance scales, and a table with NFE and, given `clip`, CLIP score.
+
+    Pictures are `[models, scales, prompts, 3, height, width]`, uint8, by so many steps of DDIM on the times of the
+    pipeline's scheduler; picture i depends on (seed, i) alone, and not on model and scale. `size` is a side in pixels,
+    or height and width; None for the pipeline's own.
+    """
     around = from_diffusers(pipeline, null=None, size=size)
     conditions, times = around.encode(prompts), scheduler_times(pipeline.scheduler, steps)
     rows, pictures = [], []

@@ -74,14 +74,10 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
 
     @classmethod
     def from_denoiser(
-        cls,
-        model: NetworkDenoiser,  # A trained model with one of the networks by name
-        network: str,  # Its name, a key of `IMAGE_NETWORKS`
-        shape: Sequence[int],  # (channels, height, width) of an image
-        settings: Json | None = None,  # Settings that differ from those of the name
-        facts: TrainingFacts = TrainingFacts(),  # For the model card
-    ) -> "HubDenoiser":  # The same model, ready for `save_pretrained(folder)`
-        "A trained network in the form that can be written to a folder."
+        cls, model: NetworkDenoiser, network: str, shape: Sequence[int], settings: Json | None = None,
+        facts: TrainingFacts = TrainingFacts(),
+    ) -> "HubDenoiser":  # fmt: skip
+        "A trained network of that name, shape and settings, ready for `save_pretrained(folder)` with a card of facts."
         new = cls(
             network, list(shape), model.num_classes, path_to_json(model.path), model.prediction,
             scale_aware=model.scale_aware, settings=settings, facts=asdict(facts), sigma_data=model.sigma_data,

@@ -102,15 +102,14 @@ def _miss_no_frozen(model: nn.Module, found: _IncompatibleKeys) -> None:
 
 @checked
 def load_text_denoiser(
-    source: Pipeline | str | Path,  # A pipeline; or its folder or name, of which network and scheduler are read
-    null: Tensor,  # Embedding of the null prompt, `[1, tokens, width]`
-    *,
-    lora_rank: Whole = 0,  # Rank of LoRA; 0 trains all weights
-    lora_layers: Sequence[str] = _LORA_LAYERS,  # How the names of the layers end that get it
-    scale_aware: bool = False,  # Whether to give the network an input for the scale
-    seed: int = 0,  # Seed of LoRA
-) -> TextDenoiser:  # Ready for fit
-    "The network of a pipeline, ready to be trained."
+    source: Pipeline | str | Path, null: Tensor, *, lora_rank: Whole = 0, lora_layers: Sequence[str] = _LORA_LAYERS,
+    scale_aware: bool = False, seed: int = 0,
+) -> TextDenoiser:  # fmt: skip
+    """The network of a pipeline, or of its folder or name, ready to be trained.
+
+    `null` is the embedding of the null prompt, `[1, tokens, width]`. LoRA of a rank, 0 trains all weights, goes into
+    layers by the ends of their names; a network that is `scale_aware` gets an input for the guidance scale.
+    """
     require(not (scale_aware and lora_rank), "lora_rank", lora_rank, "0, for a scale-aware network has a new input")
     if isinstance(source, str | Path):
         net, scheduler = _read_parts(str(source))
