@@ -10,11 +10,11 @@ Layers: TypeAlias = int | str | Sequence[int | str]  # Numbers, or parts of name
 def choose_layers(found: Mapping[str, Layer], layers: Layers) -> list[Layer]:
     "Look up layers by number or part of a name, or say in one line which there are; an empty list chooses none."
     names, chosen = list(found), []
-    for wanted in [layers] if isinstance(layers, int | str) else layers:
+    for wanted in [layers] if isinstance(layers, int | float | str) else layers:
         if isinstance(wanted, str):
             hits = [name for name in names if wanted in name]
         else:
-            hits = names[wanted : wanted + 1] if wanted >= 0 else []
+            hits = names[wanted : wanted + 1] if isinstance(wanted, int) and wanted >= 0 else []
         if not hits:
             there = f"0 to {len(names) - 1}, or part of a name: {', '.join(names)}" if names else "no layer is there"
             raise ValueError(f"layers = {wanted!r}; allowed: {there}")

@@ -119,9 +119,11 @@ def inpaint(
     "Fill in what is unknown, by replacement and resampling (arXiv 2201.09865)."
     check_choice("sampler", sampler, tuple(SAMPLERS))
     shape, allowed = known.shape, "bool, and a shape that broadcasts to known"
-    with explained("mask is of another shape", allowed, RuntimeError):
+    with explained("mask is of another shape", allowed, RuntimeError, AttributeError):
         mask = mask.expand(shape)
     require(mask.dtype == torch.bool, "mask.dtype", mask.dtype, allowed)
+    fine = known[mask].isfinite().all()
+    require_that(fine, "known is not finite under mask", "finite numbers")
     held = _Known(model, known, mask)
     times = time_grid(model.path, steps, sampler)
     n = check_request(held, c, shape[1:], sampler, times)
@@ -160,7 +162,10 @@ def slerp(
     weight: float | Tensor,  # 0 gives `a`, 1 gives `b`; a number or `[n]`
 ) -> Tensor:  # `[n, ...]`
     "Spherical interpolation, sample by sample, eq. (9)."
-    same = a.shape == b.shape and a.ndim > 1
+    same = _check_floats("a", a).shape == _check_floats("b", b).shape
+    same &= a.ndim > 1
+    if not isinstance(weight, Tensor):
+        check_number("weight", weight)
     require(same, "shape of b", tuple(b.shape), f"{tuple(a.shape)}, [n, ...]")
     weight = expand_time(torch.as_tensor(weight, dtype=a.dtype), a)
     flat = a.flatten(1), b.flatten(1)

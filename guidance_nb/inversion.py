@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ._checks import AnyDenoiser, Whole, checked
+from ._checks import AnyDenoiser, Whole, checked, require_that
 from ._conditions import Condition
 from .denoisers import Denoiser
 from .samplers import SAMPLERS, StepContext, check_request, sample, time_grid
@@ -46,6 +46,7 @@ def invert(
     **options: object,  # Of `sample`: batch_size, progress, dtype, ...
 ) -> Tensor:  # Noise, `[n, ...]`: `sample(model, c, ..., init=noise)`
     "The noise from which a sampler draws `x`: rising times (arXiv 2309.04907)."
+    require_that(isinstance(x, Tensor), "x is no tensor", "data [n, ...]")
     step = partial(_implicit_step, sampler, iterations)
     times = time_grid(model.path, steps, sampler).flip(0)
     asked, shape = len(x) if c is None else c, tuple(x.shape[1:])

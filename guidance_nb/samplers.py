@@ -288,6 +288,7 @@ def sample(
     if init is not None:
         fine = isinstance(init, Tensor) and init.is_floating_point() and init.shape == (n, *shape)
         require_that(fine, f"init is {shown(init)}", f"a floating-point tensor {(n, *shape)}")
+        require_that(init.isfinite().all(), "init is not finite", "finite numbers")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     bar = tqdm(total=n * (len(times) - 1), disable=not progress, unit=" sample steps", unit_scale=True)
 

@@ -15,7 +15,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_nonzero, check_number, require
+from ._checks import check_nonzero, check_number, require, require_that
 from ._conditions import Condition, count, map_condition, take_rows
 from ._extras import extra
 from ._layers import Layer, Layers, choose_layers
@@ -33,6 +33,13 @@ def _asked(c: _Ask) -> _Ask:
     fine = c is None or isinstance(c, int | Tensor | Mapping)
     require(fine, "condition", c, "a class, or conditions [1 or batch, ...]")
     return c
+
+
+def _take(c: _Ask, rows: Tensor | slice) -> _Ask:
+    "Of conditions of samples those of some."
+    if c is None or isinstance(c, int) or count(c) == 1:
+        return c
+    return take_rows(c, rows)
 
 
 def _expand(c: int | Condition, x: Tensor) -> Condition:
@@ -59,6 +66,8 @@ class ComposedConditions(Guidance):
         batching: Batching = "auto",  # All predictions by one pass, or by many
     ):
         super().__init__(model, scale, interval, batching)
+        for name, k in (("others", others), ("weights", weights)):
+            require_that(hasattr(k, "__len__"), f"{name} = {k}", "a list")
         require(len(weights) == len(others), "weights", tuple(weights), f"{len(others)}, one for each of others")
         self.others, self.away = [_asked(k) for k in others], _asked(away)
         self.weights = [check_nonzero("weights", w) for w in weights]
@@ -80,7 +89,7 @@ class ComposedConditions(Guidance):
     def for_rows(self, rows: Tensor | slice) -> Denoiser:
         "The same for some samples of a batch, each with its own conditions."
         before, twin = [*self.others, self.away], super().for_rows(rows)
-        own = [k if k is None or isinstance(k, int) or count(k) == 1 else take_rows(k, rows) for k in before]
+        own = [_take(k, rows) for k in before]
         if any(a is not b for a, b in zip(own, before)):
             twin = copy.copy(self) if twin is self else twin
             vars(twin).update(others=own[:-1], away=own[-1])
@@ -125,6 +134,7 @@ class NormalizedAttentionGuidance(Guidance):
         alpha: float = 0.25,  # Fraction of the result that is used
     ):
         super().__init__(model, scale, interval)
+        require(_asked(away) is not None, "away", away, "a class, or conditions")
         self.away, self.layers = away, choose_layers(_all_attention(model), layers)
         self.tau, self.alpha = check_number("tau", tau, 1), check_number("alpha", alpha, 0, 1)
 
@@ -143,3 +153,11 @@ class NormalizedAttentionGuidance(Guidance):
         ends = [layer.to_out[0] for layer in self.layers]
         with swapped({end: partial(mixed, end.forward) for end in ends}):
             return self.model.predict_each(x, t, [c, _expand(self.away, x)], "batched")[0]
+
+    def for_rows(self, rows: Tensor | slice) -> Denoiser:
+        "The same for some samples of a batch, each with its own condition."
+        away, twin = _take(self.away, rows), super().for_rows(rows)
+        if away is not self.away:
+            twin = copy.copy(self) if twin is self else twin
+            vars(twin).update(away=away)
+        return twin

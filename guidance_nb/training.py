@@ -248,6 +248,8 @@ def fit(
     times: _Times | None = None,  # TrainingTimes; None: the path's usual ones
 ) -> Generator[State[_M], None, None]:
     "Train with AdamW and yield a `State` after every step."
+    fine = times is None or (not isinstance(times, type) and hasattr(times, "draw"))
+    require(fine, "times", times, "TrainingTimes(), LogNormalTimes() or None")
     ema, ema_warmup = (0.999, True) if ema is None else (ema, ema_warmup)
     if engine is not None:
         settings: dict[str, object] = {"steps": steps, "seed": seed, "lr": lr}

@@ -27,6 +27,7 @@ from guidance_nb import (
     several_conditions,
     trained_guidance,
     training,
+    training_times,
     weak_models,
 )
 
@@ -169,6 +170,44 @@ def test_a_wrong_input_is_one_line(call, words):
     with pytest.raises((ValueError, TypeError), match=re.escape(words)) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+ASKS = [
+    (lambda: samplers.sample(MODEL, LABELS % 2, (2,), init=FIVE * NAN), "init is not finite; allowed: finite numbers"),
+    (lambda: editing.image_to_image(MODEL, LABELS % 2, FIVE * NAN), "init is not finite"),
+    (lambda: inversion.invert(MODEL, FIVE * NAN), "init is not finite"),
+    (lambda: inversion.invert(MODEL, FIVE.tolist()), "x is no tensor; allowed: data [n, ...]"),
+    (lambda: editing.inpaint(MODEL, 5, FIVE * NAN, FIVE > 0), "known is not finite under mask"),
+    (lambda: editing.inpaint(MODEL, 5, FIVE, [[True]]), "mask is of another shape"),
+    (lambda: editing.slerp([1.0], FIVE, 0.5), "a is list; allowed: a floating-point tensor"),
+    (lambda: editing.slerp(FIVE, FIVE.long(), 0.5), "b is torch.int64; allowed: a floating-point tensor"),
+    (lambda: editing.slerp(FIVE, FIVE, NAN), "weight = nan; allowed: a finite number"),
+    (lambda: editing.slerp(FIVE, FIVE, "half"), "weight = 'half'; allowed: a finite number"),
+    (lambda: several_conditions.ComposedConditions(MODEL, 1, [1.0]), "others = 1; allowed: a list"),
+    (lambda: several_conditions.ComposedConditions(MODEL, [1], 1.0), "weights = 1.0; allowed: a list"),
+    (lambda: several_conditions.NormalizedAttentionGuidance(dit(), None, 0), "away = None; allowed: a class, or"),
+    (lambda: several_conditions.NormalizedAttentionGuidance(dit(), 1.5, 0), "condition = 1.5; allowed: a class, or"),
+    (lambda: several_conditions.NormalizedAttentionGuidance(dit(), 1, 0.5), "layers = 0.5; allowed: 0 to 2, or part"),
+    (
+        lambda: training.train(TELL, None, (FIVE, LABELS), 1, times="edm"),
+        "times = 'edm'; allowed: TrainingTimes(), Log",
+    ),
+    (
+        lambda: training.train(TELL, None, FIVE, 1, times=training_times.LogNormalTimes),
+        "TrainingTimes(), LogNormalTimes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), ASKS, ids=[words.split(";")[0] for _, words in ASKS])
+def test_a_wrong_input_of_what_people_ask_for_is_one_line(call, words):
+    test_a_wrong_input_is_one_line(call, words)
+
+
+def test_what_is_not_known_may_be_anything():
+    known = torch.where(FIVE > 0, FIVE, NAN)
+    filled = editing.inpaint(TELL, LABELS, known, FIVE > 0, 2, steps=2, progress=False)
+    assert filled.isfinite().all() and torch.equal(filled[FIVE > 0], FIVE[FIVE > 0])
 
 
 RAW = {

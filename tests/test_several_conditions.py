@@ -148,6 +148,19 @@ def test_lengths_are_limited_token_by_token():
     assert _normalized(zero, zero, 8.0, 1.5, 0.5).equal(zero)
 
 
+def test_every_sample_may_go_away_from_a_condition_of_its_own():
+    "In batches of 3 and 3 as in one of 6, and as with the one class that a sample has."
+    (x, t, c), model = batch(), NetworkDenoiser(Attentive(), FlowPath(), 3, "v")
+    guided = NormalizedAttentionGuidance(model, 2 - c, "mixer", 3.0, tau=1.1, alpha=0.5)
+    whole = guided.eps(x, t, c)
+    parts = [guided.for_rows(rows).eps(x[rows], t[rows], c[rows]) for rows in (slice(0, 3), slice(3, 6))]
+    assert_close(torch.cat(parts), whole)
+    for k in range(3):
+        alone = NormalizedAttentionGuidance(model, k, "mixer", 3.0, tau=1.1, alpha=0.5)
+        assert alone.for_rows(slice(0, 2)) is alone
+        assert_close(alone.eps(x, t, c)[2 - c == k], whole[2 - c == k])
+
+
 def test_layers_are_left_as_they_were():
     "Also after an error, and the negative half passes through the layer unchanged."
     model = NetworkDenoiser(Attentive(), FlowPath(), 3, "v")
