@@ -61,12 +61,8 @@ class RescaledGuidance(Guidance):
         return shift_prediction(pair, self.phi * (ratio - 1) * u, self.path, t, "velocity")
 
 # %% ../nbs/15_guidance_variants.ipynb #091b6a35
-def _inner_product(
-    a: Tensor,  # `[batch, ...]`
-    b: Tensor,  # Same shape
-) -> Tensor:  # One number per sample, `[batch, 1, ...]`
-    """Inner product of each sample of `a` with that of `b`, over all values of
-    a sample."""
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+    "Sum of the products over all values of a sample, `[batch, 1, ...]`."
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 

@@ -127,9 +127,7 @@ def pigdm_scale(
     return scale
 
 # %% ../nbs/25_loss_guidance.ipynb #8243723d
-def _recomputed(
-    model: nn.Module,  # A model whose network has lists of layers
-) -> AbstractContextManager[None]:  # A `with` block
+def _recomputed(model: nn.Module) -> AbstractContextManager[None]:
     "Let every outermost block keep its inputs alone, and compute the rest again in the backward pass."
 
     def blocks(part: nn.Module, listed: bool = False) -> Iterator[nn.Module]:

@@ -43,10 +43,8 @@ from .training import LossContext
 _Negative = Literal["null", "uniform", "posterior", "contrastive"]
 
 
-def _guided_mask(
-    w: Tensor,  # Weight of each sample, `[batch]`; 0 where there is no guidance
-) -> Tensor | slice:  # Index of the samples that the teacher evaluates
-    "The guided samples; on an accelerator all, so that no shape changes."
+def _guided_mask(w: Tensor) -> Tensor | slice:
+    "The samples with a weight; on an accelerator all, so that no shape changes."
     return w != 0 if w.device.type == "cpu" else slice(None)
 
 

@@ -35,10 +35,7 @@ from .paths import Path, expand_time
 from .samplers import StepContext, check_request, ddim_step, time_grid
 
 # %% ../nbs/18_power_tilt.ipynb #ce07a083
-def _class_mixture(
-    mixture: Mixture,  # A mixture with classes
-    c: int,  # The class wanted
-) -> Mixture:  # Its components, all of class 0
+def _class_mixture(mixture: Mixture, c: int) -> Mixture:
     "One class of a mixture as a mixture of its own."
     k = mixture.members[c]
     covariances = mixture.eigenvalues[k] if mixture.eigenvectors is None else mixture.covariances[k]
@@ -138,11 +135,7 @@ def _solve_rows(
 _Span = Literal["all", "sample", "channel"]
 
 
-def _restrict(
-    v: Tensor,  # Shifts, `[n, ...]`
-    basis: Tensor,  # The first difference, same shape
-    span: _Span,  # What is allowed
-) -> Tensor:  # The part of `v` that is allowed
+def _restrict(v: Tensor, basis: Tensor, span: _Span) -> Tensor:
     """Project a shift on multiples of the first difference, one factor for a
     sample or for a channel."""
     if span == "all":
@@ -247,21 +240,15 @@ class PredictorCorrector:
         return _langevin_steps(self.corrector, x, s, c, extra.noise, step, self.count)
 
 # %% ../nbs/18_power_tilt.ipynb #f85e2cf5
-def _effective_share(
-    weights: Tensor,  # Weights `[n]`, of sum 1
-) -> float:  # In (0, 1]
+def _effective_share(weights: Tensor) -> float:
     """Effective sample size 1 / sum w^2, as a fraction of the number of
     particles."""
     return 1 / (weights.double().square().sum().item() * len(weights))
 
 # %% ../nbs/18_power_tilt.ipynb #62abebc8
-def _systematic_resample(
-    weights: Tensor,  # Weights `[n]`, 0 or more
-    offset: float = 0.5,  # In [0, 1), uniformly random
-    # Indices `[n]`; particle i appears n w_i times, rounded up or down
-) -> Tensor:
-    """Systematic resampling: n equally spaced pointers into the cumulated
-    weights."""
+def _systematic_resample(weights: Tensor, offset: float = 0.5) -> Tensor:
+    """Indices of particles by systematic resampling: n equally spaced pointers
+    into the cumulated weights, particle i n w_i times, rounded up or down."""
     total = weights.double().sum()
     fine = (weights >= 0).all() and 0 < total < math.inf
     require_that(fine, "weights", "finite numbers, 0 or more, not all 0")

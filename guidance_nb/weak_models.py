@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -116,10 +116,11 @@ def widen(
     return Mixture(mixture.means, covariances, mixture.labels, mixture.weights)
 
 # %% ../nbs/17_weak_models.ipynb #b5081479
-def _attention_layers(
-    model: nn.Module,  # Any model or network
-) -> dict[str, Layer]:  # Its self-attention layers by name, in order
-    "The self-attention layers of `diffusers` networks inside a model."
+_Block: TypeAlias = AbstractContextManager[None]  # Inside it layers are broken
+
+
+def _attention_layers(model: nn.Module) -> dict[str, Layer]:
+    "The self-attention layers of `diffusers` networks inside a model, by name."
     with extra("diffusers"):
         from diffusers.models.attention_processor import Attention
 
@@ -130,9 +131,7 @@ def _attention_layers(
     }
 
 
-def _skippable_layers(
-    model: nn.Module,  # Any model or network
-) -> dict[str, Layer]:  # Layers that may be left out, by name, in order
+def _skippable_layers(model: nn.Module) -> dict[str, Layer]:
     """Transformer blocks of `diffusers` networks, and attention layers with a
     residual of their own, as in its U-Nets."""
     with extra("diffusers"):
@@ -155,10 +154,7 @@ def _tokens(layer: Layer, h: Tensor) -> Tensor:
     return tokens if layer.group_norm is None else layer.group_norm(tokens.mT).mT
 
 
-def _identity_attention(
-    model: nn.Module,  # Model whose layers to break
-    layers: Layers,  # Which, see choose_layers
-) -> AbstractContextManager[None]:  # A `with` block
+def _identity_attention(model: nn.Module, layers: Layers) -> _Block:
     """Self-attention with A = I, eq. (4): every token attends to itself (arXiv
     2403.17377)."""
 
@@ -171,13 +167,10 @@ def _identity_attention(
     return swapped({layer: partial(values_alone, layer) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #dd18d2a8
-def _gaussian_blur(
-    images: Tensor,  # `[batch, channels, height, width]`
-    # Standard deviation in pixels; 0 changes nothing, infinity leaves the mean
-    sigma: float,
-) -> Tensor:  # The same, blurred
-    """Blur images: a kernel of 6 sigma, no wider than the image, reflecting at
-    the border (arXiv 2408.00760)."""
+def _gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Blur images `[batch, channels, height, width]`: a kernel of 6 sigma, no
+    wider than the image, reflecting at the border (arXiv 2408.00760); a sigma
+    of infinity leaves the mean."""
     if sigma == math.inf:
         return images.mean((2, 3), keepdim=True).expand_as(images)
     radius = min(math.ceil(6 * sigma) | 1, min(images.shape[2:]) | 1) // 2
@@ -204,13 +197,7 @@ def _token_grid(
     return tokens.unflatten(-1, grid)
 
 # %% ../nbs/17_weak_models.ipynb #3c029125
-def _blurred_queries(
-    model: nn.Module,  # Model whose layers to break
-    layers: Layers,  # Which, see choose_layers
-    # Standard deviation of the blur in tokens; 0 changes nothing, infinity
-    # leaves the mean
-    sigma: float,
-) -> AbstractContextManager[None]:  # A `with` block
+def _blurred_queries(model: nn.Module, layers: Layers, sigma: float) -> _Block:
     """Self-attention whose queries are blurred over the grid of tokens,
     eq. (4) (arXiv 2408.00760)."""
     sides: list[int] = []
@@ -240,10 +227,7 @@ def _left_out(
     return (given["encoder_hidden_states"], hidden_states) if joint else hidden_states
 
 
-def _skipped_layers(
-    model: nn.Module,  # Model whose layers to break
-    layers: Layers,  # Which, see choose_layers
-) -> AbstractContextManager[None]:  # A `with` block
+def _skipped_layers(model: nn.Module, layers: Layers) -> _Block:
     """Whole layers left out, as in the skip-layer guidance of Stable Diffusion
     3.5."""
     chosen = choose_layers(_skippable_layers(model), layers)
@@ -254,12 +238,7 @@ class _Perturbed(Denoiser):
     """The same model, evaluated with some of its layers broken: a weak model
     for `Autoguidance`."""
 
-    def __init__(
-        self,
-        model: Denoiser,  # The model, which is left as it is
-        # Breaks a model inside a `with` block
-        perturb: Callable[[nn.Module], AbstractContextManager[None]],
-    ):
+    def __init__(self, model: Denoiser, perturb: Callable[[nn.Module], _Block]):
         super().__init__(check_kind("model", model).path, model.num_classes)
         self.model, self.perturb = model, perturb
         with perturb(model):
@@ -401,12 +380,9 @@ class SelfAttentionGuidance(WeakGuidance):
         return shift_prediction(conditional, shift, self.path, t, "eps")
 
 # %% ../nbs/17_weak_models.ipynb #ea22ae37
-def _annealing(
-    t: Tensor,  # Time, any shape
-    # Times from which the condition fades, and at which it is gone
-    tau: tuple[float, float] = (0.6, 0.9),
-) -> Tensor:  # Share g of the condition, 1 near the data, 0 near noise
-    "How much of the condition is left at time t, eq. (6) (arXiv 2310.17347)."
+def _annealing(t: Tensor, tau: tuple[float, float] = (0.6, 0.9)) -> Tensor:
+    """The share of the condition that is left at time t: 1 up to the first
+    time of tau, 0 from the second, eq. (6) (arXiv 2310.17347)."""
     require(0 <= tau[0] < tau[1] <= 1, "tau", tau, "two times, 0 <= first < second <= 1")
     return ((tau[1] - t) / (tau[1] - tau[0])).clamp(0, 1)
 
