@@ -89,6 +89,7 @@ def make_data(recipe: Recipe, split: str = "train") -> _Samples:
 
 def _read_generated(files: tuple[str, ...], shape: tuple[int, ...], num_classes: int) -> tuple[Tensor, Tensor | None]:
     "Read samples made here or elsewhere, several files one after the other."
+    require(files, "method.samples", files, "sample files, of `guidance-nb sample` or made elsewhere")
     parts = [image_data.load_samples(name, size=(shape[1], shape[2]), channels=shape[0]) for name in files]
     x, labels = from_uint8(torch.cat([part.x for part in parts])), [part.c for part in parts if part.c is not None]
     return x, check_labels(torch.cat(labels), num_classes, len(x)) if labels else None  # of all files, or of none
@@ -187,23 +188,11 @@ def recipe_cost(recipe: Recipe, gpus: tuple[int, ...] = (), chip: str = "h100", 
     return cost_sheet(cost, nfe, table.steps, table.batch_size, at_once, counts, chip, share)
 
 
-def check_trainable(recipe: Recipe) -> None:
-    "Raise an error for a `recipe` that cannot be trained here, before any work is done."
-    make_loss(recipe)
-    _make_times(recipe)
-    given = recipe.method.name != "flow_postprocessing" or recipe.method.samples
-    require_that(given, "method.samples is empty", "sample files, of `guidance-nb sample` or made elsewhere")
-
-
-def _check_fits(recipe: Recipe, data: _Samples) -> None:
-    "Raise an error, before any work, for a `recipe` too large for its `data` or this machine's memory."
-    batch, memory = recipe.training.batch_size, _find_memory(own_device())
-    require(batch <= len(data), "training.batch_size", batch, f"1 to {len(data)}, all images")
+def _training_memory(recipe: Recipe, data: _Samples) -> int:
+    "Bytes that training takes at least: four each for weights, gradients, two moments and the average."
     with torch.device("meta"):
-        weights = sum(p.numel() for p in make_model(recipe, tuple(data.shape), data.num_classes).parameters())
-    needed = 20 * weights  # four bytes each for weights, gradients, two moments and the average
-    told = f"network = {recipe.network.name} with {recipe.network.settings} needs {needed / 1e9:.0f} GB to be trained"
-    require_that(needed <= memory, told, f"at most {memory / 1e9:.0f} GB, the memory of this machine")
+        model = make_model(recipe, tuple(data.shape), data.num_classes)
+    return 20 * sum(p.numel() for p in model.parameters())
 
 
 def _find_memory(device: torch.device) -> float:
@@ -230,10 +219,13 @@ def train_recipe(
     changes: tuple[str, ...] = (),  # Keys that may differ from those of the run that is continued
 ) -> Iterator[State]:
     "Train a recipe, from the newest intact checkpoint if there is one, and yield every state of `fit`."
-    check_trainable(recipe)
+    loss, times, table, network = make_loss(recipe), _make_times(recipe), recipe.training, recipe.network
     data = make_data(recipe)  # errors come before a folder is made
-    _check_fits(recipe, data)
-    folder, table = check_folder("out", Path(folder)), recipe.training
+    require(table.batch_size <= len(data), "training.batch_size", table.batch_size, f"1 to {len(data)}, all images")
+    needed, memory = _training_memory(recipe, data), _find_memory(own_device())
+    told = f"network = {network.name} with {network.settings} needs {needed / 1e9:.0f} GB to be trained"
+    require_that(needed <= memory, told, f"at most {memory / 1e9:.0f} GB, the memory of this machine")
+    folder = check_folder("out", Path(folder))
     model, source, classes = make_training(recipe, data)
     facts: Json = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape), "classes": list(classes)}
     if isinstance(data, latents.LatentData):  # what decodes them must be kept
@@ -241,7 +233,7 @@ def train_recipe(
         if table.grid_every:
             _find_vae(recipe, data.index)  # rather now than at the first grid
     average = Trained(model, recipe, data.shape, data.classes, 0, folder, latents=facts.get("latents"))
-    loss, engine = make_loss(recipe), make_engine(recipe, folder, facts)
+    engine = make_engine(recipe, folder, facts)
     if recipe.method.auto_every:
         from guidance_nb.cli.evaluation import measured_loss
 
@@ -249,7 +241,7 @@ def train_recipe(
     for name in map(find_key, changes):
         engine = replace(engine, may_change=(*engine.may_change, f"recipe.{name}", name.split(".")[-1]))
     same = ("batch_size", "lr", "schedule", "ema", "ema_warmup", "seed")
-    options: Json = {name: getattr(table, name) for name in same} | {"times": _make_times(recipe), "engine": engine}
+    options: Json = {name: getattr(table, name) for name in same} | {"times": times, "engine": engine}
     options |= {"description": recipe.method.name, "progress": progress}
     for state in gnb.fit(model, loss, source, table.steps, **options):
         if table.grid_every and state.step % table.grid_every == 0 and is_main():
