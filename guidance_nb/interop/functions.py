@@ -55,7 +55,7 @@ class _CallableDenoiser(NetworkDenoiser):
 def from_callable(
     fn: Callable[..., Tensor],  # `fn(x, t, c)` with times `[batch]`; `c` is None where there is no condition
     path: Path,  # The path it lives on
-    prediction: str,  # What it returns, one of `PREDICTIONS`
+    prediction: str,  # What it returns, one of `Parametrisation`
     num_classes: int = 0,  # Number of classes, or `EMBEDDINGS`
 ) -> NetworkDenoiser:  # For sampling and guidance; for training, too, if `fn` is a module
     "A plain function, or a module with that signature, as a denoiser."
