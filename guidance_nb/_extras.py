@@ -18,8 +18,6 @@ def extra(name: Extra) -> Iterator[None]:
             _postpone("diffusers.models.transformers", "diffusers.models.unets")
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "guidance_nb":
-            raise
         command = f"pip install 'guidance_nb[{name}]'"
         raise ImportError(f"{error.name} is not installed, and this needs it: {command}", name=error.name) from None
 

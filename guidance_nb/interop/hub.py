@@ -1,6 +1,6 @@
 """Trained networks as folders for the Hub, with a page that says what they are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,7 @@ with extra("diffusers"):
 
 __all__ = ["HubDenoiser"]
 
-_PATHS: dict[str, Callable[..., GaussianPath]] = {
-    kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)
-}
+_PATHS: dict[str, type[GaussianPath]] = {kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)}
 
 
 @dataclass(frozen=True)

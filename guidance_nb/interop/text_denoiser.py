@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from guidance_nb._checks import Whole, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._files import write_aside
-from guidance_nb._random import keyed_generator
+from guidance_nb._random import keyed_global_rng
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.interop._networks import Network, Pipeline, Scheduler, condition_names, latent_channels
@@ -64,8 +64,7 @@ def _add_lora(net: Network, rank: int, layers: Sequence[str] = _LORA_LAYERS, see
         found = any(name.endswith(f".{layer}") for name in names)
         require(found, "layer", layer, f"ends of the names of layers, {', '.join(_LORA_LAYERS)}")
     net.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed_generator(seed, 7).initial_seed())
+    with keyed_global_rng(torch.device("cpu"), seed, 7):
         net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(layers)))
 
 
