@@ -187,9 +187,8 @@ def check_request(
     steps = model.consistent or callable(sampler) or sampler in ("ddim", "ddpm")
     require(steps, "sampler", sampler, "'ddim' or 'ddpm', for this model predicts a step of theirs")
     n = count(c) if isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim) else c
-    require_that(
-        type(n) is int and n > 0, f"c = {c!r}", "labels [n] or the number of unconditional samples, n of 1 or more"
-    )
+    if type(n) is not int or n < 1:
+        require_that(False, f"c = {c!r}", "labels [n] or the number of unconditional samples, n of 1 or more")
     sized = isinstance(shape, tuple | list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
     require(sized, "shape", shape, "the shape of one sample, (...) with positive whole numbers")
     if not isinstance(c, int):
