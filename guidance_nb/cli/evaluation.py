@@ -275,7 +275,7 @@ def _is_done(file: Path, wanted: Json) -> bool:
     return file.exists() and any(has_facts(row, wanted) for row in read_rows(file)[1])
 
 
-def point_facts(trained: Trained, point: Request, reference: Features, classifier: Trained | None) -> Json:
+def _point_facts(trained: Trained, point: Request, reference: Features, classifier: Trained | None) -> Json:
     "What identifies a complete `point` of `trained`, guided by a `classifier` or not, against a `reference`."
     facts = point.model_dump(include={"scale", "steps", "sampler", "seed", "n", "labels"})
     facts |= {"checkpoint": trained.path, "step": trained.step, "training_seed": trained.recipe.training.seed}
@@ -319,7 +319,7 @@ def sweep(
         yield from add(partial(baseline_row, source, reference, extractor, n, metrics))
     corrections = {"": None} | ({str(correction.path): correction} if correction else {})
     for point in points:
-        wanted = point_facts(trained, point, reference, classifier)
+        wanted = _point_facts(trained, point, reference, classifier)
         missing = [repair for name, repair in corrections.items() if lacks(wanted | {"correction": name})]
         if not missing:
             continue

@@ -21,7 +21,7 @@ with extra("cli"):
 
 __all__ = ["FineTuning", "Recipe", "read_recipe"]
 
-R = TypeVar("R", bound="Table")
+_R = TypeVar("_R", bound="Table")
 
 
 class Table(pydantic.BaseModel):
@@ -51,7 +51,7 @@ class Table(pydantic.BaseModel):
             raise ValueError(f"{name} = {value!r}; allowed: {_allowed(cls, name)}")
         return value
 
-    def changed(self: R, **values: object) -> R:
+    def changed(self: _R, **values: object) -> _R:
         "The same with other values, which are checked like the first."
         return type(self)(**dict(self) | values)
 
@@ -371,7 +371,7 @@ def is_switch(name: str, kind: type[Table] = Recipe) -> bool:
     return name in fields and fields[name].annotation is bool
 
 
-def override(recipe: R, changes: Json) -> R:
+def override(recipe: _R, changes: Json) -> _R:
     "Replace values of a recipe by key, and check the whole."
     tables, kind = recipe.model_dump(), type(recipe)
     for name, value in changes.items():
@@ -395,8 +395,8 @@ def recipe_names(
 def read_recipe(
     source: str | Path,  # A name out of recipe_names, or a TOML file
     changes: Json | None = None,  # Values that replace those of the file, by key
-    kind: type[R] = Recipe,  # type: ignore[assignment]  # Recipe or FineTuning
-) -> R:  # The recipe
+    kind: type[_R] = Recipe,  # type: ignore[assignment]  # Recipe or FineTuning
+) -> _R:  # The recipe
     "Read a recipe; unknown names and keys, and values out of range, are a `ValueError` of one line."
     names = recipe_names(kind)
     path = _FOLDERS[kind] / f"{source}.toml" if str(source) in names else Path(source)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from pandas import DataFrame
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _Samples = ImageData | latents.LatentData
 __all__ = ["generate", "train_recipe"]
 
@@ -51,7 +51,7 @@ def is_main() -> bool:
     return find_processes(own_device())[0] == 0
 
 
-def main_only(action: Callable[[], T]) -> T:
+def main_only(action: Callable[[], _T]) -> _T:
     "Let the main process do an `action`, which calls no main_only itself; every process gets its result or its error."
     return on_main(action, *find_processes(own_device()))
 
