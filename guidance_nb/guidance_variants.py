@@ -66,9 +66,9 @@ def _inner_product(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    "A quotient that is 0 where both are."
-    return a / (b + 1e-30)
+def _projection(a: Tensor, b: Tensor) -> Tensor:
+    "The part of each sample of `a` along that of `b`; 0 where `b` is 0."
+    return _inner_product(a, b) / (_inner_product(b, b) + 1e-30) * b
 
 # %% ../nbs/15_guidance_variants.ipynb #13ac485b
 class MagnitudeAwareGuidance(Guidance):
@@ -158,7 +158,7 @@ class TangentialGuidance(Guidance):
         cc, cu, uu = _inner_product(e_c, e_c), _inner_product(e_c, e_u), _inner_product(e_u, e_u)
         theta = torch.atan2(2 * cu, cc - uu) / 2
         v = theta.cos() * e_c + theta.sin() * e_u
-        shift = (1 - scale) * (_ratio(_inner_product(e_u, v), _inner_product(v, v)) * v - e_u)
+        shift = (1 - scale) * (_projection(e_u, v) - e_u)
         return shift_prediction(guide(conditional, unconditional, scale), shift, self.path, t, "eps")
 
 # %% ../nbs/15_guidance_variants.ipynb #271f1b7b
@@ -233,7 +233,7 @@ class AdaptiveProjectedGuidance(Guidance):
         if self.norm < math.inf:
             g = g * (self.norm / (_inner_product(g, g) + 1e-30).sqrt()).clamp(max=1)
         x0 = conditional.x0
-        update = g - (1 - self.eta) * _ratio(_inner_product(g, x0), _inner_product(x0, x0)) * x0
+        update = g - (1 - self.eta) * _projection(g, x0)
         pair = guide(conditional, unconditional, scale)
         return shift_prediction(pair, (scale - 1) * (update - plain), self.path, t, "x0")
 

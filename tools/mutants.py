@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant("guidance_variants.py", "damping: float = 8.0", "damping: float = 4.0", "guidance_variants magnitude"),
     Mutant("guidance_variants.py", "(best - 1) * u_u", "best * u_u", "guidance_variants zero_star"),
     Mutant("guidance_variants.py", "self.phi * (ratio - 1) * u", "self.phi * ratio * u", "guidance_variants rescale"),
-    Mutant("guidance_variants.py", "(1 - self.eta) * _ratio", "self.eta * _ratio", "guidance_variants apg"),
+    Mutant("guidance_variants.py", "(1 - self.eta) * _projection", "self.eta * _projection", "guidance_variants apg"),
     Mutant("guidance_variants.py", "(now < self.times, now == self.times)", "(now <= self.times, now == self.times)",
            "guidance_variants step_memory"),
     # metrics, networks, images, the command line
