@@ -334,7 +334,7 @@ class NetworkDenoiser(Denoiser):
     ) -> Tensor:
         "Raw network output, shape and dtype of `x`."
         t = check_inputs(x, t, c, self.num_classes)
-        if self.prediction == "eps":
+        if self.prediction == "eps" and at_time(self, "late", lambda t: (t > clamp_time(self.path, t),), t) != [False]:
             asked, t = t, clamp_time(self.path, t)
             if t.device.type == "cpu" and not torch.compiler.is_compiling() and (asked > t).any():
                 told = f"prediction = 'eps' says nothing about data at t = 1 of {self.path}: "
