@@ -180,8 +180,7 @@ class Run:
         else:
             self.stepper.zero_grad(set_to_none=True)
             values = [self.forward_backward(x, c, n) for n in range(self.engine.gradient_accumulation_steps)]
-            value = values[0] if len(values) == 1 else torch.stack(values).mean()
-            value = self.accelerator.reduce(value, reduction="mean")
+            value = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean")
         loss, last = _DeferredLoss(value, self.step), self.step + 1 == self.settings["steps"]
         self.shown = self.check(self.value if loss.sent is not None and not last else loss)  # a GPU one step late
         if not self.engine.cuda_graphs or self.eager < 3:

@@ -46,7 +46,7 @@ def open_pipeline(source: Pipeline | str | Path) -> Pipeline:
         return DiffusionPipeline.from_pretrained(str(source))
 
 
-def has_encoder(pipeline: Pipeline) -> bool:
+def _has_encoder(pipeline: Pipeline) -> bool:
     "Whether a pipeline can encode prompts."
     return any(getattr(pipeline, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
 
@@ -98,7 +98,7 @@ class PipelineParts:
         if networks.takes_labels(self.net):
             return self._encode_classes(prompts)
         name = type(self.pipeline).__name__
-        require(has_encoder(self.pipeline), "text encoder", f"None in {name}", "conditions made elsewhere")
+        require(_has_encoder(self.pipeline), "text encoder", f"None in {name}", "conditions made elsewhere")
         found = dict(zip(networks.condition_names(self.net), self._encode_text([str(prompt) for prompt in prompts])))
         if blank and self.pipeline.config.get("force_zeros_for_empty_prompt"):
             found = {name: torch.zeros_like(c) for name, c in found.items()}
@@ -219,5 +219,5 @@ def from_diffusers(
     scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
     facts = scheduler if isinstance(scheduler, SchedulerFacts) else path_from_scheduler(scheduler)
     if isinstance(null, str):
-        null = parts.encode([null], blank=not null) if null or has_encoder(pipeline) else None
+        null = parts.encode([null], blank=not null) if null or _has_encoder(pipeline) else None
     return DiffusersDenoiser(parts, facts, null, guidance)
