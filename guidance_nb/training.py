@@ -60,7 +60,8 @@ class LossContext:
         if self.rows is None:
             return draw((len(x), *shape), **place).to(x.device)
         own = draw((self.total, *shape), **place)[self.rows].to(x.device)
-        require(len(x) == len(own), "rows of x", len(x), f"{len(own)}, this process's")
+        allowed = f"{len(own)}, those of this process"
+        require(len(x) == len(own), "rows of x", len(x), allowed)
         return own
 
     def uniform(self, x: Tensor) -> Tensor:
