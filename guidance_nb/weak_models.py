@@ -381,7 +381,7 @@ class SelfAttentionGuidance(WeakGuidance):
 
 # %% ../nbs/17_weak_models.ipynb #ea22ae37
 def _annealing(t: Tensor, tau: tuple[float, float] = (0.6, 0.9)) -> Tensor:
-    """The share of the condition that is left at time t: 1 up to the first
+    """The fraction of the condition that is left at time t: 1 up to the first
     time of tau, 0 from the second, eq. (6) (arXiv 2310.17347)."""
     require(0 <= tau[0] < tau[1] <= 1, "tau", tau, "two times, 0 <= first < second <= 1")
     return ((tau[1] - t) / (tau[1] - tau[0])).clamp(0, 1)
