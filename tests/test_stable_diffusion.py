@@ -517,12 +517,15 @@ def test_recipes_are_read_strictly(tmp_path):
         "data.flip = 1.5": "flip = 1.5; allowed: true or false",
         "grid.prompts = 3": "prompts = 3; allowed: a list",
         "steps =": "is not TOML",
-        "method.interval = [0.5]": "allowed: two numbers, the lower first",
+        "method.interval = [0.5]": "allowed: a list of 2 numbers",
         "method.scale_range = [1, 3]\npipeline.lora_rank = 4": "lora_rank = 4; allowed: 0 for a scale-aware network",
     }.items():
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(ValueError, match=told):
             read_recipe(tmp_path / "bad.toml", kind=FineTuning)
+    aware = recipe("x", "y", method="model_guidance", scale_range=[1])
+    with pytest.raises(ValueError, match=r"scale_range = \(1.0,\); allowed: "):
+        next(finetune(aware, tmp_path / "run"))
     baked = recipe("x", "y", method="model_guidance", scale=0)
     with pytest.raises(ValueError, match=r"scale = 0.0; allowed: above 0"):
         next(finetune(baked, tmp_path / "run"))

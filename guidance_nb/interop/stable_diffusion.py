@@ -44,7 +44,7 @@ def _finetuning_loss(method: FineTuningMethodTable) -> Callable[..., Tensor]:
         return (TwoStageAlignedLoss if method.two_stage else AlignedLoss)(method.scale)
     settings: Json = {"dropout": method.dropout, "interval": method.interval}
     if method.scale_range:
-        return ModelGuidanceLoss(scale_range=(method.scale_range[0], method.scale_range[1]), **settings)
+        return ModelGuidanceLoss(**settings | {"scale_range": method.scale_range})
     return ModelGuidanceLoss(mg_weight_from_scale(method.scale), **settings)
 
 
