@@ -85,9 +85,8 @@ def check_scale(scale: _T, name: str = "scale") -> _T:
 
 def check_kind(name: str, model: "Denoiser") -> "Denoiser":
     """A denoiser, guided or not."""
-    fine = "Denoiser" in [kind.__name__ for kind in type(model).__mro__]  # by name: the page that makes it has its own
     made = "NetworkDenoiser(net, path, num_classes) for a network, from_diffusers(model) for one of diffusers"
-    require_that(fine, f"{name} is a {type(model).__name__}", f"a Denoiser: {made}")
+    require_that(hasattr(model, "predict_pair"), f"{name} is a {type(model).__name__}", f"a Denoiser: {made}")
     return model
 
 
