@@ -455,7 +455,7 @@ def test_command_line_goes_on_and_refuses(folder, saved, tmp_path):
         ("--lr", "1"): "lr = ",
         ("--rank", "1"): "unknown key 'rank'; did you mean pipeline.lora_rank?",
         ("--method", "dpo"): "method.name = 'dpo'",
-        ("--scale-range", "1"): "two numbers, the lower first",
+        ("--scale-range", "a"): "scale_range = 'a'; allowed: a list of numbers",
         ("--pipeline", ""): "pipeline = ''",
     }.items():
         with pytest.raises(ValueError, match=told):
