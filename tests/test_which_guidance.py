@@ -20,7 +20,7 @@ def given():
     model, weak = (mlp_denoiser(2, FlowPath(), 2, width=8, depth=1, seed=seed) for seed in (0, 1))
     aware = mlp_denoiser(2, FlowPath(), 2, width=8, depth=1, scale_aware=True)
     names = ("model_guidance", "guidance_free_training", "distillation")
-    return PAGE.Ingredients(model, weak, 0.9, dict.fromkeys(names, aware))
+    return PAGE.Ingredients(model, weak, 0.9, dict.fromkeys(names, aware), lambda x0, c: x0.square().sum(1))
 
 
 @pytest.mark.parametrize("name", PAGE.FAMILY)
@@ -32,11 +32,11 @@ def test_every_method_takes_all_steps_within_its_nfe(given, name):
     assert nfe_of(steps + 1) > budget
 
 
-@pytest.mark.parametrize(("name", "scale"), [("conditional", 1.0), ("projected", 3.0), ("interval", 2.0)])
+@pytest.mark.parametrize(("name", "scale"), [("conditional", 1.0), ("projected", 3.0), ("interval", 2.0), ("clean classifier", 0.5)])
 def test_committed_rows_are_of_this_code(name, scale):
     table = pd.read_csv(TABLE).set_index(["model", "method", "scale", "seed"])
     row, problem = table.loc[("exact", name, scale, 1)], load_problem("fractal")
-    tools = PAGE.Ingredients(PAGE._exact_ingredients(problem, 1).model, None, None, {})
+    tools = PAGE._exact_ingredients(problem, 1)
     x, c, rows = PAGE._sample_method(PAGE.FAMILY[name], tools, scale, int(row.steps), int(row.samples), 1)
     assert rows == row.nfe
     found = score_samples(x, c, problem)
@@ -75,7 +75,7 @@ def test_best_scales_by_loops():
 def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(PAGE, "_learned_ingredients", lambda *given: shortened)
     model = mlp_denoiser(2, FlowPath(), 2, width=8, depth=1)
-    shortened = PAGE.Ingredients(model, model, 0.9, {})
+    shortened = PAGE.Ingredients(model, model, 0.9, {}, lambda x0, c: x0.square().sum(1))
     few = {name: PAGE.FAMILY[name] for name in ("conditional", "projected")}
     monkeypatch.setattr(PAGE, "FAMILY", few)
     file, options = tmp_path / "family.csv", {"samples": 20, "budget": 6}
