@@ -32,7 +32,9 @@ def test_every_method_takes_all_steps_within_its_nfe(given, name):
     assert nfe_of(steps + 1) > budget
 
 
-@pytest.mark.parametrize(("name", "scale"), [("conditional", 1.0), ("projected", 3.0), ("interval", 2.0), ("clean classifier", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "scale"), [("conditional", 1.0), ("projected", 3.0), ("interval", 2.0), ("clean classifier", 0.5)]
+)
 def test_committed_rows_are_of_this_code(name, scale):
     table = pd.read_csv(TABLE).set_index(["model", "method", "scale", "seed"])
     row, problem = table.loc[("exact", name, scale, 1)], load_problem("fractal")

@@ -11,7 +11,7 @@ from guidance_nb._checks import Count, Share, check_choice, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
-from guidance_nb.images.unet import Maps, Plan
+from guidance_nb.images.unet import Blocks, UNetBody
 from guidance_nb.networks import fourier_features
 from guidance_nb.paths import Path, expand_time
 
@@ -87,9 +87,9 @@ class UNet(nn.Module):
         self.shape, self.patch = _image_shape(shape, factor, why), patch
         self.ask = Conditioning(4 * widths[0], num_classes, scale_aware)
         groups = math.gcd(32, math.gcd(*widths) // 4)  # of four channels at least
-        plan = Plan(4 * widths[0], groups, film, dropout, head)
+        config = Blocks(4 * widths[0], groups, film, dropout, head)
         attends = [shape[1] // patch >> level in attention for level in range(len(widths))]
-        self.net = Maps(shape[0] * patch**2, widths, blocks, attends, plan)
+        self.net = UNetBody(shape[0] * patch**2, widths, blocks, attends, config)
         _zero(self.net, "conv2", "to_out.0", "conv_out")
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:

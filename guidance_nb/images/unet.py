@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 
 @dataclass(frozen=True)
-class Plan:
+class Blocks:
     """What all blocks of a U-Net have in common."""
 
     time: int  # Numbers of the conditioning vector
@@ -37,15 +37,15 @@ class Plan:
         return Attention(width, heads=heads, dim_head=self.head, _from_deprecated_attn_block=True, **options)
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Two convolutions around which the input is led, conditioned in between."""
 
-    def __init__(self, before: int, after: int, plan: Plan):
+    def __init__(self, before: int, after: int, config: Blocks):
         super().__init__()
-        self.film = plan.film
-        self.norm1, self.conv1 = nn.GroupNorm(plan.groups, before), nn.Conv2d(before, after, 3, padding=1)
-        self.time_emb_proj = nn.Linear(plan.time, 2 * after if plan.film else after)
-        self.norm2, self.dropout = nn.GroupNorm(plan.groups, after), nn.Dropout(plan.dropout)
+        self.film = config.film
+        self.norm1, self.conv1 = nn.GroupNorm(config.groups, before), nn.Conv2d(before, after, 3, padding=1)
+        self.time_emb_proj = nn.Linear(config.time, 2 * after if config.film else after)
+        self.norm2, self.dropout = nn.GroupNorm(config.groups, after), nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(before, after, 1) if before != after else None
 
@@ -62,7 +62,7 @@ class Residual(nn.Module):
         return (h if self.conv_shortcut is None else self.conv_shortcut(h)) + y
 
 
-class Resize(nn.Module):
+class Resample(nn.Module):
     """A convolution that halves maps, or doubles them."""
 
     def __init__(self, width: int, up: bool):
@@ -79,35 +79,37 @@ class Stage(nn.Module):
 
     gradient_checkpointing = False
 
-    def __init__(self, befores: Sequence[int], after: int, attention: int, plan: Plan, way: str, resize: bool = False):
+    def __init__(
+        self, inputs: Sequence[int], after: int, attention: int, config: Blocks, way: str, resize: bool = False
+    ):
         super().__init__()
         blocks, layers = nn.ModuleList(), nn.ModuleList()
-        for number, before in enumerate(befores):  # in the order in which diffusers draws weights
-            blocks.append(Residual(before, after, plan))
+        for number, before in enumerate(inputs):  # in the order in which diffusers draws weights
+            blocks.append(ResidualBlock(before, after, config))
             if number < attention:
-                layers.append(plan.attend(after))
+                layers.append(config.attend(after))
         self.attentions, self.resnets, self.way = layers, blocks, way
         if resize:
-            setattr(self, f"{way}samplers", nn.ModuleList([Resize(after, way == "up")]))
+            setattr(self, f"{way}samplers", nn.ModuleList([Resample(after, way == "up")]))
 
-    def forward(self, h: Tensor, e: Tensor, kept: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Maps after this stage, and `kept` with those of the way down, or without those that the way up has used."""
-        kept = [*kept]  # the caller's stays, for a stage may be computed again
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
+    def forward(self, h: Tensor, e: Tensor, skips: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Maps after this stage, and `skips` with those of the way down, or without those that the way up has used."""
+        skips = [*skips]  # the caller's stays, for a stage may be computed again
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.resnets):
-            h = torch.cat([h, kept.pop()], 1) if self.way == "up" else h
-            h = checkpoint(block, h, e, use_reentrant=False) if again else block(h, e)
+            h = torch.cat([h, skips.pop()], 1) if self.way == "up" else h
+            h = checkpoint(block, h, e, use_reentrant=False) if recompute else block(h, e)
             h = self.attentions[number](h) if number < len(self.attentions) else h
             if self.way == "down":
-                kept.append(h)
+                skips.append(h)
         for part in getattr(self, f"{self.way}samplers", ()):
             h = part(h)
             if self.way == "down":
-                kept.append(h)
-        return h, kept
+                skips.append(h)
+        return h, skips
 
 
-class Clock(nn.Module):
+class TimeEmbedding(nn.Module):
     """A perceptron of sines and cosines of the time."""
 
     def __init__(self, sines: int, time: int):
@@ -123,28 +125,28 @@ class Clock(nn.Module):
         return self.linear_2(nn.functional.silu(self.linear_1(sines)))
 
 
-class Maps(nn.Module):
-    """All stages: `maps(x, time, asked)` with times counted to a thousand, and what is asked of it as vectors."""
+class UNetBody(nn.Module):
+    """The whole U-Net but its conditioning: `body(x, time, asked)`, with times counted to a thousand."""
 
-    def __init__(self, channels: int, widths: Sequence[int], blocks: int, attention: Sequence[bool], plan: Plan):
+    def __init__(self, channels: int, widths: Sequence[int], blocks: int, attention: Sequence[bool], config: Blocks):
         super().__init__()
         first, last, levels = widths[0], widths[-1], len(widths)
         self.conv_in = nn.Conv2d(channels, first, 3, padding=1)
-        self.time_embedding = Clock(first, plan.time)
+        self.time_embedding = TimeEmbedding(first, config.time)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        kept = [first]
+        skips = [first]
         for level, wide in enumerate(widths):
-            befores, more = [kept[-1], *[wide] * (blocks - 1)], level < levels - 1
-            self.down_blocks.append(Stage(befores, wide, blocks * attention[level], plan, "down", more))
-            kept += [wide] * (blocks + more)
-        middle, before = Stage([last, last], last, int(any(attention)), plan, "middle"), last
+            inputs, more = [skips[-1], *[wide] * (blocks - 1)], level < levels - 1
+            self.down_blocks.append(Stage(inputs, wide, blocks * attention[level], config, "down", more))
+            skips += [wide] * (blocks + more)
+        middle, before = Stage([last, last], last, int(any(attention)), config, "middle"), last
         for level in reversed(range(levels)):
             wide = widths[level]
-            befores = [(before if n == 0 else wide) + kept.pop() for n in range(blocks + 1)]
-            self.up_blocks.append(Stage(befores, wide, (blocks + 1) * attention[level], plan, "up", level > 0))
+            inputs = [(before if n == 0 else wide) + skips.pop() for n in range(blocks + 1)]
+            self.up_blocks.append(Stage(inputs, wide, (blocks + 1) * attention[level], config, "up", level > 0))
             before = wide
         self.mid_block = middle
-        self.conv_norm_out = nn.GroupNorm(plan.groups, first)
+        self.conv_norm_out = nn.GroupNorm(config.groups, first)
         self.conv_out = nn.Conv2d(first, channels, 3, padding=1)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -156,15 +158,15 @@ class Maps(nn.Module):
     def descend(self, x: Tensor, e: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The smallest maps, and those on the way."""
         h = self.conv_in(x)
-        kept = [h]
+        skips = [h]
         for stage in [*self.down_blocks, self.mid_block]:
-            h, kept = stage(h, e, kept)
-        return h, kept
+            h, skips = stage(h, e, skips)
+        return h, skips
 
     def forward(self, x: Tensor, time: Tensor, asked: Tensor) -> Tensor:
         """Output, shaped as `x`."""
         e = self.time_embedding(time) + asked
-        h, kept = self.descend(x, e)
+        h, skips = self.descend(x, e)
         for stage in self.up_blocks:
-            h, kept = stage(h, e, kept)
+            h, skips = stage(h, e, skips)
         return self.conv_out(nn.functional.silu(self.conv_norm_out(h)))
