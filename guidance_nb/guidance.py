@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ._checks import Interval, WithScore, check_scale, checked, require
+from ._checks import Interval, Number, WithScore, check_scale, checked, require
 from ._conditions import Condition, take_rows
 from ._runs import at_time
 from .denoisers import Batching, Denoiser, Prediction, check_inputs, guide
@@ -244,26 +244,30 @@ def interval_from_steps(
 Schedule = Callable[[Tensor], Tensor]
 
 # %% ../nbs/08_guidance.ipynb #ee1d7249
-def linear_schedule(scale: float, floor: float = -math.inf) -> Schedule:
+@checked
+def linear_schedule(scale: Number, floor: float = -math.inf) -> Schedule:
     """A scale of mean `scale` that grows linearly from 1 at pure noise, eq. (3)
     (arXiv 2404.13040); a `floor` is the smallest scale, and raises the mean."""
     return lambda t: (1 + 2 * (scale - 1) * (1 - t)).clamp(min=floor)
 
 
-def cosine_schedule(scale: float) -> Schedule:
+@checked
+def cosine_schedule(scale: Number) -> Schedule:
     """A scale of mean `scale` that grows as half a cosine from 1 at pure noise,
     eq. (3) (arXiv 2404.13040)."""
     return lambda t: 1 + (scale - 1) * (1 + torch.cos(math.pi * t))
 
 
-def tent_schedule(scale: float) -> Schedule:
+@checked
+def tent_schedule(scale: Number) -> Schedule:
     """A scale of mean `scale`, 1 at both ends and 2 scale - 1 in the middle,
     eq. (3) (arXiv 2509.22007)."""
     return lambda t: 1 + 2 * (scale - 1) * (1 - (2 * t - 1).abs())
 
 # %% ../nbs/08_guidance.ipynb #37fc6c7d
+@checked
 def beta_schedule(
-    scale: float,  # Mean guidance scale over time
+    scale: Number,  # Mean guidance scale over time
     a: float = 2.0,  # Exponent at data, 1 or more
     b: float = 2.0,  # Exponent at noise, 1 or more
 ) -> Schedule:  # Scale as a function of time
@@ -275,7 +279,8 @@ def beta_schedule(
     return lambda t: 1 + peak * t ** (a - 1) * (1 - t) ** (b - 1)
 
 
-def exponential_schedule(start: float = 1.0, rate: float = math.log(2)) -> Schedule:
+@checked
+def exponential_schedule(start: Number = 1.0, rate: Number = math.log(2)) -> Schedule:
     """A scale that grows exponentially towards data, from `start` at pure noise
     to start * exp(`rate`) (arXiv 2603.08155)."""
     return lambda t: start * torch.exp(rate * (1 - t))
