@@ -186,6 +186,8 @@ def test_contradictions_are_refused():
     late = {"method": "model_guidance", "steps": 10, "start_step": 10}
     with pytest.raises(ValueError, match=r"method.start_step = 10; allowed: below training.steps = 10"):
         override(Recipe(), late)
+    with pytest.raises(ValueError, match=r"method.weight = 'p2'; allowed: '', except for losses that train a denoiser"):
+        override(Recipe(), {"method": "evaluation_classifier", "weight": "p2"})
     with pytest.raises(ValueError, match="allowed: methods that need no clean pictures"):
         override(Recipe(), {"method": "evaluation_classifier", "data": "latents:x"})
     with pytest.raises(ValueError, match=r"name is in several tables; allowed: network.name, method.name"):
