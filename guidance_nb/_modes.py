@@ -10,8 +10,8 @@ from torch import nn
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Put modules and all their parts into evaluation mode inside a `with` block, and each back into its own."""
     training = [part for model in models for part in model.modules() if part.training]
-    for part in training:
-        part.training = False
+    for model in models:
+        model.eval()  # its own, for what a method keeps from step to step is cleared by it
     try:
         yield
     finally:

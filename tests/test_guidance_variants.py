@@ -441,8 +441,9 @@ def test_momentum_does_not_see_other_samples():
                 halves = [sample(used, c[:3], (3,), start=i, **options) for i in (0, 3)]
                 assert_close(torch.cat(halves), once, rtol=0, atol=1e-12)
     later = {"times": torch.tensor([0.7, 0.3, 0.0]), "init": draw(6, 3), "progress": False, "dtype": torch.float64}
-    used.predict(draw(6, 3), torch.tensor(1.0), c)  # a higher noise level than that run begins with
-    assert torch.equal(sample(used, c, (3,), "ddim", **later), sample(make(), c, (3,), "ddim", **later))
+    for mode in (True, False):
+        used.train(mode).predict(draw(6, 3), torch.tensor(1.0), c)  # a higher noise level than that run begins with
+        assert torch.equal(sample(used, c, (3,), "ddim", **later), sample(make(), c, (3,), "ddim", **later))
 
 
 def test_momentum_under_heun():
