@@ -108,7 +108,7 @@ def no_process_of(process: subprocess.Popen, deadline: float) -> None:
     raise AssertionError("a process of the tour outlives it")
 
 
-def test_a_killed_tour_starts_again_where_it_stopped(tmp_path, no_page):
+def test_a_killed_tour_starts_again_where_it_stopped(tmp_path):
     arguments = ("tour", "--quick", "--data", "fractal", "--scales", "2", "--out", str(tmp_path))
     process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 200
@@ -121,7 +121,7 @@ def test_a_killed_tour_starts_again_where_it_stopped(tmp_path, no_page):
     kept = {p.name: p.stat().st_mtime_ns for p in stages}
     done(*arguments)
     assert all((tmp_path / "stages" / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
-    assert (tmp_path / "comparison.csv").exists()
+    assert (tmp_path / "comparison.csv").exists() and (tmp_path / "index.html").exists()
 
 
 @pytest.mark.parametrize(
