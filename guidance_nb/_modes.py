@@ -9,9 +9,13 @@ from torch import nn
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Put modules and all their parts into evaluation mode inside a `with` block, and each back into its own."""
-    training = [part for model in models for part in model.modules() if part.training]
-    for model in models:
-        model.eval()  # its own, for what a method keeps from step to step is cleared by it
+    parts = [part for model in models for part in model.modules()]
+    training = [part for part in parts if part.training]
+    for part in parts:
+        if part.training:
+            part.training = False
+        if (type(part).train, type(part).eval) != (nn.Module.train, nn.Module.eval):
+            part.eval()  # its own, for what a method keeps from step to step is cleared by it
     try:
         yield
     finally:

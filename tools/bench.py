@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from guidance_nb import __version__
 from guidance_nb._random import keyed_noise
+from guidance_nb._runs import one_run
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, _one_pass, count_nfe
@@ -43,7 +44,7 @@ from guidance_nb.metrics import nearest_neighbours
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath, VPPath
-from guidance_nb.samplers import sample
+from guidance_nb.samplers import StepContext, ddim_step, sample, time_grid
 from guidance_nb.training import DenoisingLoss, fit
 from notebooks import ROOT
 
@@ -201,7 +202,7 @@ def sampling(sizes: Sizes) -> Iterator[Pair]:
     networks = {
         "unet": (build_model(sizes), sizes.shape),
         "dit": (build_model(sizes, name="dit-s/4", **small), sizes.shape),
-        "mlp": (stirred(mlp_denoiser(2, FlowPath(), CLASSES)).to(sizes.device), (2,)),
+        "mlp": (plane_model(sizes), (2,)),
     }
     for name, (model, shape) in networks.items():
         for n in sizes.batches:
@@ -212,6 +213,36 @@ def sampling(sizes: Sizes) -> Iterator[Pair]:
             same = check_same(ours(), bare())
             yield Pair(f"sampling/{name} {n}", ours, replay, 1.02, note=note)
             yield Pair(f"by hand/{name} {n}", bare, replay, note=f"the floor of the row above; samples: {same}")
+
+
+def layers(sizes: Sizes) -> Iterator[Pair]:
+    "One sample by guided DDIM, one layer of code after another, against the calls of the network alone."
+    networks = {"unet": (build_model(sizes), sizes.shape), "mlp": (plane_model(sizes), (2,))}
+    for name, (model, shape) in networks.items():
+        few, c = replace(sizes, samples=1, shape=shape), labels(1).to(sizes.device)
+        guided, x = ClassifierFreeGuidance(model, SCALE), keyed_noise(0, 0, (1, *shape)).to(sizes.device)
+        replay, note = record(model, guided, few)
+        times, extra = time_grid(model.path, few.steps), StepContext(lambda: x, 0.0, lambda path, t: t, {})
+        calls: dict[str, Callable[[Tensor, Tensor], object]] = {
+            "both predictions": lambda t, s, model=model, x=x, c=c: model.predict_pair(x, t, c),
+            "and guidance": lambda t, s, guided=guided, x=x, c=c: guided(x, t, c),
+            "and a step": lambda t, s, guided=guided, x=x, c=c, extra=extra: ddim_step(guided, x, t, s, c, extra),
+        }
+
+        @torch.no_grad()
+        def follow(call: Callable[[Tensor, Tensor], object], times: Tensor = times, c: Tensor = c) -> None:
+            with one_run(times, c) as moments:
+                for t, s in pairwise(moments):
+                    call(t, s)
+
+        for layer, call in calls.items():
+            yield Pair(f"{layer}/{name} 1", partial(follow, call), replay, note=note)
+        yield Pair(f"and a run/{name} 1", partial(draw, guided, few), replay, note=note)
+
+
+def plane_model(sizes: Sizes) -> NetworkDenoiser:
+    "The perceptron of points in the plane."
+    return stirred(mlp_denoiser(2, FlowPath(), CLASSES)).to(sizes.device)
 
 
 def by_hand(model: NetworkDenoiser, sizes: Sizes) -> Callable[[], Tensor]:
@@ -244,6 +275,8 @@ def model_guidance(sizes: Sizes) -> Iterator[Pair]:
     one, two = rows_of(model, sizes), rows_of(guided, sizes)
     note = f"floor {one / two:g}: {one} rows of {two}; at scale 1 {same}"
     yield Pair("model guidance/cfg", lambda: draw(model, sizes), lambda: draw(guided, sizes), 0.52, note=note)
+    (half, _), (whole, calls) = record(model, model, sizes), record(model, guided, sizes)
+    yield Pair("its calls/cfg's calls", half, whole, note=f"the floor of the row above; {calls}")
 
 
 def interval(sizes: Sizes) -> Iterator[Pair]:
@@ -270,18 +303,19 @@ def euler_loop(sizes: Sizes) -> Iterator[Pair]:
         return odeint(lambda t, x: model.net(x, t.expand(n), c), noise, times.to(sizes.device), method="euler")[-1]
 
     ours = partial(draw, model, sizes, sampler="euler", init=noise)
-    note = f"floor 1: {n * sizes.steps} rows on both sides; {check_same(ours(), other())}"
+    note = f"{n * sizes.steps} rows on both sides; {check_same(ours(), other())}"
     yield Pair("euler loop/torchdiffeq", ours, other, 1.0, note=note)
+    yield Pair("its calls/torchdiffeq", record(model, model, sizes)[0], other, note="the floor of the row above")
 
 
 def diffusers_loop(sizes: Sizes) -> Iterator[Pair]:
     "DDIM with classifier-free guidance against the loop one writes around diffusers' DDIMScheduler, on the same U-Net."
     for n in (1, sizes.samples):
-        yield diffusers_pair(replace(sizes, samples=n), n)
+        yield from diffusers_pair(replace(sizes, samples=n), n)
 
 
-def diffusers_pair(sizes: Sizes, n: int) -> Pair:
-    "Both loops for a number of samples."
+def diffusers_pair(sizes: Sizes, n: int) -> Iterator[Pair]:
+    "Both loops for a number of samples, and the calls of the network against the loop of diffusers."
     from diffusers import DDIMScheduler
 
     model = build_model(sizes, VPPath(), "eps")
@@ -307,8 +341,9 @@ def diffusers_pair(sizes: Sizes, n: int) -> Pair:
         return x
 
     noise = torch.randn((n, *sizes.shape), generator=torch.Generator().manual_seed(0))
-    note = f"floor 1: {2 * n * sizes.steps} rows on both sides; {check_same(ours(noise), other(noise))}"
-    return Pair(f"ddim loop/diffusers {n}", ours, other, 0.97, note=note)
+    note = f"{2 * n * sizes.steps} rows on both sides; {check_same(ours(noise), other(noise))}"
+    yield Pair(f"ddim loop/diffusers {n}", ours, other, 0.97, note=note)
+    yield Pair(f"its calls/diffusers {n}", record(model, guided, sizes)[0], other, note="the floor of the row above")
 
 
 def training_data(sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -366,6 +401,42 @@ def training_cost(sizes: Sizes) -> Iterator[Pair]:
         cost = count_units(loss, sizes) / unit
         note = f"floor {cost:.2f}, counting a row forward as 1 and backward as 2"
         yield Pair(f"{name}/plain step", run, plain, goal, note=note)
+    yield forward_alone(build(), plain, sizes)
+
+
+def forward_alone(model: NetworkDenoiser, plain: Callable[[], None], sizes: Sizes) -> Pair:
+    "What a forward pass without gradients really costs of a plain step; counting rows says a third."
+    x, c = (part[: sizes.batch].to(sizes.device) for part in training_data(sizes))
+    t = torch.full((sizes.batch,), 0.5, device=sizes.device)
+
+    @torch.no_grad()
+    def forward() -> None:
+        for _ in range(sizes.train_steps):
+            model.net(x, t, c)
+
+    return Pair("forward/plain step", forward, plain, note="0.33 by counting rows")
+
+
+def choices(sizes: Sizes) -> Iterator[Pair]:
+    "Training steps with the memory format, the precision and the threads that one may choose, against the others."
+    engine = partial(Engine, precision="fp32", channels_last=True, cpu=sizes.device == "cpu")
+
+    def run(**options: Any) -> Callable[[], None]:
+        model = build_model(sizes)
+        return ahead(start_training(model, DenoisingLoss(0.1), sizes, engine(**options)), sizes)
+
+    usual, threads = run(), torch.get_num_threads()
+    note = f"a training step of {sizes.batch} images"
+    yield Pair("channels last/contiguous", usual, run(channels_last=False), note=note)
+    yield Pair("bf16/fp32", run(precision="bf16"), usual, note=note)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        usual()
+        torch.set_num_threads(threads)
+
+    if threads > 1:
+        yield Pair(f"{threads} threads/one", usual, alone, note=note)
 
 
 def batching(sizes: Sizes) -> Iterator[Pair]:
@@ -527,11 +598,13 @@ def start(sizes: Sizes) -> Iterator[Pair]:
 BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Pair]]] = {
     "start": start,
     "sampling": sampling,
+    "layers": layers,
     "model-guidance": model_guidance,
     "interval": interval,
     "diffusers": diffusers_loop,
     "torchdiffeq": euler_loop,
     "training-cost": training_cost,
+    "choices": choices,
     "batching": batching,
     "throughput": throughput,
     "search": search,
