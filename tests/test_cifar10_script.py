@@ -247,6 +247,20 @@ def test_every_point_of_small_images_is_of_a_run_that_is_there():
     assert {(point.run, point.corrections) for point in fewer} == {("base", ()), ("mg-2", ())}
 
 
+def test_a_call_may_train_some_runs_alone(tmp_path, monkeypatch, capsys):
+    "Calls beside each other share a plan and divide its runs; nothing is drawn before all are trained."
+    plan = cifar10.Plan(8, 16, {}, 20, 20, {name: 1.0 for name in RUNS_16})
+    trained = []
+    monkeypatch.setattr(cifar10, "read_plan", lambda study: plan)
+    monkeypatch.setattr(cifar10, "train_run", lambda study, plan, name: trained.append(name))
+    words = ["--size", "16", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--train"]
+    cifar10.main([*words, "mg-2,base"])
+    assert trained == ["mg-2", "base"] and not (tmp_path / "out" / "cifar10.csv").exists()
+    with pytest.raises(SystemExit):
+        cifar10.main([*words, "post-pixels-20"])
+    assert "--train post-pixels-20; allowed: of evaluation, base" in capsys.readouterr().err
+
+
 def test_a_short_budget_leaves_out_what_is_needed_least(tmp_path, monkeypatch, capsys):
     "So that the base sees sixteen epochs."
     monkeypatch.setattr(cifar10, "time_engines", lambda size, compiled: ({"precision": "bf16", "compile": False}, []))
@@ -260,3 +274,6 @@ def test_a_short_budget_leaves_out_what_is_needed_least(tmp_path, monkeypatch, c
     assert cifar10.run_recipe("evaluation", size, plan).network.settings["widths"] == (32, 64, 96)
     assert cifar10.run_recipe("base", size, plan).network.settings["widths"] == (96, 128)
     assert cifar10.run_recipe("few", size, plan).data.limit == 5_000
+    slow = small_size("cifar10", 1e-3, False, gpu=False)
+    assert cifar10.run_recipe("base", slow, plan).network.settings["widths"] == (64, 96)
+    assert cifar10.run_recipe("evaluation", slow, plan).network.settings["widths"] == (32, 64, 96)

@@ -264,15 +264,22 @@ def full_size(patch: int, lr: float) -> Size:
     return Size({"settings.dropout": 0.0, "lr": lr} | levels)
 
 
-def small_size(data: str, lr: float, rehearse: bool) -> Size:
+def small_size(data: str, lr: float, rehearse: bool, gpu: bool = True) -> Size:
     "Images of 16 x 16: two levels on patches, 3.7 M weights; 5,000 samples a point, and as many points as fit."
     levels = {"network": "unet-small", "settings.patch": 2, "settings.widths": "[96, 128]", "lr": lr}
     levels |= {"settings.dropout": 0.0, "settings.film": True, "settings.attention": ()}
     size = Size(levels | {"source": data, "data.size": 16}, RUNS_16, data, 512, 5_000, 5_000, 10_000, 5_000, timed=10)
     if not rehearse:
-        return size
+        return size if gpu else processor_size(size)
     few = {**REHEARSAL.changes, "source": data, "data.size": 16, "settings.patch": 2}
     return replace(REHEARSAL, changes=few, runs=RUNS_16, data=data)
+
+
+def processor_size(size: Size) -> Size:
+    "The same in hours on a CPU: 1.9 M weights, and smaller batches for more steps of as many images."
+    evaluation = replace(size.runs["evaluation"], length=0.5)  # its network costs twice as much an image
+    changes = size.changes | {"settings.widths": "[64, 96]"}
+    return replace(size, changes=changes, runs=size.runs | {"evaluation": evaluation}, batch_size=128, rows=512)
 
 
 @dataclass(frozen=True)
@@ -285,6 +292,7 @@ class Study:
     deadline: float  # of this call, on the monotonic clock
     compiled: bool  # whether compiling is tried
     classifiers: Path | None  # folder of the evaluation classifiers; None for GUIDANCE_NB_DATA
+    only: tuple[str, ...] = ()  # runs to train in this call, which then ends; none for everything
 
     def check_time(self) -> None:
         "Leave when the time of this call is up."
@@ -411,6 +419,9 @@ def time_engines(size: Size, compiled: bool) -> tuple[dict[str, Any], list[dict[
         ways += [
             ways[0] | {"precision": "bf16", "channels_last": True, "compile": True, "cuda_graphs": True}
         ] * compiled
+    elif size.small and not size.bare:
+        half = ways[0] | {"precision": "bf16", "channels_last": True}
+        ways += [half, half | {"compile": True}][: 1 + compiled]
     tried = []
     for way in ways:
         name = ", ".join([way["precision"], *(key.removeprefix("cuda_") for key in way if way[key] is True)])
@@ -809,6 +820,10 @@ def carry_out(study: Study) -> None:
     print(f"plan: {plan.steps} steps of {plan.batch_size} images, {plan.engine}, {plan.samples} samples a point")
     if plan.samples < 5_000:
         print("fewer than 5,000 samples a point fit into this budget; distances of few samples are biased upwards")
+    if study.only:
+        for name in study.only:
+            train_run(study, plan, name)
+        return
     train_all(study, plan)
     try:
         for row in score_points(study, plan):
@@ -875,6 +890,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="folder of resnet20-*.th and resnet56-*.th, if not in GUIDANCE_NB_DATA; they are in pretrained_models/ of "
         "github.com/akamaster/pytorch_resnet_cifar10",
     )
+    parser.add_argument(
+        "--train",
+        default="",
+        help="train only these runs, as 'base,aligned'; such calls may share --out",
+    )
     parser.add_argument("--rehearse", action="store_true", help="a tiny network and 200 images")
     asked = parser.parse_args(arguments)
     if not asked.budget > 0 or not asked.stop_after > 0:
@@ -890,11 +910,16 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.vp:
         size = replace(size, runs=RUNS | VP_RUNS)
     if asked.size == 16:
-        size, minutes = small_size(asked.data, asked.lr, asked.rehearse), min(asked.stop_after, asked.budget)
+        size = small_size(asked.data, asked.lr, asked.rehearse, torch.cuda.is_available())
+        minutes = min(asked.stop_after, asked.budget)
     deadline = time.monotonic() + 60 * minutes
     remember_noise()
     try:
-        carry_out(Study(asked.out, size, asked.budget, deadline, asked.compile, asked.classifiers))
+        only = tuple(asked.train.split(",")) if asked.train else ()
+        alone = [name for name, run in size.runs.items() if not run.source]
+        if not {*only} <= {*alone}:
+            parser.error(f"--train {asked.train}; allowed: of {', '.join(alone)}")
+        carry_out(Study(asked.out, size, asked.budget, deadline, asked.compile, asked.classifiers, only))
         print("missing: nothing")
     except OutOfTime:
         print(f"missing: what did not fit into this call; the same command goes on from {asked.out}")
