@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., object])
 Ends = tuple[float, float]
+_MOST = sys.float_info.max
 
 
 def require(fine: object, name: str, value: object, allowed: str) -> None:
@@ -51,12 +53,11 @@ def check_choice(name: str, value: _T, allowed: Collection[_T]) -> _T:
     return value
 
 
-def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf, allowed: str = "") -> float:
-    """A finite number from `low` to `high`, ends included where they are finite."""
-    end = 10**308 if isinstance(value, int) else math.inf
-    fine = isinstance(value, Real) and not isinstance(value, bool) and -end < value < end and low <= value <= high
-    words = "a finite number" if low == -math.inf else f"a number, {low:g} or more"
-    require(fine, name, value, allowed or (words if high == math.inf else f"{low:g} to {high:g}"))
+def check_number(name: str, value: float, low: float = -_MOST, high: float = _MOST, allowed: str = "") -> float:
+    """A number from `low` to `high`, ends included; finite unless an end is infinite."""
+    fine = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+    words = "a finite number" if low == -_MOST else f"a number, {low:g} or more"
+    require(fine, name, value, allowed or (words if high == _MOST else f"{low:g} to {high:g}"))
     return value if isinstance(value, int | float) else float(value)  # numpy's numbers are numbers, too
 
 
@@ -71,6 +72,12 @@ def check_nonzero(name: str, value: float) -> float:
     """A finite number other than 0."""
     allowed = "a finite number other than 0"
     require(check_number(name, value, allowed=allowed), name, value, allowed)
+    return value
+
+
+def check_callable(name: str, value: _T) -> _T:
+    """A function, or what can be called as one."""
+    require(callable(value), name, value, "a function")
     return value
 
 
@@ -114,6 +121,8 @@ def _rule(hint: object) -> Callable[[str, object], object] | None:
         return parts[1]
     if get_origin(hint) is Literal:
         return lambda name, value: check_choice(name, value, parts)
+    if get_origin(hint) is Callable:
+        return check_callable
     if type(None) in parts and (rule := _rule(parts[0])):
         return lambda name, value: value if value is None else rule(name, value)
     return None
@@ -147,6 +156,12 @@ Number = Annotated[float, check_number]  # finite
 AtLeastZero = Annotated[float, functools.partial(check_number, low=0)]
 NonZero = Annotated[float, check_nonzero]
 Positive = Annotated[float, functools.partial(check_number, low=math.ulp(0.0), allowed="a positive, finite number")]
+PositiveOrInf = Annotated[
+    float, functools.partial(check_number, low=math.ulp(0.0), high=math.inf, allowed="a number above 0, or inf")
+]
+AtLeastZeroOrInf = Annotated[
+    float, functools.partial(check_number, low=0, high=math.inf, allowed="0 or more, infinity included")
+]
 Share = Annotated[float, functools.partial(check_number, low=0, high=1)]
 Whole = Annotated[int, check_whole]  # 0 or more
 Count = Annotated[int, functools.partial(check_whole, low=1)]

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_kind, require_that
+from ._checks import check_choice, check_kind, checked, require_that
 from ._conditions import C, Condition, drop_rows, join, null_rows, repeat
 from ._runs import at_time, is_of_run, once
 from .paths import Path, change_path, check_time, clamp_time, expand_time
@@ -125,6 +125,12 @@ class Denoiser(nn.Module):
     ):
         super().__init__()
         self.path, self.num_classes = path, num_classes
+
+    def __init_subclass__(cls, **options: object) -> None:
+        "Constructors check their arguments by the types of these."
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            checked(cls)
 
     def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
         """Posterior means at noisy data `x` `[batch, ...]`, time `t` (scalar

@@ -194,11 +194,11 @@ ASKS = [
     (lambda: several_conditions.NormalizedAttentionGuidance(dit(), 1.5, 0), "condition = 1.5; allowed: a class, or"),
     (lambda: several_conditions.NormalizedAttentionGuidance(dit(), 1, 0.5), "layers = 0.5; allowed: 0 to 2, or part"),
     (
-        lambda: training.train(TELL, None, (FIVE, LABELS), 1, times="edm"),
+        lambda: training.train(TELL, training.DenoisingLoss(), (FIVE, LABELS), 1, times="edm"),
         "times = 'edm'; allowed: TrainingTimes(), Log",
     ),
     (
-        lambda: training.train(TELL, None, FIVE, 1, times=training_times.LogNormalTimes),
+        lambda: training.train(TELL, training.DenoisingLoss(), FIVE, 1, times=training_times.LogNormalTimes),
         "TrainingTimes(), LogNormalTimes",
     ),
 ]
