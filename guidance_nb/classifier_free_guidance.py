@@ -8,7 +8,7 @@ __all__ = ['ClassifierFreeGuidance', 'scale_from_ho_salimans', 'dit_channel_scal
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #f66ea402
 import math
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .guidance import Claims, Guidance
 class ClassifierFreeGuidance(Guidance):
     "Extrapolate from the unconditional prediction, eq. (3) (arXiv 2207.12598)."
 
-    claims: ClassVar = Claims("2207.12598", unconditional_at_zero=True)
+    claims = Claims("2207.12598", unconditional_at_zero=True)
 
     def combine(
         self,

@@ -6,7 +6,7 @@
 __all__ = ['class_gradient', 'ClassifierGuidance', 'scale_from_classifier']
 
 # %% ../nbs/10_classifier_guidance.ipynb #430e55cd
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def class_gradient(
 class ClassifierGuidance(Guidance):
     "The prediction `base` of a model guided by a classifier, eq. (4)."
 
-    claims: ClassVar = Claims("2105.05233", nfe=1, needs_condition=False)
+    claims = Claims("2105.05233", nfe=1, needs_condition=False)
 
     def __init__(
         self,

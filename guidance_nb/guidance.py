@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Guidance(Denoiser):
     """What all guidance shares: a scale, the times at which it acts, and no
     evaluations of weight zero."""
 
-    claims: ClassVar[Claims]
+    claims: Claims
 
     def __init__(
         self,

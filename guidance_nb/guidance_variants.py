@@ -11,54 +11,84 @@ __all__ = ['RescaledGuidance', 'MagnitudeAwareGuidance', 'CFGZeroStar', 'Tangent
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import (
+    AtLeastZero,
+    Number,
+    Positive,
+    PositiveOrInf,
+    Share,
     check_kind,
-    check_number,
     check_scale,
-    check_whole,
     require,
     require_that,
 )
-from ._conditions import Condition
-from .denoisers import Batching, Denoiser, Prediction, check_inputs, guide
+from .denoisers import Batching, Denoiser, Prediction, check_inputs, guide, to_prediction
 from .guidance import Claims, Guidance, Scale, predict_where, shift_prediction
 from .paths import Path, clamp_time, expand_time
 
+# %% ../nbs/15_guidance_variants.ipynb #cff3346c
+_Num: TypeAlias = float | Tensor  # One for all samples, or one for each
+_Given: TypeAlias = Tensor | None  # Labels, or no condition
+
+
+class _ShiftedGuidance(Guidance):
+    """Ordinary guidance, and a `shift` of what its claims name: the velocity,
+    the noise or the clean data."""
+
+    shift: Callable[..., Tensor]
+
+    def combine(
+        self,
+        conditional: Prediction,
+        unconditional: Prediction,
+        x: Tensor,
+        t: Tensor,
+        scale: _Num,
+    ) -> Prediction:
+        "Extrapolate, and shift."
+        pairs, space = (conditional, unconditional), self.claims.space
+        late = clamp_time(self.path, t, "data")
+        if space == "velocity":
+            values = [pair.velocity(self.path, late) for pair in pairs]
+        else:
+            values = [getattr(pair, space) for pair in pairs]
+        where = self.path, t, space
+        pair, shift = guide(*pairs, scale), self.shift(*values, t, scale)
+        return shift_prediction(pair, shift, *where)  # type: ignore
+
 # %% ../nbs/15_guidance_variants.ipynb #cff3346d
-class RescaledGuidance(Guidance):
+class RescaledGuidance(_ShiftedGuidance):
     """Guidance whose velocity keeps the standard deviation of the conditional
     one, eq. (1) (arXiv 2305.08891)."""
 
-    claims: ClassVar[Claims] = Claims("2305.08891", space="velocity")
+    claims = Claims("2305.08891", space="velocity")
 
     def __init__(
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
-        phi: float = 0.7,  # Share of the rescaling, 0 to 1
+        phi: Share = 0.7,  # Share of the rescaling, 0 to 1
         # Times that are guided, ends included
         interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        self.phi = check_number("phi", phi, 0, 1)
+        self.phi = phi
 
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Extrapolate, then rescale the velocity."
-        require(x[0].numel() > 1, "values per sample", 1, "two or more, for one has no standard deviation")
-        pair, late = guide(conditional, unconditional, scale), clamp_time(self.path, t, "data")
-        u, u_c = pair.velocity(self.path, late), conditional.velocity(self.path, late)
-        std, std_c = (v.std(dim=tuple(range(1, v.ndim)), keepdim=True) for v in (u, u_c))
-        alive = std > 100 * torch.finfo(u.dtype).eps * std_c  # not zero up to rounding
+    def shift(self, u_c: Tensor, u_u: Tensor, t: Tensor, scale: _Num) -> Tensor:
+        "Rescale the guided velocity."
+        allowed = "two or more, for one has no standard deviation"
+        require(u_c[0].numel() > 1, "values per sample", 1, allowed)
+        u, dims = u_u + scale * (u_c - u_u), tuple(range(1, u_c.ndim))
+        std, std_c = (v.std(dims, keepdim=True) for v in (u, u_c))
+        alive = std > 100 * torch.finfo(u.dtype).eps * std_c  # not rounding
         ratio = torch.where(alive, std_c / torch.where(alive, std, 1), 1)
-        return shift_prediction(pair, self.phi * (ratio - 1) * u, self.path, t, "velocity")
+        return self.phi * (ratio - 1) * u
 
 # %% ../nbs/15_guidance_variants.ipynb #091b6a35
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:
@@ -66,100 +96,95 @@ def _inner_product(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
+def _norm(a: Tensor) -> Tensor:
+    "The norm of each sample, `[batch, 1, ...]`, above 0."
+    return (_inner_product(a, a) + 1e-30).sqrt()
+
+
 def _projection(a: Tensor, b: Tensor) -> Tensor:
     "The part of each sample of `a` along that of `b`; 0 where `b` is 0."
     return _inner_product(a, b) / (_inner_product(b, b) + 1e-30) * b
 
 # %% ../nbs/15_guidance_variants.ipynb #13ac485b
-class MagnitudeAwareGuidance(Guidance):
+class MagnitudeAwareGuidance(_ShiftedGuidance):
     """Guidance whose scale falls where the difference is large, eq. (2)
     (MAMBO-G, arXiv 2508.03442)."""
 
-    claims: ClassVar[Claims] = Claims("2508.03442", space="velocity")
+    claims = Claims("2508.03442", space="velocity")
 
     def __init__(
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale where the two predictions agree
-        damping: float = 8.0,  # How fast it falls, a of eq. (2), 0 or more
+        damping: AtLeastZero = 8.0,  # How fast it falls, a of eq. (2)
         # Times that are guided, ends included
         interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        self.damping = check_number("damping", damping, 0)
+        self.damping = damping
 
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Extrapolate by the damped scale."
-        late = clamp_time(self.path, t, "data")
-        u_c, u_u = conditional.velocity(self.path, late), unconditional.velocity(self.path, late)
-        size, base = ((_inner_product(u, u) + 1e-30).sqrt() for u in (u_c - u_u, u_u))
-        return guide(conditional, unconditional, 1 + (scale - 1) * torch.exp(-self.damping * size / base))
+    def shift(self, u_c: Tensor, u_u: Tensor, t: Tensor, scale: _Num) -> Tensor:
+        "From the scale to the damped one."
+        size, base = (_norm(u) for u in (u_c - u_u, u_u))
+        damped = 1 + (scale - 1) * torch.exp(-self.damping * size / base)
+        return (damped - scale) * (u_c - u_u)
 
 # %% ../nbs/15_guidance_variants.ipynb #2c0a6eb9
-class CFGZeroStar(Guidance):
+class CFGZeroStar(_ShiftedGuidance):
     """Guidance away from the best multiple of the unconditional velocity, eq.
     (3), and zero-init (arXiv 2503.18886)."""
 
-    claims: ClassVar[Claims] = Claims("2503.18886", space="velocity", conditional_at_one=False, equal_unchanged=False)
+    claims = Claims(
+        "2503.18886",
+        space="velocity",
+        conditional_at_one=False,
+        equal_unchanged=False,
+    )
 
     def __init__(
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         # The velocity is zero at times from here up; `math.inf`: nowhere
-        zero_from: float = 1.0,
+        zero_from: PositiveOrInf = 1.0,
         # Times that are guided, ends included
         interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        require(zero_from > 0, "zero_from", zero_from, "a time above 0, or inf for never")
         self.zero_from = zero_from
 
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Replace the unconditional velocity by its best multiple."
-        late = clamp_time(self.path, t, "data")
-        u_c, u_u = conditional.velocity(self.path, late), unconditional.velocity(self.path, late)
+    def shift(self, u_c: Tensor, u_u: Tensor, t: Tensor, scale: _Num) -> Tensor:
+        "From the unconditional velocity to its best multiple."
         best = _inner_product(u_c, u_u) / (_inner_product(u_u, u_u) + 1e-8)
-        shift = (1 - scale) * (best - 1) * u_u
-        return shift_prediction(guide(conditional, unconditional, scale), shift, self.path, t, "velocity")
+        return (1 - scale) * (best - 1) * u_u
 
-    def still(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
-        """The pair of zero velocity: alpha x0 + sigma eps = x, d_alpha x0 +
-        d_sigma eps = 0."""
-        path, late = self.path, clamp_time(self.path, t, "data")
-        a, b = expand_time(path.d_alpha(late), x), expand_time(path.d_sigma(late), x)
-        unit = x / (expand_time(path.alpha(late), x) * b - expand_time(path.sigma(late), x) * a)
-        return Prediction(b * unit, -a * unit)
+    def still(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
+        "The pair of zero velocity."
+        late, zero = clamp_time(self.path, t, "data"), torch.zeros_like(x)
+        return to_prediction(zero, x, late, self.path, "velocity")
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
         "The guided pair; from `zero_from` up the pair of zero velocity."
         t = check_inputs(x, t, c, self.num_classes)
         zeroed = (t >= self.zero_from * (1 - 1e-6)) & (c is not None)
-        return predict_where(zeroed, self, CFGZeroStar.still, Guidance.forward, x, t, c)
+        still, guided = CFGZeroStar.still, Guidance.forward
+        return predict_where(zeroed, self, still, guided, x, t, c)
 
 # %% ../nbs/15_guidance_variants.ipynb #22c4db20
-class TangentialGuidance(Guidance):
+class TangentialGuidance(_ShiftedGuidance):
     """Guidance away from the unconditional noise's part along the common
     direction, eq. (4) (TCFG, arXiv 2503.18137)."""
 
-    claims: ClassVar[Claims] = Claims("2503.18137", space="eps")
+    claims = Claims("2503.18137", space="eps")
 
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Project the unconditional noise, then extrapolate."
-        e_c, e_u = conditional.eps, unconditional.eps
-        cc, cu, uu = _inner_product(e_c, e_c), _inner_product(e_c, e_u), _inner_product(e_u, e_u)
-        theta = torch.atan2(2 * cu, cc - uu) / 2
+    def shift(self, e_c: Tensor, e_u: Tensor, t: Tensor, scale: _Num) -> Tensor:
+        "From the unconditional noise to its part along v."
+        cc, cu = _inner_product(e_c, e_c), _inner_product(e_c, e_u)
+        theta = torch.atan2(2 * cu, cc - _inner_product(e_u, e_u)) / 2
         v = theta.cos() * e_c + theta.sin() * e_u
-        shift = (1 - scale) * (_projection(e_u, v) - e_u)
-        return shift_prediction(guide(conditional, unconditional, scale), shift, self.path, t, "eps")
+        return (1 - scale) * (_projection(e_u, v) - e_u)
 
 # %% ../nbs/15_guidance_variants.ipynb #271f1b7b
 class _StepMemory(nn.Module):
@@ -183,67 +208,73 @@ class _StepMemory(nn.Module):
     def recall(self, t: Tensor, like: Tensor) -> Tensor:
         """What was kept at the last noise level above `t`, shaped like `like`
         `[batch, ...]`; zeros at a first one."""
-        if self.kept.shape != like.shape or self.kept.dtype != like.dtype or self.kept.device != like.device:
+        kind, kept = (like.shape, like.dtype, like.device), self.kept
+        if (kept.shape, kept.dtype, kept.device) != kind:
             return torch.zeros_like(like)
-        now = expand_time(torch.as_tensor(t).to(self.times), self.times)
-        lower, same = (expand_time(f.expand(len(like)), like).bool() for f in (now < self.times, now == self.times))
-        return torch.where(lower, self.kept, torch.where(same, self.before, torch.zeros_like(like)))
+        now = torch.as_tensor(t).to(self.times).expand(len(like))
+        when = now < self.times, now == self.times
+        lower, same = (expand_time(f, like).bool() for f in when)
+        return torch.where(lower, kept, torch.where(same, self.before, 0))
 
     def keep(self, t: Tensor, value: Tensor) -> None:
         """Keep `value` `[batch, ...]`, without its gradient, for the noise
         levels below `t`."""
         self.before, self.kept = self.recall(t, value), value.detach()
-        self.times = torch.as_tensor(t, device=value.device).double().expand(len(value))
+        times = torch.as_tensor(t, device=value.device).double()
+        self.times = times.expand(len(value))
 
 # %% ../nbs/15_guidance_variants.ipynb #ab1af68b
-class AdaptiveProjectedGuidance(Guidance):
+class AdaptiveProjectedGuidance(_ShiftedGuidance):
     """Guidance by the capped difference of clean data without its part along
     the prediction, eq. (5) (arXiv 2410.02416)."""
 
-    claims: ClassVar[Claims] = Claims("2410.02416", space="x0")
+    claims = Claims("2410.02416", space="x0")
 
     def __init__(
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         # Share kept of the part along the conditional prediction
-        eta: float = 0.0,
-        norm: float = math.inf,  # Largest norm of the difference, r of eq. (5)
+        eta: Number = 0.0,
+        # Largest norm of the difference, r of eq. (5)
+        norm: PositiveOrInf = math.inf,
         # Share of earlier differences, beta of eq. (5), above -1 and below 1
-        momentum: float = 0.0,
+        momentum: Number = 0.0,
         # Times that are guided, ends included
         interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        require(norm > 0 and -1 < momentum < 1, "norm, momentum", (norm, momentum), "norm above 0, momentum in (-1, 1)")
-        self.eta, self.norm, self.momentum = check_number("eta", eta), norm, momentum
+        require(-1 < momentum < 1, "momentum", momentum, "above -1, below 1")
+        self.eta, self.norm, self.momentum = eta, norm, momentum
         self.memory = _StepMemory()
         if momentum:  # equal predictions still follow earlier differences
-            self.claims = replace(self.claims, equal_unchanged=False)  # type: ignore[misc]
+            self.claims = replace(self.claims, equal_unchanged=False)
 
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
+    def shift(self, x_c: Tensor, x_u: Tensor, t: Tensor, scale: _Num) -> Tensor:
         "Accumulate, cap and project the difference of clean data."
-        plain = g = conditional.x0 - unconditional.x0
+        plain = g = x_c - x_u
         if self.momentum:
             g = g + self.momentum * self.memory.recall(t, g)
             self.memory.keep(t, g)
         if self.norm < math.inf:
-            g = g * (self.norm / (_inner_product(g, g) + 1e-30).sqrt()).clamp(max=1)
-        x0 = conditional.x0
-        update = g - (1 - self.eta) * _projection(g, x0)
-        pair = guide(conditional, unconditional, scale)
-        return shift_prediction(pair, (scale - 1) * (update - plain), self.path, t, "x0")
+            g = g * (self.norm / _norm(g)).clamp(max=1)
+        update = g - (1 - self.eta) * _projection(g, x_c)
+        return (scale - 1) * (update - plain)
 
 # %% ../nbs/15_guidance_variants.ipynb #f2e41ef0
 def _blur(y: Tensor) -> Tensor:
     """Binomial blur of images `[batch, channels, height, width]` with mirrored
     ends."""
-    tap = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=y.dtype, device=y.device) / 16
-    kernel = torch.outer(tap, tap).expand(y.shape[1], 1, 5, 5)
-    return nn.functional.conv2d(nn.functional.pad(y, (2, 2, 2, 2), mode="reflect"), kernel, groups=y.shape[1])
+    tap, channels = y.new_tensor([1, 4, 6, 4, 1]) / 16, y.shape[1]
+    kernel = torch.outer(tap, tap).expand(channels, 1, 5, 5)
+    padded = nn.functional.pad(y, (2, 2, 2, 2), mode="reflect")
+    return nn.functional.conv2d(padded, kernel, groups=channels)
+
+
+def _resized(y: Tensor, size: list[int]) -> Tensor:
+    "Images interpolated to another height and width."
+    return nn.functional.interpolate(y, size, mode="bilinear")
 
 
 def _frequency_bands(
@@ -252,25 +283,25 @@ def _frequency_bands(
 ) -> list[Tensor]:  # Bands of the size of `x`, finest first, that sum to `x`
     """The bands of a Laplacian pyramid with binomial blur, each brought back
     to full size."""
-    least = 3 << max(check_whole("levels", levels, 1) - 2, 0)
-    allowed = f"images [batch, channels, height, width], height and width of {least} or more"
-    require(x.ndim == 4 and min(x.shape[2:]) >= least, "x of shape", tuple(x.shape), allowed)
+    least = 3 << max(levels - 2, 0)
+    fine, allowed = x.ndim == 4 and min(x.shape[2:]) >= least, "images "
+    allowed += f"[batch, channels, height, width], both sides {least} or more"
+    require(fine, "x of shape", tuple(x.shape), allowed)
     smooth, full, sizes = x, [x], []
     for _ in range(levels - 1):
-        sizes.append(smooth.shape[2:])
-        half = [side // 2 for side in smooth.shape[2:]]
-        smooth = lifted = nn.functional.interpolate(_blur(smooth), half, mode="bilinear")
+        sizes.append([*smooth.shape[2:]])
+        smooth = lifted = _resized(_blur(smooth), [k // 2 for k in sizes[-1]])
         for size in reversed(sizes):
-            lifted = _blur(nn.functional.interpolate(lifted, list(size), mode="bilinear"))
+            lifted = _blur(_resized(lifted, size))
         full.append(lifted)
-    return [fine - coarse for fine, coarse in zip(full[:-1], full[1:])] + full[-1:]
+    return [a - b for a, b in zip(full[:-1], full[1:])] + full[-1:]
 
 # %% ../nbs/15_guidance_variants.ipynb #166a5138
 class FrequencyDecoupledGuidance(Guidance):
     """Guidance with a scale for each band of a Laplacian pyramid, eq. (6), for
     images (arXiv 2506.19713)."""
 
-    claims: ClassVar[Claims] = Claims("2506.19713")
+    claims = Claims("2506.19713")
 
     def __init__(
         self,
@@ -284,56 +315,67 @@ class FrequencyDecoupledGuidance(Guidance):
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        require(shares and all(map(math.isfinite, shares)), "shares", shares, "one finite number or more")
+        fine = shares and all(map(math.isfinite, shares))
+        require(fine, "shares", shares, "one finite number or more")
         self.shares = tuple(shares)
 
     def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
+        self,
+        conditional: Prediction,
+        unconditional: Prediction,
+        x: Tensor,
+        t: Tensor,
+        scale: _Num,
     ) -> Prediction:
         "Extrapolate band by band."
-        parts = []
+        scales, parts = [1 + s * (scale - 1) for s in self.shares], []
         for e_c, e_u in zip(conditional, unconditional):
-            bands = _frequency_bands(e_c - e_u, len(self.shares))
-            parts.append(e_u + sum((1 + s * (scale - 1)) * band for s, band in zip(self.shares, bands)))
+            bands = zip(scales, _frequency_bands(e_c - e_u, len(scales)))
+            parts.append(e_u + sum(gamma * band for gamma, band in bands))
         return Prediction(*parts)
 
 # %% ../nbs/15_guidance_variants.ipynb #15c784b2
-class DynamicThresholding(Guidance):
+class DynamicThresholding(_ShiftedGuidance):
     """Guidance whose clean data is clipped at a quantile and rescaled, eq. (7)
     (Imagen, arXiv 2205.11487)."""
 
-    claims: ClassVar[Claims] = Claims("2205.11487", space="x0", conditional_at_one=False, equal_unchanged=False)
+    claims = Claims(
+        "2205.11487",
+        space="x0",
+        conditional_at_one=False,
+        equal_unchanged=False,
+    )
 
     def __init__(
         self,
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         # Share of the values of a sample that is not clipped
-        quantile: float = 0.995,
-        limit: float = 1.0,  # Largest absolute value of the data
+        quantile: Share = 0.995,
+        limit: Positive = 1.0,  # Largest absolute value of the data
         # Times that are guided, ends included
         interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        require(0 < limit < math.inf, "limit", limit, "a finite number above 0")
-        self.quantile, self.limit = check_number("quantile", quantile, 0, 1), limit
+        self.quantile, self.limit = quantile, limit
 
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Extrapolate, clip, rescale."
-        pair = guide(conditional, unconditional, scale)
-        size = expand_time(pair.x0.flatten(1).abs().quantile(self.quantile, dim=1).clamp(min=self.limit), x)
-        clipped = torch.minimum(torch.maximum(pair.x0, -size), size) * (self.limit / size)
-        return shift_prediction(pair, clipped - pair.x0, self.path, t, "x0")
+    def shift(self, x_c: Tensor, x_u: Tensor, t: Tensor, scale: _Num) -> Tensor:
+        "Clip and rescale the guided data."
+        x0 = x_u + scale * (x_c - x_u)
+        size = x0.flatten(1).abs().quantile(self.quantile, dim=1)
+        s = expand_time(size.clamp(min=self.limit), x0)
+        return x0.clamp(-s, s) * (self.limit / s) - x0
 
 # %% ../nbs/15_guidance_variants.ipynb #37d94d01
+_Pair: TypeAlias = tuple[Prediction, Prediction]
+
+
 class RectifiedGuidance(Guidance):
     """Guidance with two coefficients that need not sum to 1, eq. (8) (ReCFG,
     arXiv 2410.18737)."""
 
-    claims: ClassVar[Claims] = Claims("2410.18737", space="eps", equal_unchanged=False)
+    claims = Claims("2410.18737", space="eps", equal_unchanged=False)
 
     def __init__(
         self,
@@ -346,14 +388,15 @@ class RectifiedGuidance(Guidance):
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        self.ratios = ratios if callable(ratios) else check_number("ratios", ratios)
+        self.ratios = check_scale(ratios, "ratios")
 
-    def pair(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Prediction, Prediction]:
+    def pair(self, x: Tensor, t: Tensor, c: Tensor) -> _Pair:
         """The conditional pair, and the unconditional one with rho times its
         noise."""
-        conditional, unconditional = super().pair(x, t, c)
-        ratio = self.ratios(t, c).to(x) if callable(self.ratios) else self.ratios
-        return conditional, shift_prediction(unconditional, (ratio - 1) * unconditional.eps, self.path, t, "eps")
+        own, other = super().pair(x, t, c)
+        rho = self.ratios(t, c).to(x) if callable(self.ratios) else self.ratios
+        shift = (rho - 1) * other.eps
+        return own, shift_prediction(other, shift, self.path, t, "eps")
 
 # %% ../nbs/15_guidance_variants.ipynb #b64b0c0f
 class RatioTable(nn.Module):
@@ -366,8 +409,9 @@ class RatioTable(nn.Module):
         ratios: Tensor,  # Ratios at these times, `[k, classes, ...]`
     ):
         super().__init__()
-        fine = times.ndim == 1 and len(ratios) == len(times) > 1 and (times.diff() > 0).all()
-        require_that(fine, "times", "two times or more, rising, one for each row of ratios")
+        fine = times.ndim == 1 and len(ratios) == len(times) > 1
+        allowed = "two times or more, rising, one for each row of ratios"
+        require_that(fine and (times.diff() > 0).all(), "times", allowed)
         self.times, self.ratios = nn.Buffer(times.double()), nn.Buffer(ratios)
 
     def forward(self, t: Tensor, c: Tensor) -> Tensor:
@@ -392,14 +436,17 @@ def estimate_ratios(
     """Estimate the ratio of eq. (8) element by element on noised data of each
     class (arXiv 2410.18737)."""
     counts = c.bincount(minlength=check_kind("model", model).num_classes)
-    require_that(counts.all(), f"c has no sample of class {counts.argmin()}", "samples of every class")
+    lacking = f"c has no sample of class {counts.argmin()}"
+    require_that(counts.all(), lacking, "samples of every class")
     ratios = []
     for t in times:
-        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
-        cond, plain = model.predict_pair(model.path.interpolate(x0, eps, t), t, c)
-        products = cond.eps * plain.eps, plain.eps**2
-        both, square = (torch.stack([y[c == k].mean(0) for k in range(model.num_classes)]) for y in products)
-        ratios.append(both / square)
+        eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0)
+        x = model.path.interpolate(x0, eps, t)
+        cond, plain = model.predict_pair(x, t, c)
+        both, square = cond.eps * plain.eps, plain.eps**2
+        of = [c == k for k in range(model.num_classes)]
+        rows = [both[own].mean(0) / square[own].mean(0) for own in of]
+        ratios.append(torch.stack(rows))
     return RatioTable(times, torch.stack(ratios))
 
 # %% ../nbs/15_guidance_variants.ipynb #67be6bf5
@@ -407,13 +454,19 @@ class CFGPlusPlus(Guidance):
     """Guided clean data with unconditional noise, eq. (9), for DDIM steps
     (arXiv 2406.08070)."""
 
-    claims: ClassVar[Claims] = Claims("2406.08070", conditional_at_one=False, consistent=False)
+    claims = Claims("2406.08070", conditional_at_one=False, consistent=False)
 
     def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
+        self,
+        conditional: Prediction,
+        unconditional: Prediction,
+        x: Tensor,
+        t: Tensor,
+        scale: _Num,
     ) -> Prediction:
         "Clean data guided by lambda, the unconditional noise."
-        return Prediction(guide(conditional, unconditional, scale).x0, unconditional.eps)
+        x0 = guide(conditional, unconditional, scale).x0
+        return Prediction(x0, unconditional.eps)
 
 # %% ../nbs/15_guidance_variants.ipynb #1bb9ff9b
 def cfgpp_scales(

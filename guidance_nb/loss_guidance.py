@@ -9,7 +9,6 @@ __all__ = ['LossGuidance', 'pigdm_scale']
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from .power_tilt import anderson_step
 class LossGuidance(Guidance):
     "A model guided by a loss on its denoised image, eqs. (5) and (7)."
 
-    claims: ClassVar[Claims] = Claims(
+    claims = Claims(
         "2209.14687",
         nfe=1,
         conditional_at_one=False,

@@ -9,7 +9,7 @@ __all__ = ['MixturePair', 'tilt_on_grid', 'anderson_step', 'CharacteristicGuidan
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class CharacteristicGuidance(Guidance):
     """Guidance at the fixed point of eq. (5), classifier-free guidance where
     there is none (arXiv 2312.07586)."""
 
-    claims: ClassVar[Claims] = Claims("2312.07586", nfe=0)
+    claims = Claims("2312.07586", nfe=0)
 
     def __init__(
         self,

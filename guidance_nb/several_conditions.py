@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def _expand(c: int | Condition, x: Tensor) -> Condition:
 class ComposedConditions(Guidance):
     "Several weighted conditions, eq. (2), or a negative one, eq. (3)."
 
-    claims: ClassVar[Claims] = Claims("2206.01714", nfe=0, needs_condition=False)
+    claims = Claims("2206.01714", nfe=0, needs_condition=False)
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ def _all_attention(model: nn.Module) -> dict[str, Layer]:
 class NormalizedAttentionGuidance(Guidance):
     "Guidance away from a condition inside attention layers, eq. (8)."
 
-    claims: ClassVar[Claims] = Claims("2505.21179")
+    claims = Claims("2505.21179")
 
     def __init__(
         self,

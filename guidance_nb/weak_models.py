@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class WeakGuidance(Guidance):
     """Guidance away from a weak prediction, beside classifier-free guidance,
     eq. (2); `pair` makes the two predictions."""
 
-    claims: ClassVar[Claims] = Claims("2406.02507", needs_condition=False)
+    claims = Claims("2406.02507", needs_condition=False)
 
     def __init__(
         self,
@@ -254,7 +254,7 @@ class PerturbedAttentionGuidance(Autoguidance):
     """Guidance away from the same network with identity attention, eqs. (1),
     (2), (4) (arXiv 2403.17377)."""
 
-    claims: ClassVar[Claims] = Claims("2403.17377", needs_condition=False)
+    claims = Claims("2403.17377", needs_condition=False)
 
     def __init__(
         self,
@@ -274,7 +274,7 @@ class SmoothedEnergyGuidance(Autoguidance):
     """Guidance away from the same network with blurred queries, eqs. (1), (2),
     (4) (arXiv 2408.00760)."""
 
-    claims: ClassVar[Claims] = Claims("2408.00760", needs_condition=False)
+    claims = Claims("2408.00760", needs_condition=False)
 
     def __init__(
         self,
@@ -295,7 +295,7 @@ class SkipLayerGuidance(Autoguidance):
     """Guidance away from the same network with layers left out, eqs. (1), (2)
     (Stable Diffusion 3.5)."""
 
-    claims: ClassVar[Claims] = Claims("Stable Diffusion 3.5", needs_condition=False)
+    claims = Claims("Stable Diffusion 3.5", needs_condition=False)
 
     def __init__(
         self,
@@ -338,7 +338,7 @@ class SelfAttentionGuidance(WeakGuidance):
     """Guidance away from the same network shown a blur where it attends most,
     eq. (5) (arXiv 2210.00939)."""
 
-    claims: ClassVar[Claims] = Claims("2210.00939", space="eps", needs_condition=False)
+    claims = Claims("2210.00939", space="eps", needs_condition=False)
 
     def __init__(
         self,
@@ -403,7 +403,7 @@ class CADS(Denoiser):
     """A model, guided or not, that gets a noisy condition early in sampling,
     eq. (6) (arXiv 2310.17347)."""
 
-    claims: ClassVar[Claims] = Claims("2310.17347", nfe=1, conditional_at_one=False)
+    claims = Claims("2310.17347", nfe=1, conditional_at_one=False)
 
     def __init__(
         self,
@@ -517,7 +517,7 @@ class DiscriminatorGuidance(Guidance):
     """A model corrected by a discriminator of real against generated noisy
     data, eq. (7) (arXiv 2211.17091)."""
 
-    claims: ClassVar[Claims] = Claims("2211.17091", conditional_at_one=False, needs_condition=False)
+    claims = Claims("2211.17091", conditional_at_one=False, needs_condition=False)
 
     def __init__(
         self,
@@ -548,7 +548,7 @@ class IndependentConditionGuidance(Guidance):
     """Guidance away from a random label, for models without a null label
     (arXiv 2407.02687)."""
 
-    claims: ClassVar[Claims] = Claims("2407.02687")
+    claims = Claims("2407.02687")
 
     def __init__(
         self,
