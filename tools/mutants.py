@@ -149,7 +149,7 @@ MUTANTS = [
            "flow_postprocessing weights or effective"),
     # variants
     Mutant("guidance_variants.py", ".clamp(min=self.limit), x0)", ", x0)", "guidance_variants small_samples"),
-    Mutant("guidance_variants.py", "damping: AtLeastZero = 8.0", "damping: AtLeastZero = 4.0", "guidance_variants magnitude"),
+    Mutant("guidance_variants.py", "AtLeastZero = 8.0", "AtLeastZero = 4.0", "guidance_variants magnitude"),
     Mutant("guidance_variants.py", "(best - 1) * u_u", "best * u_u", "guidance_variants zero_star"),
     Mutant("guidance_variants.py", "self.phi * (ratio - 1) * u", "self.phi * ratio * u", "guidance_variants rescale"),
     Mutant("guidance_variants.py", "(1 - self.eta) * _projection", "self.eta * _projection", "guidance_variants apg"),
