@@ -55,7 +55,7 @@ METHOD_LABELS = {
     "classifier_free_guidance": "classifier-free guidance",
     "aligned_loss": "aligned loss",
     "model_guidance": "Model-guidance",
-    "flow_postprocessing": "flow postprocessing",
+    "flow_postprocessing": "flow post-processing",
 }
 
 # %% ../nbs/07_plots.ipynb #cda0f461

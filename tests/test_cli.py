@@ -441,7 +441,7 @@ def test_bad_input_to_a_process_is_one_line(tmp_path):
 
 def test_the_session_of_the_page_is_made_of_words_that_exist():
     page = "\n".join(text(cell["source"]) for cell in cells(ROOT / "nbs" / "30_cli.ipynb"))
-    lines = re.findall(r"^ *(?:Example: )?(guidance-nb .+)$", page, re.MULTILINE)
+    lines = re.findall(r"^ *(?:Example: )?(guidance-nb .+)$", page.replace("\\\n", " "), re.MULTILINE)
     commands, seen = get_command(app).commands, set()
     kinds = {"train": Recipe, "cost": Recipe, "finetune": FineTuning, "sample": Request, "sweep": Request}
     names = {"train": recipe_names(), "cost": recipe_names(), "finetune": recipe_names(FineTuning)}

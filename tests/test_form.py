@@ -46,6 +46,10 @@ def written(tmp_path, *sources: str) -> lint.Path:
         ("#| exports\nclass A:\n    pass", "no docstring"),
         ("def shown(x):\n    return x", None),
         ("import os\nprint(os.sep)", "something else besides"),
+        (f"#| exports\nx = {'1' * 90}", None),
+        (f"#| hide\nx = {'1' * 90}", "1 lines of shown code have more than 80"),
+        (f"#| fig-cap: {'1' * 90}\nx = {'1' * 76}", None),
+        (f"x = {'1' * 77}", "1 lines of shown code have more than 80"),
     ],
 )
 def test_unexplained_code_is_found(tmp_path, source, problem):

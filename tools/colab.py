@@ -30,10 +30,13 @@ NEEDS = {
 }
 
 INSTALL = """#| hide
-if "google.colab" in str(get_ipython()):  # there alone: the project with its data files, and what it needs
-    get_ipython().system("git clone --quiet --depth 1 {git_url} {folder}")
-    get_ipython().run_line_magic("pip", 'install --quiet "{folder}[all]" fastcore')
-    get_ipython().run_line_magic("cd", "-q {folder}/nbs")"""
+if "google.colab" in str(get_ipython()):  # there alone: project and package
+    url = "{git_url}"
+    folder = "{folder}"
+    shell = get_ipython()
+    shell.system(f"git clone --quiet --depth 1 {{url}} {{folder}}")
+    shell.run_line_magic("pip", f'install --quiet "{{folder}}[all]" fastcore')
+    shell.run_line_magic("cd", f"-q {{folder}}/nbs")"""
 
 
 def link(path: Path) -> str:

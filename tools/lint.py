@@ -62,7 +62,7 @@ GROUPS = {
 }  # extras that bring others
 
 SOURCES = ("tools", "tests", "setup.py", "guidance_nb")
-TAUGHT_WIDTH, WIDTH = 80, 100  # of code that a taught page, or another, shows; ruff's width is the package's own
+WIDTH = 80  # of code that pages do not export; ruff's width is the package's own
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
 EXERCISED = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 19]
 TAUGHT = {name: float(path.stem[:2]) for path in NOTEBOOKS if (name := module_of(path))}
@@ -107,8 +107,8 @@ def halves(folder: Path) -> Iterator[tuple[Path, Path, int]]:
     for path in NOTEBOOKS:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        for kind, width in (("kept", 120), ("shown", width_of(path))):
-            part = [cell for cell in code if is_shown(text(cell["source"])) == (kind == "shown")]
+        for kind, width in (("kept", 120), ("shown", WIDTH)):
+            part = [cell for cell in code if is_exported(text(cell["source"])) == (kind == "kept")]
             copied = folder / str(width) / kind / path.name
             copied.parent.mkdir(parents=True, exist_ok=True)
             store(notebook | {"cells": part}, copied)
@@ -119,20 +119,12 @@ def is_exported(source: str) -> bool:
     return bool(EXPORTS & set(directives(source)))
 
 
-def is_shown(source: str) -> bool:
-    "Whether only the page has this code, for readers to see."
-    return not is_exported(source) and "hide" not in directives(source)
-
-
-def width_of(path: Path) -> int:
-    return TAUGHT_WIDTH if path in BOOK or path.stem == "fifteen_minutes" else WIDTH
-
-
 def wide_lines(path: Path) -> int:
-    "Lines of shown code beyond its width; alternative texts are one line each, as Quarto wants them."
-    shown = [source for _, source in sources(path, "code") if is_shown(source)]
+    "Lines beyond the width in code that is not exported; captions are one line each, as Quarto wants them."
+    shown = [source for _, source in sources(path, "code") if not is_exported(source)]
     lines = [line for source in shown for line in source.splitlines() if not line.startswith("#| fig-")]
-    return sum(len(line) > width_of(path) for line in lines)
+    lines += [line for block in pages.FENCE.findall(prose(path)) for line in block.splitlines()]
+    return sum(len(line) > WIDTH for line in lines)
 
 
 def format_notebooks(*flags: str) -> Iterator[str]:
@@ -235,7 +227,7 @@ def unexplained(function: ast.FunctionDef, docstring: str, lines: list[str]) -> 
 def code_problems(path: Path) -> Iterator[str]:
     "Imports have cells of their own; what is public explains itself; no line of shown code is too wide or excused."
     if wide := wide_lines(path):
-        yield f"{wide} lines of shown code have more than {width_of(path)} characters; python tools/lint.py --fix"
+        yield f"{wide} lines of shown code have more than {WIDTH} characters; python tools/lint.py --fix"
     excused = sum("# noqa" in source for _, source in sources(path, "code"))
     if excused:
         yield f"# noqa in {excused} cells"
