@@ -165,7 +165,7 @@ def test_an_interruption_says_what_to_do_and_leaves_no_process(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends on Ctrl-C: to the workers, too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "interrupted; finished stages are kept, start again to continue" in errors
+    assert "interrupted; what is finished is kept, start again to go on" in errors
     assert "leaked" not in errors
     no_process_of(process, deadline)
 
@@ -393,7 +393,7 @@ def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path)
         if process.returncode:  # it may have been quicker than we
             assert process.returncode == code and "Traceback" not in errors
             last = errors.splitlines()[-1] if errors else ""
-            assert sent == signal.SIGKILL or last.startswith("guidance-nb: interrupted; start again to go on")
+            assert sent == signal.SIGKILL or last.startswith("guidance-nb: interrupted; what is finished is kept")
     assert done(*arguments).startswith("40 steps done")
     recipe = override(read_recipe("mnist-base"), TINY | changes)
     assert [state.step for state in train_recipe(recipe, tmp_path / "whole", progress=False)][-1] == 40

@@ -26,7 +26,7 @@ from safetensors.torch import save
 
 from guidance_nb.cli._tour import load_stage
 from guidance_nb.cli.app import main
-from guidance_nb.cli.recipe import FineTuning, Recipe, _DiTSettings, _fields, _UNetSettings, override, read_recipe
+from guidance_nb.cli.recipe import FineTuning, Recipe, _fields, _Settings, override, read_recipe
 from guidance_nb.cli.run import Request, train_recipe
 from guidance_nb.images.data import _read_header, load_samples, read_image, save_samples
 from guidance_nb.images.features import read_reference
@@ -120,7 +120,7 @@ def keys(kind: Any, without: tuple[str, ...] = ()) -> dict[str, st.SearchStrateg
     "Texts for each key of a schema, but for those that would ask a server or a compiler."
     found = {name: values(field) for name, field in _fields(kind) if name not in without}
     if kind is Recipe:
-        inner = _UNetSettings.model_fields | _DiTSettings.model_fields
+        inner = _Settings.model_fields
         found |= {f"network.settings.{name}": values(field) for name, field in inner.items()}
         del found["network.settings"]
         found["training.steps"] = st.sampled_from(["1", "2", *ODD]).filter(

@@ -14,7 +14,6 @@ from guidance_nb import model_guidance
 from guidance_nb._random import keyed_generator
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import make_engine
 from guidance_nb.engine import graphs
 from guidance_nb.engine.run import Engine, Run, _check_graphs
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
@@ -55,8 +54,8 @@ def test_losses_say_whether_they_change():
 
 
 def test_recipes_ask_for_graphs():
-    assert make_engine(override(read_recipe("mnist-base"), {"cuda_graphs": True})).cuda_graphs
-    assert not make_engine(read_recipe("mnist-base")).cuda_graphs
+    assert override(read_recipe("mnist-base"), {"cuda_graphs": True}).training.engine().cuda_graphs
+    assert not read_recipe("mnist-base").training.engine().cuda_graphs
 
 
 def test_a_recorded_rate_stays_where_the_graph_reads_it():

@@ -39,7 +39,6 @@ from guidance_nb.cli.run import (
     generate,
     load_trained,
     make_data,
-    make_engine,
     make_loss,
     make_training,
     own_device,
@@ -378,7 +377,7 @@ def time_training(recipe: Recipe, steps: int) -> tuple[float, float]:
     table = recipe.training
     options: Any = {"batch_size": table.batch_size, "lr": table.lr, "schedule": "constant", "progress": False}
     begin = time.perf_counter()
-    run = fit(model, make_loss(recipe), source, 10**6, engine=make_engine(recipe), **options)
+    run = fit(model, make_loss(recipe), source, 10**6, engine=recipe.training.engine(), **options)
     for _ in range(5):
         next(run)
     synchronize()

@@ -313,13 +313,11 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (threads,))
     try:
         yield pool
-    except BaseException as error:
+    except BrokenProcessPool:
+        raise OSError("a worker process died, perhaps out of memory; start again to continue") from None
+    finally:  # all is done, or nobody waits for it any more
         for process in list(pool._processes.values()):
             process.terminate()
-        if isinstance(error, BrokenProcessPool):
-            raise OSError("a worker process died, perhaps out of memory; start again to continue") from None
-        raise
-    finally:
         pool.shutdown(cancel_futures=True)
 
 

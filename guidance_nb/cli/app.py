@@ -3,8 +3,7 @@
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -29,12 +28,13 @@ _N = TypeVar("_N", int, float)
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
 
-def parse_words(
-    words: list[str],  # What follows a command: places, and --key value, --key=value, --switch, --no-switch
-    find: Callable[[str], str],  # The full key that a name stands for
-    is_switch: Callable[[str], bool],  # Whether a key is true or false
-) -> tuple[list[str], dict[str, str]]:  # Places, and values by key
+def parse_keys(
+    words: list[str],  # What follows a command: one place, and --key value, --key=value, --switch, --no-switch
+    kind: "type[Table]",  # Whose keys the flags name
+) -> tuple[str, dict[str, str]]:  # The place, and values by key
     "Read flags that name keys, each of them once."
+    from guidance_nb.cli.recipe import find_key, is_switch
+
     places, flags, rest = list[str](), dict[str, str](), deque(words)
     while rest:
         word = rest.popleft()
@@ -42,24 +42,15 @@ def parse_words(
             places.append(word)
             continue
         name, given, value = word[2:].partition("=")
-        off = not given and name.startswith("no-") and is_switch(find(name[3:]))
-        key = find(name[3:] if off else name)
-        if off or (is_switch(key) and not given and (not rest or rest[0] not in ("true", "false"))):
+        off = not given and name.startswith("no-") and is_switch(find_key(name[3:], kind), kind)
+        key = find_key(name[3:] if off else name, kind)
+        if off or (is_switch(key, kind) and not given and (not rest or rest[0] not in ("true", "false"))):
             value = str(not off).lower()
         elif not given:
             require_that(rest and not rest[0].startswith("--"), f"{word} has no value", f"{word} value")
             value = rest.popleft()
         require(key not in flags, f"--{key}", value, f"once, and {flags.get(key)!r} was given before")
         flags[key] = value
-    return places, flags
-
-
-def _parse_keys(first: str, context: typer.Context, kind: "type[Table]") -> tuple[str, dict[str, str]]:
-    "The one place of a command and its flags, which name keys of a table of this `kind`."
-    from guidance_nb.cli.recipe import find_key, is_switch
-
-    words = [first, *context.args]
-    places, flags = parse_words(words, lambda name: find_key(name, kind), lambda key: is_switch(key, kind))
     require(len(places) == 1, "names", places, "one, besides --key value; --help says of what")
     return places[0], flags
 
@@ -125,16 +116,6 @@ def _parse_numbers(name: str, text: str, kind: type[_N]) -> tuple[_N, ...]:
         raise ValueError(f"{name} = {text!r}; allowed: {words} separated by commas, such as 1,2,3") from None
 
 
-@contextmanager
-def _interruptible(advice: str) -> Iterator[None]:
-    "On Ctrl-C, give the `advice` what is kept and what to do, and exit with 130."
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"guidance-nb: interrupted; {advice}", err=True)
-        raise typer.Exit(130) from None
-
-
 def _tell(text: str) -> None:
     "Print a `text`, in the main process alone."
     from guidance_nb.cli.run import is_main
@@ -145,9 +126,8 @@ def _tell(text: str) -> None:
 
 def _train(states: "Iterable[State]", told: str) -> None:
     "Run a training to its end, and tell."
-    with _interruptible("start again to go on from the last checkpoint"):
-        for state in states:
-            last = state
+    for state in states:
+        last = state
     _tell(f"{last.step} steps done, loss {last.loss:.4g}; {told}")
 
 
@@ -180,9 +160,8 @@ def _tour(
     from guidance_nb.cli._tables import summary
     from guidance_nb.cli._tour import run_tour
 
-    with _interruptible("finished stages are kept, start again to continue"):
-        names = tuple(dict.fromkeys(data.split(",")))
-        table, real = run_tour(names, seeds, out, _parse_numbers("scales", scales, float), quick)
+    names = tuple(dict.fromkeys(data.split(",")))
+    table, real = run_tour(names, seeds, out, _parse_numbers("scales", scales, float), quick)
     for name in table.data.unique():
         typer.echo(f"\n{name}\n{summary(table, real, name).to_string(index=False)}")
     typer.echo(f"\nTables, figures and a page to read are in {out}: open {out / 'index.html'}")
@@ -207,7 +186,7 @@ def _train_command(
     from guidance_nb.cli.run import main_only, train_recipe
     from guidance_nb.images.latents import read_index
 
-    name, flags = _parse_keys(recipe, context, Recipe)
+    name, flags = parse_keys([recipe, *context.args], Recipe)
     chosen: Recipe = read_recipe(name, flags)
     folder = out or Path("runs") / Path(name).stem
     if chosen.latents is not None:
@@ -242,8 +221,7 @@ def _encode_command(
 
     sides = DataTable().changed(size=size).size or None
     main_only(lambda: str(check_folder("out", out if out.exists() else out.parent)))
-    with _interruptible("finished shards are kept, start again to go on"):
-        index = encode_folder(source, out, vae, sides, flip, shard_rows, batch_size, dtype, crop, split, progress)
+    index = encode_folder(source, out, vae, sides, flip, shard_rows, batch_size, dtype, crop, split, progress)
     pictures, shards = index["settings"]["pictures"], len(index["shards"])
     _tell(f"{pictures} pictures in {shards} shards: {out}; train on them with --source latents:{out}")
 
@@ -273,7 +251,7 @@ def _cost(
     """
     from guidance_nb.cli.recipe import Recipe, read_recipe
 
-    name, flags = _parse_keys(recipe, context, Recipe)
+    name, flags = parse_keys([recipe, *context.args], Recipe)
     _show_cost(read_recipe(name, flags), _parse_numbers("gpus", gpus, int), chip, share)
 
 
@@ -294,7 +272,7 @@ def _finetune_command(
     from guidance_nb.cli.recipe import FineTuning, read_recipe
     from guidance_nb.interop.stable_diffusion import finetune
 
-    name, flags = _parse_keys(recipe, context, FineTuning)
+    name, flags = parse_keys([recipe, *context.args], FineTuning)
     folder = out or Path("runs") / Path(name).stem
     chosen = read_recipe(name, flags, FineTuning)
     _train(finetune(chosen, folder, progress, cpu), f"the pipeline is in {folder / 'pipeline'}")
@@ -344,7 +322,7 @@ def _sample_command(
     """
     from guidance_nb.cli.run import Request, generate, load_trained, main_only
 
-    source, flags = _parse_keys(checkpoint, context, Request)
+    source, flags = parse_keys([checkpoint, *context.args], Request)
     request = Request().changed(**flags)
     main_only(lambda: _check_target(out, overwrite))
     trained, guide = load_trained(source, ema), load_trained(classifier) if classifier else None
@@ -455,22 +433,20 @@ def _sweep_command(
     from guidance_nb.cli.run import Request, complete_request, is_main, load_trained, main_only
     from guidance_nb.images.metrics import column
 
-    source, flags = _parse_keys(checkpoint, context, Request)
+    source, flags = parse_keys([checkpoint, *context.args], Request)
     asked = _parse_numbers("scales", scales, float), _parse_numbers("steps", steps, int), _split(samplers)
     points = evaluation.sweep_points(Request().changed(**flags), *asked)
     main_only(lambda: str(check_folder("out", out)))
-    with _interruptible("finished points are kept, start again to go on"):
-        trained, extractor = load_trained(source), evaluation.find_feature_extractor(features, weights)
-        guide, repair = (load_trained(name) if name else None for name in (classifier, correction))
-        for point in points:
-            complete_request(trained, point, guide)
-        best, shape = best or column("fd", extractor.name), trained.image_shape
-        real, metrics = evaluation.extract_reference_features(
-            reference, split, shape, extractor, best=best, progress=progress
-        )
-        rows = evaluation.sweep(trained, points, real, extractor, out, guide, repair, progress, reference, metrics)
-        for row in rows:
-            _show_row(row)
+    trained, extractor = load_trained(source), evaluation.find_feature_extractor(features, weights)
+    guide, repair = (load_trained(name) if name else None for name in (classifier, correction))
+    for point in points:
+        complete_request(trained, point, guide)
+    best = best or column("fd", extractor.name)
+    real, metrics = evaluation.extract_reference_features(
+        reference, split, trained.image_shape, extractor, best=best, progress=progress
+    )
+    for row in evaluation.sweep(trained, points, real, extractor, out, guide, repair, progress, reference, metrics):
+        _show_row(row)
     if is_main():
         same = {"checkpoint": trained.path, "extractor": real.extractor, "reference_checksum": real.checksum}
         found = evaluation.finish_sweep(out, best, same)
@@ -563,11 +539,13 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except typer.Abort:
-        message, code = "interrupted", 130
+        code = 130
     except Exception as error:
         message = _in_one_line(error)
         if not message:
             raise
+    if code == 130:
+        message = "interrupted; what is finished is kept, start again to go on"
     if message:
         typer.echo(message if "\n" in message else f"guidance-nb: {message}", err=True)
     if "torch.distributed" in sys.modules and (message or not code):

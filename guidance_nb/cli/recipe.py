@@ -4,15 +4,18 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from guidance_nb._checks import check_choice, explained, require
+from guidance_nb._checks import explained, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
+from guidance_nb.engine.run import Engine
 from guidance_nb.images.features import Space
-from guidance_nb.images.networks import IMAGE_NETWORKS
+from guidance_nb.images.networks import IMAGE_NETWORKS, change_settings
+from guidance_nb.model_guidance import ModelGuidanceLoss, mg_weight_from_scale
 from guidance_nb.samplers import Sampler
 
 with extra("cli"):
@@ -39,11 +42,12 @@ class Table(pydantic.BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _read(cls, value: object, info: pydantic.ValidationInfo) -> object:
-        "A list may be text with commas, a table may be its first key alone, and a truth value is no number."
+        "A list may be text with commas, a table some of its keys or the first one's value; no number is true or false."
         name = str(info.field_name)
         hint = cls.model_fields[name].annotation
-        if (inner := _inner(cls, name)) and not isinstance(value, Mapping | Table):
-            return {next(iter(inner.model_fields)): value}
+        if inner := _inner(cls, name):
+            given = value if isinstance(value, Mapping | Table) else {next(iter(inner.model_fields)): value}
+            return dict(cls.model_fields[name].default) | dict(given)
         if isinstance(value, str) and (get_origin(hint) is tuple or (hint == _Size and "," in value)):
             value = [part for part in map(str.strip, value.strip("[]").split(",")) if part]
         parts = value if isinstance(value, list | tuple) else [value]
@@ -105,7 +109,6 @@ def key(default: object, meaning: str, **rules: Any) -> Any:
     return pydantic.Field(default, description=meaning, **rules)
 
 
-_Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 SEED: Json = {"ge": 0, "lt": 2**63}
 _Size = pydantic.NonNegativeInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt]
@@ -123,30 +126,18 @@ class DataTable(Table):
 
 
 class _Settings(Table):
-    "Settings of a network that has none."
+    "Settings of the U-Nets and the transformers, of which a network has some."
 
     place = "settings."
-
-
-class _UNetSettings(_Settings):
-    "Settings of the U-Nets."
-
     widths: tuple[int, ...] = key((), "Channels of each level")
     blocks: int = key(1, "Residual blocks of each level", ge=1, le=64)
     attention: tuple[int, ...] = key((), "Sides in pixels of the feature maps that get attention")
     head: int = key(64, "Channels of an attention head", ge=1)
     film: bool = key(True, "Whether time and class also scale the features, not only shift them")
-    dropout: float = key(0.0, "Dropout inside the residual blocks", ge=0, le=1)
-    patch: int = key(1, "Side of the patches that become the channels of one pixel", ge=1)
-
-
-class _DiTSettings(_Settings):
-    "Settings of the transformers."
-
     width: int = key(384, "Width of the tokens", ge=1)
     depth: int = key(12, "Blocks", ge=1, le=256)
     heads: int = key(6, "Attention heads", ge=1)
-    patch: int = key(2, "Side of the patches that become tokens", ge=1)
+    patch: int = key(2, "Side of the patches that become tokens, or the channels of one pixel", ge=1)
     dropout: float = key(0.0, "Dropout inside the blocks", ge=0, le=1)
 
 
@@ -160,10 +151,8 @@ class _NetworkTable(Table):
 
     @pydantic.model_validator(mode="after")
     def _read_settings(self) -> "_NetworkTable":
-        check_choice("name", self.name, ["linear", *IMAGE_NETWORKS])
-        kinds = {"unet": _UNetSettings, "dit": _DiTSettings}
-        settings = kinds.get(self.name.split("-")[0], _Settings)(**self.settings)
-        self.settings.update(settings.model_dump(exclude_unset=True))
+        self.settings.update(_Settings(**self.settings).model_dump(exclude_unset=True))
+        change_settings(self.name, ["linear", *IMAGE_NETWORKS], self.settings)  # those of this network alone
         return self
 
 
@@ -197,13 +186,13 @@ class _MethodTable(Table):
     weights: str = key("", "Folder of the weights of `space`")
 
 
-class _LoopTable(Table):
+class LoopTable(Table):
     "For how long, and with what care."
 
     steps: int = key(2000, "Optimiser steps", ge=1)
     batch_size: int = key(128, "Images per optimiser step, over all processes together", ge=1)
     lr: float = key(1e-3, "Peak learning rate of AdamW", gt=0, le=1)
-    schedule: _Schedule = key("cosine", "Decay of the learning rate")
+    schedule: Literal["cosine", "constant"] = key("cosine", "Decay of the learning rate")
     warmup: int = key(0, "Steps of linear warm-up", ge=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW", ge=0)
     clip: float = key(0.0, "Largest norm of the gradient; 0 does not clip", ge=0)
@@ -216,8 +205,17 @@ class _LoopTable(Table):
     save_every: int = key(500, "Steps between checkpoints", ge=1)
     keep: int = key(2, "Newest checkpoints to keep", ge=1)
 
+    def fit_options(self) -> Json:
+        "Arguments of `fit`, besides the number of steps."
+        return self.model_dump(include={"batch_size", "lr", "schedule", "ema", "ema_warmup", "seed"})
 
-class _TrainingTable(_LoopTable):
+    def engine(self, options: Json | None = None) -> Engine:
+        "How `fit` is run; `options` are those of an engine that no recipe holds, such as its folder."
+        asked = self.model_dump(include={each.name for each in fields(Engine)})
+        return Engine(**{name: value for name, value in asked.items() if value}, **options or {})  # empty: as usual
+
+
+class _TrainingTable(LoopTable):
     "For how long, and with what care."
 
     compile: bool = key(False, "Whether to compile the network")
@@ -295,17 +293,6 @@ class FineTuningMethodTable(Table):
     interval: tuple[float, float] = key((0.0, 1.0), 'Times at which "model_guidance" guides')
 
 
-class _FineTuningLoopTable(_LoopTable):
-    "For how long, and with what care."
-
-    steps: int = key(1000, "Optimiser steps", ge=1)
-    batch_size: int = key(16, "Pictures per optimiser step, over all processes together", ge=1)
-    lr: float = key(1e-5, "Peak learning rate of AdamW", gt=0, le=1)
-    schedule: _Schedule = key("constant", "Decay of the learning rate")
-    clip: float = key(1.0, "Largest norm of the gradient; 0 does not clip", ge=0)
-    precision: Precision = key("auto", "Arithmetic; auto is bf16 where the hardware is made for it")
-
-
 class _GridTable(Table):
     "Pictures before and after."
 
@@ -322,7 +309,7 @@ class FineTuning(Table):
     data: _CaptionedTable = _CaptionedTable()
     pipeline: _PipelineTable = _PipelineTable()
     method: FineTuningMethodTable = FineTuningMethodTable()
-    training: _FineTuningLoopTable = _FineTuningLoopTable()
+    training: LoopTable = LoopTable(steps=1000, batch_size=16, lr=1e-5, schedule="constant", clip=1.0, precision="auto")
     grid: _GridTable = _GridTable()
 
     @pydantic.model_validator(mode="after")
@@ -330,6 +317,14 @@ class FineTuning(Table):
         rank, told = self.pipeline.lora_rank, "0 for a scale-aware network, whose new input is trained"
         require(not self.method.scale_range or not rank, "pipeline.lora_rank", rank, told)
         return self
+
+
+def model_guidance_loss(method: _MethodTable | FineTuningMethodTable) -> ModelGuidanceLoss:
+    "The loss by Model-guidance, for one scale or a range of them."
+    options: Json = method.model_dump(include={"dropout", "start_step", "unconditional", "interval", "guided_share"})
+    if method.scale_range:
+        return ModelGuidanceLoss(**options | {"scale_range": method.scale_range})
+    return ModelGuidanceLoss(mg_weight_from_scale(method.scale), **options)
 
 
 _FOLDERS: dict[type[Table], Path] = {Recipe: Path(__file__).parent / "recipe_files"}
@@ -368,9 +363,8 @@ def find_key(name: str, kind: type[Table] = Recipe) -> str:
 
 def is_switch(name: str, kind: type[Table] = Recipe) -> bool:
     "Whether a key is true or false."
-    setting = _UNetSettings.model_fields.get(name.removeprefix("network.settings."))
-    fields = dict(_fields(kind)) | ({name: setting} if setting and name.startswith("network.settings.") else {})
-    return name in fields and fields[name].annotation is bool
+    known = dict(_fields(kind)) | {f"network.settings.{part}": field for part, field in _Settings.model_fields.items()}
+    return name in known and known[name].annotation is bool
 
 
 def override(recipe: _R, changes: Json) -> _R:

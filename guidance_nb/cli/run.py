@@ -20,19 +20,28 @@ from guidance_nb._pictures import tile
 from guidance_nb._processes import find_processes, on_main
 from guidance_nb.classifier_free_guidance import dit_channel_scales
 from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore, shuffled
-from guidance_nb.cli.recipe import SEED, Denoising, Precision, Recipe, Table, find_key, key, override
+from guidance_nb.cli.recipe import (
+    SEED,
+    Denoising,
+    Precision,
+    Recipe,
+    Table,
+    find_key,
+    key,
+    model_guidance_loss,
+    override,
+)
 from guidance_nb.denoisers import check_labels
 from guidance_nb.engine._hardware import check_compiler, choose_precision, compile_network
 from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine.graphs import recorded
-from guidance_nb.engine.run import Engine
 from guidance_nb.engine.sampling import sample_sharded
 from guidance_nb.flow_postprocessing import PairDraws, PairLoss, pair_data
 from guidance_nb.images import data as image_data
 from guidance_nb.images import latents
 from guidance_nb.images.data import ImageData, SampleFile, from_uint8, to_uint8
 from guidance_nb.images.features import feature_space
-from guidance_nb.model_guidance import mg_weight_from_scale, scale_from_mg_weight
+from guidance_nb.model_guidance import scale_from_mg_weight
 from guidance_nb.samplers import Sampler, time_grid
 from guidance_nb.training import Data, LossContext, State
 from guidance_nb.training_times import LogNormalTimes, TrainingTimes
@@ -124,9 +133,10 @@ def recipe_shape(recipe: Recipe) -> tuple[tuple[int, ...], int]:
 # Training
 
 
-_LOOP = ("save_every", "keep", "precision", "gradient_accumulation_steps", "gradient_checkpointing")
-_SPEED = ("compile", "cuda_graphs", "channels_last")
-_FREE = ("steps", "grid_every", "tracker", *_LOOP, *_SPEED)  # whether more steps may follow is for `fit` to say
+_FREE = (  # in the table of training; whether more steps may follow is for `fit` to say
+    *("steps", "grid_every", "tracker", "save_every", "keep", "precision", "compile", "cuda_graphs", "channels_last"),
+    *("gradient_accumulation_steps", "gradient_checkpointing"),
+)
 _MAY_CHANGE = ("recipe.title", "recipe.sampling", "recipe.data.vae", *(f"recipe.training.{name}" for name in _FREE))
 
 
@@ -144,11 +154,7 @@ def make_loss(recipe: Recipe) -> Callable[..., Tensor]:
     if method.name == "aligned_loss":
         return gnb.AlignedLoss(method.scale, method.anchor)
     if method.name == "model_guidance":
-        names = ("dropout", "start_step", "unconditional", "interval", "guided_share")
-        options: Json = {name: getattr(method, name) for name in names}
-        if method.scale_range:
-            return gnb.ModelGuidanceLoss(**options | {"scale_range": method.scale_range})
-        return gnb.ModelGuidanceLoss(mg_weight_from_scale(method.scale), **options)
+        return model_guidance_loss(method)
     losses: dict[str, Callable[..., Tensor]] = {
         "plain": gnb.DenoisingLoss(method.dropout),
         "classifier": gnb.ClassifierLoss(PATHS[recipe.network.path]()),
@@ -166,14 +172,6 @@ def _make_times(recipe: Recipe) -> TrainingTimes | None:
         require(len(method.times) == 2, "method.times", method.times, "a mean and a deviation")
         return LogNormalTimes(**options, mean=method.times[0], std=method.times[1])
     return TrainingTimes(**options) if options != {"shift": 1.0, "weight": None} else None
-
-
-def make_engine(recipe: Recipe, folder: Path | None = None, metadata: Json | None = None) -> Engine:
-    "How a `recipe` is run, in a `folder` of checkpoints that hold `metadata`."
-    table = recipe.training
-    options: Json = {name: getattr(table, name) for name in (*_LOOP, *_SPEED, "warmup", "weight_decay")}
-    options |= {"folder": folder, "metadata": metadata or {}, "may_change": _MAY_CHANGE}
-    return Engine(clip=table.clip or None, tracker=table.tracker or None, **options)
 
 
 def recipe_cost(recipe: Recipe, gpus: tuple[int, ...] = (), chip: str = "h100", share: float = 0.35) -> "DataFrame":
@@ -233,17 +231,14 @@ def train_recipe(
         if table.grid_every:
             _find_vae(recipe, data.index)  # rather now than at the first grid
     average = Trained(model, recipe, data.shape, data.classes, 0, folder, latents=facts.get("latents"))
-    engine = make_engine(recipe, folder, facts)
+    may_change = [part for name in map(find_key, changes) for part in (f"recipe.{name}", name.split(".")[-1])]
+    engine = table.engine({"folder": folder, "metadata": facts, "may_change": (*_MAY_CHANGE, *may_change)})
     if recipe.method.auto_every:
         from guidance_nb.cli.evaluation import measured_loss
 
         loss = measured_loss(average, cast(gnb.ModelGuidanceLoss, loss))
-    for name in map(find_key, changes):
-        engine = replace(engine, may_change=(*engine.may_change, f"recipe.{name}", name.split(".")[-1]))
-    same = ("batch_size", "lr", "schedule", "ema", "ema_warmup", "seed")
-    options: Json = {name: getattr(table, name) for name in same} | {"times": times, "engine": engine}
-    options |= {"description": recipe.method.name, "progress": progress}
-    for state in gnb.fit(model, loss, source, table.steps, **options):
+    options: Json = {"times": times, "engine": engine, "description": recipe.method.name, "progress": progress}
+    for state in gnb.fit(model, loss, source, table.steps, **table.fit_options(), **options):
         if table.grid_every and state.step % table.grid_every == 0 and is_main():
             _save_grid(replace(average, model=state.ema), folder / f"grid-{state.step:08d}.png")
         yield state

@@ -63,20 +63,12 @@ def compile_network(net: nn.Module) -> None:
         part.compile()
 
 
-def check_tracker(tracker: str | None, folder: str | os.PathLike | None) -> None:
-    """Raise an error for a tracker that is not installed, or has no place to write."""
-    with extra("engine"):
-        from accelerate.tracking import get_available_trackers
-
-    check_choice("tracker", tracker, [*sorted(map(str, get_available_trackers())), None])
-    require(tracker is None or folder is not None, "tracker", tracker, "None without a folder, which takes the log")
-
-
 def open_accelerator(engine: "Engine") -> "Accelerator":
     """Find the device, the precision and the other processes, and set up how they share the work."""
     with extra("engine"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, PartialState
+        from accelerate.tracking import get_available_trackers
         from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,7 +80,7 @@ def open_accelerator(engine: "Engine") -> "Accelerator":
     precision = choose_precision(engine.precision, state.device).replace("fp32", "no")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # a run after another may use another precision
-    check_tracker(engine.tracker, engine.folder)
+    check_choice("tracker", engine.tracker, [*sorted(map(str, get_available_trackers())), None])
     accelerator = Accelerator(
         mixed_precision=precision, cpu=cpu, log_with=engine.tracker, project_dir=engine.folder,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),

@@ -215,11 +215,9 @@ class Run:
             generator = keyed_generator(seed, 0, self.step, device=place)
         step, steps = self.step, self.settings["steps"]
         context = LossContext(generator, step, steps, self.average, rows, total, self.model, self.law)
-        with ExitStack() as stack:
-            if number + 1 < passes:
-                stack.enter_context(self.accelerator.no_sync(self.module))
-            if self.dropout:
-                stack.enter_context(keyed_global_rng(self.device, seed, 4, self.step, process, number))
+        alone = self.accelerator.no_sync(self.module) if number + 1 < passes else nullcontext()
+        drawn = keyed_global_rng(self.device, seed, 4, self.step, process, number) if self.dropout else nullcontext()
+        with alone, drawn:
             with self.accelerator.autocast() if self.sharded else nullcontext():  # else it has wrapped the module
                 value = self.module(self.to_device(x), map_condition(self.to_device, c), context).mean()
             self.accelerator.backward(value if passes == 1 else value / passes)

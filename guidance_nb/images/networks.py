@@ -173,7 +173,7 @@ IMAGE_NETWORKS: dict[str, Json] = {
 }
 
 
-def _settings(name: str, allowed: Collection[str], changes: Mapping[str, object]) -> Json:
+def change_settings(name: str, allowed: Collection[str], changes: Mapping[str, object]) -> Json:
     "The settings of a name with some changed."
     settings = IMAGE_NETWORKS.get(check_choice("name", name, allowed), {})
     return settings | {check_choice("setting", key, settings): value for key, value in changes.items()}
@@ -187,7 +187,7 @@ def build_network(
     It is called as `net(x, time, labels)`, or as `net(x, time, labels, scale)` if it is scale-aware. The label
     `num_classes` is the null label.
     """
-    settings = _settings(name, IMAGE_NETWORKS, changes)
+    settings = change_settings(name, IMAGE_NETWORKS, changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return (UNet if "widths" in settings else DiT)(shape, num_classes, scale_aware, **settings)
@@ -239,7 +239,7 @@ class ImageClassifier(nn.Module):
         super().__init__()
         self.path, self.num_classes = path, num_classes
         known = ["linear", *(key for key, value in IMAGE_NETWORKS.items() if "widths" in value)]
-        settings = _settings(name, known, changes)
+        settings = change_settings(name, known, changes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.encoder = _UNetEncoder(shape, **settings) if settings else None

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import require
-from guidance_nb._files import Json, weights_digest
+from guidance_nb._files import weights_digest
 from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.cli.recipe import FineTuning, FineTuningMethodTable
-from guidance_nb.engine.run import Engine
+from guidance_nb.cli.recipe import FineTuning, FineTuningMethodTable, model_guidance_loss
 from guidance_nb.interop.captions import CaptionedLatents, cache_captioned, load_captioned
 from guidance_nb.interop.diffusers import open_pipeline
 from guidance_nb.interop.grids import compare_scales, save_grid
@@ -24,7 +23,6 @@ from guidance_nb.interop.text_denoiser import (
     save_lora,
     save_pipeline,
 )
-from guidance_nb.model_guidance import ModelGuidanceLoss, mg_weight_from_scale
 from guidance_nb.training import DenoisingLoss, State, fit
 
 __all__ = ["finetune"]
@@ -42,10 +40,7 @@ def _finetuning_loss(method: FineTuningMethodTable) -> Callable[..., Tensor]:
         return DenoisingLoss(method.dropout)
     if method.name == "aligned_loss":
         return (TwoStageAlignedLoss if method.two_stage else AlignedLoss)(method.scale)
-    settings: Json = {"dropout": method.dropout, "interval": method.interval}
-    if method.scale_range:
-        return ModelGuidanceLoss(**settings | {"scale_range": method.scale_range})
-    return ModelGuidanceLoss(mg_weight_from_scale(method.scale), **settings)
+    return model_guidance_loss(method)
 
 
 @contextmanager
@@ -88,14 +83,8 @@ def finetune(
         )  # fmt: skip
         metadata = {"recipe": recipe.model_dump(), "data": data.latents.index["settings"]}
         metadata["weights"] = weights_digest(model.net.state_dict())
-        engine = Engine(
-            folder=out, save_every=loop.save_every, keep=loop.keep, metadata=metadata, may_change=_MAY_CHANGE,
-            precision=loop.precision, gradient_accumulation_steps=loop.gradient_accumulation_steps,
-            gradient_checkpointing=loop.gradient_checkpointing, clip=loop.clip or None, warmup=loop.warmup,
-            weight_decay=loop.weight_decay, cpu=cpu,
-        )  # fmt: skip
-        how: Json = {key: getattr(loop, key) for key in ("batch_size", "lr", "schedule", "ema", "seed")}
-        for state in fit(model, loss, data, loop.steps, **how, progress=progress, engine=engine):
+        engine = loop.engine({"folder": out, "metadata": metadata, "may_change": _MAY_CHANGE, "cpu": cpu})
+        for state in fit(model, loss, data, loop.steps, **loop.fit_options(), progress=progress, engine=engine):
             yield state
         _finish(recipe, out, state.ema, data.null, progress)
 
