@@ -8,6 +8,9 @@ from pathlib import Path
 # Two workers on few cores: threads of their own would only slow each other down. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A model that is in no folder is not looked for on the network, which takes half a minute where there is none.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # PyTorch keeps what it compiled by source, not by the instructions that ATEN_CPU_CAPABILITY allows: kernels for one
 # processor then fail, or give inf, on the other that the variable imitates.
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):

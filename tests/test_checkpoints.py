@@ -18,6 +18,7 @@ import torch
 from engine_cases import BATCH, STEPS, case, finish, kept, start
 from torch.testing import assert_close
 
+import apart
 from guidance_nb.engine import run as engine_run
 from guidance_nb.engine.checkpoints import _DamagedCheckpoint, _seal_record, checkpoints_in, read_checkpoint
 from guidance_nb.engine.run import Engine
@@ -30,7 +31,7 @@ TENSORS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 def child(*words: object, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, CASES, *map(str, words)], stdout=subprocess.PIPE, text=True, **options)
+    return apart.Popen([sys.executable, CASES, *map(str, words)], stdout=subprocess.PIPE, text=True, **options)
 
 
 def content(folder: Path) -> dict:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import apart
 from guidance_nb.cli._tables import METHODS, METRICS
 from guidance_nb.cli.app import app, main
 from guidance_nb.cli.recipe import FineTuning, Recipe, find_key, override, read_recipe, recipe_names
@@ -29,15 +29,24 @@ from notebooks import ROOT, cells, text
 SCALES = ["--scales", "1,2"]
 EVALUATION, SEEN = "mnist-evaluation-classifier", "evaluation_classifier"
 
-# Ctrl-C has to reach the process even if these tests run in the background of a shell that tells its jobs to ignore it.
-HEEDFUL = {"text": True, "preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
-
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from guidance_nb.cli.app import main; main()", *arguments]
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return apart.run(command(*arguments), capture_output=True, text=True, timeout=1800, **options)
+
+
+def run_tour(*arguments: str) -> subprocess.CompletedProcess:
+    "With workers that begin with their imports, too; how the tour makes its own is held where it is stopped."
+    code = "import multiprocessing, apart; made = apart.context(); multiprocessing.get_context = lambda kind: made; "
+    tour = [sys.executable, "-c", code + "from guidance_nb.cli.app import main; main()", "tour", "--quick"]
+    return apart.run([*tour, *arguments], capture_output=True, text=True, timeout=1800)
+
+
+def run_anew(*arguments: str, **options) -> subprocess.CompletedProcess:
+    "With imports of its own."
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=1800, **options)
 
 
@@ -45,7 +54,7 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess:
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     "One tour in miniature, shared by the tests below."
     out = tmp_path_factory.mktemp("tour") / "deeper" / "tour"
-    return out, run("tour", "--quick", *SCALES, "--out", str(out))
+    return out, run_tour(*SCALES, "--out", str(out))
 
 
 def test_the_tour_writes_all_it_promises(finished):
@@ -71,8 +80,15 @@ def test_the_tour_writes_all_it_promises(finished):
 
 
 @pytest.fixture
-def no_page(monkeypatch):
-    "The first tour's page is looked at; drawing it again would be half the time of the tours after it."
+def warm(monkeypatch):
+    "Workers of a tour in this process begin with their imports."
+    made = apart.context()
+    monkeypatch.setattr("guidance_nb.cli._tour.multiprocessing.get_context", lambda kind: made)
+
+
+@pytest.fixture
+def no_page(monkeypatch, warm):
+    "The first tour's page is looked at; drawing it again would be most of the time of the tours after it."
     monkeypatch.setattr("guidance_nb.cli._tour.write_page", lambda *_: None)
 
 
@@ -90,7 +106,7 @@ def test_a_damaged_stage_is_named_and_nothing_is_lost(finished):
     victim = sorted((out / "stages").glob("digits-0-sample-exact-*"))[0]
     whole, table = victim.read_bytes(), (out / "comparison.csv").read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
-    process = run("tour", "--quick", *SCALES, "--out", str(out))
+    process = run_tour(*SCALES, "--out", str(out))
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert victim.name in process.stderr and "delete it and start again" in process.stderr
     assert (out / "comparison.csv").read_bytes() == table
@@ -108,9 +124,9 @@ def no_process_of(process: subprocess.Popen, deadline: float) -> None:
     raise AssertionError("a process of the tour outlives it")
 
 
-def test_a_killed_tour_starts_again_where_it_stopped(tmp_path):
+def test_a_killed_tour_starts_again_where_it_stopped(tmp_path, warm):
     arguments = ("tour", "--quick", "--data", "fractal", "--scales", "2", "--out", str(tmp_path))
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, start_new_session=True)
+    process = apart.Popen(command(*arguments), stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 200
     while len(stages := list((tmp_path / "stages").glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -150,7 +166,7 @@ def test_out_may_not_be_a_file(tmp_path):
 
 
 def test_help_and_version():
-    assert run("--version").stdout.startswith("guidance-nb ")
+    assert run_anew("--version").stdout.startswith("guidance-nb ")
     text = run("tour", "--help").stdout
     assert all(option in text for option in ("--data", "--seeds", "--out", "--scales", "--quick"))
     assert run("toor").returncode == 2
@@ -158,7 +174,7 @@ def test_help_and_version():
 
 def test_an_interruption_says_what_to_do_and_leaves_no_process(tmp_path):
     arguments = ("tour", "--quick", "--data", "fractal", "--scales", "2", "--out", str(tmp_path))
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, start_new_session=True, **HEEDFUL)
+    process = apart.Popen(command(*arguments), stderr=subprocess.PIPE, start_new_session=True, text=True)
     deadline = time.monotonic() + 200
     while not list((tmp_path / "stages").glob("*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -373,7 +389,7 @@ def test_two_processes_draw_what_one_draws(life, tmp_path):
     )
     start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--"]
     launch = [sys.executable, "-m", *start]
-    process = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300)
+    process = apart.run([*launch, *words], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     one, two = load_samples(root / "base.npz"), load_samples(tmp_path / "two.npz")
     assert torch.equal(one.x, two.x) and torch.equal(one.c, two.c)
@@ -385,7 +401,7 @@ def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path)
     arguments = ("train", "mnist-base", "--out", str(tmp_path / "run"), "--no-progress", *flags(**changes))
     for sent, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         start = len(checkpoints_in(tmp_path / "run")) and int(checkpoints_in(tmp_path / "run")[0].name[5:])
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **HEEDFUL)
+        process = apart.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while not any(int(p.name[5:]) > start for p in checkpoints_in(tmp_path / "run")) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(sent)
@@ -434,7 +450,7 @@ def test_mistakes_cost_nothing(words, message, tmp_path, monkeypatch):
 
 
 def test_bad_input_to_a_process_is_one_line(tmp_path):
-    process = run("info", "mnist-bsae", cwd=tmp_path)
+    process = run_anew("info", "mnist-bsae", cwd=tmp_path)
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("guidance-nb: recipe = 'mnist-bsae'; allowed: a TOML file") and not process.stdout
 

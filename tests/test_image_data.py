@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 
+import apart
 from guidance_nb._random import keyed_generator
 from guidance_nb.images import data as image_data
 from guidance_nb.images.data import (
@@ -722,7 +723,7 @@ for i in range(10**6):
 @pytest.mark.parametrize("name", ["a.npz", "a"])
 def test_killed_while_writing(tmp_path, name):
     "Whenever the process dies, whole samples are there: under their name, or for a moment under the old one's."
-    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / name)], stdout=subprocess.PIPE) as process:
+    with apart.Popen([sys.executable, "-c", WRITER, str(tmp_path / name)], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         time.sleep(0.2)
         process.send_signal(signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import subprocess
 import sys
 import urllib.error
 
@@ -13,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from torch_fidelity.metric_kid import kid_features_to_metric
 
+import apart
 from guidance_nb.images import features as fx
 from guidance_nb.images import metrics as im
 from guidance_nb.metrics import frechet
@@ -333,7 +333,8 @@ def test_reference_file_is_read(tmp_path, inception, seen):
     samples = fx.Features(INCEPTION, {"features": rows})
     mean, cov = samples.moment("features")
     # with the reference's covariance 2 I the root is that of one matrix
-    root = 2 * math.sqrt(2) * np.sqrt(np.clip(np.linalg.eigvalsh(cov.numpy()), 0, None)).sum()
+    centred = (rows - rows.mean(0)).double().numpy()  # and the 30 rows have the eigenvalues of their covariance
+    root = 2 * math.sqrt(2) * np.sqrt(np.clip(np.linalg.eigvalsh(centred @ centred.T / 29), 0, None)).sum()
     expected = ((mean - reference.moments["features"][0]) ** 2).sum().item() + cov.trace().item() + 2 * 2048 - root
     assert im.image_scores(samples, reference, metrics=["fid"])["fid"] == pytest.approx(expected, rel=1e-6)
     row = im.provenance(samples, reference, "heun", 32, 1.5, 0)
@@ -546,7 +547,7 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
         "for i in range(40): im.append_rows(path, [base | {'who': who, 'i': i}])\n"
     )
     path = tmp_path / "rows.csv"
-    running = [subprocess.Popen([sys.executable, "-c", code, str(path), who]) for who in "ab"]
+    running = [apart.Popen([sys.executable, "-c", code, str(path), who]) for who in "ab"]
     assert [process.wait(60) for process in running] == [0, 0]
     with open(path, newline="", encoding="utf-8") as file:
         found = sorted((line["who"], int(line["i"])) for line in csv.DictReader(file))

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from torchvision import transforms
 from typer.testing import CliRunner
 
+import apart
 from guidance_nb._processes import destroy_process_group
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.cli.app import app
@@ -183,7 +184,7 @@ def test_numbers_that_do_not_fit_name_the_picture(place, tmp_path):
 
 def test_a_killed_encoding_goes_on_and_ends_with_the_same_files(place, tmp_path):
     words = ("encode", place / "pictures", tmp_path / "out", "--vae", place / "vae", "--size", 16, "--shard-rows", 1)
-    process = subprocess.Popen(command(*words, "--no-progress"), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = apart.Popen(command(*words, "--no-progress"), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while len(list((tmp_path / "out").glob("shard-*"))) < 3 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -228,13 +229,12 @@ def test_two_processes_do_what_one_does(place):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    code = f"import test_latents as t; t.one_of_two(t.Path({str(place)!r}))"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    code += f"; import test_latents as t; t.one_of_two(t.Path({str(place)!r}))"
     processes = [
-        subprocess.Popen(
+        apart.Popen(
             [sys.executable, "-c", code],
-            env=os.environ
-            | world
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(Path(__file__).parent)},
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -512,7 +512,7 @@ def test_mnist_encoded_trained_killed_resumed_sampled_decoded_scored(data, tmp_p
     assert '"pictures": 200' in done("info", tmp_path / "latents")
     words = ("latents-tiny", "--source", f"latents:{tmp_path / 'latents'}", "--flip", "false", "--steps", 30)
     words = ("train", *words, "--save-every", 5, "--grid-every", 0, "--no-progress", "--out")
-    process = subprocess.Popen(command(*words, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = apart.Popen(command(*words, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not checkpoints_in(tmp_path / "run") and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

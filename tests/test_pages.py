@@ -3,12 +3,12 @@
 import base64
 import copy
 import json
-import subprocess
 import sys
 
 import pytest
 import yaml
 
+import apart
 from notebooks import ROOT, settings
 from pages import (
     MAX_FIGURE,
@@ -31,7 +31,7 @@ def pandoc():
 
 
 def test_pages_are_well_formed(pandoc):
-    run = subprocess.run([sys.executable, "tools/pages.py"], cwd=ROOT, capture_output=True, text=True)
+    run = apart.run([sys.executable, "tools/pages.py"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -15,6 +15,7 @@ from engine_cases import SHARDED, STEPS, assert_same_weights, case, finish, star
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
+import apart
 from guidance_nb.cli.app import app
 from guidance_nb.cli.recipe import Recipe, describe_recipe, override
 from guidance_nb.cli.run import train_recipe
@@ -27,27 +28,34 @@ from guidance_nb.images.metrics import read_rows
 from guidance_nb.samplers import sample
 from guidance_nb.training import batches
 
+MAIN = "from guidance_nb.cli import _main; _main()"
 CASES = Path(__file__).with_name("engine_cases.py")
 
 
-def run_two(job: str, folder: Path, **variables: str) -> tuple[dict, dict, Path]:
-    "Do a job of `engine_cases` in two processes; what each of them saw, and the folder."
+def start_two(*words: object, **variables: str) -> None:
+    "Give two processes of one world the same command, and wait for both."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, CASES, job, folder],
+        apart.Popen(
+            [sys.executable, *map(str, words)],
             env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} | variables,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
     for process in processes:
-        _, told = process.communicate(timeout=300)
+        told = process.communicate(timeout=300)
         assert process.returncode == 0, told
+
+
+def run_two(job: str, folder: Path, **variables: str) -> tuple[dict, dict, Path]:
+    "Do a job of `engine_cases` in two processes; what each of them saw, and the folder."
+    start_two(CASES, job, folder, **variables)
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
     return first, second, folder
 
@@ -171,7 +179,7 @@ def launch(folder: Path, *words: object) -> tuple[subprocess.CompletedProcess, f
     "Two processes by torchrun, and how long it took."
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", CASES, *words]
     began = time.monotonic()
-    done = subprocess.run(
+    done = apart.run(
         [str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
@@ -184,8 +192,7 @@ def test_a_killed_worker_ends_the_launch_and_the_run_goes_on(two, tmp_path):
     assert done.returncode == 1 and seconds < 60
     assert "Signal 9 (SIGKILL)" in done.stderr and not (tmp_path / "done.json").exists()
     assert [path.name for path in checkpoints_in(tmp_path / "plain")] == ["step-00000004"]
-    done, _ = launch(tmp_path, "killed_at_step", tmp_path, "plain", 1, 0)
-    assert done.returncode == 0, done.stderr
+    start_two(CASES, "killed_at_step", tmp_path, "plain", 1, 0)
     found = json.loads((tmp_path / "done.json").read_text())
     assert found == {"step": STEPS, "ema": two[0]["plain"]["ema"]}  # to the bit
 
@@ -193,7 +200,7 @@ def test_a_killed_worker_ends_the_launch_and_the_run_goes_on(two, tmp_path):
 def guidance_nb(launcher: list, *words: object) -> str:
     "Two processes of the command line, started as a user would; what they printed."
     program = [Path(sys.executable).with_name("guidance-nb"), *words]
-    done = subprocess.run(
+    done = apart.run(
         [str(word) for word in (sys.executable, "-m", *launcher, *program)], capture_output=True, text=True,
         timeout=200, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -201,7 +208,7 @@ def guidance_nb(launcher: list, *words: object) -> str:
     return done.stdout
 
 
-def test_a_recipe_trained_and_swept_by_launchers(tmp_path):
+def test_a_recipe_trained_by_a_launcher_and_swept_by_two(tmp_path):
     "The shipped FSDP2 configuration trains what one process trains; a sweep of two writes the rows of a sweep of one."
     images = torch.randint(0, 256, (80, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     save_samples(tmp_path / "images", images, torch.arange(80) % 2)
@@ -219,8 +226,7 @@ def test_a_recipe_trained_and_swept_by_launchers(tmp_path):
     assert_same_weights(two.ema.values(), [one.ema[name] for name in two.ema])
     options = ["--scales", "1,2", "--n", 300, "--batch-size", 100, "--reference", tmp_path / "images", "--no-progress"]
     options += ["--features", tmp_path / "eval"]
-    plain = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python", "--"]
-    guidance_nb(plain, "sweep", tmp_path / "one", "--out", tmp_path / "by two", *options)
+    start_two("-c", MAIN, "sweep", tmp_path / "one", "--out", tmp_path / "by two", *options)
     words = ("sweep", tmp_path / "one", "--out", tmp_path / "by one", *options)
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import apart
 import guidance_nb as gnb
 import zoo
 from guidance_nb.cli.load import MODELS, load, model_names
@@ -72,9 +72,9 @@ def test_the_evaluation_classifier_knows_test_images(data):
 
 def test_a_digit_on_the_command_line(tmp_path):
     words = ["sample", "mnist-cfg", "--scale", "3", "--n", "10", "--steps", "4", "--out", str(tmp_path / "d.png")]
-    done = subprocess.run([*SAMPLE, *words, "--no-progress"], capture_output=True, text=True, check=True)
+    done = apart.run([*SAMPLE, *words, "--no-progress"], capture_output=True, text=True, check=True)
     assert "10 samples, NFE 8" in done.stdout and (tmp_path / "d.png").stat().st_size > 1000
-    listed = subprocess.run([*SAMPLE, "models"], capture_output=True, text=True, check=True).stdout
+    listed = apart.run([*SAMPLE, "models"], capture_output=True, text=True, check=True).stdout
     assert all(name in listed for name in NAMES)
 
 
@@ -110,11 +110,11 @@ def test_models_are_trained_followed_and_shipped(data, tmp_path, capsys):
     changes = {"network": "unet-tiny", "limit": 200, "steps": 16, "batch_size": 16, "warmup": 2, "save_every": 2}
     for name in ("mnist-evaluation", "mnist-cfg"):
         zoo.train_one(tmp_path, name, changes, 1e9)
-    rows = list(zoo.follow(tmp_path, 40, (4, 8)))
+    rows = list(zoo.follow(tmp_path, 40, (4, 8), "test"))
     assert [(row["run"], row.get("step")) for row in rows] == [
         ("real", None), ("mnist-cfg", 8), ("mnist-cfg", 8), ("mnist-cfg", 16), ("mnist-cfg", 16),
     ]  # fmt: skip
-    assert list(zoo.follow(tmp_path, 40, (4, 8))) == []  # finished points are kept
+    assert list(zoo.follow(tmp_path, 40, (4, 8), "test")) == []  # finished points are kept
     zoo.ship(tmp_path, tmp_path / "models")
     told = capsys.readouterr().out
     assert "mnist-cfg: 0.1" in told and "mnist-mg: not trained" in told

@@ -8,7 +8,6 @@ first two kinds as well. A second run on the same machine changes no byte.
 import argparse
 import base64
 import io
-import multiprocessing as mp
 import os
 import signal
 import sys
@@ -23,16 +22,14 @@ from execnb.shell import CaptureShell
 from nbdev.clean import clean_nb
 from PIL import Image
 
+from apart import context
 from fresh import stale
 from notebooks import NOTEBOOKS, ROOT, cells, directives, is_skipped, text
 
 FIGURES = """import matplotlib
 from matplotlib_inline.backend_inline import set_matplotlib_formats
-set_matplotlib_formats("retina", metadata={"Software": None})
+set_matplotlib_formats("retina", metadata={"Software": None}, pil_kwargs={"compress_level": 1})
 matplotlib.rcParams["figure.dpi"] = 100"""  # shown at 100 dots an inch and stored at 200, for sharp screens
-# What most pages import: a server loads it once, and each page begins in a copy of that. Windows has no such server.
-COMMON = "torch matplotlib.pyplot pandas seaborn scipy.stats torchvision execnb.shell nbdev.clean diffusers.models"
-FORKS = "forkserver" in mp.get_all_start_methods()
 COLOURS = 128  # of a stored figure: a third of the bytes, and no difference to the eye
 
 
@@ -47,16 +44,16 @@ def merge_streams(outputs: list[dict]) -> list[dict]:
     return merged
 
 
-def smaller(png: str) -> str:
+def smaller(png: str, optimize: bool = True) -> str:
     "A figure with a palette of its own, in base64 as before."
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=optimize)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def execute(path: Path, flagged: bool) -> tuple[dict, str]:
-    "Execute one notebook; returns it with its outputs, and what went wrong, in words, or nothing."
+def execute(path: Path, flagged: bool, check: bool = False) -> tuple[dict, str]:
+    "Execute one notebook, to store or to check it; it with its outputs, and what went wrong, in words, or nothing."
     os.chdir(ROOT / "nbs")
     sys.path.insert(0, str(ROOT))
     notebook, shell = read_nb(path), CaptureShell(path, mpl_format="png")
@@ -80,7 +77,7 @@ def execute(path: Path, flagged: bool) -> tuple[dict, str]:
         if cell["cell_type"] == "code":
             cell["outputs"] = merge_streams(cell["outputs"])
             for data in (out["data"] for out in cell["outputs"] if "image/png" in out.get("data", {})):
-                data["image/png"] = smaller(text(data["image/png"]))
+                data["image/png"] = smaller(text(data["image/png"]), not check)
             errors = [text(o["text"]) for o in cell["outputs"] if o.get("name") == "stderr"]
             if errors:  # a warning carries paths of this machine, and the reader would stumble over it
                 return clean, f"{os.path.relpath(path, ROOT)}: cell #{number} wrote to stderr:\n{errors[0]}"
@@ -89,7 +86,7 @@ def execute(path: Path, flagged: bool) -> tuple[dict, str]:
 
 def refresh(path: Path, flagged: bool, check: bool = False) -> str:
     "Execute one notebook and write it back, or compare; returns what went wrong, in words, or nothing."
-    notebook, problem = execute(path, flagged)
+    notebook, problem = execute(path, flagged, check)
     if problem:
         return problem
     if check:
@@ -112,11 +109,8 @@ def answer(to: Connection, path: Path, flagged: bool, check: bool, limit: int) -
 
 def refresh_apart(path: Path, flagged: bool = False, check: bool = False, limit: int = 0) -> str:
     "Refresh one notebook in a process of its own, so that none sees another's state."
-    context = mp.get_context("forkserver" if FORKS else "spawn")
-    if FORKS:
-        context.set_forkserver_preload(COMMON.split())
-    receiver, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=answer, args=(sender, path, flagged, check, limit))
+    receiver, sender = context().Pipe(duplex=False)
+    worker = context().Process(target=answer, args=(sender, path, flagged, check, limit))
     worker.start()
     sender.close()
     try:

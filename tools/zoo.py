@@ -130,11 +130,11 @@ def train_all(out: Path, names: list[str], extra: list[str], workers: int, secon
             waiting[name] = pool.submit(run, name)
 
 
-def follow(out: Path, samples: int, portions: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    "Rows of metrics along the training of each model, eighths of it, of real images first."
+def follow(out: Path, samples: int, portions: tuple[int, ...], split: str = "train") -> Iterator[dict[str, Any]]:
+    "Rows of metrics along the training of each model, eighths of it, of real images first; a `split` is compared with."
     file, extractor = out / "curve.csv", find_feature_extractor(str(out / "mnist-evaluation"))
     rows = read_rows(file)[1] if file.exists() else []
-    real, metrics = extract_reference_features("mnist", "train", (1, 28, 28), extractor, METRICS, progress=False)
+    real, metrics = extract_reference_features("mnist", split, (1, 28, 28), extractor, METRICS, progress=False)
     if not any(has_facts(row, {"run": "real", "n": samples}) for row in rows):
         row = (baseline_row("mnist", real, extractor, samples, metrics) or {}) | {"run": "real"}
         append_rows(file, [row])
