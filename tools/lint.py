@@ -65,6 +65,8 @@ SOURCES = ("tools", "tests", "setup.py", "guidance_nb")
 WIDTH = 80  # of code that pages do not export; ruff's width is the package's own
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
 EXERCISED = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 19]
+METHODS = EXERCISED[:5]
+WORDS, SHOWN, BEFORE_FIGURE = 1500, 120, 20  # of a method's page before it goes deeper, and before its first figure
 TAUGHT = {name: float(path.stem[:2]) for path in NOTEBOOKS if (name := module_of(path))}
 EXPORTS = {"export", "exports", "exporti"}
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {}
@@ -293,9 +295,32 @@ def exercise_problems(path: Path) -> Iterator[str]:
         yield "three exercises or more, each with a cell of code after it"
 
 
+def budget_problems(path: Path) -> Iterator[str]:
+    "Words and lines of shown code before the page goes deeper, and lines of code before its first figure."
+    words, shown, before, figure = 0, 0, 0, False
+    for cell in cells(path):
+        source, flags = text(cell["source"]), directives(text(cell["source"]))
+        if cell["cell_type"] == "markdown":
+            source, deeper, _ = source.partition("## Going deeper")
+            source = re.sub(r"\$\$.*?\$\$|^:::.*$", " ", pages.FENCE.sub("", source), flags=re.DOTALL | re.MULTILINE)
+            words += len(re.sub(r"\]\([^)]*\)", "]", re.sub(r"\$[^$]+\$", "formula", source)).split())
+            if deeper:
+                break
+            continue
+        lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+        imports = all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body)
+        shown += len(lines) * (not {"code-fold", "hide"} & set(flags) and not imports)
+        figure = figure or any("image/png" in output.get("data", {}) for output in cell["outputs"])
+        before += len(lines) * (not figure and "hide" not in flags)
+    for what, number, most in (("words", words, WORDS), ("lines of shown code", shown, SHOWN)):
+        yield from [f"{number:,} {what} before it goes deeper; at most {most:,}"] if number > most else []
+    if before > BEFORE_FIGURE:
+        yield f"{before} lines of code before the first figure; at most {BEFORE_FIGURE}"
+
+
 @check
 def rhythm() -> Iterator[str]:
-    "Equations, where it breaks, recap and exercises where readers look for them; pages lead on in the sidebar's order."
+    "Equations, recap and exercises where readers look for them; methods within their budget; pages lead on in order."
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
     order = [page.removesuffix(".ipynb") for section in site for page in section["contents"]]
     for path in NOTEBOOKS:
@@ -305,6 +330,8 @@ def rhythm() -> Iterator[str]:
             found.append("no recap")
         if path in EXERCISED:
             found += exercise_problems(path)
+        if path in METHODS:
+            found += budget_problems(path)
         following = re.search(r"\bNext: [^[]*\[[^]]+\]\((\w+)\.ipynb\)", prose(path))
         if (
             following
