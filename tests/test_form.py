@@ -72,6 +72,17 @@ def test_pages_over_their_budget_are_found(tmp_path, monkeypatch, sources, probl
     assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
 
 
+def test_method_pages_of_another_shape_are_found(tmp_path):
+    path = written(tmp_path)
+    notebook = json.loads(path.read_text())
+    cell = {"cell_type": "markdown", "id": "w", "metadata": {}}
+    for last, good in (("## Going deeper {#going-deeper}\n\n## More", True), ("## More", False)):
+        source = "\n\n".join(f"## {title}" for title in lint.SHAPE[:-1])
+        notebook["cells"] = [cell | {"source": [f"{source}\n\n{last}"]}]
+        path.write_text(json.dumps(notebook))
+        assert (list(lint.shape_problems(path)) == []) == good
+
+
 def test_the_words_of_a_page_and_the_code_before_its_figure_are_counted(tmp_path):
     path = written(tmp_path, "x = 1\n" * 21)
     notebook = json.loads(path.read_text())

@@ -66,6 +66,8 @@ WIDTH = 80  # of code that pages do not export; ruff's width is the package's ow
 BOOK = [path for path in NOTEBOOKS if path.stem[:2].isdigit() and int(path.stem[:2]) < 28]
 EXERCISED = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 19]
 METHODS = EXERCISED[:5]
+SHAPE = ["The idea", "Derivation", "Algorithm", "The code", "One check", "Result on the tree", "Result on digits"]
+SHAPE += ["When to use it, and when not", "Recap", "Exercises", "Going deeper"]
 WORDS, SHOWN, BEFORE_FIGURE = 1500, 120, 20  # of a method's page before it goes deeper, and before its first figure
 TAUGHT = {name: float(path.stem[:2]) for path in NOTEBOOKS if (name := module_of(path))}
 EXPORTS = {"export", "exports", "exporti"}
@@ -295,6 +297,12 @@ def exercise_problems(path: Path) -> Iterator[str]:
         yield "three exercises or more, each with a cell of code after it"
 
 
+def shape_problems(path: Path) -> Iterator[str]:
+    "The sections of a method's page, the same on all five."
+    found = re.findall(r"^## ([^{\n]*[^{\s])", prose(path), re.MULTILINE)[: len(SHAPE)]
+    yield from [] if found == SHAPE else [f"its sections are {', '.join(found)}; they should be {', '.join(SHAPE)}"]
+
+
 def budget_problems(path: Path) -> Iterator[str]:
     "Words and lines of shown code before the page goes deeper, and lines of code before its first figure."
     words, shown, before, figure = 0, 0, 0, False
@@ -320,7 +328,7 @@ def budget_problems(path: Path) -> Iterator[str]:
 
 @check
 def rhythm() -> Iterator[str]:
-    "Equations, recap and exercises where readers look for them; methods within their budget; pages lead on in order."
+    "Equations, recap, exercises where readers look for them; methods of one shape and length; pages lead on in order."
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
     order = [page.removesuffix(".ipynb") for section in site for page in section["contents"]]
     for path in NOTEBOOKS:
@@ -331,7 +339,7 @@ def rhythm() -> Iterator[str]:
         if path in EXERCISED:
             found += exercise_problems(path)
         if path in METHODS:
-            found += budget_problems(path)
+            found += [*shape_problems(path), *budget_problems(path)]
         following = re.search(r"\bNext: [^[]*\[[^]]+\]\((\w+)\.ipynb\)", prose(path))
         if (
             following
