@@ -249,7 +249,7 @@ def test_every_point_of_small_images_is_of_a_run_that_is_there():
 
 def test_a_call_may_train_some_runs_alone(tmp_path, monkeypatch, capsys):
     "Calls beside each other share a plan and divide its runs; nothing is drawn before all are trained."
-    plan = cifar10.Plan(8, 16, {}, 20, 20, {name: 1.0 for name in RUNS_16})
+    plan = cifar10.Plan(8, 16, {}, 20, 20, dict.fromkeys(RUNS_16, 1.0))
     trained = []
     monkeypatch.setattr(cifar10, "read_plan", lambda study: plan)
     monkeypatch.setattr(cifar10, "train_run", lambda study, plan, name: trained.append(name))

@@ -9,7 +9,7 @@ import torch
 import claims
 from claims import Grid, Models, all_points
 from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import generate, take_images, train_recipe
+from guidance_nb.cli.run import _take_images, generate, train_recipe
 from guidance_nb.denoisers import count_nfe
 from guidance_nb.images.data import load_images, save_samples
 from guidance_nb.images.metrics import read_rows
@@ -37,7 +37,7 @@ def models(tmp_path_factory):
     "Every model of the study but a second seed, an anchor and a linear classifier, after four steps."
     folder = tmp_path_factory.mktemp("models")
     few = {"network": "unet-tiny", "steps": 4, "batch_size": 8, "warmup": 0, "grid_every": 0, "source": str(folder)}
-    data = take_images(load_images("mnist"), 200)
+    data = _take_images(load_images("mnist"), 200)
     save_samples(folder / "train.npz", data.images(torch.arange(200)), data.labels, {"classes": list(data.classes)})
     for name, recipe in RECIPES.items():
         own = {"save_every": 1, "keep": 4} if name in ("cfg", "aligned") else {}

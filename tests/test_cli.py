@@ -21,7 +21,7 @@ import apart
 from guidance_nb.cli._tables import METHODS, METRICS
 from guidance_nb.cli.app import app, main
 from guidance_nb.cli.recipe import FineTuning, Recipe, find_key, override, read_recipe, recipe_names
-from guidance_nb.cli.run import Request, take_images, train_recipe
+from guidance_nb.cli.run import Request, _take_images, train_recipe
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images.data import load_images, load_samples, save_samples
 from notebooks import ROOT, cells, text
@@ -223,7 +223,7 @@ def pictures(tmp_path_factory) -> Path:
 def life(data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     "From recipe to corrected and scored digits on the real MNIST, as a new user types it; what each command printed."
     root, said = tmp_path_factory.mktemp("life"), {}
-    part = take_images(load_images("mnist"), 60)
+    part = _take_images(load_images("mnist"), 60)
     save_samples(root / "real.npz", part.images(torch.arange(60)), part.labels)
     run = lambda name: str(root / "runs" / name)  # noqa: E731
     common = flags(limit=1000, batch_size=32, save_every=10)

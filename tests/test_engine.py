@@ -448,7 +448,7 @@ def test_the_bar_shows_the_loss(capsys):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Engine(precision="fp8"), "precision = 'fp8'; allowed: 'auto', 'fp32', 'bf16', 'fp16'"),
+        (lambda: Engine(precision="fp8"), "precision = 'fp8'; allowed: 'fp32', 'bf16', 'fp16', 'auto'"),
         (
             lambda: Engine(gradient_accumulation_steps=0),
             "gradient_accumulation_steps = 0; allowed: a whole number, 1 or more",

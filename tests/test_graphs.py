@@ -122,7 +122,7 @@ class FakeGraph:
 @pytest.fixture
 def played(monkeypatch):
     "Recordings that a CPU can play, and which were made."
-    monkeypatch.setattr(graphs, "CallGraph", FakeGraph)
+    monkeypatch.setattr(graphs, "_CallGraph", FakeGraph)
     monkeypatch.setattr(graphs, "require", lambda *rule: None)
     monkeypatch.setattr(FakeGraph, "made", [])
     return FakeGraph.made

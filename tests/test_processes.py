@@ -19,10 +19,10 @@ import apart
 from guidance_nb.cli.app import app
 from guidance_nb.cli.recipe import Recipe, describe_recipe, override
 from guidance_nb.cli.run import train_recipe
+from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.engine.cost import launch_file
 from guidance_nb.engine.run import Engine
-from guidance_nb.engine.sampling import sample_sharded
 from guidance_nb.images.data import save_samples
 from guidance_nb.images.metrics import read_rows
 from guidance_nb.samplers import sample

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from guidance_nb.cli import evaluation
 from guidance_nb.cli import run as run_module
 from guidance_nb.cli.evaluation import (
-    MeasuredGuidanceLoss,
     _baseline_size,
     _is_done,
     _match_labels,
+    _MeasuredGuidanceLoss,
     choose_metrics,
     find_feature_extractor,
     finish_sweep,
@@ -39,16 +39,16 @@ from guidance_nb.cli.recipe import (
 )
 from guidance_nb.cli.run import (
     Request,
+    _autocast_and_compile,
     _read_labels,
     _read_pairs,
-    autocast_and_compile,
+    _take_images,
     complete_request,
     generate,
     load_trained,
     make_data,
     postprocess,
     recipe_shape,
-    take_images,
     train_recipe,
 )
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
@@ -248,16 +248,16 @@ def test_classes_are_matched_by_name(names):
 
 def test_a_part_of_a_data_set_is_the_same_part_every_time():
     data = ImageData(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1), torch.arange(50), ("a",) * 50, (1, 1, 1))
-    part = take_images(data, 10)
+    part = _take_images(data, 10)
     assert len(part) == 10 and len(set(part.labels.tolist())) == 10
     assert torch.equal(part.images(torch.arange(10)).flatten().long(), part.labels)
-    assert torch.equal(part.labels, take_images(data, 10).labels)
+    assert torch.equal(part.labels, _take_images(data, 10).labels)
 
 
 def test_a_measured_weight_moves_once_in_an_update_however_many_passes_it_takes():
     "Also where it is resumed at that update."
     asked, model = [], mlp_denoiser(2, FlowPath(), 3, width=8, depth=1)
-    make = lambda: MeasuredGuidanceLoss(ModelGuidanceLoss(), lambda ema: asked.append(ema) or 1.0, 2)  # noqa: E731
+    make = lambda: _MeasuredGuidanceLoss(ModelGuidanceLoss(), lambda ema: asked.append(ema) or 1.0, 2)  # noqa: E731
     loss, x0, c = make(), torch.zeros(4, 2), torch.arange(4) % 3
     for step in range(5):
         for _ in range(2):
@@ -324,7 +324,7 @@ def test_a_missing_compiler_is_bad_input(runs, monkeypatch):
         monkeypatch.setattr(f"guidance_nb.{module}.check_compiler", fails)
     with (
         pytest.raises(ValueError, match="compile = True"),
-        autocast_and_compile(load_trained(runs / "base"), "fp32", True),
+        _autocast_and_compile(load_trained(runs / "base"), "fp32", True),
     ):
         pass
     with pytest.raises(ValueError, match="cuda_graphs = True; allowed: False on a CPU"):

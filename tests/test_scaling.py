@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from guidance_nb._processes import row_shares
 from guidance_nb.aligned_loss import AlignedLoss
+from guidance_nb.engine._sampling import extract_sharded
 from guidance_nb.engine.cost import (
     CHIPS,
     Chip,
@@ -24,7 +25,6 @@ from guidance_nb.engine.cost import (
     network_cost,
     training_flops,
 )
-from guidance_nb.engine.sampling import extract_sharded
 from guidance_nb.flow_postprocessing import FlowPostprocessor, PairLoss
 from guidance_nb.images.features import Extractor, extract
 from guidance_nb.model_guidance import ModelGuidanceLoss

@@ -30,17 +30,17 @@ import numpy as np
 import torch
 
 from guidance_nb import _random
-from guidance_nb.cli.evaluation import find_feature_extractor, has_facts, keep_neighbours, score
+from guidance_nb.cli.evaluation import _has_facts, _keep_neighbours, find_feature_extractor, score
 from guidance_nb.cli.recipe import DataTable, Recipe, override, read_recipe
 from guidance_nb.cli.run import (
     Request,
     Trained,
-    autocast_and_compile,
+    _autocast_and_compile,
+    _make_training,
     generate,
     load_trained,
     make_data,
     make_loss,
-    make_training,
     own_device,
     postprocess,
     recipe_shape,
@@ -338,7 +338,7 @@ def read_images(table: DataTable) -> Any:
 def plain_loop(recipe: Recipe, steps: int) -> float:
     "Images per second of the loop one writes by hand: fp32, eager, AdamW, no average of the weights."
     data, device = read_images(recipe.data), own_device()
-    model, _, _ = make_training(recipe, data)
+    model, _, _ = _make_training(recipe, data)
     model = model.to(device).train()
     optimizer, n = torch.optim.AdamW(model.parameters(), lr=1e-4), recipe.training.batch_size
     pixels = data.images(torch.arange(min(len(data), 4 * n))).float() / 127.5 - 1
@@ -373,7 +373,7 @@ def matrix_rate() -> float:
 
 def time_training(recipe: Recipe, steps: int) -> tuple[float, float]:
     "Seconds of a training step of a recipe, and seconds until the fifth is done: compiling, recording, warming up."
-    model, source, _ = make_training(recipe, read_images(recipe.data))
+    model, source, _ = _make_training(recipe, read_images(recipe.data))
     table = recipe.training
     options: Any = {"batch_size": table.batch_size, "lr": table.lr, "schedule": "constant", "progress": False}
     begin = time.perf_counter()
@@ -395,7 +395,7 @@ def flops_of_step(recipe: Recipe) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model, _, _ = make_training(recipe, make_data(override(recipe, {"limit": 2})))
+        model, _, _ = _make_training(recipe, make_data(override(recipe, {"limit": 2})))
         x = torch.randn(2, *recipe_shape(recipe)[0])
         counter = FlopCounterMode(display=False)
         with counter:
@@ -448,7 +448,7 @@ def time_sampling(size: Size, engine: dict[str, Any]) -> dict[float, float]:
     "Samples per second in 20 steps at scale 1, one evaluation a step, and 2, two, by an untrained network."
     recipe = run_recipe("base", size)
     data = read_images(recipe.data)
-    model = make_training(recipe, data)[0].to(own_device()).eval().requires_grad_(False)
+    model = _make_training(recipe, data)[0].to(own_device()).eval().requires_grad_(False)
     trained, n = Trained(model, recipe, data.shape, data.classes, 0, Path("untrained")), 4 * size.rows
     speeds, ask = dict[float, float](), Request(n=n, steps=20, sampler="euler", **sampling_engine(engine))
     for scale in (1.0, 2.0):
@@ -595,7 +595,7 @@ class Scores:
 
     def find(self, facts: dict[str, Any]) -> dict[str, Any] | None:
         "The first row of some facts."
-        return next((row for row in self.rows() if has_facts(row, facts)), None)
+        return next((row for row in self.rows() if _has_facts(row, facts)), None)
 
     def add_baselines(self, data: ImageData, sizes: Iterable[int]) -> Iterator[dict[str, Any]]:
         "Rows of so many real images that are not in the reference."
@@ -701,7 +701,9 @@ class Drawing:
         usual = choose_precision(point.precision or self.precision, own_device())  # type: ignore[arg-type]
         about["arithmetic"] = self.arithmetic or usual
         missing = [
-            name for name in ("", *point.corrections) if not any(has_facts(row, about | {"flow": name}) for row in rows)
+            name
+            for name in ("", *point.corrections)
+            if not any(_has_facts(row, about | {"flow": name}) for row in rows)
         ]
         if not missing:
             return
@@ -717,7 +719,7 @@ class Drawing:
         if name == NEIGHBOURS:
             return nearest_images(drawn, self.real)
         flow = self.find(name, 1.0)
-        with autocast_and_compile(flow, self.precision, self.compile):  # type: ignore[arg-type]
+        with _autocast_and_compile(flow, self.precision, self.compile):  # type: ignore[arg-type]
             return postprocess(flow, drawn, batch_size=self.rows, progress=False)
 
 
@@ -751,7 +753,7 @@ def draw_point(
 def reference_features(data: ImageData, name: str, extractor: Extractor) -> tuple[Features, Extractor]:
     "What an extractor sees in all images of a data set, and the extractor."
     images = data.images(torch.arange(len(data)))
-    return keep_neighbours(extract(images, extractor, name, 1024, metrics=METRICS)), extractor
+    return _keep_neighbours(extract(images, extractor, name, 1024, metrics=METRICS)), extractor
 
 
 def keep_samples(study: Study, drawn: SampleFile, point: Point) -> None:

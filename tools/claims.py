@@ -33,7 +33,7 @@ from cifar10 import (
 )
 from guidance_nb.cli.evaluation import find_feature_extractor
 from guidance_nb.cli.load import MODELS
-from guidance_nb.cli.run import Trained, generate, load_trained, take_images
+from guidance_nb.cli.run import Trained, _take_images, generate, load_trained
 from guidance_nb.engine.checkpoints import checkpoints_in
 from guidance_nb.images.data import ImageData, load_images
 
@@ -217,7 +217,7 @@ def carry_out(out: Path, models: Models, grid: Grid, deadline: float) -> None:
     "All of it, from where it stopped."
     extractor = find_feature_extractor(str(models.find("evaluation").path))
     data, test = load_images("mnist"), load_images("mnist", "test")
-    data, test = (take_images(part, grid.limit) if grid.limit else part for part in (data, test))
+    data, test = (_take_images(part, grid.limit) if grid.limit else part for part in (data, test))
     scores = Scores(out / "claims_mnist.csv", *reference_features(data, "mnist train", extractor), METRICS)
     for row in scores.add_baselines(test, (grid.samples, len(test))):
         show(row)

@@ -23,17 +23,17 @@ from safetensors.torch import save_file
 
 from guidance_nb._files import write_aside
 from guidance_nb.cli.evaluation import (
+    _has_facts,
     baseline_row,
     extract_reference_features,
     find_feature_extractor,
-    has_facts,
     score,
 )
 from guidance_nb.cli.load import MODELS
 from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import Request, generate, load_trained, make_data, train_recipe
+from guidance_nb.cli.run import Request, _take_images, generate, load_trained, train_recipe
 from guidance_nb.engine.checkpoints import _NAMES, Checkpoint, _measure, _seal_record, checkpoints_in, read_checkpoint
-from guidance_nb.images.data import from_uint8, save_samples
+from guidance_nb.images.data import from_uint8, load_images, save_samples
 from guidance_nb.images.metrics import append_rows, read_rows
 
 SCALES = {  # what is sampled of a model along its training
@@ -148,7 +148,7 @@ def follow(out: Path, samples: int, portions: tuple[int, ...], split: str = "tra
                 folder = out / run / f"step-{steps:08d}"
                 for scale in scales if folder.exists() else ():
                     about = {"run": run, "scale": scale, "step": steps, "n": samples}
-                    if any(has_facts(row, about) for row in rows):
+                    if any(_has_facts(row, about) for row in rows):
                         continue
                     trained = load_trained(folder)
                     ask = Request(n=samples, scale=scale, precision="auto", batch_size=min(samples, 2500))
@@ -225,7 +225,9 @@ def is_result(row: dict[str, Any], key: str) -> bool:
 @torch.no_grad()
 def accuracy(trained: Any) -> float:
     "Share of the test images that a classifier of clean images gets right."
-    data = make_data(trained.recipe, "test")
+    table = trained.recipe.data
+    data = load_images(table.source, "test", size=table.size or None)
+    data = _take_images(data, table.limit) if table.limit else data
     x, device = from_uint8(data.images(torch.arange(len(data)))), next(trained.model.parameters()).device
     found = [trained.model(part.to(device), torch.zeros((), device=device)).argmax(1).cpu() for part in x.split(1000)]
     return (torch.cat(found) == data.labels).double().mean().item()

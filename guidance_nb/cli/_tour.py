@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 Row = dict[str, object]
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 MATCHED = 2.0  # Scale of the aligned loss, and of the Model-guidance network that takes none
-EVERY_TIME = (0.0, 1.0)
 NETWORKS = {  # What each method samples from; base learned with label dropout, post from samples of it under CFG
     "none": ("base",),
     "exact": (),
@@ -174,15 +173,14 @@ def make_network(stage: Stage, problem: Problem) -> nn.Module:
 
 def make_loss(stage: Stage) -> Callable[..., Tensor]:
     "The loss that trains a network. Model-guidance acts at all times here, as guidance by CFG does."
-    if stage.name == "classifier":
-        return gnb.ClassifierLoss(gnb.FlowPath())
-    if stage.name == "aligned":
-        return gnb.AlignedLoss(MATCHED)
-    if stage.name == "mg":
-        return gnb.ModelGuidanceLoss(mg_weight_from_scale(MATCHED), interval=EVERY_TIME)
     if stage.name == "mg_aware":
-        return gnb.ModelGuidanceLoss(scale_range=(stage.scales[0], stage.scales[1]), interval=EVERY_TIME)
-    return gnb.DenoisingLoss()
+        return gnb.ModelGuidanceLoss(scale_range=(stage.scales[0], stage.scales[1]), interval=(0.0, 1.0))
+    losses: dict[str, Callable[..., Tensor]] = {
+        "classifier": gnb.ClassifierLoss(gnb.FlowPath()),
+        "aligned": gnb.AlignedLoss(MATCHED),
+        "mg": gnb.ModelGuidanceLoss(mg_weight_from_scale(MATCHED), interval=(0.0, 1.0)),
+    }
+    return losses.get(stage.name, gnb.DenoisingLoss())
 
 
 def train_network(stage: Stage, problem: Problem, folder: Path) -> nn.Module:

@@ -383,7 +383,7 @@ def _evaluate_command(
     """
     from guidance_nb.cli.evaluation import baseline_row, extract_reference_features, find_feature_extractor, score
     from guidance_nb.cli.run import main_only
-    from guidance_nb.engine.sampling import extract_sharded
+    from guidance_nb.engine._sampling import extract_sharded
     from guidance_nb.images.data import load_samples
     from guidance_nb.images.metrics import append_rows
 

@@ -20,7 +20,7 @@ from guidance_nb.cli.load import model_names, own_device, shuffled
 from guidance_nb.cli.run import Request, Trained, complete_request, generate, load_trained, main_only, postprocess
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.engine._hardware import choose_precision
-from guidance_nb.engine.sampling import extract_sharded
+from guidance_nb.engine._sampling import extract_sharded
 from guidance_nb.images import features as image_features
 from guidance_nb.images.data import FILES, SampleFile, from_uint8, load_images, load_samples
 from guidance_nb.images.features import INCEPTION, Extractor, Features, Reference
@@ -106,7 +106,7 @@ def choose_metrics(
     return tuple(names)
 
 
-def keep_neighbours(reference: Features, n: int = 10_000) -> Features:
+def _keep_neighbours(reference: Features, n: int = 10_000) -> Features:
     "Keep all moments of a `reference` and n rows, always the same, for what takes all pairs, as ADM's suite does."
     total = min((len(rows) for rows in reference.rows.values()), default=0)
     if total <= n:
@@ -132,7 +132,7 @@ def extract_reference_features(
         nonlocal found
         real, name = load_real(source, split, shape)
         chosen = choose_metrics(real, extractor, metrics, best)
-        found = keep_neighbours(image_features.extract(real, extractor, name, 256, progress, chosen))
+        found = _keep_neighbours(image_features.extract(real, extractor, name, 256, progress, chosen))
         return chosen
 
     chosen = main_only(look)
@@ -204,7 +204,7 @@ def baseline_row(
     return row | {"reference_checksum": reference.checksum} | feature_scores(one, two, metrics)
 
 
-class MeasuredGuidanceLoss:
+class _MeasuredGuidanceLoss:
     "Model-guidance with a weight moved every so many steps by an error of the moving average (arXiv 2502.12154)."
 
     changes = True  # from step to step
@@ -231,7 +231,7 @@ class MeasuredGuidanceLoss:
         self.loss = replace(self.loss, weight=self.auto)
 
 
-def measured_loss(average: Trained, loss: ModelGuidanceLoss) -> MeasuredGuidanceLoss:
+def measured_loss(average: Trained, loss: ModelGuidanceLoss) -> _MeasuredGuidanceLoss:
     "A Model-guidance `loss` whose weight follows the Fréchet distance of samples of the moving `average`."
     table, shape = average.recipe.method, average.image_shape
     extractor, source = find_feature_extractor(table.auto_features), table.auto_reference or average.recipe.data.source
@@ -241,7 +241,7 @@ def measured_loss(average: Trained, loss: ModelGuidanceLoss) -> MeasuredGuidance
         file = generate(replace(average, model=model), Request(n=table.auto_samples), progress=False)
         return main_only(lambda: float(score(file, real, extractor, names)[column("fd", extractor.name)]))
 
-    return MeasuredGuidanceLoss(loss, measure, table.auto_every)
+    return _MeasuredGuidanceLoss(loss, measure, table.auto_every)
 
 
 # Sweeps
@@ -265,14 +265,14 @@ def _same(one: object, other: object) -> bool:
         return False
 
 
-def has_facts(row: Json, wanted: Json) -> bool:
+def _has_facts(row: Json, wanted: Json) -> bool:
     "Whether a `row` of a table has the `wanted` values."
     return all(_same(row.get(name, ""), value) for name, value in wanted.items())
 
 
 def _is_done(file: Path, wanted: Json) -> bool:
     "Whether a table in a `file` has a row with the `wanted` values."
-    return file.exists() and any(has_facts(row, wanted) for row in read_rows(file)[1])
+    return file.exists() and any(_has_facts(row, wanted) for row in read_rows(file)[1])
 
 
 def _point_facts(trained: Trained, point: Request, reference: Features, classifier: Trained | None) -> Json:
@@ -370,7 +370,7 @@ def finish_sweep(out: Path, best: str, among: Json | None = None) -> Json:
     with write_aside(out / "curves.png") as aside:
         fig.savefig(aside, dpi=120, format="png")
     records: list[Json] = table.dropna(subset=[best]).to_dict("records")  # type: ignore[assignment]
-    rows = [row for row in records if has_facts(row, among or {})]
+    rows = [row for row in records if _has_facts(row, among or {})]
     require_that(rows, f"{out / 'rows.csv'} has no row of this sweep with {best}", "at least one")
     choose = max if best.split("_")[0] in _HIGHER else min
     return choose(rows, key=lambda row: row[best])

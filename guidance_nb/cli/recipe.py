@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 from guidance_nb._checks import explained, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
+from guidance_nb.engine._hardware import Precision
 from guidance_nb.engine.run import Engine
 from guidance_nb.images.features import Space
 from guidance_nb.images.networks import IMAGE_NETWORKS, change_settings
@@ -109,7 +110,6 @@ def key(default: object, meaning: str, **rules: Any) -> Any:
     return pydantic.Field(default, description=meaning, **rules)
 
 
-Precision = Literal["fp32", "bf16", "fp16", "auto"]
 SEED: Json = {"ge": 0, "lt": 2**63}
 _Size = pydantic.NonNegativeInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt]
 

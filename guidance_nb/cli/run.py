@@ -20,22 +20,12 @@ from guidance_nb._pictures import tile
 from guidance_nb._processes import find_processes, on_main
 from guidance_nb.classifier_free_guidance import dit_channel_scales
 from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore, shuffled
-from guidance_nb.cli.recipe import (
-    SEED,
-    Denoising,
-    Precision,
-    Recipe,
-    Table,
-    find_key,
-    key,
-    model_guidance_loss,
-    override,
-)
+from guidance_nb.cli.recipe import SEED, Denoising, Recipe, Table, find_key, key, model_guidance_loss, override
 from guidance_nb.denoisers import check_labels
-from guidance_nb.engine._hardware import check_compiler, choose_precision, compile_network
+from guidance_nb.engine._hardware import Precision, check_compiler, choose_precision, compile_network
+from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine.graphs import recorded
-from guidance_nb.engine.sampling import sample_sharded
 from guidance_nb.flow_postprocessing import PairDraws, PairLoss, pair_data
 from guidance_nb.images import data as image_data
 from guidance_nb.images import latents
@@ -68,25 +58,23 @@ def main_only(action: Callable[[], _T]) -> _T:
 # Data
 
 
-def take_images(data: ImageData, n: int) -> ImageData:
+def _take_images(data: ImageData, n: int) -> ImageData:
     "A part of `data` for a quick trial: n images chosen at random, always the same."
     chosen = shuffled(len(data))[:n].sort().values
     return replace(data, pixels=lambda indices: data.images(chosen[indices]), labels=data.labels[chosen])
 
 
-def make_data(recipe: Recipe, split: str = "train") -> _Samples:
-    "The images of a `recipe`, of the `split` train or test, or their latents."
+def make_data(recipe: Recipe) -> _Samples:
+    "The images of a `recipe`, or their latents."
     table = recipe.data
     data: _Samples
     if recipe.latents is None:
         if table.source in image_data.FILES:
             main_only(lambda: image_data.find_files(table.source))  # one process downloads
-        train = split == "train"
-        data = image_data.load_images(table.source, split, size=table.size or None, flip=table.flip and train)
-        data = replace(data, shift=table.shift if train else 0)
-        data = take_images(data, table.limit) if table.limit else data
+        data = image_data.load_images(table.source, size=table.size or None, flip=table.flip)
+        data = replace(data, shift=table.shift)
+        data = _take_images(data, table.limit) if table.limit else data
     else:
-        check_choice("split", split, ("train",))
         sides, size = latents.read_index(recipe.latents)["settings"]["image"][1:], table.size
         fine = size == 0 or [*image_data.find_sides(size)] == sides
         require(fine, "data.size", size, f"{sides}, of which {recipe.latents} is, or 0")
@@ -200,7 +188,7 @@ def _find_memory(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
-def make_training(recipe: Recipe, data: _Samples) -> tuple[nn.Module, Data, tuple[str, ...]]:
+def _make_training(recipe: Recipe, data: _Samples) -> tuple[nn.Module, Data, tuple[str, ...]]:
     "What a `recipe` trains on its `data`: untrained model, data for fit, names of the classes the model knows."
     if recipe.method.name != "flow_postprocessing":
         return make_model(recipe, data.shape, data.num_classes), data, data.classes
@@ -224,7 +212,7 @@ def train_recipe(
     told = f"network = {network.name} with {network.settings} needs {needed / 1e9:.0f} GB to be trained"
     require_that(needed <= memory, told, f"at most {memory / 1e9:.0f} GB, the memory of this machine")
     folder = check_folder("out", Path(folder))
-    model, source, classes = make_training(recipe, data)
+    model, source, classes = _make_training(recipe, data)
     facts: Json = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape), "classes": list(classes)}
     if isinstance(data, latents.LatentData):  # what decodes them must be kept
         facts["latents"] = {"vae": data.index["vae"], "settings": {"image": data.index["settings"]["image"]}}
@@ -417,7 +405,7 @@ def complete_request(trained: Trained, request: Request, classifier: Trained | N
 
 
 @contextmanager
-def autocast_and_compile(
+def _autocast_and_compile(
     trained: Trained, precision: Precision, compile: bool, cuda_graphs: bool = False
 ) -> Iterator[None]:
     "Run a `trained` network inside the block in a `precision`, fp32, bf16 or auto, compiled, and recorded, if asked."
@@ -446,7 +434,7 @@ def generate(
     rank, world = find_processes(device)
     own = len(torch.arange(asked.n).tensor_split(world)[rank])
     options: Json = {"seed": asked.seed, "batch_size": asked.batch_size, "progress": progress}
-    with autocast_and_compile(trained, asked.precision, asked.compile, asked.cuda_graphs), gnb.count_nfe() as count:
+    with _autocast_and_compile(trained, asked.precision, asked.compile, asked.cuda_graphs), gnb.count_nfe() as count:
         x = sample_sharded(model, c, trained.shape, sampler=asked.sampler, steps=asked.steps, **options).float()
     if trained.latents is None:
         images = to_uint8(x.cpu())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from guidance_nb.engine.run import Engine
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
 
 
 def choose_precision(precision: Precision, device: torch.device) -> Precision:

@@ -50,7 +50,7 @@ def tensors_of(x: Tensor, c: Condition | None) -> list[Tensor]:
     return [x, *(c.values() if isinstance(c, Mapping) else [] if c is None else [c])]
 
 
-class CallGraph:
+class _CallGraph:
     """A call of a network without gradients, and the memory that it reads and writes."""
 
     def __init__(self, call: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
@@ -76,14 +76,14 @@ class _Recorded:
     """Calls of a network, recorded once for each shape of their inputs; those with gradients are made as ever."""
 
     def __init__(self, call: Callable[..., Tensor]):
-        self.call, self.graphs = call, dict[tuple, CallGraph]()
+        self.call, self.graphs = call, dict[tuple, _CallGraph]()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return self.call(*inputs)
         key = (torch.is_autocast_enabled("cuda"), *((part.shape, part.dtype) for part in inputs))
         if key not in self.graphs:
-            self.graphs[key] = CallGraph(self.call, inputs)
+            self.graphs[key] = _CallGraph(self.call, inputs)
         return self.graphs[key].replay(inputs)
 
 
