@@ -135,7 +135,7 @@ def follow(out: Path, samples: int, portions: tuple[int, ...], split: str = "tra
     file, extractor = out / "curve.csv", find_feature_extractor(str(out / "mnist-evaluation"))
     rows = read_rows(file)[1] if file.exists() else []
     real, metrics = extract_reference_features("mnist", split, (1, 28, 28), extractor, METRICS, progress=False)
-    if not any(has_facts(row, {"run": "real", "n": samples}) for row in rows):
+    if not any(_has_facts(row, {"run": "real", "n": samples}) for row in rows):
         row = (baseline_row("mnist", real, extractor, samples, metrics) or {}) | {"run": "real"}
         append_rows(file, [row])
         yield row
