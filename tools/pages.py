@@ -51,7 +51,7 @@ def process() -> Path:
 
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    return proc_nbs(n_workers=2, force=True)
+    return proc_nbs(n_workers=0, force=True)  # imports in each worker would take longer than the work
 
 
 def markdown(shown: list[dict]) -> tuple[dict, str]:
@@ -66,7 +66,7 @@ def markdown(shown: list[dict]) -> tuple[dict, str]:
             blocks.append(source)
         else:
             if directives(source).get("echo") != "false":
-                blocks.append(f"````python\n{source}\n````")
+                blocks.append(f"````\n{source}\n````")  # of no language, whose colours would take time and say nothing
             outputs = [out.get("data", {}).get("text/markdown") for out in cell["outputs"]]
             blocks += [text(output) for output in outputs if output]
     return front, "\n\n".join(blocks)
