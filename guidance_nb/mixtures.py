@@ -140,6 +140,10 @@ def _map_by_time_and_class(
     a time and a class, in blocks of bounded size; float64, ordered as `x`."""
     fine = x.ndim == 2 and x.shape[1] == mixture.dim
     require_that(fine, f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]")
+    if t.ndim == 0 and c is None:  # one group: nothing to sort
+        terms, rest = _mixture_at(mixture, path, t, slice(None)), (t.double(), slice(None))
+        blocks = x.double().split(max(1, 2**21 // len(terms.means)))
+        return torch.cat([fn(terms, part, *rest) for part in blocks])
     key_t = t.reshape(-1).expand(len(x))
     key_c = torch.full((len(x),), -1) if c is None else c
     parts, order = [], []

@@ -16,9 +16,7 @@ from guidance_nb.networks import MLP, mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.power_tilt import (
     CharacteristicGuidance,
-    MixturePair,
     PredictorCorrector,
-    _class_mixture,
     _effective_share,
     _langevin_steps,
     _restrict,
@@ -26,13 +24,18 @@ from guidance_nb.power_tilt import (
     _systematic_resample,
     anderson_step,
     sample_feynman_kac,
-    tilt_on_grid,
 )
 from guidance_nb.samplers import sample, time_grid
 
 PATHS = [FlowPath(), VPPath(), VPPath("cosine"), EDMPath()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=["flow", "linear", "cosine", "edm"])
-tilt_mixture = page_code("18_power_tilt", "number", "tilt_mixture").tilt_mixture
+page = page_code("18_power_tilt", "number", "tilt_mixture", "tilt_on_grid", "class_mixture", "MixturePair")
+tilt_mixture, tilt_on_grid, class_mixture, MixturePair = (
+    page.tilt_mixture,
+    page.tilt_on_grid,
+    page.class_mixture,
+    page.MixturePair,
+)
 EXACT = {"progress": False, "dtype": torch.float64}
 
 
@@ -96,7 +99,7 @@ def test_the_noised_tilt_on_a_grid_by_convolution(path):
     p_c = (normal(grid, 0.2, 0.1) + normal(grid, 1.0, 0.1)) / 2
     p_u = (p_c + (normal(grid, -0.2, 0.1) + normal(grid, -1.0, 0.1)) / 2) / 2
     q = p_c**2.5 / p_u**1.5
-    tilt = tilt_on_grid(_class_mixture(mixture, 1), mixture, 2.5, torch.from_numpy(grid)[:, None])
+    tilt = tilt_on_grid(class_mixture(mixture, 1), mixture, 2.5, torch.from_numpy(grid)[:, None])
     assert_close(tilt.weights.numpy(), q / q.sum(), rtol=1e-9, atol=1e-12)
     t = path.time_at(torch.tensor(0.4, dtype=torch.float64))
     alpha, sigma = path.alpha(t).item(), path.sigma(t).item()
@@ -111,12 +114,12 @@ def test_one_class_of_a_mixture():
     tree = fractal(depth=2)
     x = torch.randn(20, 2, dtype=torch.float64)
     for k in (0, 1):
-        assert_close(log_prob(_class_mixture(tree, k), x), log_prob(tree, x, torch.full((20,), k)))
+        assert_close(log_prob(class_mixture(tree, k), x), log_prob(tree, x, torch.full((20,), k)))
 
 
 def test_tilts_that_do_not_exist_are_refused():
     line = torch.linspace(-9, 9, 901, dtype=torch.float64)[:, None]
-    with pytest.raises(ValueError, match="on its edge; allowed"):
+    with pytest.raises(ValueError, match="reaches the edge of the grid"):
         tilt_on_grid(gaussian(0.0, 2.0), gaussian(0.0, 1.0), 2.5, line)
     with pytest.raises(ValueError, match=r"allowed: \[batch, 2\]"):
         MixturePair(gaussian(0.0, 1.0), gaussian([0.0, 0.0], 1.0), FlowPath()).predict(torch.zeros(3, 1), 0.5)
@@ -153,7 +156,7 @@ def test_the_fixed_point_is_where_two_denoised_points_agree():
     "On a mixture, by a bracketing root search over one-dimensional shifts."
     mixture = mixture_1d([-1.0, -0.2, 0.2, 1.0], [0.1] * 4, [0, 0, 1, 1])
     path, scale, t = FlowPath(), 3.0, torch.tensor(0.6, dtype=torch.float64)
-    model = MixturePair(_class_mixture(mixture, 1), mixture, path)
+    model = MixturePair(class_mixture(mixture, 1), mixture, path)
     x, c = torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None], torch.zeros(1).long()
     got = CharacteristicGuidance(model, scale, tolerance=1e-11).predict(x, t, c.expand(7))
     for point, x0 in zip(x.split(1), got.x0):
@@ -184,7 +187,7 @@ def test_scale_one_equal_branches_and_outside_the_interval():
 def test_rows_are_paid_by_the_sample():
     "Each row costs alone what it costs in a batch, and gets the same answer."
     mixture = mixture_1d([-1.0, 0.3, 0.0, 1.0], [0.05] * 4, [0, 0, 1, 1])
-    model = MixturePair(_class_mixture(mixture, 1), mixture, FlowPath())
+    model = MixturePair(class_mixture(mixture, 1), mixture, FlowPath())
     t, c = torch.linspace(0.05, 0.95, 14, dtype=torch.float64), torch.zeros(14).long()
     x, guided = scaled_noise(FlowPath(), t, 14), CharacteristicGuidance(model, 5.0)
     with count_nfe() as together:
@@ -201,7 +204,7 @@ def test_rows_are_paid_by_the_sample():
 
 def test_samples_without_a_fixed_point_get_plain_guidance():
     mixture = mixture_1d([-1.0, 1.0], [0.05, 0.05], [0, 1])
-    model = MixturePair(_class_mixture(mixture, 1), mixture, FlowPath())
+    model = MixturePair(class_mixture(mixture, 1), mixture, FlowPath())
     x, c = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None], torch.zeros(61).long()
     guided, t = CharacteristicGuidance(model, 7.0), torch.tensor(0.4, dtype=torch.float64)
     pair, plain = guided.predict(x, t, c), ClassifierFreeGuidance(model, 7.0).predict(x, t, c)
