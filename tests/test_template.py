@@ -128,7 +128,8 @@ def test_template_keeps_the_rhythm():
         text(cell["source"]).split("\n")[0] for cell in cells(ROOT / "tools" / "template" / "NN_my_method.ipynb")
     ]
     titles = [line for line in sections if line.startswith("## ")]
-    assert titles == ["## Derivation", "## Code", "## Result", "## When to use it, and when not", "## Recap"]
+    shape = ["The idea", "Derivation", "The code", "One check", "Result", "When to use it, and when not", "Recap"]
+    assert titles == [f"## {title}" for title in shape]
 
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
