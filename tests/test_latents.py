@@ -210,7 +210,7 @@ def one_of_two(folder: Path) -> None:
         encode_folder(folder / "broken", folder / "half", folder / "vae", 16, shard_rows=2, progress=False)
     except ValueError as problem:
         error = str(problem)
-    facts = {"x": drawn.x.tolist(), "error": error}
+    facts = {"x": drawn.x.tolist(), "error": error, "nfe": drawn.facts["nfe"]}
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(facts))
     destroy_process_group()
 
@@ -248,6 +248,7 @@ def test_two_processes_do_what_one_does(place):
     one = generate(load_trained(place / "run"), Request(n=7, batch_size=2), progress=False)
     first, second = (json.loads((place / f"{rank}.json").read_text()) for rank in range(2))
     assert first["x"] == one.x.tolist() and second["x"] == []  # pictures come together where they are written
+    assert first["nfe"] == second["nfe"] == one.facts["nfe"]  # although one of them draws a sample more
     assert first["error"] == second["error"] and "a/3.png cannot be read" in first["error"]
     assert [path.name for path in (place / "half").iterdir()] == [shard_name(0)]
 

@@ -17,7 +17,7 @@ from guidance_nb._checks import check_choice, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, check_folder, write_aside
 from guidance_nb._pictures import tile
-from guidance_nb._processes import find_processes, on_main
+from guidance_nb._processes import find_processes, on_main, row_shares
 from guidance_nb.classifier_free_guidance import dit_channel_scales
 from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore, shuffled
 from guidance_nb.cli.recipe import SEED, Denoising, Recipe, Table, find_key, key, model_guidance_loss, override
@@ -432,7 +432,7 @@ def generate(
     c, start = _read_labels(asked.labels, asked.n, trained.classes), time.perf_counter()
     device = next(trained.model.parameters()).device
     rank, world = find_processes(device)
-    own = len(torch.arange(asked.n).tensor_split(world)[rank])
+    own = row_shares(asked.n, 1, world)[rank]
     options: Json = {"seed": asked.seed, "batch_size": asked.batch_size, "progress": progress}
     with _autocast_and_compile(trained, asked.precision, asked.compile, asked.cuda_graphs), gnb.count_nfe() as count:
         x = sample_sharded(model, c, trained.shape, sampler=asked.sampler, steps=asked.steps, **options).float()
