@@ -124,9 +124,9 @@ def is_exported(source: str) -> bool:
 
 
 def wide_lines(path: Path) -> int:
-    "Lines beyond the width in code that is not exported; captions are one line each, as Quarto wants them."
+    "Lines beyond the width in code that is not exported; Quarto wants its options, captions too, in a line each."
     shown = [source for _, source in sources(path, "code") if not is_exported(source)]
-    lines = [line for source in shown for line in source.splitlines() if not line.startswith("#| fig-")]
+    lines = [line for source in shown for line in source.splitlines() if not line.startswith("#| ")]
     lines += [line for block in pages.FENCE.findall(prose(path)) for line in block.splitlines()]
     return sum(len(line) > WIDTH for line in lines)
 
