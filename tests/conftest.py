@@ -1,8 +1,11 @@
 "What all tests share."
 
+import functools
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # Two workers on few cores: threads of their own would only slow each other down. Set before torch is imported.
@@ -31,6 +34,39 @@ def data() -> Path:
     if "GUIDANCE_NB_DATA" not in os.environ:
         pytest.skip("set GUIDANCE_NB_DATA to the folder with MNIST/ and cifar-10-batches-py/ to run this")
     return Path(os.environ["GUIDANCE_NB_DATA"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def published_files_are_hashed_once():
+    "The real MNIST and CIFAR-10, which are checked twice whenever they are loaded: each file once, unless it changes."
+    if "guidance_nb.images.data" not in sys.modules:  # these tests load none
+        yield
+        return
+    from torchvision.datasets import cifar
+
+    from guidance_nb.images import data
+
+    check, check_again = data._missing_files, cifar.check_integrity
+
+    def stamp(path: Path) -> tuple[Path, int, int]:
+        return (path, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (path, 0, 0)
+
+    @functools.cache
+    def remember(call: Callable, arguments: tuple, *stamps: object) -> object:
+        return call(*arguments)
+
+    def missing(source: str, root: Path, advice: str) -> list[Path]:
+        files = data.FILES[source]
+        stamps = (stamp(root / name) for name in files)
+        return list(remember(check, (source, root, advice), *files.items(), *stamps))
+
+    def whole(path: str, md5: str) -> bool:
+        return remember(check_again, (path, md5), stamp(Path(path)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_missing_files", missing)
+        patch.setattr(cifar, "check_integrity", whole)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 "The family side by side: the committed rows belong to this code, and the rule of the best scale restated by loops."
 
+import functools
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 
 PAGE = page_code("26_which_guidance")
+PAGE.load_problem = load_problem = functools.cache(load_problem)  # with its threshold; none of the tests changes it
 TABLE = Path(__file__).parent.parent / "nbs" / "results" / "family.csv"
 
 
@@ -32,14 +34,18 @@ def test_every_method_takes_all_steps_within_its_nfe(given, name):
     assert nfe_of(steps + 1) > budget
 
 
+@pytest.fixture(scope="module")
+def exact():
+    return PAGE._exact_ingredients(load_problem("fractal"), 1)
+
+
 @pytest.mark.parametrize(
     ("name", "scale"), [("conditional", 1.0), ("projected", 3.0), ("interval", 2.0), ("clean classifier", 0.5)]
 )
-def test_committed_rows_are_of_this_code(name, scale):
+def test_committed_rows_are_of_this_code(exact, name, scale):
     table = pd.read_csv(TABLE).set_index(["model", "method", "scale", "seed"])
     row, problem = table.loc[("exact", name, scale, 1)], load_problem("fractal")
-    tools = PAGE._exact_ingredients(problem, 1)
-    x, c, rows = PAGE._sample_method(PAGE.FAMILY[name], tools, scale, int(row.steps), int(row.samples), 1)
+    x, c, rows = PAGE._sample_method(PAGE.FAMILY[name], exact, scale, int(row.steps), int(row.samples), 1)
     assert rows == row.nfe
     found = score_samples(x, c, problem)
     for key in ("outlier_rate", "coverage", "sliced_wasserstein"):
