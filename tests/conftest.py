@@ -1,6 +1,7 @@
 "What all tests share."
 
 import functools
+import gc
 import os
 import shutil
 import sys
@@ -26,6 +27,12 @@ import pytest
 # No deadline: a busy machine is not a failure. Derandomised: the same examples for everyone.
 hypothesis.settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("here")
+
+
+def pytest_collection_finish() -> None:
+    "What is imported by now stays: no collection of garbage looks at it again."
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from notebooks import ROOT
 FORKS = "forkserver" in mp.get_all_start_methods()
 COMMON = """torch matplotlib.pyplot pandas seaborn scipy.stats scipy.optimize sklearn.neighbors torchvision torchdiffeq
 execnb.shell nbdev.clean safetensors.torch accelerate transformers diffusers.models diffusers.loaders peft typer.testing
-guidance_nb.cli.app guidance_nb.cli.recipe guidance_nb.cli.run guidance_nb.cli._tour guidance_nb.interop"""
+guidance_nb.cli.app guidance_nb.cli.recipe guidance_nb.cli.run guidance_nb.cli._tour guidance_nb.interop settle"""
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def context():
         return mp.get_context("spawn")
     made = mp.get_context("forkserver")
     made.set_forkserver_preload(COMMON.split())
-    with patch.dict(os.environ, PYTHONPATH=str(ROOT)):
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tools")))):
         forkserver._forkserver.ensure_running()
     return made
 
