@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,8 @@ class Stage:
     @property
     def seconds(self) -> float:
         "How long it is expected to take, for the progress bar."
-        return SECONDS[self.data].get(self.name, SAMPLING) * self.budget.train_steps / 4000
+        scoring = SCORING if self.kind == "sample" else 0
+        return (SECONDS[self.data].get(self.name, SAMPLING) + scoring) * self.budget.train_steps / 4000
 
     @property
     def own_scales(self) -> tuple[float, ...]:
@@ -322,28 +323,31 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 problem_of = functools.cache(load_problem)  # once a process, with its threshold and classifier
 
 
-def run_stage(stage: Stage, folder: Path) -> None:
-    "Run one stage and write its file."
-    problem = problem_of(stage.data)
-    if stage.kind == "train":
-        save_stage(folder / stage.file, train_network(stage, problem, folder).state_dict(), {})
-    else:
-        save_stage(folder / stage.file, *sample_method(stage, problem, folder))
+def run_stage(stage: Stage, folder: Path) -> list[Row]:
+    "Run one stage and write its file, unless it is there; the rows of its samples."
+    problem, file = problem_of(stage.data), folder / stage.file
+    if not file.exists():
+        train = stage.kind == "train"
+        made = (
+            (train_network(stage, problem, folder).state_dict(), {}) if train else sample_method(stage, problem, folder)
+        )
+        save_stage(file, *made)
+    return score_stage(stage, folder) if stage.kind == "sample" else []
 
 
 class Job(NamedTuple):
     "Work for a process: what is called with what, its expected seconds, and the numbers of the jobs it waits for."
 
-    call: Callable[..., object]
+    call: Callable[..., list[Row]]
     arguments: tuple[object, ...]
     seconds: float
     after: frozenset[int] = frozenset()
 
 
-def run_jobs(jobs: list[Job], pool: Executor, workers: int, bar: tqdm) -> list[object]:
+def run_jobs(jobs: list[Job], pool: Executor, workers: int, bar: tqdm) -> list[list[Row]]:
     "Results of jobs, the first that can begin first; the bar counts a job in full once it is done, never before."
-    done: dict[int, object] = {}
-    running: dict[Future[object], tuple[int, float]] = {}
+    done: dict[int, list[Row]] = {}
+    running: dict[Future[list[Row]], tuple[int, float]] = {}
     waiting, finished = list(range(len(jobs))), bar.n
     while waiting or running:
         for number in [n for n in waiting if jobs[n].after <= done.keys()][: workers - len(running)]:
@@ -361,16 +365,11 @@ def run_jobs(jobs: list[Job], pool: Executor, workers: int, bar: tqdm) -> list[o
 
 def plan(stages: list[Stage], folder: Path) -> list[Job]:
     "Train networks, those that others wait for first, sample as soon as they are there, and score; files are reused."
-    needs = dict.fromkeys(need for stage in stages for need in stage.needs)
+    needs = dict.fromkeys(need for stage in stages for need in stage.needs if not (folder / need.file).exists())
     work = [*sorted(needs, key=lambda need: (need.name != "base", need.name != "post")), *stages]
-    work = [stage for stage in work if not (folder / stage.file).exists()]
     number = {stage: n for n, stage in enumerate(work)}
-
-    def job(call: Callable[..., object], stage: Stage, seconds: float, needs: tuple[Stage, ...]) -> Job:
-        return Job(call, (stage, folder), seconds, frozenset(number[need] for need in needs if need in number))
-
-    scoring = [job(score_stage, stage, SCORING * stage.budget.train_steps / 4000, (stage,)) for stage in stages]
-    return [job(run_stage, stage, stage.seconds, stage.needs) for stage in work] + scoring
+    after = [frozenset(number[need] for need in stage.needs if need in number) for stage in work]
+    return [Job(run_stage, (stage, folder), stage.seconds, each) for stage, each in zip(work, after)]
 
 
 def finish(stages: list[Stage], folder: Path, progress: bool = True, workers: int = 2) -> list[Row]:
@@ -378,8 +377,7 @@ def finish(stages: list[Stage], folder: Path, progress: bool = True, workers: in
     jobs, style = plan(stages, folder), "{percentage:3.0f} % |{bar}| {elapsed} passed, about {remaining} left"
     total = sum(job.seconds for job in jobs)
     with worker_pool(workers) as pool, tqdm(total=total, bar_format=style, smoothing=0, disable=not progress) as bar:
-        scored = run_jobs(jobs, pool, workers, bar)[-len(stages) :]
-    return [row for rows in cast("list[list[Row]]", scored) for row in rows]
+        return [row for rows in run_jobs(jobs, pool, workers, bar) for row in rows]
 
 
 # The tour

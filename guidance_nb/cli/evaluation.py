@@ -305,13 +305,9 @@ def sweep(
 
     def add(make: Callable[[], Json | None]) -> list[Json]:
         "Let the main process make a row, if it can, and write it."
-
-        def write() -> list[Json]:
-            rows = [row for row in [make()] if row is not None]
-            append_rows(file, rows)
-            return rows
-
-        return main_only(write)
+        rows = main_only(lambda: [row for row in [make()] if row is not None])
+        main_only(lambda: append_rows(file, rows))
+        return rows
 
     n = max(point.n for point in points)
     wanted = {"method": "real", "n": _baseline_size(source, reference, n)[1], "extractor": reference.extractor}
