@@ -184,15 +184,16 @@ def make_loss(stage: Stage) -> Callable[..., Tensor]:
     return losses.get(stage.name, gnb.DenoisingLoss())
 
 
-def train_network(stage: Stage, problem: Problem, folder: Path) -> nn.Module:
-    "Train the network of a stage, and return the moving average."
+def train_network(stage: Stage, problem: Problem, folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    "Train the network of a stage: weights of the moving average, and no facts beside them."
     if stage.name == "post":
-        return train_post(stage, problem, folder)
+        return train_post(stage, problem, folder).state_dict(), {}
     budget, model, loss, data = stage.budget, make_network(stage, problem), make_loss(stage), (problem.x, problem.c)
-    return gnb.train(
+    state = gnb.train(
         model, loss, data, budget.train_steps, budget.batch, budget.lr,
         ema=budget.ema, seed=stage.seed, progress=False,
-    ).ema  # fmt: skip
+    )  # fmt: skip
+    return state.ema.state_dict(), {}
 
 
 def train_post(stage: Stage, problem: Problem, folder: Path) -> gnb.FlowPostprocessor:
@@ -327,11 +328,8 @@ def run_stage(stage: Stage, folder: Path) -> list[Row]:
     "Run one stage and write its file, unless it is there; the rows of its samples."
     problem, file = problem_of(stage.data), folder / stage.file
     if not file.exists():
-        train = stage.kind == "train"
-        made = (
-            (train_network(stage, problem, folder).state_dict(), {}) if train else sample_method(stage, problem, folder)
-        )
-        save_stage(file, *made)
+        make = train_network if stage.kind == "train" else sample_method
+        save_stage(file, *make(stage, problem, folder))
     return score_stage(stage, folder) if stage.kind == "sample" else []
 
 
