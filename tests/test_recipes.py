@@ -125,6 +125,14 @@ def test_a_fine_tuning_recipe_is_read_by_the_same_reader(name):
     assert override(FineTuning(), tomli.loads(describe_recipe(recipe))) == recipe
 
 
+def test_a_table_given_in_part_keeps_the_other_defaults_of_its_recipe():
+    table = FineTuning(training={"steps": 5, "ema_warmup": False}).training
+    assert table == FineTuning().training.changed(steps=5, ema_warmup=False)
+    assert table.lr == 1e-5 != Recipe().training.lr
+    assert table.fit_options()["ema_warmup"] is False and table.engine().clip == 1.0
+    assert Recipe().training.engine().clip is None and not Recipe().training.engine().cuda_graphs
+
+
 @pytest.mark.parametrize("kind", [Recipe, FineTuning])
 def test_every_key_has_a_meaning_that_is_printed(kind):
     written = describe_recipe(kind())
