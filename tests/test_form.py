@@ -67,7 +67,7 @@ def test_unexplained_code_is_found(tmp_path, source, problem):
     ],
 )
 def test_pages_over_their_budget_are_found(tmp_path, monkeypatch, sources, problem):
-    monkeypatch.setattr(lint, "BEFORE_FIGURE", 200)
+    monkeypatch.setattr(lint, "TO_FIGURE", 200)
     found = list(lint.budget_problems(written(tmp_path, *sources)))
     assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
 
@@ -83,13 +83,13 @@ def test_method_pages_of_another_shape_are_found(tmp_path):
         assert (list(lint.shape_problems(path)) == []) == good
 
 
-def test_the_words_of_a_page_and_the_code_before_its_figure_are_counted(tmp_path):
-    path = written(tmp_path, "x = 1\n" * 21)
+def test_the_words_of_a_page_and_the_code_to_its_figure_are_counted(tmp_path):
+    path = written(tmp_path, "x = 1\n" * 26)
     notebook = json.loads(path.read_text())
     words = "word " * 1498 + r"$\frac a b$ [link](00_x.ipynb) $$a + b = c$$" + "\n\n## Going deeper\n\nMore."
     notebook["cells"].append({"cell_type": "markdown", "id": "w", "metadata": {}, "source": [words]})
     path.write_text(json.dumps(notebook))
-    assert list(lint.budget_problems(path)) == ["21 lines of code before the first figure; at most 20"]
+    assert list(lint.budget_problems(path)) == ["26 lines of code to the first figure; at most 25"]
     notebook["cells"][1]["source"] = ["One " + words]
     path.write_text(json.dumps(notebook))
     assert "1,501 words before it goes deeper; at most 1,500" in list(lint.budget_problems(path))

@@ -68,7 +68,7 @@ EXERCISED = [path for path in BOOK if 10 <= int(path.stem[:2]) <= 19]
 METHODS = EXERCISED[:5]
 SHAPE = ["The idea", "Derivation", "Algorithm", "The code", "One check", "Result on the tree", "Result on digits"]
 SHAPE += ["When to use it, and when not", "Recap", "Exercises", "Going deeper"]
-WORDS, SHOWN, BEFORE_FIGURE = 1500, 120, 20  # of a method's page before it goes deeper, and before its first figure
+WORDS, SHOWN, TO_FIGURE = 1500, 120, 25  # of a method's page before it goes deeper, and to its first figure
 TAUGHT = {name: float(path.stem[:2]) for path in NOTEBOOKS if (name := module_of(path))}
 EXPORTS = {"export", "exports", "exporti"}
 CHECKS: dict[str, Callable[[], Iterator[str]]] = {}
@@ -304,7 +304,7 @@ def shape_problems(path: Path) -> Iterator[str]:
 
 
 def budget_problems(path: Path) -> Iterator[str]:
-    "Words and lines of shown code before the page goes deeper, and lines of code before its first figure."
+    "Words and lines of shown code before the page goes deeper, and of code to its first figure, its own included."
     words, shown, before, figure = 0, 0, 0, False
     for cell in cells(path):
         source, flags = text(cell["source"]), directives(text(cell["source"]))
@@ -318,12 +318,12 @@ def budget_problems(path: Path) -> Iterator[str]:
         lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
         imports = all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body)
         shown += len(lines) * (not {"code-fold", "hide"} & set(flags) and not imports)
-        figure = figure or any("image/png" in output.get("data", {}) for output in cell["outputs"])
         before += len(lines) * (not figure and "hide" not in flags)
+        figure = figure or any("image/png" in output.get("data", {}) for output in cell["outputs"])
     for what, number, most in (("words", words, WORDS), ("lines of shown code", shown, SHOWN)):
         yield from [f"{number:,} {what} before it goes deeper; at most {most:,}"] if number > most else []
-    if before > BEFORE_FIGURE:
-        yield f"{before} lines of code before the first figure; at most {BEFORE_FIGURE}"
+    if before > TO_FIGURE:
+        yield f"{before} lines of code to the first figure; at most {TO_FIGURE}"
 
 
 @check
