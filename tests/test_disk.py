@@ -21,7 +21,7 @@ from guidance_nb.cli.evaluation import finish_sweep
 from guidance_nb.cli.run import write_picture
 from guidance_nb.engine.checkpoints import write_checkpoint
 from guidance_nb.images.data import save_samples
-from guidance_nb.images.latents import _write_index, write_shard
+from guidance_nb.images.latents import make_shards, write_shard
 from guidance_nb.images.metrics import PROVENANCE, append_rows
 from guidance_nb.interop.grids import save_grid
 from guidance_nb.networks import mlp_denoiser
@@ -58,6 +58,11 @@ def latents(folder: Path, version: int) -> None:
     write_shard(folder / "shard", torch.full((9, 1, 2, 4, 8, 8), float(version)), torch.arange(9), {"version": version})
 
 
+def index(folder: Path, version: int) -> None:
+    facts = {"facts": [version] * 2000, "settings": {"shard_rows": 1}}
+    make_shards(folder / "latents.json", "shard", facts, torch.empty(0), torch.device("cpu"), lambda rows: [])
+
+
 def samples(name: str):
     "Writes an archive, or a folder of PNG files."
     return lambda folder, version: save_samples(folder / name, pictures(version), facts={"v": version}, overwrite=True)
@@ -71,7 +76,7 @@ WRITERS = {
     "table of metrics": table,
     "curves": curves,
     "latents": latents,
-    "index": lambda folder, version: _write_index(folder, {"facts": [version] * 2000}),
+    "index": index,
     "stage of the tour": lambda folder, version: save_stage(folder / "stage", {"x": pictures(version)}, {}),
     "table or page of the tour": lambda folder, version: write_file(folder / "page.html", str(version) * 9000),
     "grid and its table": lambda folder, version: save_grid(pictures(version)[None, None], [{"n": 1}], folder),

@@ -32,6 +32,7 @@ from guidance_nb.images.data import _resize_crop, crop_image, load_images, load_
 from guidance_nb.images.latents import (
     INDEX,
     decode,
+    decode_floats,
     describe_vae,
     draw_latents,
     encode,
@@ -40,6 +41,7 @@ from guidance_nb.images.latents import (
     load_vae,
     open_shard,
     shard_name,
+    write_shard,
 )
 from guidance_nb.images.networks import image_denoiser
 from guidance_nb.paths import FlowPath
@@ -143,8 +145,6 @@ def test_draws_and_decoding_by_hand():
 @pytest.mark.parametrize("constants", [{}, {"shift_factor": -0.2}, {"mean": True}, {"mean": True, "shift_factor": 3.0}])
 def test_one_convention_of_scaling_everywhere(place, tmp_path, constants):
     "Stored latents, their decoding here and that of a pipeline, against the formula of diffusers' pipelines."
-    from guidance_nb.interop.diffusers import _decode_latents
-
     mean, std = torch.tensor([0.1, -0.3, 0.5, 2.0]), torch.tensor([0.5, 1.0, 2.0, 3.0])
     settings = {key: value for key, value in constants.items() if key != "mean"}
     settings |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()} if "mean" in constants else {}
@@ -160,7 +160,7 @@ def test_one_convention_of_scaling_everywhere(place, tmp_path, constants):
     assert_close(z, expected)
     with torch.no_grad():
         picture = vae.decode(raw).sample
-    assert_close(_decode_latents(vae, z), picture, rtol=1e-4, atol=1e-4)
+    assert_close(decode_floats(vae, z), picture, rtol=1e-4, atol=1e-4)
     grey = (picture * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     assert (decode(vae, z).int() - grey.int()).abs().max() <= 1  # on the border between two levels either is right
 
@@ -298,8 +298,6 @@ def test_training_reads_them_and_is_the_same_in_two_passes(place):
 
 
 def test_mapping_takes_neither_memory_nor_open_files(tmp_path):
-    from guidance_nb.images.latents import _write_index, write_shard
-
     def resident() -> int:
         "Bytes of this process that are no pages of files."
         return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
@@ -309,7 +307,7 @@ def test_mapping_takes_neither_memory_nor_open_files(tmp_path):
     entries = [write_shard(tmp_path / shard_name(k), moments, labels, settings) for k in range(32)]  # 128 MiB
     vae = {"factor": 1.0, "shift": 0.0, "name": ""}
     index = {"format": "guidance_nb latents 1", "classes": ["a"], "settings": settings, "vae": vae, "shards": entries}
-    _write_index(tmp_path, index)
+    (tmp_path / INDEX).write_text(json.dumps(index))
     files, before = len(os.listdir("/proc/self/fd")), resident()
     data = load_latents(tmp_path)
     data.fetch(torch.arange(0, 4096, 64), torch.Generator())

@@ -235,13 +235,18 @@ CROPS: dict[Crop, Callable[[Image.Image, Size], Image.Image]] = {"adm": crop_ima
 _ORIENTATION = 0x0112  # of EXIF; 5 to 8 exchange width and height
 
 
-def as_shown(file: Image.Image, channels: int) -> Image.Image:
-    "A PIL image as viewers show it, in RGB or grey: upright, and what is transparent on white."
+def to_pixels(file: Image.Image, channels: int, size: Size | None = None, crop: Crop = "adm") -> Tensor:
+    """A PIL image as uint8 `[channels, height, width]`, cropped to `size`.
+
+    It is as viewers show it, in RGB or grey: upright, and what is transparent on white.
+    """
     require(not file.mode.startswith(("I", "F")), "mode", file.mode, "8 bits per channel")
     image = ImageOps.exif_transpose(file)
     if "A" in file.getbands() or "transparency" in file.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB" if channels == 3 else "L")
+    image = image.convert("RGB" if channels == 3 else "L")
+    array = np.array(image if size is None else CROPS[crop](image, size))
+    return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1).contiguous()
 
 
 @contextmanager
@@ -256,9 +261,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 def read_image(path: str | Path, channels: int, size: Size | None = None, crop: Crop = "adm") -> Tensor:
     "An image file as uint8 `[channels, height, width]`, cropped to `size`; a damaged one is named."
     with _opened(path) as file:
-        image = as_shown(file, channels)
-    array = np.array(image if size is None else CROPS[crop](image, size))
-    return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1).contiguous()
+        return to_pixels(file, channels, size, crop)
 
 
 def _read_header(path: str | Path) -> tuple[tuple[int, int], str]:

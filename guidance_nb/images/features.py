@@ -220,21 +220,14 @@ def inception_weights(weights: str | Path | None = None) -> Path:
 _INCEPTION_LAYERS = {"features": "2048", "spatial": "768", "logits": "logits_unbiased"}
 
 
-def _inception(
-    weights: str | Path | None = None, layers: Collection[str] = tuple(_INCEPTION_LAYERS), name: str = INCEPTION
-) -> Extractor:
-    """The network of FID: Inception-v3 with TensorFlow's weights, by torch-fidelity, all layers in one pass.
-
-    Weights other than the ones behind FID need another name, which columns then contain.
-    """
+def _inception(weights: str | Path | None = None, layers: Collection[str] = tuple(_INCEPTION_LAYERS)) -> Extractor:
+    "The network of FID: Inception-v3 with TensorFlow's weights, by torch-fidelity, all layers in one pass."
     with extra("images"):
         from torch_fidelity.utils import create_feature_extractor
 
     path = inception_weights(weights)
-    theirs = name != INCEPTION or checksum(path).startswith(_INCEPTION_FILE[-12:-4])
-    require(theirs, "weights", f"{path}, which are not FID's", f"{_INCEPTION_FILE}, or a name= of their own")
-    if name != INCEPTION:
-        torch.load(path, map_location="cpu", weights_only=True)  # fails on code, before torch-fidelity unpickles it
+    theirs = checksum(path).startswith(_INCEPTION_FILE[-12:-4])
+    require(theirs, "weights", f"{path}, which are not FID's", _INCEPTION_FILE)
     wanted = {layer: theirs for layer, theirs in _INCEPTION_LAYERS.items() if layer in layers}
     options = {"cuda": False, "feature_extractor_weights_path": str(path), "verbose": False}
     network = create_feature_extractor(INCEPTION, [*wanted.values()], **options).to(best_device())
@@ -247,7 +240,7 @@ def _inception(
             found = dict(zip(wanted, network(images)))
         return {layer: seen.get(layer, rows) for layer, rows in found.items()}
 
-    return Extractor(name, features, best_device())
+    return Extractor(INCEPTION, features, best_device())
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # means and deviations of the channels, in [0, 1]
@@ -259,33 +252,29 @@ def _normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / deviation
 
 
-class _Block(nn.Module):
-    "Two convolutions and a shortcut without weights: subsample, then pad with zero channels."
-
-    def __init__(self, width: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.stride, self.pad = stride, (out - width) // 2
+class _Subsample(nn.Module):
+    "A shortcut without weights: every second pixel, in twice the channels, of which the outer ones are zero."
 
     def forward(self, x: Tensor) -> Tensor:
-        short = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(short + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
 
 
 class CifarResNet(nn.Module):
     "ResNet of `depth` layers for 32x32 images, option-A shortcuts; uint8 images in, logits out (arXiv 1512.03385)."
 
     def __init__(self, depth: int = 56) -> None:
+        with extra("images"):
+            from torchvision.models.resnet import BasicBlock
+
+        def stage(width: int, first: nn.Module) -> nn.Sequential:
+            return nn.Sequential(first, *(BasicBlock(width, width) for _ in range((depth - 2) // 6 - 1)))
+
         super().__init__()
         self.depth = depth
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        more = range((depth - 2) // 6 - 1)
-        self.layer1 = nn.Sequential(_Block(16, 16, 1), *(_Block(16, 16, 1) for _ in more))
-        self.layer2 = nn.Sequential(_Block(16, 32, 2), *(_Block(32, 32, 1) for _ in more))
-        self.layer3 = nn.Sequential(_Block(32, 64, 2), *(_Block(64, 64, 1) for _ in more))
+        self.layer1 = stage(16, BasicBlock(16, 16))
+        self.layer2 = stage(32, BasicBlock(16, 32, 2, _Subsample()))
+        self.layer3 = stage(64, BasicBlock(32, 64, 2, _Subsample()))
         self.linear = nn.Linear(64, 10)
 
     def layers(self, images: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """ImageNet-sized training: images encoded once into sharded latents, read back keyed, and decoded after sampling."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,19 +11,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from guidance_nb import _files as files
 from guidance_nb._checks import Count, checked, explained, require, require_that
 from guidance_nb._extras import extra
-from guidance_nb._files import (
-    Json,
-    clean_remnants,
-    differences,
-    digest,
-    parse_json,
-    read_text,
-    weights_digest,
-    write_aside,
-    write_file,
-)
+from guidance_nb._files import Json
 from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
 from guidance_nb.images.data import Crop, ImageData, ImageFiles, Size, from_uint8, load_images, to_uint8
 from guidance_nb.images.features import best_device
@@ -60,21 +51,21 @@ def draw_latents(moments: Tensor, noise: Tensor | None, factor: _Constant, shift
     return _by_channel(factor, drawn) * (drawn - _by_channel(shift, drawn))
 
 
-def undo_scaling(config: Mapping[str, Any], latents: Tensor) -> Tensor:
-    "What the decoder takes, z / f + b: the one convention for every autoencoder."
-    factor, shift = (_by_channel(constant, latents) for constant in latent_constants(config))
-    return latents / factor + shift
+@torch.no_grad()
+def decode_floats(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
+    "What the decoder makes of z / f + b, the one convention for every autoencoder: images around [-1, 1]."
+    factor, shift = (_by_channel(constant, latents) for constant in latent_constants(vae.config))
+    return vae.decode((latents / factor + shift).to(next(vae.parameters())), return_dict=False)[0]
 
 
-def load_vae(source: "AutoencoderKL | str | Path", device: str | torch.device | None = None) -> "AutoencoderKL":
+def load_vae(source: "AutoencoderKL | str | Path") -> "AutoencoderKL":
     "An `AutoencoderKL`, given, or by the folder or name of one or of a pipeline, without gradients."
     with extra("diffusers"):
         from diffusers import AutoencoderKL
 
     if isinstance(source, str | Path):
-        where = torch.device(device or best_device())
-        find_processes(where)  # where there are several, this points each at its own card
-        return _read_vae(str(source)).to(where)
+        find_processes(torch.device(best_device()))  # where there are several, this points each at its own card
+        return _read_vae(str(source)).to(best_device())
     fine = isinstance(source, AutoencoderKL)
     require(fine, "vae", f"a {type(source).__name__}", "a diffusers AutoencoderKL, or its folder or name")
     return source.eval().requires_grad_(False)
@@ -96,7 +87,7 @@ def describe_vae(vae: "AutoencoderKL") -> Json:
     facts: Json = dict(zip(("factor", "shift"), latent_constants(vae.config)))
     facts |= {key: int(vae.config[key]) for key in ("in_channels", "latent_channels")}
     facts["reduction"] = 2 ** (len(vae.config["block_out_channels"]) - 1)  # of the sides of images
-    return facts | {"sha256": weights_digest(vae.state_dict())}
+    return facts | {"sha256": files.weights_digest(vae.state_dict())}
 
 
 @torch.no_grad()
@@ -106,21 +97,19 @@ def encode(vae: "AutoencoderKL", images: Tensor) -> Tensor:
     return torch.stack([found.mean, found.std], 1).float().cpu()
 
 
-@torch.no_grad()
 def decode(
     vae: "AutoencoderKL",  # An autoencoder
     latents: Tensor,  # Latents as networks see them `[n, channels, height, width]`
     batch_size: int = 32,  # Latents at a time
 ) -> Tensor:  # Images `[n, channels, ...]`, uint8, on the CPU
     "Images of latents."
-    channels, weight = vae.config["latent_channels"], next(vae.parameters())
+    channels = vae.config["latent_channels"]
     fine = latents.ndim == 4 and latents.shape[1] == channels
     allowed = f"[n, {channels}, height, width], as this autoencoder makes"
     require(fine, "shape of latents", tuple(latents.shape), allowed)
     if not len(latents):
         return torch.empty(0, vae.config["out_channels"], 0, 0, dtype=torch.uint8)
-    parts = (undo_scaling(vae.config, part).to(weight) for part in latents.split(batch_size))
-    return torch.cat([to_uint8(vae.decode(part).sample.cpu()) for part in parts])
+    return torch.cat([to_uint8(decode_floats(vae, part).cpu()) for part in latents.split(batch_size)])
 
 
 def decode_all(vae: "AutoencoderKL", latents: Tensor, batch_size: int = 32, progress: bool = True) -> Tensor:
@@ -145,19 +134,19 @@ INDEX = "latents.json"
 _FORMAT = "guidance_nb latents 1"
 
 
-def shard_name(number: int) -> str:
+def shard_name(number: int, stem: str = "shard") -> str:
     "The file name of shard `number`."
-    return f"shard-{number:05d}.safetensors"
+    return f"{stem}-{number:05d}.safetensors"
 
 
 def write_shard(path: Path, moments: Tensor, labels: Tensor, settings: Mapping[str, object]) -> dict[str, object]:
     "Write moments `[n, views, 2, channels, height, width]` and labels `[n]` whole or not at all; its index entry."
     from safetensors.torch import save_file
 
-    promised = digest(moments, labels)
+    promised = files.digest(moments, labels)
     facts = {"format": _FORMAT, "settings": settings, "sha256": promised}
     tensors = {"moments": moments.contiguous(), "labels": labels.contiguous()}
-    with write_aside(path) as aside:
+    with files.write_aside(path) as aside:
         save_file(tensors, aside, {"guidance_nb": json.dumps(facts)})  # one key, for several have no order
     return _entry(path, labels, promised)
 
@@ -186,14 +175,14 @@ def open_shard(path: Path, verify: bool = False) -> tuple[dict[str, Tensor], obj
         raise _Damaged(path, "missing")
     try:
         with safe_open(path, "pt") as file:
-            facts = parse_json((file.metadata() or {}).get("guidance_nb", "{}"))
+            facts = files.parse_json((file.metadata() or {}).get("guidance_nb", "{}"))
             ours = isinstance(facts, dict) and facts.get("format") == _FORMAT
             require_that(ours, f"{path} holds no latents of this package", "shards of `guidance-nb encode`")
             tensors = {key: file.get_tensor(key) for key in ("moments", "labels")}
             settings, promised = facts["settings"], str(facts["sha256"])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise _Damaged(path, f"damaged ({' '.join(str(error).split())[:120]})") from None
-    if verify and (found := digest(tensors["moments"], tensors["labels"])) != promised:
+    if verify and (found := files.digest(tensors["moments"], tensors["labels"])) != promised:
         raise _Damaged(path, f"damaged: SHA-256 {found[:9]}... instead of {promised[:9]}...")
     return tensors, settings, promised
 
@@ -204,57 +193,59 @@ def find_shard(path: Path, settings: Mapping[str, object]) -> dict[str, object] 
         tensors, kept, promised = open_shard(path, verify=True)
     except _Damaged:
         return None
-    for key, old, new in differences(kept, settings):
+    for key, old, new in files.differences(kept, settings):
         require_that(False, f"{path} was made with {key} = {old!r}, not {new!r}", f"{old!r}, or another folder")
     return _entry(path, tensors["labels"], promised)
 
 
-@dataclass
-class _Encoding:
-    "Images on their way to latents; a shard is a function of the settings and of its images, and of nothing else."
+def make_shards(
+    path: Path, stem: str, index: Json, labels: Tensor, device: torch.device,
+    make: Callable[[Tensor], Iterable[Tensor]], progress: bool = False,
+) -> Json:  # fmt: skip
+    """Make shards of all rows, each process its own, and write the index to a path beside them; returns it.
 
-    data: ImageData
-    vae: "AutoencoderKL"
-    settings: Json  # What decides the numbers
-    out: Path  # Folder of the shards
-    batch_size: int  # Images at a time
+    A shard is a function of the settings and of its rows, which `make` gives in batches; a whole one of the same
+    settings is kept.
+    """
+    settings, (rank, world) = index["settings"], find_processes(device)
+    size, n = settings["shard_rows"], len(labels)
 
-    def moments(self, indices: Tensor, images: Tensor) -> Tensor:
-        "Moments of some images `[n, views, 2, channels, height, width]` as they are stored."
-        views = [images, images.flip(3)] if self.settings["flip"] else [images]
-        kind = self.settings["dtype"]
-        moments = torch.stack([encode(self.vae, view) for view in views], 1).to(getattr(torch, kind))
-        bad = (~moments.isfinite().flatten(1).all(1)).nonzero()[:, 0]
-        if len(bad):
-            files, first = self.data.pixels, int(indices[bad[0]])
-            file = files.paths[first] if isinstance(files, ImageFiles) else f"image {first} of {self.data.name}"
-            require_that(False, f"the latents of {file} are not finite in {kind}", "a sound image, or 'float32'")
-        return moments
-
-    def make(self, number: int) -> dict[str, object]:
-        "Make a shard, or keep the one that is there if it is whole and has the same settings; its entry in the index."
-        size = self.settings["shard_rows"]
-        path, rows = self.out / shard_name(number), torch.arange(len(self.data))[number * size :][:size]
-        if kept := find_shard(path, self.settings):
-            self.bar.update(len(rows))
+    def one(first: int) -> dict[str, object]:
+        file, rows = path.parent / shard_name(first // size, stem), torch.arange(first, min(first + size, n))
+        if kept := find_shard(file, settings):
+            bar.update(len(rows))
             return kept
         parts = []
-        for indices, images in prefetch(lambda i: (i, self.data.images(i)), rows.split(self.batch_size)):
-            parts.append(self.moments(indices, images))
-            self.bar.update(len(indices))
-        return write_shard(path, torch.cat(parts), self.data.labels[rows], self.settings)
+        for part in make(rows):
+            parts.append(part)
+            bar.update(len(part))
+        return write_shard(file, torch.cat(parts), labels[rows], settings)
 
-    def run(self, index: Json, progress: bool) -> Json:
-        "Make all shards, each process its own, and write the index, which is returned."
-        rank, world = find_processes(next(self.vae.parameters()).device)
-        numbers = range(rank, -(-len(self.data) // self.settings["shard_rows"]), world)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=-(-len(self.data) // world), disable=not progress or rank > 0, unit=" images") as self.bar:
-            found = in_all_processes(lambda: {k: self.make(k) for k in numbers}, world)
-        entries = {k: entry for part in found for k, entry in part.items()}
-        index = index | {"shards": [entries[k] for k in sorted(entries)]}
-        on_main(lambda: _write_index(self.out, index), rank, world)
-        return index
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=-(-n // world), disable=not progress or rank > 0, unit=" images") as bar:
+        made = in_all_processes(lambda: {k: one(k) for k in range(rank * size, n, size * world)}, world)
+    entries = {first: entry for part in made for first, entry in part.items()}
+    index = index | {"shards": [entries[first] for first in sorted(entries)]}
+    on_main(lambda: files.write_file(path, json.dumps(index, indent=1)), rank, world)
+    for pattern in (f"{stem}-*", path.name) if rank == 0 else ():  # what killed runs left behind
+        files.clean_remnants(path.parent, pattern)
+    return index
+
+
+def _posteriors(
+    data: ImageData, vae: "AutoencoderKL", settings: Json, batch_size: int, rows: Tensor
+) -> Iterator[Tensor]:
+    "Moments of some images in batches, `[n, views, 2, channels, height, width]` as they are stored."
+    kind = settings["dtype"]
+    for indices, images in prefetch(lambda i: (i, data.images(i)), rows.split(batch_size)):
+        views = [images, images.flip(3)] if settings["flip"] else [images]
+        moments = torch.stack([encode(vae, view) for view in views], 1).to(getattr(torch, kind))
+        bad = (~moments.isfinite().flatten(1).all(1)).nonzero()[:, 0]
+        if len(bad):
+            pixels, first = data.pixels, int(indices[bad[0]])
+            file = pixels.paths[first] if isinstance(pixels, ImageFiles) else f"image {first} of {data.name}"
+            require_that(False, f"the latents of {file} are not finite in {kind}", "a sound image, or 'float32'")
+        yield moments
 
 
 @checked
@@ -279,21 +270,16 @@ def encode_folder(
         data = load_images(data, split, size=size, channels=channels, crop=crop)
     fine = data.shape[0] == channels and not any(side % n for side in data.shape[1:])
     require(fine, "shape of the images", data.shape, f"{channels} channels, and sides that vae can divide by {n}")
-    files = data.pixels.paths if isinstance(data.pixels, ImageFiles) else [data.name]
-    names = "\n".join("/".join(Path(file).parts[-2:]) for file in files)  # class folder and file name
-    settings = {"pictures": len(data), "image": list(data.shape), "names": digest(f"{names}\n{data.labels.tolist()}")}
-    settings |= {"flip": flip, "dtype": dtype, "crop": crop, "shard_rows": shard_rows, "vae": facts}
+    paths = data.pixels.paths if isinstance(data.pixels, ImageFiles) else [data.name]
+    told = "\n".join("/".join(Path(file).parts[-2:]) for file in paths)  # class folder and file name
+    names = files.digest(f"{told}\n{data.labels.tolist()}")
+    settings = {"pictures": len(data), "image": list(data.shape), "names": names, "flip": flip, "dtype": dtype}
+    settings |= {"crop": crop, "shard_rows": shard_rows, "vae": facts}
     name = data.name if isinstance(source, ImageData) else str(source)
     index = {"format": _FORMAT, "name": name, "classes": list(data.classes), "settings": settings}
     index |= {"vae": {"name": named} | facts}
-    return _Encoding(data, vae, settings, Path(out), batch_size).run(index, progress)
-
-
-def _write_index(out: Path, index: Json) -> None:
-    "Write the index completely or not at all, and remove what killed runs left behind."
-    write_file(out / INDEX, json.dumps(index, indent=1))
-    for pattern in ("shard-*", INDEX):
-        clean_remnants(out, pattern)
+    make, device = partial(_posteriors, data, vae, settings, batch_size), next(vae.parameters()).device
+    return make_shards(Path(out) / INDEX, "shard", index, data.labels, device, make, progress)
 
 
 @dataclass
@@ -328,7 +314,7 @@ class LatentData:
     def digest(self) -> str:
         "What identifies the data at a resume: the numbers of its shards, and which of them it takes."
         shards = [shard["sha256"] for shard in self.index["shards"]]
-        return digest(json.dumps(shards), self.labels, *([] if self.chosen is None else [self.chosen]))[:16]
+        return files.digest(json.dumps(shards), self.labels, *([] if self.chosen is None else [self.chosen]))[:16]
 
     def moments(self, indices: Tensor, views: Tensor) -> Tensor:
         "Means and deviations `[b, 2, channels, height, width]` of some views, read shard by shard."
@@ -354,7 +340,7 @@ def read_index(folder: str | Path) -> Json:
     require_that(path.is_file(), f"{folder} holds {found}", "a folder that `guidance-nb encode` has finished")
     advice = "start the encoding again, which keeps the shards"
     with explained(f"{path} is damaged", advice, ValueError, KeyError, TypeError):
-        index = parse_json(read_text(path))
+        index = files.parse_json(files.read_text(path))
         stated = index["format"], sum(entry["rows"] for entry in index["shards"])
         wanted = _FORMAT, index["settings"]["pictures"]
         require(stated == wanted and index["classes"], "format and images", stated, f"{wanted}, and classes")
@@ -376,12 +362,10 @@ def load_latents(
     for entry in index["shards"]:
         path = folder / entry["file"]
         tensors, settings, promised = open_shard(path, verify)
-        same = promised == entry["sha256"] and not [*differences(settings, index["settings"])]
+        same = promised == entry["sha256"] and not [*files.differences(settings, index["settings"])]
         require_that(same, f"{path} belongs to another encoding than {folder / INDEX}", "shards of one run")
         shards.append(tensors["moments"])
         labels.append(tensors["labels"].clone())
-    c = torch.cat(labels)
-    if not limit:
-        return LatentData(index, shards, c, flip, posterior)
-    chosen = torch.randperm(len(c), generator=torch.Generator().manual_seed(0))[:limit].sort().values
-    return LatentData(index, shards, c[chosen], flip, posterior, chosen)
+    c, random = torch.cat(labels), torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(c), generator=random)[:limit].sort().values if limit else None
+    return LatentData(index, shards, c if chosen is None else c[chosen], flip, posterior, chosen)

@@ -1,7 +1,7 @@
 """Networks for images, by name: U-Nets, and transformers of `diffusers`, behind one interface, and classifiers."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from guidance_nb._checks import Count, Share, check_choice, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import NetworkDenoiser, Parametrisation, check_inputs, record_nfe
-from guidance_nb.images.unet import Blocks, UNetBody
+from guidance_nb.images._unet import Blocks, UNetBody
 from guidance_nb.networks import fourier_features
 from guidance_nb.paths import Path, expand_time
 
@@ -47,8 +47,18 @@ def _image_shape(shape: Sequence[int], factor: int, why: str) -> tuple[int, ...]
     return tuple(shape)
 
 
-def _check_input(x: Tensor, shape: tuple[int, ...]) -> None:
-    require(x.shape[1:] == shape, "shape of x", tuple(x.shape), f"[batch, {', '.join(map(str, shape))}]")
+class _ImageNetwork(nn.Module):
+    "`net(x, time, labels)`, or `net(x, time, labels, scale)`: the parts of every network for images."
+
+    shape: tuple[int, ...]  # (channels, height, width)
+    ask: Conditioning
+    output: Callable[[Tensor, Tensor, Tensor], Tensor]  # of data, times counted to a thousand, and what is asked
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
+        "Output `[batch, channels, height, width]`."
+        fine = x.shape[1:] == self.shape
+        require(fine, "shape of x", tuple(x.shape), f"[batch, {', '.join(map(str, self.shape))}]")
+        return self.output(x, 1000 * time, self.ask(labels, scale))
 
 
 def _zero(net: nn.Module, *ends: str) -> None:
@@ -60,7 +70,7 @@ def _zero(net: nn.Module, *ends: str) -> None:
 
 
 @checked
-class UNet(nn.Module):
+class UNet(_ImageNetwork):
     """ADM's U-Net (arXiv 2105.05233), as `diffusers` has it: `net(x, time, labels)`, or `net(x, time, labels, scale)`.
 
     Residual blocks with FiLM, h <- norm(h) (1 + gamma) + beta, whose last convolutions start at zero as ADM's do.
@@ -92,11 +102,10 @@ class UNet(nn.Module):
         self.net = UNetBody(shape[0] * patch**2, widths, blocks, attends, config)
         _zero(self.net, "conv2", "to_out.0", "conv_out")
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
-        "Output `[batch, channels, height, width]`."
-        _check_input(x, self.shape)
+    def output(self, x: Tensor, time: Tensor, asked: Tensor) -> Tensor:
+        "Output of patches."
         patches = nn.functional.pixel_unshuffle(x, self.patch)
-        return nn.functional.pixel_shuffle(self.net(patches, 1000 * time, self.ask(labels, scale)), self.patch)
+        return nn.functional.pixel_shuffle(self.net(patches, time, asked), self.patch)
 
 
 class _Given(nn.Module):
@@ -112,7 +121,7 @@ def _lay_out(embed: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
 
 
 @checked
-class DiT(nn.Module):
+class DiT(_ImageNetwork):
     """The transformer of DiT and SiT (arXiv 2212.09748) by `diffusers`: `net(x, time, labels)`, or with `scale`.
 
     Its embedders are ours, and it is initialised as the paper says: every block starts as the identity.
@@ -151,11 +160,9 @@ class DiT(nn.Module):
         for weight in (self.clock.linear_1.weight, self.clock.linear_2.weight, self.ask.label.weight):
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
-        "Output `[batch, channels, height, width]`."
-        _check_input(x, self.shape)
-        asked = self.clock(self.sines(1000 * time).to(x.dtype)) + self.ask(labels, scale)
-        return self.net(x, time, asked, return_dict=False)[0]
+    def output(self, x: Tensor, time: Tensor, asked: Tensor) -> Tensor:
+        "Output of tokens."
+        return self.net(x, time, self.clock(self.sines(time).to(x.dtype)) + asked, return_dict=False)[0]
 
 
 _UNET = {"head": 64, "film": True, "attention": (), "dropout": 0.0, "patch": 1}

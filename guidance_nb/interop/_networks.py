@@ -1,11 +1,10 @@
 """How the networks of diffusers are called: names of conditions, Flux's patches, the scale that some take."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guidance_nb._checks import require
 from guidance_nb._files import Json
@@ -61,26 +60,22 @@ def latent_channels(net: Network) -> int:
 
 def to_patches(x: Tensor) -> tuple[Tensor, Tensor]:
     "Latents as the row of 2 x 2 patches that Flux sees `[batch, patches, 4 channels]`, and positions `[patches, 3]`."
-    b, channels, height, width = x.shape
+    height, width = x.shape[2:]
     require(height % 2 == width % 2 == 0, "shape of x", tuple(x.shape), "even height and width, for patches of 2 x 2")
-    tokens = x.reshape(b, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    positions = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(x)
-    return tokens.reshape(b, -1, 4 * channels), positions
+    positions = torch.cartesian_prod(torch.arange(1), torch.arange(height // 2), torch.arange(width // 2))
+    return nn.functional.pixel_unshuffle(x, 2).flatten(2).mT, positions.to(x)
 
 
 def from_patches(tokens: Tensor, shape: torch.Size) -> Tensor:
     "The inverse of `to_patches`, for latents of a shape."
-    b, channels, height, width = shape
-    grid = tokens.reshape(b, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return grid.reshape(shape)
+    return nn.functional.pixel_shuffle(tokens.mT.unflatten(2, (shape[2] // 2, shape[3] // 2)), 2)
 
 
 def embed_scale(scale: Tensor, width: int) -> Tensor:
     "Sines and cosines of 1000 (scale - 1) `[batch, width]`, as pipelines of Stable Diffusion feed them to the network."
-    rates = torch.exp(-math.log(10000.0) / (width // 2 - 1) * torch.arange(width // 2, device=scale.device))
-    angles = 1000 * (scale.float() - 1)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], 1)
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    return get_timestep_embedding(1000 * (scale.float() - 1), width, downscale_freq_shift=1)
 
 
 def takes_scale(net: Network) -> bool:

@@ -1,7 +1,7 @@
 """Captioned pictures, and what of them is computed once: latents, and an embedding for each distinct caption."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from guidance_nb._checks import check_choice, checked, explained, require, require_that
-from guidance_nb._extras import extra
-from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, weights_digest, write_file
-from guidance_nb._processes import find_processes, in_all_processes, on_main
-from guidance_nb.images.data import CROPS, Crop, ImageData, ImageFiles, Size, as_shown, common_size, image_files
-from guidance_nb.images.latents import LatentData, encode_folder, find_shard, load_latents, open_shard, write_shard
+from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, weights_digest
+from guidance_nb.images.data import Crop, ImageData, ImageFiles, Size, common_size, image_files, to_pixels
+from guidance_nb.images.latents import LatentData, encode_folder, load_latents, make_shards, open_shard
 from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop.diffusers import PipelineParts
 from guidance_nb.interop.text_denoiser import check_pipeline
@@ -67,29 +65,16 @@ def find_captions(folder: Path, column: str = "text") -> dict[Path, str]:
     return {path: _said(found.get(path), str(path), where or path.with_suffix(".txt").name) for path in pictures}
 
 
-@dataclass
-class _DatasetPictures:
-    "Pictures of a `datasets.Dataset`, decoded and cropped when asked for."
-
-    dataset: "Dataset"  # What is indexed by number and gives rows
-    column: str  # Column of the pictures
-    size: Size | None  # Side, or height and width, to crop and resize to; None wants pictures of one size
-    crop: Crop  # A key of `CROPS`
-    name: str  # What to call the data in messages
-
-    def one(self, i: int) -> Tensor:
-        "Picture i, uint8 `[3, height, width]`."
-        with extra("images"):
-            from torchvision.transforms.functional import pil_to_tensor
-
-        with explained(f"picture {i} of {self.name} cannot be read", "pictures", Exception):  # of many kinds
-            picture = as_shown(self.dataset[i][self.column], 3)
-        return pil_to_tensor(picture if self.size is None else CROPS[self.crop](picture, self.size))
-
-    def __call__(self, indices: Tensor) -> Tensor:
-        "The pictures `[b, 3, height, width]`, uint8."
-        with explained(f"pictures of {self.name} differ in size", "pictures of one size, or give size", RuntimeError):
-            return torch.stack([self.one(i) for i in indices.tolist()])
+def _dataset_pictures(
+    dataset: "Dataset", column: str, size: Size | None, crop: Crop, name: str, indices: Tensor
+) -> Tensor:
+    "Some pictures of a `datasets.Dataset`, uint8 `[b, 3, height, width]`."
+    found = []
+    for i in indices.tolist():
+        with explained(f"picture {i} of {name} cannot be read", "pictures", Exception):  # of many kinds
+            found.append(to_pixels(dataset[i][column], 3, size, crop))
+    with explained(f"pictures of {name} differ in size", "pictures of one size, or give size", RuntimeError):
+        return torch.stack(found)
 
 
 @checked
@@ -104,8 +89,8 @@ def load_captioned(
         for wanted in (column, pictures):
             check_choice(f"column of {name}", wanted, source.column_names)
         captions = [_said(text, f"picture {i} of {name}", f"{column!r}") for i, text in enumerate(source[column])]
-        pixels = _DatasetPictures(source, pictures, size, crop, name)
-        height, width = pixels.one(0).shape[1:] if size is None else common_size([], size)
+        pixels = partial(_dataset_pictures, source, pictures, size, crop, name)
+        height, width = pixels(torch.zeros(1, dtype=torch.long)).shape[2:] if size is None else common_size([], size)
     else:
         found, name = find_captions(Path(source), column), str(source)
         paths, captions = [str(path) for path in found], list(found.values())
@@ -125,22 +110,13 @@ def _cache_text(pipeline: Pipeline, captions: Sequence[str], out: Path) -> None:
     texts, parts = ["", *captions], PipelineParts(pipeline.unet, pipeline)
     settings = {"captions": _texts_digest(captions), "dtype": "float32", "shard_rows": _SHARD_ROWS}
     settings |= {"encoder": weights_digest(pipeline.text_encoder.state_dict())}
-    rank, world = find_processes(next(pipeline.text_encoder.parameters()).device)
 
-    def make(number: int) -> Json:
-        path, first = out / f"text-{number:05d}.safetensors", number * _SHARD_ROWS
-        if kept := find_shard(path, settings):
-            return kept
-        rows = texts[first : first + _SHARD_ROWS]
-        batches = [parts.encode(rows[i : i + 64]) for i in range(0, len(rows), 64)]
-        embedded = torch.cat([c.cpu().float() for c in batches])  # type: ignore[union-attr]
-        return write_shard(path, embedded, torch.arange(first, first + len(rows)), settings)
+    def embed(rows: Tensor) -> Iterator[Tensor]:
+        for some in rows.split(64):
+            yield parts.encode([texts[i] for i in some]).cpu().float()  # type: ignore[union-attr]
 
-    numbers = range(rank, -(-len(texts) // _SHARD_ROWS), world)
-    made = in_all_processes(lambda: [make(number) for number in numbers], world)
-    shards = sorted((shard for part in made for shard in part), key=lambda shard: shard["file"])
-    index = json.dumps({"settings": settings, "shards": shards}, indent=1)
-    on_main(partial(write_file, out / "text.json", index), rank, world)
+    device = next(pipeline.text_encoder.parameters()).device
+    make_shards(out / "text.json", "text", {"settings": settings}, torch.arange(len(texts)), device, embed)
 
 
 @dataclass

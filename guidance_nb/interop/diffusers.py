@@ -15,7 +15,7 @@ from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
 from guidance_nb.images.data import Size, find_sides
-from guidance_nb.images.latents import undo_scaling
+from guidance_nb.images.latents import decode_floats
 from guidance_nb.interop import _networks as networks
 from guidance_nb.interop._networks import Network, Pipeline, Scheduler
 from guidance_nb.interop.schedulers import SchedulerFacts, path_from_scheduler
@@ -49,15 +49,6 @@ def open_pipeline(source: Pipeline | str | Path) -> Pipeline:
 def _has_encoder(pipeline: Pipeline) -> bool:
     "Whether a pipeline can encode prompts."
     return any(getattr(pipeline, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
-
-
-@torch.no_grad()
-def _decode_latents(vae: "AutoencoderKL | None", latents: Tensor) -> Tensor:
-    "Images of latents: undo the pipeline's scaling, then decode; without `vae` the data are the images."
-    if vae is None:
-        return latents
-    x = undo_scaling(vae.config, latents).to(next(vae.parameters()))
-    return vae.decode(x, return_dict=False)[0]
 
 
 @dataclass(frozen=True)
@@ -174,7 +165,7 @@ class DiffusersDenoiser(NetworkDenoiser):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         "Images of samples, in [-1, 1] up to what the decoder exceeds."
-        return _decode_latents(self.parts.vae, latents)
+        return latents if self.parts.vae is None else decode_floats(self.parts.vae, latents)
 
     def network_condition(self, c: Condition | None, drop: Tensor | None, x: Tensor) -> Condition:
         "The condition of every row, the null condition where there is none."

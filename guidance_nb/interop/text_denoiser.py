@@ -144,9 +144,7 @@ class TwoStageAlignedLoss(AlignedLoss):
         x, y = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
         e_u: Tensor = checkpoint(model.output, x, t, use_reentrant=False)  # first, so its turn backward comes last
         e_c = model.output(x, t, c)
-        error = (y - (e_u + self.scale * (e_c - e_u))).square()
-        if self.anchor:
-            error = error + self.anchor * (y - e_u).square()
+        error = (y - (e_u + self.scale * (e_c - e_u))).square() + self.anchor * (y - e_u).square()
         return error.flatten(1).mean(1)
 
 

@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from guidance_nb._extras import extra
 from guidance_nb._layers import Layer
 
-__all__: list[str] = []
-
 
 @dataclass(frozen=True)
 class Blocks:
