@@ -134,7 +134,7 @@ def test_a_resumed_run_keeps_its_times(tmp_path):
         "no path": (lambda: TrainingTimes().draw(U, None), "path of the model = None; allowed: one, for times"),
         "a recipe": (
             lambda: _make_times(read_recipe("mnist-base", {"times": "0"})),
-            "method.times = (0.0,); allowed: a mean and a deviation",
+            "method.times = '0'; allowed: a list of 2 numbers",
         ),
         "a weighted classifier": (
             lambda: TrainingTimes(weight="p2").weigh(U, U, torch.nn.Identity()),

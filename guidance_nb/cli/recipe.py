@@ -49,7 +49,7 @@ class Table(pydantic.BaseModel):
         if inner := _inner(cls, name):
             given = value if isinstance(value, Mapping | Table) else {next(iter(inner.model_fields)): value}
             return dict(cls.model_fields[name].default) | dict(given)
-        if isinstance(value, str) and (get_origin(hint) is tuple or (hint == _Size and "," in value)):
+        if isinstance(value, str) and (get_origin(hint) is tuple or (hint in (_Size, _Pair) and "," in value)):
             value = [part for part in map(str.strip, value.strip("[]").split(",")) if part]
         parts = value if isinstance(value, list | tuple) else [value]
         if hint is not bool and any(isinstance(part, bool) for part in parts):
@@ -112,6 +112,7 @@ def key(default: object, meaning: str, **rules: Any) -> Any:
 
 SEED: Json = {"ge": 0, "lt": 2**63}
 _Size = pydantic.NonNegativeInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt]
+_Pair = tuple[float, float] | tuple[()]
 
 
 class DataTable(Table):
@@ -172,7 +173,7 @@ class _MethodTable(Table):
     guided_share: float = key(0.5, 'Share of a scale-aware "model_guidance" at a drawn scale, not at 1', ge=0, le=1)
     unconditional: Literal["null", "contrastive", "uniform"] = key("null", 'What "model_guidance" guides away from')
     interval: tuple[float, float] = key((0.0, 0.75), 'Times at which "model_guidance" guides')
-    times: tuple[float, ...] = key((), "Mean and deviation of log(sigma / alpha) at training times; empty: usual ones")
+    times: _Pair = key((), "Mean and deviation of log(sigma / alpha) at training times; empty: usual ones")
     time_shift: float = key(1.0, "Factor on sigma / alpha at training times, above 1 for larger images", gt=0)
     weight: _Weight = key("", "Weighting over noise levels; empty keeps the loss's own")
     start_step: int = key(0, 'Step at which "model_guidance" begins to guide', ge=0)

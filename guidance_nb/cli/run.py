@@ -157,7 +157,6 @@ def _make_times(recipe: Recipe) -> TrainingTimes | None:
     method = recipe.method
     options: Json = {"shift": method.time_shift, "weight": method.weight or None}
     if method.times:
-        require(len(method.times) == 2, "method.times", method.times, "a mean and a deviation")
         return LogNormalTimes(**options, mean=method.times[0], std=method.times[1])
     return TrainingTimes(**options) if options != {"shift": 1.0, "weight": None} else None
 
