@@ -4,12 +4,12 @@ A rule about one argument alone stands in its type: `@checked` reads `Share`, `C
 """
 
 import difflib
-import functools
 import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_origin
 
@@ -131,16 +131,15 @@ def _rule(hint: object) -> Callable[[str, object], object] | None:
 def checked(made: _F) -> _F:
     """Let a function, or the constructor of a class, check the arguments given by the rules in their types."""
     function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
-    hints = {name: part.annotation for name, part in inspect.signature(function).parameters.items()}
-    rules = {name: rule for name, hint in hints.items() if (rule := _rule(hint))}
+    signature = inspect.signature(function)
+    rules = {name: rule for name, part in signature.parameters.items() if (rule := _rule(part.annotation))}
 
-    def ruled(name: str, value: object) -> object:
-        return rules[name](name, value) if name in rules else value
-
-    @functools.wraps(function)
+    @wraps(function)
     def call(*args: object, **options: object) -> object:
-        first = [ruled(name, value) for name, value in zip(hints, args)]
-        return function(*first, *args[len(first) :], **{name: ruled(name, value) for name, value in options.items()})
+        given = signature.bind(*args, **options)
+        named = given.arguments
+        named |= {name: rule(name, named[name]) for name, rule in rules.items() if name in named}
+        return function(*given.args, **given.kwargs)
 
     if not isinstance(made, type):
         return call  # type: ignore[return-value]
@@ -148,26 +147,21 @@ def checked(made: _F) -> _F:
     return made
 
 
-check_interval = functools.partial(check_range, allowed="two times, 0 <= first <= last <= 1", high=1)
+_TINY = math.ulp(0.0)
+check_interval = partial(check_range, allowed="two times, 0 <= first <= last <= 1", high=1)
 
 WithScore = Annotated["Denoiser", check_denoiser]
 AnyDenoiser = Annotated["Denoiser", check_kind]
 Number = Annotated[float, check_number]  # finite
-AtLeastZero = Annotated[float, functools.partial(check_number, low=0)]
+AtLeastZero = Annotated[float, partial(check_number, low=0)]
 NonZero = Annotated[float, check_nonzero]
-Positive = Annotated[float, functools.partial(check_number, low=math.ulp(0.0), allowed="a positive, finite number")]
-PositiveOrInf = Annotated[
-    float, functools.partial(check_number, low=math.ulp(0.0), high=math.inf, allowed="a number above 0, or inf")
-]
-AtLeastZeroOrInf = Annotated[
-    float, functools.partial(check_number, low=0, high=math.inf, allowed="0 or more, infinity included")
-]
-Share = Annotated[float, functools.partial(check_number, low=0, high=1)]
+Positive = Annotated[float, partial(check_number, low=_TINY, allowed="a positive, finite number")]
+PositiveOrInf = Annotated[float, partial(check_number, low=_TINY, high=math.inf, allowed="above 0, or inf")]
+AtLeastZeroOrInf = Annotated[float, partial(check_number, low=0, high=math.inf, allowed="0 or more, or inf")]
+Share = Annotated[float, partial(check_number, low=0, high=1)]
 Whole = Annotated[int, check_whole]  # 0 or more
-Count = Annotated[int, functools.partial(check_whole, low=1)]
-Seed = Annotated[int, functools.partial(check_whole, high=2**64 - 1)]
+Count = Annotated[int, partial(check_whole, low=1)]
+Seed = Annotated[int, partial(check_whole, high=2**64 - 1)]
 Interval = Annotated[Ends, check_interval]
 ScaleRange = Annotated[Ends, check_range]
-PositiveRange = Annotated[
-    Ends, functools.partial(check_range, low=math.ulp(0.0), allowed="None, or (low, high) with 0 < low <= high")
-]
+PositiveRange = Annotated[Ends, partial(check_range, low=_TINY, allowed="None, or (low, high) with 0 < low <= high")]

@@ -9,6 +9,7 @@ from guidance_nb._checks import require_that
 
 from .denoisers import check_labels
 
+Features = Tensor | tuple[Tensor, Tensor]  # or their mean and covariance
 SPARE = 8  # candidates beyond k; more are taken where these do not decide
 MEMORY = 2**28  # bytes that one table of distances may take
 CACHE = 2**23  # bytes of a table that a processor has near at hand
@@ -28,17 +29,14 @@ def as_points(name: str, x: Tensor, dim: int | None = None, at_least: int = 1) -
 
 def as_labels(name: str, c: Tensor, n: int, num_classes: int | None = None) -> Tensor:
     "n labels as int64 on the CPU; a wrong type, length or range is a `ValueError` that names the argument."
-    try:
-        return check_labels(c, 2**31 if num_classes is None else num_classes, n).cpu().long()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    return check_labels(c, 2**31 if num_classes is None else num_classes, n, name).cpu().long()
 
 
-def moments(name: str, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def moments(name: str, x: Features, dim: int | None = None) -> tuple[Tensor, Tensor]:
     "Mean `[d]` and unbiased covariance `[d, d]` of points, float64; moments pass as they are."
     if isinstance(x, tuple):
         return x[0].double(), x[1].double()
-    points = as_points(name, x, at_least=2)
+    points = as_points(name, x, dim, at_least=2)
     mean = points.mean(0)
     points = points - mean
     return mean, points.T @ points / (len(points) - 1)

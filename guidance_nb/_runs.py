@@ -11,6 +11,7 @@ from torch import Tensor
 from ._conditions import Condition
 
 T = TypeVar("T")
+Functions = Callable[[Tensor], tuple[Tensor, ...]]  # of times, each shaped like them
 
 
 class _Run:
@@ -46,13 +47,11 @@ def is_of_run(t: Tensor, c: Condition | None) -> bool:
     return run is not None and id(t) in run.places and id(c) in run.known
 
 
-def at_time(
-    owner: object,  # Whose functions they are
-    name: str,  # What is computed
-    compute: Callable[[Tensor], tuple[Tensor, ...]],  # Functions of times, each shaped like them
-    t: Tensor,
-) -> list[Any] | None:  # Their values as numbers, None for a time that is of no run
-    "Functions of a time, computed for all times of a run together."
+def at_time(owner: object, name: str, compute: Functions, t: Tensor) -> list[Any] | None:
+    """Functions of time as numbers for a time of a run, computed for all its times together.
+
+    They are known by their `owner` and a `name`; None for a time that is of no run.
+    """
     run = _this_run()
     if run is None or id(t) not in run.places:
         return None

@@ -13,19 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import metrics
 from ._checks import check_choice
-from guidance_nb.metrics import (
-    class_accuracy,
-    coverage,
-    digits_classifier,
-    frechet,
-    nearest_neighbours,
-    nll,
-    outlier_rate,
-    outlier_threshold,
-    precision_recall,
-    sliced_wasserstein,
-)
 from guidance_nb.mixtures import (
     Mixture,
     digits,
@@ -50,18 +39,17 @@ class Problem:
     @cached_property
     def threshold(self) -> Tensor:
         "Log densities below which a sample counts as an outlier, by class."
-        return outlier_threshold(self.mixture)
+        return metrics.outlier_threshold(self.mixture)
 
     @cached_property
     def classifier(self) -> Mixture | Callable[[Tensor], Tensor]:
         "The evaluation classifier, which never saw a generated sample."
-        return digits_classifier() if self.name == "digits" else self.mixture
+        return metrics.digits_classifier() if self.name == "digits" else self.mixture
 
 # %% ../nbs/20_comparison.ipynb #02b673dc
-def load_problem(
-    data: str,  # "fractal" or "digits"
-) -> Problem:  # The same on every call
-    "The data of one comparison."
+def load_problem(data: str) -> Problem:
+    """The `data` of one comparison, "fractal" or "digits": the same on every
+    call."""
     check_choice("data", data, ("fractal", "digits"))
     if data == "digits":
         x, c = digits("train")
@@ -72,27 +60,27 @@ def load_problem(
     return Problem(data, x, c, real, real_c, mixture)
 
 # %% ../nbs/20_comparison.ipynb #a4e26392
-def score_samples(
-    x: Tensor,  # Samples, `[n, d]`
-    c: Tensor,  # Their labels, `[n]`
-    problem: Problem,  # What they should look like
-) -> dict[str, float]:  # Metrics by name
-    """Against the exact density of the fractal, or against held-out digits, by
+def score_samples(x: Tensor, c: Tensor, problem: Problem) -> dict[str, float]:
+    """Metrics of samples `x` `[n, d]` with labels `c` `[n]` of a `problem`:
+    against the exact density of the fractal, or against held-out digits, by
     pixels."""
-    accuracy = class_accuracy(x, c, problem.classifier)
+    accuracy = metrics.class_accuracy(x, c, problem.classifier)
     if problem.name == "digits":
-        precision, recall = precision_recall(problem.real, x)
+        precision, recall = metrics.precision_recall(problem.real, x)
+        near, _ = metrics.nearest_neighbours(x, problem.x)
         return {
             "class_accuracy": accuracy,
-            "frechet": frechet(x, problem.real),
+            "frechet": metrics.frechet(x, problem.real),
             "precision": precision,
             "recall": recall,
-            "nearest_train_distance": nearest_neighbours(x, problem.x)[0].mean().item(),
+            "nearest_train_distance": near.mean().item(),
         }
+    real, real_c, mixture = problem.real, problem.real_c, problem.mixture
+    outliers = metrics.outlier_rate(x, c, mixture, problem.threshold)
     return {
-        "outlier_rate": outlier_rate(x, c, problem.mixture, problem.threshold),
-        "coverage": coverage(problem.real, x, problem.real_c, c),
-        "sliced_wasserstein": sliced_wasserstein(x, problem.real, c, problem.real_c),
-        "nll": nll(x, c, problem.mixture),
+        "outlier_rate": outliers,
+        "coverage": metrics.coverage(real, x, real_c, c),
+        "sliced_wasserstein": metrics.sliced_wasserstein(x, real, c, real_c),
+        "nll": metrics.nll(x, c, mixture),
         "class_accuracy": accuracy,
     }

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_kind, checked, require_that
+from ._checks import AnyDenoiser, check_choice, checked, require_that
 from ._conditions import C, Condition, drop_rows, join, null_rows, repeat
 from ._runs import at_time, is_of_run, once
 from .paths import Path, change_path, check_time, clamp_time, expand_time
@@ -87,9 +87,11 @@ def to_prediction(
             t = clamp_time(path, t, "noise" if prediction == "eps" else "data")
         a, b = target_coefficients(prediction, path, t, sigma_data)
         alpha, sigma = path.alpha(t), path.sigma(t)
-        return tuple(torch.stack([a, b, alpha, sigma]) / (alpha * b - sigma * a))
+        determinant = alpha * b - sigma * a
+        return tuple(torch.stack([a, b, alpha, sigma]) / determinant)
 
-    a, b, alpha, sigma = path.coefficients(f"{prediction} {sigma_data}", solve, t, x)
+    name = f"{prediction} {sigma_data}"
+    a, b, alpha, sigma = path.coefficients(name, solve, t, x)
     return Prediction(b * x - sigma * y, alpha * y - a * x)
 
 # %% ../nbs/01_denoisers.ipynb #e60ca5ab
@@ -103,26 +105,25 @@ def guide(
 ) -> Prediction:  # The guided pair
     """Extrapolate from the reference through the conditional prediction, eq.
     (4)."""
-    return Prediction(*(r + scale * (c - r) for c, r in zip(conditional, reference)))
+    pairs = zip(conditional, reference)
+    return Prediction(*(r + scale * (c - r) for c, r in pairs))
 
 # %% ../nbs/01_denoisers.ipynb #84871184
-Batching = Literal["auto", "batched", "sequential"]  # Two predictions by one pass of twice the rows, or by two
+# Two predictions by one pass of twice the rows, or by two
+Batching = Literal["auto", "batched", "sequential"]
 
 # %% ../nbs/01_denoisers.ipynb #84871183
-EMBEDDINGS = -1  # `num_classes` of a model whose conditions are embeddings `[batch, ...]`, or a mapping of such
+# `num_classes` of a model whose conditions are embeddings `[batch, ...]`, or a
+# mapping of such
+EMBEDDINGS = -1
 
 # %% ../nbs/01_denoisers.ipynb #18c18096
 class Denoiser(nn.Module):
     """The interface of every model here: posterior means at (x, t), with or
-    without a condition."""
+    without a condition, on a Gaussian `path`. `num_classes` is 0 for a model
+    without classes, and `EMBEDDINGS` for one that takes text."""
 
-    def __init__(
-        self,
-        path: Path,  # The Gaussian path the model lives on
-        # Number of classes; 0 for a model without classes, `EMBEDDINGS` for one
-        # that takes text
-        num_classes: int = 0,
-    ):
+    def __init__(self, path: Path, num_classes: int = 0):
         super().__init__()
         self.path, self.num_classes = path, num_classes
 
@@ -174,9 +175,10 @@ class Denoiser(nn.Module):
     def for_rows(self, rows: Tensor | slice) -> "Denoiser":
         """The same model for some samples of a batch: what it holds for each
         sample is narrowed to them."""
-        parts = {name: part for name, part in self._modules.items() if isinstance(part, Denoiser)}
-        narrow = {name: part.for_rows(rows) for name, part in parts.items()}
-        if all(narrow[name] is parts[name] for name in parts):
+        parts = self._modules.items()
+        inner = {name: m for name, m in parts if isinstance(m, Denoiser)}
+        narrow = {name: m.for_rows(rows) for name, m in inner.items()}
+        if all(narrow[name] is inner[name] for name in inner):
             return self
         twin = copy.copy(self)
         twin._modules = {**self._modules, **narrow}
@@ -200,43 +202,54 @@ class Denoiser(nn.Module):
 
     def extra_repr(self) -> str:
         "The path and the number of classes, as `print(model)` shows them."
-        classes = "embeddings" if self.num_classes == EMBEDDINGS else self.num_classes
+        embeddings = self.num_classes == EMBEDDINGS
+        classes = "embeddings" if embeddings else self.num_classes
         return f"path={self.path}, num_classes={classes}"
 
 # %% ../nbs/01_denoisers.ipynb #1f49e9eb
 def shown(x: object) -> str:
     "What `x` is, in a message: its type and shape."
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {tuple(x.shape)}"
+    return type(x).__name__
 
 
-def check_labels(c: C, num_classes: int, batch: int) -> C:
-    "The `c` of a `batch` for `num_classes`; a `ValueError` for a wrong type, shape or range."
+def check_labels(c: C, num_classes: int, batch: int, name: str = "c") -> C:
+    """The `c` of a `batch` for `num_classes`; a `ValueError` that calls it
+    `name` for a wrong type, shape or range."""
     if num_classes == EMBEDDINGS:
         parts = [*c.values()] if isinstance(c, Mapping) else [c]
-        fine = parts and all(isinstance(part, Tensor) and part.ndim and len(part) == batch for part in parts)
-        fine = fine and (not isinstance(c, Tensor) or (c.is_floating_point() and c.ndim > 1))
-        require_that(fine, f"c is {shown(c)}", f"embeddings [batch, ...] with batch = {batch}, or None")
+        sizes = [part.shape[:1] for part in parts if isinstance(part, Tensor)]
+        fine = parts and sizes == [(batch,)] * len(parts)
+        if isinstance(c, Tensor):
+            fine = fine and c.is_floating_point() and c.ndim > 1
+        allowed = f"embeddings [batch, ...] with batch = {batch}, or None"
+        require_that(fine, f"{name} is {shown(c)}", allowed)
         return c
-    if not isinstance(c, Tensor) or c.dtype not in (torch.int64, torch.int32) or c.shape != (batch,):
-        raise ValueError(f"c is {shown(c)}; allowed: a LongTensor [batch] = [{batch}] of class indices, or None")
-    if batch and not (0 <= (ends := torch.aminmax(c)).min.item() and ends.max.item() < num_classes):
-        bad = (c < 0) | (c >= num_classes)
-        allowed = f"0 to {num_classes - 1}" if num_classes else "None, for the model has no classes"
-        raise ValueError(f"c contains {c[bad][0].item()}; allowed: {allowed}")
+    whole = isinstance(c, Tensor) and c.dtype in (torch.int64, torch.int32)
+    if not whole or c.shape != (batch,):
+        allowed = f"a LongTensor [batch] = [{batch}] of class indices, or None"
+        raise ValueError(f"{name} is {shown(c)}; allowed: {allowed}")
+    if (bad := (c < 0) | (c >= num_classes)).any():
+        some = f"0 to {num_classes - 1}"
+        allowed = some if num_classes else "None, for the model has no classes"
+        raise ValueError(f"{name} contains {c[bad][0]}; allowed: {allowed}")
     return c
 
 # %% ../nbs/01_denoisers.ipynb #7dadd7b8
 def check_inputs(x: Tensor, t: Tensor | float, c: Condition | None, num_classes: int) -> Tensor:
-    "Check `x`, `t`, and `c` for `num_classes`, and give `t` as a tensor; on an accelerator only shapes are looked at."
+    """Check `x`, `t`, and `c` for `num_classes`, and give `t` as a tensor; on an
+    accelerator only shapes are looked at."""
     if isinstance(t, Tensor) and is_of_run(t, c):
         return t
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x is {shown(x)}; allowed: a floating-point tensor [batch, ...]")
     t = check_time(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
-        raise ValueError(f"t has shape {tuple(t.shape)}; allowed: a scalar or [batch] = [{len(x)}]")
-    readable = not torch.compiler.is_compiling() and (not isinstance(c, Tensor) or c.device.type == "cpu")
-    if c is not None and readable:
+        allowed = f"a scalar or [batch] = [{len(x)}]"
+        raise ValueError(f"t has shape {tuple(t.shape)}; allowed: {allowed}")
+    unread = isinstance(c, Tensor) and c.device.type != "cpu"
+    if c is not None and not unread and not torch.compiler.is_compiling():
         check_labels(c, num_classes, len(x))
     return t
 
@@ -290,12 +303,12 @@ class NetworkDenoiser(Denoiser):
         null: Condition | None = None,
     ):
         super().__init__(path, num_classes)
-        self.net, self.sigma_data, self.scale_aware = net, sigma_data, scale_aware
+        self.net, self.prediction, self.sigma_data = net, prediction, sigma_data
+        self.scale_aware = scale_aware
         if isinstance(null, Tensor):
             self.register_buffer("null", null)
         else:
             self.null = null
-        self.prediction = check_choice("prediction", prediction, PREDICTIONS)
 
     def network_inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Data and time `[batch]` as the network sees them; EDM's have unit
@@ -305,12 +318,13 @@ class NetworkDenoiser(Denoiser):
             return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
 
         x = x.to(once(None, precision, self))
-        wide = torch.promote_types(x.dtype, torch.float32)  # 16 bits would round the time
+        # 16 bits would round the time
+        wide = torch.promote_types(x.dtype, torch.float32)
         known = at_time(self, "time", lambda t: (t,), t)
         if known is None:
             time = t.to(x.device, wide).expand(len(x))
         else:
-            time = torch.full(x.shape[:1], known[0], dtype=wide, device=x.device)
+            time = torch.full([len(x)], known[0], dtype=wide, device=x.device)
         if self.prediction != "edm":
             return x, time
         total = (self.path.sigma(time) ** 2 + (self.path.alpha(time) * self.sigma_data) ** 2).sqrt()
@@ -343,9 +357,9 @@ class NetworkDenoiser(Denoiser):
         if self.prediction == "eps" and at_time(self, "late", lambda t: (t > clamp_time(self.path, t),), t) != [False]:
             asked, t = t, clamp_time(self.path, t)
             if t.device.type == "cpu" and not torch.compiler.is_compiling() and (asked > t).any():
-                told = f"prediction = 'eps' says nothing about data at t = 1 of {self.path}: "
-                told += "train it to predict 'velocity' or 'v', or begin sampling below t = 1 with `times`"
-                warnings.warn(told, stacklevel=2)
+                told = "prediction = 'eps' says nothing about data at t = 1 of"
+                cure = "train it to predict 'velocity' or 'v', or begin below 1"
+                warnings.warn(f"{told} {self.path}: {cure}", stacklevel=2)
         inputs = (*self.network_inputs(x, t), self.network_condition(c, drop, x))
         if self.scale_aware:
             given = inputs[0].new_ones(()) if scale is None else torch.as_tensor(scale)
@@ -356,13 +370,16 @@ class NetworkDenoiser(Denoiser):
         try:
             return self.net(*inputs).to(x.dtype)
         except IndexError as error:
-            rows = f"{self.num_classes + 1} rows, label {self.num_classes} being the null label, for no condition"
-            raise ValueError(f"net has no embedding for one of its labels ({error}); allowed: {rows}") from None
+            null = self.num_classes
+            rows = f"{null + 1} rows, label {null} being the null label"
+            told = f"net has no embedding for one of its labels ({error})"
+            raise ValueError(f"{told}; allowed: {rows}") from None
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What `output` regresses on: a x0 + b eps with `target_coefficients`,
         shape of `x0`."""
-        a, b = target_coefficients(self.prediction, self.path, t, self.sigma_data)
+        kind, path = self.prediction, self.path
+        a, b = target_coefficients(kind, path, t, self.sigma_data)
         return expand_time(a, x0) * x0 + expand_time(b, eps) * eps
 
     def decode(self, y: Tensor, x: Tensor, t: Tensor | float) -> Prediction:
@@ -422,11 +439,12 @@ def _one_pass(batching: Batching, x: Tensor) -> bool:
 class OnPath(Denoiser):
     "A `model`, used on another `path` at equal noise-to-signal ratio."
 
-    def __init__(self, model: Denoiser, path: Path):
-        super().__init__(path, check_kind("model", model).num_classes)
+    def __init__(self, model: AnyDenoiser, path: Path):
+        super().__init__(path, model.num_classes)
         self.model = model
-        loudest = model.path.noise_to_signal(torch.ones((), dtype=torch.float64))
-        self.last_time = min(path.time_at(loudest).item(), 1.0)  # noisier points the model has never seen
+        end = torch.ones((), dtype=torch.float64)
+        last = path.time_at(model.path.noise_to_signal(end)).item()
+        self.last_time = min(last, 1.0)  # the model has seen no noisier points
 
     def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
         """The wrapped model's prediction at the matching point of its own
@@ -436,7 +454,8 @@ class OnPath(Denoiser):
         moved, s = change_path(x, within, self.path, self.model.path)
         if not (beyond := t > within).any():
             return self.model(moved, s, c)
-        noise = torch.where(beyond, self.path.sigma(within) / self.path.sigma(t), torch.ones_like(t))
-        pair = self.model(moved * expand_time(noise, x), s, c)
-        alpha, sigma = expand_time(self.path.alpha(t), x), expand_time(self.path.sigma(t), x)
-        return Prediction(pair.x0, torch.where(expand_time(beyond, x).bool(), (x - alpha * pair.x0) / sigma, pair.eps))
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        noise = torch.where(beyond, self.path.sigma(within) / sigma, 1)
+        x0, eps = self.model(moved * expand_time(noise, x), s, c)
+        rest = (x - expand_time(alpha, x) * x0) / expand_time(sigma, x)
+        return Prediction(x0, torch.where(expand_time(beyond, x).bool(), rest, eps))

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ._checks import Interval, Number, WithScore, check_scale, checked, require
+from ._checks import Ends, Interval, Number, WithScore, check_scale, checked, require
 from ._conditions import Condition, take_rows
 from ._runs import at_time
 from .denoisers import Batching, Denoiser, Prediction, check_inputs, guide
@@ -47,7 +47,6 @@ class Claims:
 Scale: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
 
 
-@checked
 class Guidance(Denoiser):
     """What all guidance shares: a scale, the times at which it acts, and no
     evaluations of weight zero."""
@@ -84,7 +83,8 @@ class Guidance(Denoiser):
 
     def guided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
         "The guided prediction where guidance acts."
-        scale = self.scale_at(x.to(torch.promote_types(x.dtype, torch.float32)), t)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = self.scale_at(x.to(wide), t)
         zero, one = ((scale == at).all() if isinstance(scale, Tensor) else scale == at for at in (0, 1))
         if one and self.claims.conditional_at_one:
             return self.unguided(x, t, c)
@@ -168,8 +168,8 @@ _Part: TypeAlias = Callable[..., Prediction]
 def predict_where(
     inside: Tensor, model: Denoiser, guided: _Part, plain: _Part, x: Tensor, t: Tensor, c: Condition | None
 ) -> Prediction:
-    """Predict samples that are `inside`, scalar or `[batch]`, by `guided(model, x,
-    t, c)` and the others by `plain(model, x, t, c)`, none by both."""
+    """Predict samples that are `inside`, scalar or `[batch]`, by `guided(model,
+    x, t, c)` and the others by `plain(model, x, t, c)`, none by both."""
     if inside.all():
         return guided(model, x, t, c)
     if not inside.any():
@@ -213,28 +213,19 @@ def shift_prediction(
     return Prediction(x0, pair.eps + expand_time(path.alpha(t), k) * k)
 
 # %% ../nbs/08_guidance.ipynb #10609a75
-def interval_from_noise(
-    path: Path,  # The path the model lives on
-    low: float,  # Lowest noise-to-signal ratio that is guided, 0 or more
-    high: float = math.inf,  # Highest
-) -> tuple[float, float]:  # First and last time of guidance
-    """The `interval` of a range of noise-to-signal ratios (arXiv 2404.07724),
-    ends included."""
+def interval_from_noise(path: Path, low: float, high: float = math.inf) -> Ends:
+    """The `interval`, first and last time, of noise-to-signal ratios from `low`
+    to `high` on the `path` of a model, ends included (arXiv 2404.07724)."""
     require(0 <= low <= high, "low, high", (low, high), "0 <= low <= high")
     times = path.time_at(torch.tensor([low, high], dtype=torch.float64))
     first, last = times.clamp(0, 1).tolist()
     return first, last
 
 
-def interval_from_steps(
-    path: Path,  # The path the model lives on
-    steps: int,  # Number of steps of the run
-    first: int,  # First guided step, counted from 0 at pure noise
-    last: int,  # Last guided step, included
-    sampler: str = "heun",  # Its sampler, for the grid
-) -> tuple[float, float]:  # First and last time of guidance
-    """The `interval` of a range of steps on the default grid, ends included
-    (arXiv 2404.07724)."""
+def interval_from_steps(path: Path, steps: int, first: int, last: int, sampler: str = "heun") -> Ends:
+    """The `interval`, first and last time, of the steps from `first` to `last`,
+    both included and counted from 0 at pure noise, of a run of `steps` by a
+    `sampler` on its default grid on a `path` (arXiv 2404.07724)."""
     allowed = f"0 <= first <= last < steps = {steps}"
     require(0 <= first <= last < steps, "first, last", (first, last), allowed)
     times = time_grid(path, steps, sampler)
@@ -245,38 +236,38 @@ Schedule = Callable[[Tensor], Tensor]
 
 # %% ../nbs/08_guidance.ipynb #ee1d7249
 @checked
-def linear_schedule(scale: Number, floor: float = -math.inf) -> Schedule:
+def _schedule(scale: Number, shape: Schedule) -> Schedule:
+    "The scale 1 + w s(t) for w = scale - 1 and a `shape` s of mean 1, eq. (3)."
+    return lambda t: 1 + (scale - 1) * shape(t)
+
+
+def linear_schedule(scale: float, floor: float = -math.inf) -> Schedule:
     """A scale of mean `scale` that grows linearly from 1 at pure noise, eq. (3)
     (arXiv 2404.13040); a `floor` is the smallest scale, and raises the mean."""
-    return lambda t: (1 + 2 * (scale - 1) * (1 - t)).clamp(min=floor)
+    line = _schedule(scale, lambda t: 2 * (1 - t))
+    return lambda t: line(t).clamp(min=floor)
 
 
-@checked
-def cosine_schedule(scale: Number) -> Schedule:
+def cosine_schedule(scale: float) -> Schedule:
     """A scale of mean `scale` that grows as half a cosine from 1 at pure noise,
     eq. (3) (arXiv 2404.13040)."""
-    return lambda t: 1 + (scale - 1) * (1 + torch.cos(math.pi * t))
+    return _schedule(scale, lambda t: 1 + torch.cos(math.pi * t))
 
 
-@checked
-def tent_schedule(scale: Number) -> Schedule:
+def tent_schedule(scale: float) -> Schedule:
     """A scale of mean `scale`, 1 at both ends and 2 scale - 1 in the middle,
     eq. (3) (arXiv 2509.22007)."""
-    return lambda t: 1 + 2 * (scale - 1) * (1 - (2 * t - 1).abs())
+    return _schedule(scale, lambda t: 2 - 2 * (2 * t - 1).abs())
 
 # %% ../nbs/08_guidance.ipynb #37fc6c7d
-@checked
-def beta_schedule(
-    scale: Number,  # Mean guidance scale over time
-    a: float = 2.0,  # Exponent at data, 1 or more
-    b: float = 2.0,  # Exponent at noise, 1 or more
-) -> Schedule:  # Scale as a function of time
-    """A scale shaped by a Beta density of time, eq. (3) (arXiv 2502.10574,
-    without its norm)."""
+def beta_schedule(scale: float, a: float = 2.0, b: float = 2.0) -> Schedule:
+    """A scale of mean `scale`, shaped by a Beta density of time of exponents `a`
+    at data and `b` at noise, 1 or more, eq. (3) (arXiv 2502.10574, without its
+    norm)."""
     require(a >= 1 <= b, "a, b", (a, b), "numbers, 1 or more")
     height = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
-    peak = (scale - 1) * height
-    return lambda t: 1 + peak * t ** (a - 1) * (1 - t) ** (b - 1)
+    a, b = a - 1, b - 1
+    return _schedule(scale, lambda t: height * t**a * (1 - t) ** b)
 
 
 @checked

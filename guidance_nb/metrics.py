@@ -15,16 +15,17 @@ from torch import Tensor
 
 from ._checks import Count, Positive, checked, require
 from ._extras import extra
-from ._points import as_labels, as_points, inside, moments, search
+from ._points import Features, as_labels, as_points, inside, moments, search
 from .mixtures import Mixture, digits, log_posterior, log_prob, sample_mixture
 
 # %% ../nbs/06_metrics.ipynb #4002d693
 def nll(x: Tensor, c: Tensor, mixture: Mixture) -> float:
-    """Mean negative log-likelihood, in nats, of samples `x` `[n, d]` with labels
-    `c` `[n]` under the true class density of a `mixture`, eq. (1); the baseline
-    is the entropy of p(x | c)."""
+    """Mean negative log-likelihood, in nats, of samples `x` `[n, d]` with
+    labels `c` `[n]` under the true class density of a `mixture`, eq. (1); the
+    baseline is the entropy of p(x | c)."""
     points = as_points("x", x, mixture.dim)
-    return -log_prob(mixture, points, as_labels("c", c, len(points), mixture.num_classes)).mean().item()
+    c = as_labels("c", c, len(points), mixture.num_classes)
+    return -log_prob(mixture, points, c).mean().item()
 
 # %% ../nbs/06_metrics.ipynb #2fb48e4b
 def outlier_threshold(
@@ -42,16 +43,10 @@ def outlier_threshold(
     return log_prob(mixture, x, c).reshape(-1, n).quantile(quantile, 1)
 
 # %% ../nbs/06_metrics.ipynb #af7d65c6
-def outlier_rate(
-    x: Tensor,  # Samples, `[n, d]`
-    c: Tensor,  # Their labels, `[n]`
-    mixture: Mixture,  # The true distribution
-    # From outlier_threshold, which is called when absent
-    threshold: Tensor | None = None,
-    # Share of samples, 0 to 1; the baseline is the quantile of the threshold
-) -> float:
-    """Fraction of samples whose true class density lies below the threshold,
-    eq. (2)."""
+def outlier_rate(x: Tensor, c: Tensor, mixture: Mixture, threshold: Tensor | None = None) -> float:
+    """Share, 0 to 1, of samples `x` `[n, d]` with labels `c` `[n]` whose class
+    density under a `mixture` lies below the `threshold` of `outlier_threshold`,
+    which is called when absent, eq. (2); the baseline is its quantile."""
     points = as_points("x", x, mixture.dim)
     c = as_labels("c", c, len(points), mixture.num_classes)
     threshold = outlier_threshold(mixture) if threshold is None else threshold
@@ -85,7 +80,8 @@ def nearest_neighbours(
         found = min(k, len(there))
         if found:
             squares, nearest = search(a[here], b[there], found, device)
-            distance[here, :found], index[here, :found] = squares.sqrt(), there[nearest]
+            distance[here, :found] = squares.sqrt()
+            index[here, :found] = there[nearest]
     return distance, index
 
 # %% ../nbs/06_metrics.ipynb #e8f90996
@@ -108,7 +104,8 @@ def coverage(
 def precision_recall(
     real: Tensor,  # Real features, `[m, ...]`
     generated: Tensor,  # Generated features, `[n, ...]`
-    k: Count = 3,  # Neighbour that sets the radius, the point itself not counted
+    # Neighbour that sets the radius, the point itself not counted
+    k: Count = 3,
     device: str | torch.device | None = None,  # Where to search; None: the CPU
 ) -> tuple[float, float]:  # Precision and recall, 0 to 1
     "Improved precision and recall, eq. (4) (arXiv 1904.06991)."
@@ -117,28 +114,23 @@ def precision_recall(
 
     def share(points: Tensor, centres: Tensor) -> float:
         squares, _ = search(centres, centres, k + 1, device)
-        return inside(points, centres, squares[:, -1], device).double().mean().item()
+        reached = inside(points, centres, squares[:, -1], device)
+        return reached.double().mean().item()
 
     return share(x, y), share(y, x)
 
 # %% ../nbs/06_metrics.ipynb #099a0ea8
-def frechet(
-    # Features `[n, ...]`, or mean and covariance
-    a: Tensor | tuple[Tensor, Tensor],
-    # Features `[m, ...]`, or mean and covariance
-    b: Tensor | tuple[Tensor, Tensor],
-    # Squared distance; its baseline falls as 1/n, so compare equal n only
-) -> float:
-    """Frechet distance between Gaussians fitted to two sets, eq. (5) (arXiv
-    1706.08500)."""
+def frechet(a: Features, b: Features) -> float:
+    """Frechet distance between Gaussians fitted to two sets `a` and `b`, eq.
+    (5) (arXiv 1706.08500), of features `[n, ...]`, or of mean and covariance.
+    It is squared; its baseline falls as 1/n, so compare equal n only."""
 
     def root(covariance: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(covariance)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
-    (mean_a, cov_a), (mean_b, cov_b) = moments("a", a), moments("b", b)
-    d = len(mean_a)
-    require(len(mean_b) == d, "values per sample of b", len(mean_b), f"{d}, as in a")
+    mean_a, cov_a = moments("a", a)
+    mean_b, cov_b = moments("b", b, len(mean_a))
     product = torch.linalg.svdvals(root(cov_a) @ root(cov_b)).sum()
     spread = cov_a.trace() + cov_b.trace() - 2 * product
     return ((mean_a - mean_b).square().sum() + spread).clamp(min=0).item()
@@ -167,15 +159,19 @@ def sliced_wasserstein(
     a = as_points("a", a)
     b = as_points("b", b, a.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    theta = torch.randn(projections, a.shape[1], dtype=torch.float64, generator=generator)
+    shape, real = (projections, a.shape[1]), torch.float64
+    theta = torch.randn(shape, dtype=real, generator=generator)
     theta = theta / theta.norm(dim=1, keepdim=True)
-    # Both quantile functions are constant between these levels, so the integral is a finite sum.
-    levels = [torch.arange(n + 1, dtype=torch.float64) / n for n in {len(a), len(b)}]
+    # Both quantile functions are constant between these levels, so the integral
+    # is a finite sum.
+    sizes = {len(a), len(b)}
+    levels = [torch.arange(n + 1, dtype=real) / n for n in sizes]
     q = torch.cat(levels).unique()
     middle, width = (q[1:] + q[:-1]) / 2, q.diff()
     total = torch.zeros((), dtype=torch.float64)
     for rows in theta.split(max(1, 2**22 // len(q))):
-        u, v = ((rows @ x.T).sort().values[:, (middle * len(x)).long()] for x in (a, b))  # [rows, len(q) - 1]
+        ordered = ((rows @ x.T).sort().values for x in (a, b))
+        u, v = (x[:, (middle * x.shape[1]).long()] for x in ordered)
         total += ((u - v).square() @ width).sum()
     return (total / projections).sqrt().item()
 
@@ -200,9 +196,9 @@ def class_accuracy(
     return (scores.argmax(1).cpu() == c).double().mean().item()
 
 # %% ../nbs/06_metrics.ipynb #4cab5b44
-def digits_classifier() -> Callable[[Tensor], Tensor]:  # `[n, ...]` of 64 values each -> scores `[n, 10]`
+def digits_classifier() -> Callable[[Tensor], Tensor]:
     """A support-vector classifier of the 8x8 digits, trained on the training
-    split."""
+    split: `[n, ...]` of 64 values each -> scores `[n, 10]`."""
     with extra("images"):
         from sklearn.svm import SVC
 

@@ -73,31 +73,40 @@ class Mixture:
         means, covariances = means.double(), covariances.double()
         weights = torch.ones(len(means)) if weights is None else weights
         shape = tuple(means.shape)
-        require(means.ndim == 2 and len(means), "shape of means", shape, "[K, d] with K >= 1")
+        fine = means.ndim == 2 and len(means)
+        require(fine, "shape of means", shape, "[K, d] with K >= 1")
         given = tuple(covariances.shape)
-        require(given in (shape[:1], (*shape, shape[1])), "shape of covariances", given, "[K, d, d], or variances [K]")
-        require(weights.shape == shape[:1], "shape of weights", tuple(weights.shape), f"[K] = [{shape[0]}]")
+        fine = given in (shape[:1], (*shape, shape[1]))
+        allowed = "[K, d, d], or variances [K]"
+        require(fine, "shape of covariances", given, allowed)
         for name, values in (("means", means), ("covariances", covariances)):
-            require(values.isfinite().all(), name, values.tolist(), "finite values")
-        fine = (weights > 0).all() and weights.isfinite().all()
-        require(fine, "weights", weights.tolist(), "positive, finite numbers")
+            fine = values.isfinite().all()
+            require(fine, name, values.tolist(), "finite values")
+        fine = ((weights > 0) & weights.isfinite()).all()
+        allowed = f"positive, finite numbers [K] = [{len(means)}]"
+        sized = weights.shape == shape[:1]
+        require(fine and sized, "weights", weights.tolist(), allowed)
         self.num_classes = int(labels.max()) + 1
         check_labels(labels, self.num_classes, len(means))
         self.eigenvalues, self.eigenvectors = covariances, None
         if covariances.ndim == 3:
             gap = (covariances - covariances.mT).abs().amax().item()
-            require(gap <= 1e-6 * covariances.abs().amax(), "asymmetry of covariances", gap, "symmetric matrices")
+            fine = gap <= 1e-6 * covariances.abs().amax()
+            require(fine, "asymmetry of covariances", gap, "symmetric matrices")
             self.eigenvalues, self.eigenvectors = torch.linalg.eigh(covariances)
-        smallest = self.eigenvalues.min().item()
-        rounding = -1e-9 * self.eigenvalues.max().item() if covariances.ndim == 3 else 0.0
-        require(smallest >= rounding, "eigenvalue of covariances", round(smallest, 9), "0 and above")
+        low, high = (end.item() for end in self.eigenvalues.aminmax())
+        fine = low >= (-1e-9 * high if covariances.ndim == 3 else 0)
+        require(fine, "eigenvalue of covariances", round(low, 9), "0 and above")
         self.eigenvalues = self.eigenvalues.clamp(min=0)
-        self.means, self.labels, self.weights = means, labels, weights.double() / weights.double().sum()
+        self.means, self.labels = means, labels
+        self.weights = weights.double() / weights.double().sum()
         classes = range(self.num_classes)
         self.members = [(labels == k).nonzero()[:, 0] for k in classes]
         empty = [k for k in classes if not len(self.members[k])]
-        require(not empty, "classes without a component", empty, "none, every class from 0 upwards is present")
-        self.class_weights = torch.stack([self.weights[m].sum() for m in self.members])
+        allowed = "none, every class from 0 upwards is present"
+        require(not empty, "classes without a component", empty, allowed)
+        each = [self.weights[members].sum() for members in self.members]
+        self.class_weights = torch.stack(each)
 
     @property
     def dim(self) -> int:
@@ -134,16 +143,20 @@ def _mixture_at(mixture: Mixture, path: Path, t: Tensor, k: Tensor | slice) -> _
 
 # %% ../nbs/02_mixtures.ipynb #eb36d475
 def _map_by_time_and_class(
-    mixture: Mixture, fn: Callable[..., Tensor], x: Tensor, path: Path, t: Tensor, c: Tensor | None
+    mixture: Mixture, fn: Callable[..., Tensor], x: Tensor, path: Path, t: Tensor | float, c: Tensor | None
 ) -> Tensor:
     """Apply `fn(terms, rows, t, k) -> [rows, ...]` to rows of `x` that share
     a time and a class, in blocks of bounded size; float64, ordered as `x`."""
+    t = check_inputs(x, t, c, mixture.num_classes)
     fine = x.ndim == 2 and x.shape[1] == mixture.dim
-    require_that(fine, f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]")
+    told, allowed = f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]"
+    require_that(fine, told, allowed)
     if t.ndim == 0 and c is None:  # one group: nothing to sort
-        terms, rest = _mixture_at(mixture, path, t, slice(None)), (t.double(), slice(None))
+        everything = slice(None)
+        terms = _mixture_at(mixture, path, t, everything)
         blocks = x.double().split(max(1, 2**21 // len(terms.means)))
-        return torch.cat([fn(terms, part, *rest) for part in blocks])
+        each = [fn(terms, part, t.double(), everything) for part in blocks]
+        return torch.cat(each)
     key_t = t.reshape(-1).expand(len(x))
     key_c = torch.full((len(x),), -1) if c is None else c
     parts, order = [], []
@@ -169,7 +182,6 @@ def log_prob(
     t: Tensor | float = 0.0,  # Time, scalar or `[batch]`; 0 is the data density
 ) -> Tensor:  # Log densities, `[batch]`, float64
     "Exact log p_t(x), or log p_t(x | c), eq. (1)."
-    t = check_inputs(x, t, c, mixture.num_classes)
     total = _map_by_time_and_class(mixture, lambda terms, x, t, _: terms.log_joint(x).logsumexp(1), x, path, t, c)
     return total if c is None else total - mixture.class_weights[c].log()
 
@@ -181,7 +193,6 @@ def log_posterior(
     t: Tensor | float = 0.0,  # Time, scalar or `[batch]`
 ) -> Tensor:  # log p(c | x_t), `[batch, num_classes]`, float64
     "The exact noise-aware classifier, eq. (3)."
-    t = check_inputs(x, t, None, mixture.num_classes)
 
     def by_class(terms: _MixtureAtTime, x: Tensor, *_: object) -> Tensor:
         joint = terms.log_joint(x)
@@ -192,13 +203,11 @@ def log_posterior(
 
 # %% ../nbs/02_mixtures.ipynb #feb1c515
 def sample_mixture(
-    mixture: Mixture,  # The mixture to draw from
-    # Labels `[n]`, or a number of samples whose labels are drawn too
-    c: Tensor | int,
-    generator: torch.Generator | None = None,  # Source of randomness
-    # Samples `[n, d]` in the default dtype, and their labels `[n]`
+    mixture: Mixture, c: Tensor | int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    "Draw exact samples with labels."
+    """Draw exact samples `[n, d]` of a `mixture`, in the default dtype, and
+    their labels: for labels `c` `[n]`, or for a number `c` of samples whose
+    labels are drawn, too; `generator` is the source of randomness."""
     if isinstance(c, int):
         c = torch.multinomial(mixture.class_weights, c, replacement=True, generator=generator)
     check_labels(c, mixture.num_classes, len(c))
@@ -208,7 +217,8 @@ def sample_mixture(
         if n := int(here.sum()):
             drawn = torch.multinomial(mixture.weights[members], n, replacement=True, generator=generator)
             component[here] = members[drawn]
-    z = torch.randn(len(c), mixture.dim, dtype=torch.float64, generator=generator)
+    shape = (len(c), mixture.dim)
+    z = torch.randn(shape, dtype=torch.float64, generator=generator)
     z = mixture.eigenvalues[component].reshape(len(c), -1).sqrt() * z
     if mixture.eigenvectors is not None:
         z = _times(mixture.eigenvectors[component].flatten(1), z)
@@ -226,9 +236,8 @@ class ExactDenoiser(Denoiser):
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         """Exact posterior means at noisy data `x` `[batch, d]`, in the dtype
         of `x`."""
-        t = check_inputs(x, t, c, self.num_classes)
-        mixture, path = self.mixture, self.path
-        both = _map_by_time_and_class(mixture, self._both, x, path, t, c)
+        given = (x, self.path, t, c)
+        both = _map_by_time_and_class(self.mixture, self._both, *given)
         return Prediction(*both.to(x.dtype).chunk(2, 1))
 
     def _both(self, terms: _MixtureAtTime, x: Tensor, t: Tensor, k: Tensor | slice) -> Tensor:
@@ -244,7 +253,8 @@ class ExactClassifier(nn.Module):
 
     def __init__(self, mixture: Mixture, path: Path):
         super().__init__()
-        self.mixture, self.path, self.num_classes = mixture, path, mixture.num_classes
+        self.mixture, self.path = mixture, path
+        self.num_classes = mixture.num_classes
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         "Log-probabilities `[batch, num_classes]` in the dtype of `x`."
@@ -265,23 +275,28 @@ def fractal(depth: int = 6, per_branch: int = 8) -> Mixture:
     `depth` splits with `per_branch` Gaussians on each branch, growing from the
     origin at angles pi/4 and 5 pi/4."""
     means, covariances, labels, weights = [], [], [], []
+    positions = torch.linspace(0.07, 0.93, per_branch, dtype=torch.float64)
 
     def grow(start: Tensor, angle: float, level: int, label: int) -> None:
-        length, direction = 0.45 * 0.8**level, torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+        length, turned = 0.45 * 0.8**level, [math.cos(angle), math.sin(angle)]
+        direction = torch.tensor(turned, dtype=torch.float64)
         along = direction[:, None] * direction
-        shape = (0.06 * length) ** 2 * along + (0.04 * length) ** 2 * (torch.eye(2) - along)
-        for position in torch.linspace(0.07, 0.93, per_branch, dtype=torch.float64):
+        across = torch.eye(2) - along
+        shape = (0.06 * length) ** 2 * along + (0.04 * length) ** 2 * across
+        for position in positions:
             means.append(start + position * length * direction)
             covariances.append(shape)
             labels.append(label)
             weights.append(length * 2.0**-level)
         if level < depth:
+            end = start + length * direction
             for turn in (1.0, -0.8):
-                grow(start + length * direction, angle + turn * 0.75**level, level + 1, label)
+                grow(end, angle + turn * 0.75**level, level + 1, label)
 
     for label, angle in enumerate((math.pi / 4, 5 * math.pi / 4)):
         grow(torch.zeros(2, dtype=torch.float64), angle, 0, label)
-    return Mixture(torch.stack(means), torch.stack(covariances), torch.tensor(labels), torch.tensor(weights))
+    stacked = torch.stack(means), torch.stack(covariances)
+    return Mixture(*stacked, torch.tensor(labels), torch.tensor(weights))
 
 # %% ../nbs/02_mixtures.ipynb #c4f0f051
 def checkerboard(size: int = 4, std: float = 0.12) -> Mixture:
@@ -290,7 +305,8 @@ def checkerboard(size: int = 4, std: float = 0.12) -> Mixture:
     figure 2."""
     centre = (size - 1) / 2
     cells = torch.cartesian_prod(torch.arange(size), torch.arange(size))
-    return Mixture(cells.double() - centre, torch.full((len(cells),), std**2), cells.sum(1) % 2)
+    variances = torch.full((len(cells),), std**2)
+    return Mixture(cells.double() - centre, variances, cells.sum(1) % 2)
 
 # %% ../nbs/02_mixtures.ipynb #e0ef7b8c
 def mixture_of_points(x: Tensor, labels: Tensor) -> Mixture:
@@ -307,7 +323,8 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
 
     check_choice("split", split, ("train", "test", "all"))
     raw = load_digits()
-    x, c = torch.tensor(raw.data, dtype=torch.float32) / 8 - 1, torch.tensor(raw.target)
+    x = torch.tensor(raw.data, dtype=torch.float32) / 8 - 1
+    c = torch.tensor(raw.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    order = {"train": order[:1437], "test": order[1437:], "all": torch.arange(len(x))}[split]
-    return x[order], c[order]
+    parts = {"train": order[:1437], "test": order[1437:], "all": slice(None)}
+    return x[parts[split]], c[parts[split]]

@@ -16,9 +16,10 @@ from .paths import Path
 
 # %% ../nbs/04_networks.ipynb #9efdb62a
 def fourier_features(t: Tensor, octaves: int = 8) -> Tensor:
-    """Cosines and sines, `[batch, 2 * octaves]`, of values `t` `[batch]` of order
-    one at the frequencies pi, 2 pi, 4 pi, ..., eq. (1)."""
-    angles = t[:, None] * math.pi * 2.0 ** torch.arange(octaves, device=t.device, dtype=t.dtype)
+    """Cosines and sines, `[batch, 2 * octaves]`, of values `t` `[batch]` of
+    order one at the frequencies pi, 2 pi, 4 pi, ..., eq. (1)."""
+    powers = 2.0 ** torch.arange(octaves, device=t.device, dtype=t.dtype)
+    angles = t[:, None] * math.pi * powers
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 # %% ../nbs/04_networks.ipynb #659ebf72
@@ -41,21 +42,27 @@ class MLP(nn.Module):
     ):
         super().__init__()
         self.octaves = octaves
-        self.lift, self.time = nn.Linear(dim * (1 + 2 * octaves), width), nn.Linear(16, width)
+        self.lift = nn.Linear(dim * (1 + 2 * octaves), width)
+        self.time = nn.Linear(16, width)
         self.label = nn.Embedding(num_classes + 1, width)
         self.scale = nn.Linear(16, width, bias=False) if scale_aware else None
-        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
+        layers = [nn.Linear(width, width) for _ in range(depth)]
+        self.blocks = nn.ModuleList(layers)
         self.read = nn.Linear(width, dim if out is None else out)
         nn.init.zeros_(self.read.weight)
         nn.init.zeros_(self.read.bias)
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
         "Output `[batch, out]`."
-        if self.octaves:  # half the base frequency: one slow period covers [-2, 2]
-            x = torch.cat([x, fourier_features(x.flatten() / 2, self.octaves).view(len(x), -1)], 1)
-        h = self.lift(x) + self.time(fourier_features(time)) + self.label(labels)
+        if self.octaves:
+            # Half the base frequency: one slow period covers [-2, 2]
+            waves = fourier_features(x.flatten() / 2, self.octaves)
+            x = torch.cat([x, waves.view(len(x), -1)], 1)
+        h = self.lift(x) + self.time(fourier_features(time))
+        h = h + self.label(labels)
         if self.scale is not None and scale is not None:
-            h = h + self.scale(fourier_features(scale / 8))  # scales up to 8 lie within one slow period
+            # Scales up to 8 lie within one slow period
+            h = h + self.scale(fourier_features(scale / 8))
         for block in self.blocks:
             h = h + block(nn.functional.silu(h))
         return self.read(nn.functional.silu(h))

@@ -8,7 +8,6 @@ __all__ = ['expand_time', 'Path', 'FlowPath', 'VPPath', 'EDMPath', 'change_path'
 # %% ../nbs/00_paths.ipynb #973bf3ce
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._checks import AtLeastZero, Positive, checked, require_that
-from ._runs import at_time
+from ._runs import Functions, at_time
 
 # %% ../nbs/00_paths.ipynb #3f713ef6
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
@@ -73,15 +72,11 @@ class Path(ABC):
         first, last = self.time_at(ratios).tolist()
         return first, last if self.alpha(torch.ones(())) <= 1e-3 else math.inf
 
-    def coefficients(
-        self,
-        name: str,  # What is computed
-        compute: Callable[[Tensor], tuple[Tensor, ...]],  # Functions of time
-        t: Tensor,  # Time, scalar or `[batch]`
-        x: Tensor,  # What they multiply, `[batch, ...]`
-    ) -> list[Any]:  # Tensors that broadcast against `x`, or numbers
-        """Functions of time, ready to multiply `x`; while `sample` runs they
-        are computed once, for all its times."""
+    def coefficients(self, name: str, compute: Functions, t: Tensor, x: Tensor) -> list[Any]:
+        """Functions of time, which `compute` gives and which `name` stands for,
+        at `t`, scalar or `[batch]`: tensors, or numbers, ready to multiply `x`
+        `[batch, ...]`. While `sample` runs they are computed once, for all its
+        times."""
         numbers = at_time(self, name, compute, t)
         if numbers is not None:
             return numbers
@@ -92,19 +87,18 @@ class Path(ABC):
         same, found = x0.shape == eps.shape, f"eps has shape {tuple(eps.shape)}"
         require_that(same, found, f"the shape of x0, {tuple(x0.shape)}")
         t = check_time(t)
-        return expand_time(self.alpha(t), x0) * x0 + expand_time(self.sigma(t), x0) * eps
+        signal = expand_time(self.alpha(t), x0) * x0
+        return signal + expand_time(self.sigma(t), x0) * eps
 
 # %% ../nbs/00_paths.ipynb #cf938b8e
 def check_time(t: Tensor | float) -> Tensor:
-    """`t` as a tensor; outside [0, 1] it is a `ValueError`, and NaN is. Values on
-    an accelerator, or in a compiled model, are not read back."""
+    """`t` as a tensor; outside [0, 1] it is a `ValueError`, and NaN is. Values
+    on an accelerator, or in a compiled model, are not read back."""
     t = torch.as_tensor(t)
-    if not t.is_floating_point():
-        t = t.to(torch.get_default_dtype())
-    if t.device.type != "cpu" or torch.compiler.is_compiling() or (t.ndim == 0 and 0 <= t.item() <= 1):
-        return t
-    if (bad := ~((t >= 0) & (t <= 1))).any():
-        raise ValueError(f"t = {t[bad].flatten()[0].item():g}; allowed: 0 (data) to 1 (noise)")
+    t = t if t.is_floating_point() else t.to(torch.get_default_dtype())
+    readable = t.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and (bad := ~((t >= 0) & (t <= 1))).any():
+        raise ValueError(f"t = {t[bad][0]:g}; allowed: 0 (data) to 1 (noise)")
     return t
 
 # %% ../nbs/00_paths.ipynb #b6aa69e3
@@ -144,16 +138,20 @@ class VPPath(Path):
         return -0.5 * (self.beta_min * t + 0.5 * slope * t**2)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._log_alpha(t).exp() if self.schedule == "linear" else torch.sin(math.pi / 2 * (1 - t))
+        if self.schedule == "cosine":
+            return torch.sin(math.pi / 2 * (1 - t))
+        return self._log_alpha(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
-        linear = self.schedule == "linear"
-        return (-torch.expm1(2 * self._log_alpha(t))).sqrt() if linear else torch.sin(math.pi / 2 * t)
+        if self.schedule == "cosine":
+            return torch.sin(math.pi / 2 * t)
+        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
 
     def d_alpha(self, t: Tensor) -> Tensor:
         if self.schedule == "cosine":
             return -math.pi / 2 * self.sigma(t)
-        return -0.5 * (self.beta_min + t * (self.beta_max - self.beta_min)) * self.alpha(t)
+        slope = self.beta_max - self.beta_min
+        return -0.5 * (self.beta_min + t * slope) * self.alpha(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
         if self.schedule == "cosine":
@@ -204,24 +202,22 @@ class EDMPath(Path):
         return noise_to_signal.clamp(max=1e15) / self.sigma_max
 
 # %% ../nbs/00_paths.ipynb #b2b1b56f
-def change_path(
-    x: Tensor,  # Noisy data on `source`, `[batch, ...]`
-    t: Tensor,  # Time on `source`, scalar or `[batch]`
-    source: Path,  # The path `x` lives on
-    target: Path,  # The path to move it to
-    # The same noisy data on `target`, and its time there
-) -> tuple[Tensor, Tensor]:
-    """Convert a noisy point to another path at equal noise-to-signal ratio,
-    eq. (5)."""
+def change_path(x: Tensor, t: Tensor, source: Path, target: Path) -> tuple[Tensor, Tensor]:
+    """Convert noisy data `x` `[batch, ...]` at `t`, scalar or `[batch]`, on the
+    path `source` to the path `target`, at equal noise-to-signal ratio, eq. (5):
+    the same noisy data there, and its time."""
     t = check_time(t)
     ratio = source.noise_to_signal(t)
     s = target.time_at(ratio)
     if s.device.type == "cpu" and (s > 1 + 1e-6).any():
         largest = target.noise_to_signal(torch.ones_like(s)).max()
-        raise ValueError(f"t has a noise-to-signal ratio of {ratio.max():g}; allowed: up to {largest:g} on {target}")
+        told = f"t has a noise-to-signal ratio of {ratio.max():g}"
+        raise ValueError(f"{told}; allowed: up to {largest:g} on {target}")
     s = s.clamp(max=1)
-    signal, noise = target.alpha(s) / source.alpha(t), target.sigma(s) / source.sigma(t)
-    return x * expand_time(torch.where(ratio > 1, noise, signal), x), s  # both are equal; one of them is finite
+    signal = target.alpha(s) / source.alpha(t)
+    noise = target.sigma(s) / source.sigma(t)
+    # Both factors are equal; one of them is finite
+    return x * expand_time(torch.where(ratio > 1, noise, signal), x), s
 
 # %% ../nbs/00_paths.ipynb #20e71aab
 def clamp_time(path: Path, t: Tensor, end: Literal["noise", "data"] = "noise") -> Tensor:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 else:
-    Axes = Figure = DataFrame = object  # the site evaluates annotations without importing them
+    # The site evaluates annotations without importing them
+    Axes = Figure = DataFrame = object
 
 # %% ../nbs/07_plots.ipynb #cda0f459
 COLOURS = {
@@ -83,7 +84,8 @@ def _colour(role: str) -> str:
 
 def _frame(ax: "Axes", extent: float) -> "Axes":
     "Show the square [-extent, extent]^2 without ticks, with equal scales."
-    ax.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal")
+    ends = (-extent, extent)
+    ax.set(xlim=ends, ylim=ends, xticks=[], yticks=[], aspect="equal")
     return ax
 
 # %% ../nbs/07_plots.ipynb #f8bc9e9e
@@ -105,8 +107,8 @@ def _density_image(
     extent: float = 2.0,
     size: int = 160,
 ) -> Tensor:
-    """The density p_t at pixel centres, indexed [y, x], blurred by at least half
-    a pixel, eq. (1), so that no thin branch falls between pixels."""
+    """The density p_t at pixel centres, indexed [y, x], blurred by at least
+    half a pixel, eq. (1), so that no thin branch falls between pixels."""
     require(mixture.dim == 2, "dimension of the mixture", mixture.dim, "1 or 2")
     x, time = _pixel_centres(extent, size), torch.tensor(t, dtype=torch.float64)
     scale = torch.ones((), dtype=torch.float64)
@@ -130,10 +132,11 @@ def show_density(
     compressed as log(1 + 300 p / max p)."""
     ax = _axes(ax)
     if mixture.dim == 1:
-        line = torch.linspace(-extent, extent, 4 * size, dtype=torch.float64)[:, None]
+        line = torch.linspace(-extent, extent, 4 * size, dtype=torch.float64)
         labels = None if c is None else torch.full((len(line),), c)
-        density = log_prob(mixture, line, labels, path, t).exp()
-        ax.fill_between(line[:, 0].numpy(), density.numpy(), color=COLOURS["data"], alpha=0.6, linewidth=0)
+        height = log_prob(mixture, line[:, None], labels, path, t).exp().numpy()
+        grey = COLOURS["data"]
+        ax.fill_between(line.numpy(), height, color=grey, alpha=0.6, linewidth=0)
         return ax
     image = _density_image(mixture, c, path, t, extent, size)
     shade = torch.log1p(300 * image / image.max())
@@ -159,7 +162,7 @@ def show_points(
         groups = [(points[c.cpu() == k], _class_colour(k)) for k in c.unique().tolist()]
     if points.shape[1] == 2:
         for group, colour in groups:
-            ax.scatter(group[:, 0].numpy(), group[:, 1].numpy(), s=size, color=colour, linewidths=0, rasterized=True)
+            ax.scatter(*group.T.numpy(), s=size, color=colour, linewidths=0, rasterized=True)
         ax.set(xticks=[], yticks=[], aspect="equal")
         return ax
     bins = torch.linspace(points.min(), points.max(), 61, dtype=torch.float64)
@@ -181,9 +184,8 @@ def show_trajectories(
     curves in the plane in 2-D."""
     shape = tuple(run.points.shape)
     require(len(shape) == 3 and shape[2] in (1, 2), "shape of points", shape, "[times, n, 1] or [times, n, 2]")
-    check_whole("every", every, 1)
     ax, curves = _axes(ax), run.points[:, ::every].detach().cpu().double()
-    across = run.times.detach().cpu().double() if shape[2] == 1 else curves[..., 0]
+    across = run.times.cpu().double() if shape[2] == 1 else curves[..., 0]
     ax.plot(across, curves[..., -1], color=_colour(role), lw=0.5, alpha=0.6)
     if shape[2] == 1:
         ax.set(xlim=across[[0, -1]].tolist(), xlabel="time t", ylabel="x")
@@ -201,12 +203,15 @@ def show_field(
 ) -> "Axes":  # The axes
     """Draw a vector field as arrows, the longest one pixel of the arrow grid
     long."""
-    ax, x = _axes(ax), _pixel_centres(extent, size).to(torch.get_default_dtype())
-    vectors = fn(x.clone()).detach().cpu().double()  # a copy, for fn may ask for its gradient
+    x = _pixel_centres(extent, size).to(torch.get_default_dtype())
+    # A copy, for fn may ask for its gradient
+    vectors = fn(x.clone()).detach().cpu().double()
     fine = vectors.shape == x.shape and vectors.isfinite().all()
     require(fine, "fn(x)", f"vectors {tuple(vectors.shape)}", f"finite vectors {tuple(x.shape)}")
-    arrows = vectors / vectors.norm(dim=1).max().clamp(min=1e-12) * (2 * extent / size)
-    ax.quiver(*x.T.numpy(), *arrows.T.numpy(), angles="xy", scale_units="xy", scale=1, width=0.004)
+    longest = vectors.norm(dim=1).max().clamp(min=1e-12)
+    arrows = vectors / longest * (2 * extent / size)
+    ax, parts = _axes(ax), (*x.T.numpy(), *arrows.T.numpy())
+    ax.quiver(*parts, angles="xy", scale_units="xy", scale=1, width=0.004)
     return _frame(ax, extent)
 
 # %% ../nbs/07_plots.ipynb #61d7440c
@@ -237,8 +242,9 @@ def show_toy(
 ) -> "Figure":  # The figure, as wide as a page
     "Show samples of a plane by model and guidance scale over the density."
     real = sample_mixture(mixture, c, torch.Generator().manual_seed(0))
-    threshold, columns = outlier_threshold(mixture), len(next(iter(rows.values())))
-    look = {"figsize": (7.2, 2.65 * len(rows)), "dpi": 72, "layout": "constrained"}
+    threshold = outlier_threshold(mixture)
+    columns, size = len(next(iter(rows.values()))), (7.2, 2.65 * len(rows))
+    look = {"figsize": size, "dpi": 72, "layout": "constrained"}
     fig, axes = _pyplot().subplots(len(rows), columns, squeeze=False, **look)
     for line, (name, samples) in zip(axes, rows.items()):
         line[0].set_ylabel(name)

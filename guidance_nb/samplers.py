@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._checks import check_choice, check_kind, check_number, check_whole, require, require_that
+from ._checks import AnyDenoiser, Count, Share, check_choice, checked, require, require_that
 from ._conditions import Condition, count, map_condition, take_rows
 from ._modes import eval_mode
 from ._random import NoiseSource
@@ -24,16 +24,16 @@ from .denoisers import Denoiser, check_labels, count_nfe, shown
 from .paths import EDMPath, Path
 
 # %% ../nbs/03_samplers.ipynb #60c9d74f
+@checked
 def time_grid(
     path: Path,  # The path to follow
-    steps: int,  # Number of steps
+    steps: Count,  # Number of steps
     # Sampler the grid is for; only `euler_maruyama` differs
     sampler: str = "heun",
     sigma_min: float = 0.002,  # Smallest positive noise level of the EDM grid
     rho: float = 7.0,  # Exponent of the EDM grid
 ) -> Tensor:  # Falling times from 1 to 0, `[steps + 1]`, float64
     "The default times of a sampler on a path."
-    check_whole("steps", steps, 1)
     if isinstance(path, EDMPath):
         ends = path.sigma_max ** (1 / rho), sigma_min ** (1 / rho)
         levels = torch.linspace(*ends, steps, dtype=torch.float64) ** rho
@@ -76,7 +76,8 @@ def ddim_step(
         return alpha * x0 + sigma * eps
     ratio = path.noise_to_signal(s) / path.noise_to_signal(t)
     tau = extra.eta * path.sigma(s) * (1 - ratio**2).sqrt()
-    return path.alpha(s) * x0 + (path.sigma(s) ** 2 - tau**2).sqrt() * eps + tau * extra.noise()
+    kept = (path.sigma(s) ** 2 - tau**2).sqrt()
+    return path.alpha(s) * x0 + kept * eps + tau * extra.noise()
 
 
 def euler_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
@@ -102,7 +103,9 @@ def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | N
     Euler's. Same arguments as `ddim_step`."""
     u = model.velocity(x, t, c)
     guess = x + (s - t) * u
-    return guess if s == 0 else x + (s - t) * (u + model.velocity(guess, s, c)) / 2
+    if s == 0:
+        return guess
+    return x + (s - t) * (u + model.velocity(guess, s, c)) / 2
 
 
 def _heun_step_from_data(
@@ -141,7 +144,8 @@ def _dpmpp_2m_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Conditio
     if "x0" in extra.memory and s > 0:
         d = x0 + h / (2 * extra.memory["h"]) * (x0 - extra.memory["x0"])
     extra.memory.update(x0=x0, h=h)
-    return path.sigma(s) / path.sigma(t) * x - path.alpha(s) * torch.expm1(-h) * d
+    kept = path.sigma(s) / path.sigma(t) * x
+    return kept - path.alpha(s) * torch.expm1(-h) * d
 
 # %% ../nbs/03_samplers.ipynb #f434acbc
 Sampler: TypeAlias = Literal["ddim", "ddpm", "euler", "heun", "euler_maruyama", "dpmpp_2m", "dopri5"]
@@ -175,29 +179,33 @@ class Trajectory(NamedTuple):
         return self.points[-1]
 
 # %% ../nbs/03_samplers.ipynb #121cad9a
-_Callback: TypeAlias = Callable[[int, Tensor, Tensor], None]  # `callback(step, t, x)`, see `sample`
+# `callback(step, t, x)`, see `sample`
+_Callback: TypeAlias = Callable[[int, Tensor, Tensor], None]
 
 
 def check_request(
     model: Denoiser, c: Condition | int, shape: tuple[int, ...], sampler: Sampler | Callable[..., Tensor], times: Tensor
 ) -> int:
-    "The number of samples; what `model`, `sampler`, `c`, `shape` and `times` cannot do together is an error."
+    """The number of samples; what `model`, `sampler`, `c`, `shape` and `times`
+    cannot do together is an error."""
     if not callable(sampler):
-        check_choice("sampler", sampler, get_args(Sampler))
-    steps = model.consistent or callable(sampler) or sampler in ("ddim", "ddpm")
-    require(steps, "sampler", sampler, "'ddim' or 'ddpm', for this model predicts a step of theirs")
+        names = get_args(Sampler) if model.consistent else ("ddim", "ddpm")
+        check_choice("sampler", sampler, names)
     n = count(c) if isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim) else c
     if type(n) is not int or n < 1:
-        require_that(False, f"c = {c!r}", "labels [n] or the number of unconditional samples, n of 1 or more")
+        allowed = "labels [n] or the number of unconditional samples, n >= 1"
+        raise ValueError(f"c = {c!r}; allowed: {allowed}")
     sized = isinstance(shape, tuple | list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
-    require(sized, "shape", shape, "the shape of one sample, (...) with positive whole numbers")
+    allowed = "the shape of one sample, (...) with positive whole numbers"
+    require(sized, "shape", shape, allowed)
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
     moves = times.diff() if times.ndim == 1 else times[:0]
-    falling, rising = (moves < 0).all(), (moves > 0).all()
-    one_way = (moves != 0).all() if callable(sampler) else falling or (rising and sampler in _REVERSIBLE)
-    fine = len(moves) and ((times >= 0) & (times <= 1)).all() and one_way
-    allowed = f"two or more in [0, 1], strictly falling; or strictly rising, for {', '.join(_REVERSIBLE)}"
+    rising = (moves > 0).all() and sampler in _REVERSIBLE
+    one_way = rising or (moves != 0 if callable(sampler) else moves < 0).all()
+    fine = len(moves) and one_way and 0 <= times.min() and times.max() <= 1
+    rising_too = f"or strictly rising, for {', '.join(_REVERSIBLE)}"
+    allowed = f"two or more in [0, 1], strictly falling; {rising_too}"
     require(fine, "times", times.tolist(), allowed)
     return n  # type: ignore
 
@@ -219,18 +227,21 @@ def solve_adaptively(
     velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, tolerance: float = 1e-5
 ) -> Tensor:
     """Solve dx/dt = `velocity(t, x)`, from `x` at `times[0]`, by torchdiffeq's
-    Dopri5: the points at `times`, which rise or fall, float64, and of which only
-    the last is a step the solver must make. The `tolerance` is relative and
-    absolute, and the velocity is never asked outside the times."""
+    Dopri5: the points at `times`, which rise or fall, float64, and of which
+    only the last is a step the solver must make. The `tolerance` is relative
+    and absolute, and the velocity is never asked outside the times."""
     from torchdiffeq import odeint
 
     low, high = times.min().item(), times.max().item()
-    land = {"step_t": times[-1:].to(x.device)}  # end on the last time, not past it and back by interpolation
+    # End on the last time, not past it and back by interpolation
+    land = {"step_t": times[-1:].to(x.device)}
 
     def field(t: Tensor, x: Tensor) -> Tensor:
-        return velocity(t.cpu().clamp(low, high), x)  # its first guess of a step looks beyond
+        # The solver's first guess of a step looks beyond
+        return velocity(t.cpu().clamp(low, high), x)
 
-    return odeint(field, x, times.to(x.device), rtol=tolerance, atol=tolerance, method="dopri5", options=land)
+    how = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
+    return odeint(field, x, times.to(x.device), **how, options=land)
 
 # %% ../nbs/03_samplers.ipynb #5e1ad0c8
 def _integrate_adaptively(model: Denoiser, x: Tensor, c: Condition | None, times: Tensor, seen: _Callback) -> Tensor:
@@ -250,9 +261,10 @@ def _integrate_adaptively(model: Denoiser, x: Tensor, c: Condition | None, times
     return points[-1] * radii[-1]
 
 # %% ../nbs/03_samplers.ipynb #ec342abb
+@checked
 @torch.no_grad()
 def sample(
-    model: Denoiser,  # Any denoiser: learned or exact, guided or not
+    model: AnyDenoiser,  # Any denoiser: learned or exact, guided or not
     # Conditions `[n]`, or the number of unconditional samples
     c: Condition | int,
     shape: tuple[int, ...],  # Shape of one sample
@@ -268,8 +280,8 @@ def sample(
     # Where to start at `times[0]`, `[n, *shape]`, instead of pure noise
     init: Tensor | None = None,
     # Samples per batch, all at once by default; never changes a sample
-    batch_size: int | None = None,
-    eta: float = 0.0,  # Share of ancestral noise in "ddim", 0 to 1
+    batch_size: Count | None = None,
+    eta: Share = 0.0,  # Share of ancestral noise in "ddim", 0 to 1
     # g^2 of "euler_maruyama"
     diffusion: Callable[[Path, Tensor], Tensor] = _sit_diffusion,
     # `callback(step, t, x)`; step 0 is the noise
@@ -279,21 +291,26 @@ def sample(
 ) -> Tensor:  # Samples `[n, *shape]`
     """Draw samples; sample i depends on (seed, start + i) alone, and the model
     is left in the mode it was in."""
-    check_kind("model", model)
-    times = time_grid(model.path, steps, str(sampler)) if times is None else torch.as_tensor(times).double().cpu()
+    if times is None:
+        times = time_grid(model.path, steps, str(sampler))
+    times = torch.as_tensor(times).double().cpu()
     n = check_request(model, c, shape, sampler, times)
-    rising = times[0] < times[1]
-    require(init is not None or not rising, "init", init, "the points to start from, for rising times")
-    check_number("eta", eta, 0, 0 if rising else 1)
-    batch_size = n if batch_size is None else check_whole("batch_size", batch_size, 1)
+    fine = times[0] > times[1] or (init is not None and eta == 0)
+    told = f"init is {shown(init)}, eta = {eta}"
+    require_that(fine, told, "an init, and eta = 0, for rising times")
+    batch_size = n if batch_size is None else batch_size
     real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     require(real, "dtype", dtype, "a floating-point type of torch")
     if init is not None:
-        fine = isinstance(init, Tensor) and init.is_floating_point() and init.shape == (n, *shape)
-        require_that(fine, f"init is {shown(init)}", f"a floating-point tensor {(n, *shape)}")
-        require_that(init.isfinite().all(), "init is not finite", "finite numbers")
+        fine = isinstance(init, Tensor) and init.is_floating_point()
+        fine, allowed = fine and init.shape == (n, *shape), (n, *shape)
+        told = f"init is {shown(init)}"
+        require_that(fine, told, f"a floating-point tensor {allowed}")
+        finite = init.isfinite().all()
+        require_that(finite, "init is not finite", "finite numbers")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    bar = tqdm(total=n * (len(times) - 1), disable=not progress, unit=" sample steps", unit_scale=True)
+    total, unit = n * (len(times) - 1), " sample steps"
+    bar = tqdm(total=total, disable=not progress, unit=unit, unit_scale=True)
 
     def seen(step: int, t: Tensor, x: Tensor) -> None:
         bar.update(len(x) if step else 0)

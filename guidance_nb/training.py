@@ -105,13 +105,7 @@ class DenoisingLoss:
     def __init__(self, dropout: Share = 0.1):
         self.dropout = dropout
 
-    def __call__(
-        self,
-        model: NetworkDenoiser,
-        x0: Tensor,
-        c: Condition | None,
-        context: LossContext,
-    ) -> Tensor:
+    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Condition | None, context: LossContext) -> Tensor:
         "Per-sample losses `[batch]`."
         t, eps = context.times(x0), context.noise(x0)
         drop = context.drop(x0, self.dropout)
@@ -197,12 +191,9 @@ def learning_rate(step: int, lr: float, schedule: Literal["cosine", "constant"],
     return lr * (cosine if schedule == "cosine" else 1.0)
 
 # %% ../nbs/05_training.ipynb #5e1a7c03
-def ema_decay(
-    step: int,  # Number of the step, from 0
-    ema: float,  # Decay m
-    warmup: bool = False,  # Whether it rises to m, eq. (3)
-) -> float:
-    "Decay of the average at a step; without warm-up it begins as the weights."
+def ema_decay(step: int, ema: float, warmup: bool = False) -> float:
+    """Decay of the average at a `step` from 0: `ema`, to which it rises by eq.
+    (3) with a `warmup`; without, the average begins as the weights."""
     if warmup:
         return min(ema, (1 + step) / (10 + step))
     return ema if step else 0.0
@@ -249,8 +240,8 @@ def fit(
     times: _Times | None = None,  # TrainingTimes; None: the path's usual ones
 ) -> Generator[State[_M], None, None]:
     "Train with AdamW and yield a `State` after every step."
-    fine = times is None or (not isinstance(times, type) and hasattr(times, "draw"))
-    require(fine, "times", times, "TrainingTimes(), LogNormalTimes() or None")
+    fine = not isinstance(times, type) and hasattr(times, "draw")
+    require(fine or times is None, "times", times, "TrainingTimes(), LogNormalTimes() or None")
     ema, ema_warmup = (0.999, True) if ema is None else (ema, ema_warmup)
     if engine is not None:
         settings: dict[str, object] = {"steps": steps, "seed": seed, "lr": lr}
@@ -264,11 +255,12 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     source = batches(data, batch_size, seed, steps)
-    bar = tqdm(total=steps, desc=description, unit=" steps", disable=not progress)
-    with bar, closing(source):
+    shown = {"desc": description, "unit": " steps", "disable": not progress}
+    with tqdm(total=steps, **shown) as bar, closing(source):
         for step, (x, c) in enumerate(source):
             model.train()
-            optimizer.param_groups[0]["lr"] = learning_rate(step, lr, schedule, steps)
+            rate = learning_rate(step, lr, schedule, steps)
+            optimizer.param_groups[0]["lr"] = rate
             generator = keyed_generator(seed, 0, step, device=draws)
             context = LossContext(generator, step, steps, average)
             context.model, context.law = model, times
@@ -278,8 +270,8 @@ def fit(
                 each = loss(model, x.to(device), labels, context)
                 value = context.weigh(each).mean()
             if not value.isfinite():
-                told = f"loss = {value.item()} at step {step}"
-                raise FloatingPointError(f"{told}; lower lr = {lr} or check the data")
+                told = f"loss = {value.item()} at step {step}; lower lr = {lr}"
+                raise FloatingPointError(f"{told} or check the data")
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

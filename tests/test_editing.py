@@ -136,7 +136,7 @@ def test_slerp_keeps_ends_norms_and_planes():
         ({"known": torch.zeros(3, 2)}, "samples of known = 3; allowed: 1, as of c"),
         ({"c": 2}, "samples of known = 1; allowed: 2, as of c"),
         ({"known": torch.zeros(1, 2).byte()}, "known is torch.uint8; allowed: a floating-point tensor"),
-        ({"model": CFGPlusPlus(ExactDenoiser(TILT, FlowPath()), 0.5), "sampler": "heun"}, "'ddim' or 'ddpm', for"),
+        ({"model": CFGPlusPlus(ExactDenoiser(TILT, FlowPath()), 0.5), "sampler": "heun"}, "allowed: 'ddim', 'ddpm'"),
     ],
 )
 def test_bad_requests_to_inpaint(call, words):

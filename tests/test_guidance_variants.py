@@ -496,7 +496,7 @@ def test_cfgpp_is_refused_by_what_needs_more_than_a_step(sampler):
     model, c = Counted(None, None, VPPath("cosine"), "v"), torch.zeros(3, dtype=torch.long)
     steps = CFGPlusPlus(model, 0.7)
     for guided in (steps, OnPath(steps, FlowPath())):
-        with pytest.raises(ValueError, match="allowed: 'ddim' or 'ddpm'"):
+        with pytest.raises(ValueError, match="allowed: 'ddim', 'ddpm'"):
             sample(guided, c, (2,), sampler, 5, progress=False)
         assert sample(guided, c, (2,), "ddpm", 5, progress=False).isfinite().all()
     for wrap in (ClassifierFreeGuidance, RescaledGuidance, lambda m: Autoguidance(model, m), lambda m: CFGPlusPlus(m)):

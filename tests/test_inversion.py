@@ -89,10 +89,10 @@ def test_batches_and_nfe():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"init": None}, "init = None; allowed: the points to start from, for rising times"),
+        ({"init": None}, "init is NoneType, eta = 0.0; allowed: an init, and eta = 0, for rising times"),
         ({"sampler": "dpmpp_2m"}, "strictly rising, for ddim, euler, heun, dopri5"),
         ({"sampler": "ddpm"}, "strictly rising, for ddim"),
-        ({"sampler": "ddim", "eta": 0.5}, "eta = 0.5; allowed: 0 to 0"),
+        ({"sampler": "ddim", "eta": 0.5}, "eta = 0.5; allowed: an init, and eta = 0, for rising times"),
         ({"times": torch.tensor([0.0, 0.5, 0.5])}, "strictly falling; or strictly rising"),
     ],
 )
@@ -111,5 +111,5 @@ def test_bad_requests_to_invert():
     ):
         with pytest.raises(ValueError, match=words):
             invert(model, X, **call)
-    with pytest.raises(ValueError, match="sampler = 'heun'; allowed: 'ddim' or"):
+    with pytest.raises(ValueError, match="sampler = 'heun'; allowed: 'ddim', 'ddpm'"):
         invert(CFGPlusPlus(model, 0.5), X, torch.zeros(9).long(), "heun")

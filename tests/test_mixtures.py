@@ -183,7 +183,7 @@ def test_bad_input(call, words):
         ({"weights": torch.tensor([-1.0])}, "weights = [-1.0]; allowed: positive"),
         ({"weights": torch.tensor([0.0])}, "weights = [0.0]; allowed: positive"),
         ({"weights": torch.tensor([float("nan")])}, "allowed: positive, finite numbers"),
-        ({"weights": torch.ones(3)}, "shape of weights = (3,); allowed: [K] = [1]"),
+        ({"weights": torch.ones(3)}, "weights = [1.0, 1.0, 1.0]; allowed: positive, finite numbers [K] = [1]"),
         ({"labels": torch.tensor([2])}, "classes without a component = [0, 1]; allowed: none"),
         ({"means": torch.full((1, 2), float("inf"))}, "means = [[inf, inf]]; allowed: finite values"),
     ],

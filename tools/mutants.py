@@ -128,7 +128,7 @@ MUTANTS = [
            "guidance_variants scale_zero"),
     Mutant("guidance.py", "order = torch.cat(index).argsort()", "order = torch.cat(index)",
            "classifier_free_guidance own_question"),
-    Mutant("guidance.py", "1 + 2 * (scale - 1) * (1 - (2 * t - 1).abs())", "1 + (scale - 1) * (1 - (2 * t - 1).abs())",
+    Mutant("guidance.py", "2 - 2 * (2 * t - 1).abs()", "1 - (2 * t - 1).abs()",
            "guidance_variants schedules"),
     # the five methods
     Mutant("classifier_guidance.py", "        t = clamp_time(self.path, t)\n", "",
