@@ -156,7 +156,7 @@ Number = Annotated[float, check_number]  # finite
 AtLeastZero = Annotated[float, partial(check_number, low=0)]
 NonZero = Annotated[float, check_nonzero]
 Positive = Annotated[float, partial(check_number, low=_TINY, allowed="a positive, finite number")]
-PositiveOrInf = Annotated[float, partial(check_number, low=_TINY, high=math.inf, allowed="above 0, or inf")]
+PositiveOrInf = Annotated[float, partial(check_number, low=_TINY, high=math.inf, allowed="a number above 0, or inf")]
 AtLeastZeroOrInf = Annotated[float, partial(check_number, low=0, high=math.inf, allowed="0 or more, or inf")]
 Share = Annotated[float, partial(check_number, low=0, high=1)]
 Whole = Annotated[int, check_whole]  # 0 or more

@@ -156,8 +156,8 @@ class Denoiser(nn.Module):
         if len(asked) < 2 or not _one_pass(batching, x):
             return [self(x, t, c) for c in conditions]
         rows = torch.arange(len(x)).repeat(len(asked))
-        many, times = x[rows.to(x.device)], t[rows.to(t.device)] if t.ndim else t
-        pair = self.for_rows(rows)(many, times, join(asked))
+        many, when = x[rows.to(x.device)], t[rows.to(t.device)] if t.ndim else t
+        pair = self.for_rows(rows)(many, when, join(asked))
         found = iter(zip(*(part.chunk(len(asked)) for part in pair)))
         return [self(x, t, None) if c is None else Prediction(*next(found)) for c in conditions]
 
@@ -226,8 +226,8 @@ def check_labels(c: C, num_classes: int, batch: int, name: str = "c") -> C:
         allowed = f"embeddings [batch, ...] with batch = {batch}, or None"
         require_that(fine, f"{name} is {shown(c)}", allowed)
         return c
-    whole = isinstance(c, Tensor) and c.dtype in (torch.int64, torch.int32)
-    if not whole or c.shape != (batch,):
+    kinds = (torch.int64, torch.int32)
+    if not isinstance(c, Tensor) or c.dtype not in kinds or c.shape != (batch,):
         allowed = f"a LongTensor [batch] = [{batch}] of class indices, or None"
         raise ValueError(f"{name} is {shown(c)}; allowed: {allowed}")
     if (bad := (c < 0) | (c >= num_classes)).any():
@@ -238,8 +238,8 @@ def check_labels(c: C, num_classes: int, batch: int, name: str = "c") -> C:
 
 # %% ../nbs/01_denoisers.ipynb #7dadd7b8
 def check_inputs(x: Tensor, t: Tensor | float, c: Condition | None, num_classes: int) -> Tensor:
-    """Check `x`, `t`, and `c` for `num_classes`, and give `t` as a tensor; on an
-    accelerator only shapes are looked at."""
+    """Check `x`, `t`, and `c` for `num_classes`, and give `t` as a tensor; on
+    an accelerator only shapes are looked at."""
     if isinstance(t, Tensor) and is_of_run(t, c):
         return t
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
@@ -360,7 +360,7 @@ class NetworkDenoiser(Denoiser):
                 told = "prediction = 'eps' says nothing about data at t = 1 of"
                 cure = "train it to predict 'velocity' or 'v', or begin below 1"
                 warnings.warn(f"{told} {self.path}: {cure}", stacklevel=2)
-        inputs = (*self.network_inputs(x, t), self.network_condition(c, drop, x))
+        inputs = *self.network_inputs(x, t), self.network_condition(c, drop, x)
         if self.scale_aware:
             given = inputs[0].new_ones(()) if scale is None else torch.as_tensor(scale)
             asked = given.to(inputs[0]).expand(len(x))

@@ -261,9 +261,9 @@ def tent_schedule(scale: float) -> Schedule:
 
 # %% ../nbs/08_guidance.ipynb #37fc6c7d
 def beta_schedule(scale: float, a: float = 2.0, b: float = 2.0) -> Schedule:
-    """A scale of mean `scale`, shaped by a Beta density of time of exponents `a`
-    at data and `b` at noise, 1 or more, eq. (3) (arXiv 2502.10574, without its
-    norm)."""
+    """A scale of mean `scale`, shaped by a Beta density of time of exponents
+    `a` at data and `b` at noise, 1 or more, eq. (3) (arXiv 2502.10574, without
+    its norm)."""
     require(a >= 1 <= b, "a, b", (a, b), "numbers, 1 or more")
     height = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
     a, b = a - 1, b - 1

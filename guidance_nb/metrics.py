@@ -37,7 +37,7 @@ def outlier_threshold(
     """The log density that a given fraction of real samples does not reach,
     eq. (2)."""
     fine = 0 < quantile < 1 and n * quantile >= 1
-    require(fine, "quantile", quantile, f"0 to 1, {1 / n:g} or more for n = {n}")
+    require(fine, "quantile", quantile, f"0 to 1, {1 / n:g} or more at n = {n}")
     c = torch.arange(mixture.num_classes).repeat_interleave(n)
     x, _ = sample_mixture(mixture, c, torch.Generator().manual_seed(seed))
     return log_prob(mixture, x, c).reshape(-1, n).quantile(quantile, 1)

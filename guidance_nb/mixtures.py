@@ -73,26 +73,27 @@ class Mixture:
         means, covariances = means.double(), covariances.double()
         weights = torch.ones(len(means)) if weights is None else weights
         shape = tuple(means.shape)
-        fine = means.ndim == 2 and len(means)
+        fine = means.ndim == 2 and len(means) > 0
         require(fine, "shape of means", shape, "[K, d] with K >= 1")
         given = tuple(covariances.shape)
         fine = given in (shape[:1], (*shape, shape[1]))
         allowed = "[K, d, d], or variances [K]"
         require(fine, "shape of covariances", given, allowed)
         for name, values in (("means", means), ("covariances", covariances)):
-            fine = values.isfinite().all()
-            require(fine, name, values.tolist(), "finite values")
-        fine = ((weights > 0) & weights.isfinite()).all()
+            finite = values.isfinite().all()
+            require(finite, name, values.tolist(), "finite values")
+        positive = ((weights > 0) & weights.isfinite()).all()
         allowed = f"positive, finite numbers [K] = [{len(means)}]"
         sized = weights.shape == shape[:1]
-        require(fine and sized, "weights", weights.tolist(), allowed)
+        require(sized and positive, "weights", weights.tolist(), allowed)
         self.num_classes = int(labels.max()) + 1
         check_labels(labels, self.num_classes, len(means))
         self.eigenvalues, self.eigenvectors = covariances, None
         if covariances.ndim == 3:
             gap = (covariances - covariances.mT).abs().amax().item()
-            fine = gap <= 1e-6 * covariances.abs().amax()
-            require(fine, "asymmetry of covariances", gap, "symmetric matrices")
+            symmetric = gap <= 1e-6 * covariances.abs().amax()
+            told = "asymmetry of covariances"
+            require(symmetric, told, gap, "symmetric matrices")
             self.eigenvalues, self.eigenvectors = torch.linalg.eigh(covariances)
         low, high = (end.item() for end in self.eigenvalues.aminmax())
         fine = low >= (-1e-9 * high if covariances.ndim == 3 else 0)
@@ -267,7 +268,7 @@ def gaussian_pair(mean: float = 1.0, variance: float = 0.05, dim: int = 1) -> Mi
     every direction: the 1-D data of arXiv 2503.10638."""
     m = torch.zeros(2, dim, dtype=torch.float64)
     m[:, 0] = torch.tensor([-mean, mean])
-    return Mixture(m, torch.full((2,), variance, dtype=torch.float64), torch.arange(2))
+    return Mixture(m, m.new_full((2,), variance), torch.arange(2))
 
 # %% ../nbs/02_mixtures.ipynb #edda17ce
 def fractal(depth: int = 6, per_branch: int = 8) -> Mixture:
@@ -326,5 +327,6 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
     x = torch.tensor(raw.data, dtype=torch.float32) / 8 - 1
     c = torch.tensor(raw.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    parts = {"train": order[:1437], "test": order[1437:], "all": slice(None)}
-    return x[parts[split]], c[parts[split]]
+    parts = {"train": order[:1437], "test": order[1437:]}
+    rows = parts.get(split, torch.arange(len(x)))
+    return x[rows], c[rows]

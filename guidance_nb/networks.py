@@ -84,7 +84,7 @@ def mlp_denoiser(
     weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = MLP(dim, num_classes, width, depth, scale_aware=scale_aware, octaves=octaves)
+        net = MLP(dim, num_classes, width, depth, None, scale_aware, octaves)
     return NetworkDenoiser(net, path, num_classes, prediction, scale_aware=scale_aware)
 
 # %% ../nbs/04_networks.ipynb #b9aa7584
@@ -110,12 +110,13 @@ class NoisyClassifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Logits `[batch, num_classes]` at noisy data `x` `[batch, dim]`, time
         `t` (scalar or `[batch]`)."""
-        t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
+        t = check_inputs(x, t, None, self.num_classes).to(x).expand(len(x))
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
         record_nfe(len(x))
         scaled = x * (alpha / (alpha**2 + sigma**2))[:, None]
-        weight, labels = self.net.read.weight, torch.zeros(len(x), dtype=torch.long, device=x.device)
-        return self.net(scaled.to(weight.dtype), t.to(weight.dtype), labels).to(x.dtype)
+        kind = self.net.read.weight.dtype
+        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.net(scaled.to(kind), t.to(kind), labels).to(x.dtype)
 
 # %% ../nbs/04_networks.ipynb #a20ea17d
 class LinearClassifier(nn.Module):
@@ -133,6 +134,7 @@ class LinearClassifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Logits `[batch, num_classes]` at noisy data `x` `[batch, dim]`, time
         `t` (scalar or `[batch]`)."""
-        t = check_inputs(x, t, None, self.num_classes).to(x.device, x.dtype).expand(len(x))
+        t = check_inputs(x, t, None, self.num_classes).to(x).expand(len(x))
         record_nfe(len(x))
-        return self.net(torch.cat([x, t[:, None]], 1).to(self.net.weight.dtype)).to(x.dtype)
+        inputs = torch.cat([x, t[:, None]], 1).to(self.net.weight.dtype)
+        return self.net(inputs).to(x.dtype)

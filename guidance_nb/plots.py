@@ -60,7 +60,7 @@ METHOD_LABELS = {
 }
 
 # %% ../nbs/07_plots.ipynb #cda0f461
-_CLASSES = ["orange", "blue", "purple", "red", "brown", "pink", "olive", "cyan", "green", "gray"]
+_CLASSES = "orange blue purple red brown pink olive cyan green gray".split()
 
 
 def _class_colour(k: int) -> str:
@@ -94,7 +94,7 @@ def _pixel_centres(extent: float, size: int) -> Tensor:
     `[size, size]` and index as [y, x]."""
     check_whole("size", size, 2)
     require(0 < extent < math.inf, "extent", extent, "a positive number")
-    axis = (torch.arange(size, dtype=torch.float64) + 0.5) / size * 2 * extent - extent
+    axis = (torch.arange(size).double() + 0.5) / size * 2 * extent - extent
     return torch.cartesian_prod(axis, axis).flip(1)
 
 # %% ../nbs/07_plots.ipynb #c8bc14c0
@@ -134,9 +134,9 @@ def show_density(
     if mixture.dim == 1:
         line = torch.linspace(-extent, extent, 4 * size, dtype=torch.float64)
         labels = None if c is None else torch.full((len(line),), c)
-        height = log_prob(mixture, line[:, None], labels, path, t).exp().numpy()
+        p = log_prob(mixture, line[:, None], labels, path, t).exp().numpy()
         grey = COLOURS["data"]
-        ax.fill_between(line.numpy(), height, color=grey, alpha=0.6, linewidth=0)
+        ax.fill_between(line.numpy(), p, color=grey, alpha=0.6, linewidth=0)
         return ax
     image = _density_image(mixture, c, path, t, extent, size)
     shade = torch.log1p(300 * image / image.max())
@@ -162,7 +162,8 @@ def show_points(
         groups = [(points[c.cpu() == k], _class_colour(k)) for k in c.unique().tolist()]
     if points.shape[1] == 2:
         for group, colour in groups:
-            ax.scatter(*group.T.numpy(), s=size, color=colour, linewidths=0, rasterized=True)
+            x, y = group.T.numpy()
+            ax.scatter(x, y, size, colour, linewidths=0, rasterized=True)
         ax.set(xticks=[], yticks=[], aspect="equal")
         return ax
     bins = torch.linspace(points.min(), points.max(), 61, dtype=torch.float64)

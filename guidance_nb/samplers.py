@@ -207,7 +207,7 @@ def check_request(
     rising_too = f"or strictly rising, for {', '.join(_REVERSIBLE)}"
     allowed = f"two or more in [0, 1], strictly falling; {rising_too}"
     require(fine, "times", times.tolist(), allowed)
-    return n  # type: ignore
+    return n
 
 # %% ../nbs/03_samplers.ipynb #b98a0855
 def _integrate(
@@ -327,10 +327,11 @@ def sample(
             x = first * model.path.sigma(times[0]).item() if init is None else init[part].to(device, dtype)
             labels = None if isinstance(c, int) else map_condition(lambda c: c.to(device), take_rows(c, part))
             if sampler == "dopri5":
-                results.append(_integrate_adaptively(here, x, labels, times, seen))
+                x = _integrate_adaptively(here, x, labels, times, seen)
             else:
                 step, extra = SAMPLERS.get(sampler, sampler), StepContext(noise, eta, diffusion, {})  # type: ignore
-                results.append(_integrate(here, x, labels, times, step, extra, seen))
+                x = _integrate(here, x, labels, times, step, extra, seen)
+            results.append(x)
     x = torch.cat(results)
     if not torch.isfinite(x).all():
         raise FloatingPointError("samples are not finite; lower the guidance scale or use more steps")
