@@ -220,9 +220,8 @@ def check_labels(c: C, num_classes: int, batch: int, name: str = "c") -> C:
     if num_classes == EMBEDDINGS:
         parts = [*c.values()] if isinstance(c, Mapping) else [c]
         sizes = [part.shape[:1] for part in parts if isinstance(part, Tensor)]
-        fine = parts and sizes == [(batch,)] * len(parts)
-        if isinstance(c, Tensor):
-            fine = fine and c.is_floating_point() and c.ndim > 1
+        flat = isinstance(c, Tensor) and (c.ndim < 2 or not c.is_floating_point())
+        fine = parts and not flat and sizes == [(batch,)] * len(parts)
         allowed = f"embeddings [batch, ...] with batch = {batch}, or None"
         require_that(fine, f"{name} is {shown(c)}", allowed)
         return c

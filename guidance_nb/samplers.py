@@ -195,9 +195,9 @@ def check_request(
     if type(n) is not int or n < 1:
         allowed = "labels [n] or the number of unconditional samples, n >= 1"
         raise ValueError(f"c = {c!r}; allowed: {allowed}")
-    sized = isinstance(shape, tuple | list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
-    allowed = "the shape of one sample, (...) with positive whole numbers"
-    require(sized, "shape", shape, allowed)
+    sized = isinstance(shape, tuple | list) and shape
+    sized = sized and all(isinstance(n, int) and n > 0 for n in shape)
+    require(sized, "shape", shape, "the shape of one sample, whole numbers > 0")
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
     moves = times.diff() if times.ndim == 1 else times[:0]
