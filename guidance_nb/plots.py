@@ -60,7 +60,7 @@ METHOD_LABELS = {
 }
 
 # %% ../nbs/07_plots.ipynb #cda0f461
-_CLASSES = "orange blue purple red brown pink olive cyan green gray".split()
+_CLASSES = ["orange", "blue", "purple", "red", "brown", "pink", "olive", "cyan", "green", "gray"]
 
 
 def _class_colour(k: int) -> str:

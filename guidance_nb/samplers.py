@@ -195,8 +195,8 @@ def check_request(
     if type(n) is not int or n < 1:
         allowed = "labels [n] or the number of unconditional samples, n >= 1"
         raise ValueError(f"c = {c!r}; allowed: {allowed}")
-    sized = isinstance(shape, tuple | list) and shape
-    sized = sized and all(isinstance(n, int) and n > 0 for n in shape)
+    sizes = shape if isinstance(shape, tuple | list) else ()
+    sized = sizes and all(isinstance(n, int) and n > 0 for n in sizes)
     require(sized, "shape", shape, "the shape of one sample, whole numbers > 0")
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
