@@ -187,7 +187,7 @@ class _MethodTable(Table):
     weights: str = key("", "Folder of the weights of `space`")
 
 
-class LoopTable(Table):
+class _LoopTable(Table):
     "For how long, and with what care."
 
     steps: int = key(2000, "Optimiser steps", ge=1)
@@ -216,7 +216,7 @@ class LoopTable(Table):
         return Engine(**{name: value for name, value in asked.items() if value}, **options or {})  # empty: as usual
 
 
-class _TrainingTable(LoopTable):
+class _TrainingTable(_LoopTable):
     "For how long, and with what care."
 
     compile: bool = key(False, "Whether to compile the network")
@@ -283,7 +283,7 @@ class _PipelineTable(Table):
     lora_layers: tuple[str, ...] = key(("to_q", "to_k", "to_v", "to_out.0"), "Ends of the names of layers that get it")
 
 
-class FineTuningMethodTable(Table):
+class _FineTuningMethodTable(Table):
     "The loss it trains by."
 
     name: Denoising = key("plain", "The loss")
@@ -309,8 +309,10 @@ class FineTuning(Table):
     title: str = key("", "What this is, in one line")
     data: _CaptionedTable = _CaptionedTable()
     pipeline: _PipelineTable = _PipelineTable()
-    method: FineTuningMethodTable = FineTuningMethodTable()
-    training: LoopTable = LoopTable(steps=1000, batch_size=16, lr=1e-5, schedule="constant", clip=1.0, precision="auto")
+    method: _FineTuningMethodTable = _FineTuningMethodTable()
+    training: _LoopTable = _LoopTable(
+        steps=1000, batch_size=16, lr=1e-5, schedule="constant", clip=1.0, precision="auto"
+    )
     grid: _GridTable = _GridTable()
 
     @pydantic.model_validator(mode="after")
@@ -320,7 +322,7 @@ class FineTuning(Table):
         return self
 
 
-def model_guidance_loss(method: _MethodTable | FineTuningMethodTable) -> ModelGuidanceLoss:
+def model_guidance_loss(method: _MethodTable | _FineTuningMethodTable) -> ModelGuidanceLoss:
     "The loss by Model-guidance, for one scale or a range of them."
     options: Json = method.model_dump(include={"dropout", "start_step", "unconditional", "interval", "guided_share"})
     if method.scale_range:

@@ -11,7 +11,7 @@ from guidance_nb._checks import require
 from guidance_nb._files import weights_digest
 from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.cli.recipe import FineTuning, FineTuningMethodTable, model_guidance_loss
+from guidance_nb.cli.recipe import FineTuning, model_guidance_loss
 from guidance_nb.interop.captions import CaptionedLatents, cache_captioned, load_captioned
 from guidance_nb.interop.diffusers import open_pipeline
 from guidance_nb.interop.grids import compare_scales, save_grid
@@ -34,8 +34,9 @@ _MAY_CHANGE = (  # at a resume
 )  # fmt: skip
 
 
-def _finetuning_loss(method: FineTuningMethodTable) -> Callable[..., Tensor]:
+def _finetuning_loss(recipe: FineTuning) -> Callable[..., Tensor]:
     "The loss of a recipe."
+    method = recipe.method
     if method.name == "plain":
         return DenoisingLoss(method.dropout)
     if method.name == "aligned_loss":
@@ -74,7 +75,7 @@ def finetune(
     cpu: bool = False,  # Whether to stay on the CPU although there is an accelerator
 ) -> Iterator[State]:
     "Encode, train with checkpoints, go on from the newest, and write the pipeline; yields as `fit` does."
-    out, loss, loop = Path(out), _finetuning_loss(recipe.method), recipe.training
+    out, loss, loop = Path(out), _finetuning_loss(recipe), recipe.training
     with add_memory_hint(recipe):
         data = _prepare_data(recipe, out / "cache", progress)
         model = load_text_denoiser(
