@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -340,14 +340,13 @@ def _fields(kind: type[Table]) -> Iterator[tuple[str, pydantic.fields.FieldInfo]
         yield from ((f"{name}.{part}", each) for part, each in inner.model_fields.items()) if inner else [(name, field)]
 
 
+@cache
 def recipe_keys(
     kind: type[Table] = Recipe,  # Recipe or FineTuning
 ) -> dict[str, str]:
     "Every key of a recipe, `table.key`, with its meaning."
     meanings = {name: str(field.description) for name, field in _fields(kind)}
-    choices = {
-        name: get_args(field.annotation) for name, field in _fields(kind) if get_origin(field.annotation) is Literal
-    }
+    choices = {n: get_args(f.annotation) for n, f in _fields(kind) if get_origin(f.annotation) is Literal}
     return meanings | {name: f"{meanings[name]}: {', '.join(map(repr, names))}" for name, names in choices.items()}
 
 
