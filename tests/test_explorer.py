@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import sys
 
@@ -51,10 +52,14 @@ def open_page(chromium):
 
 @pytest.fixture(scope="module")
 def program(chromium):
-    "One page for all that only computes; `program(body, *arguments)` runs JavaScript with `e`, its program, at hand."
+    """One page for all that only computes; `program(body, *arguments)` runs JavaScript with `e`, its program, at hand.
+
+    Numbers travel as JSON, since the driver looks at each of its own many times.
+    """
     page = chromium.new_page()
     page.set_content(f"<!doctype html><meta charset=utf-8><body>{STORED}")
-    yield lambda body, given: page.evaluate(f"(given) => {{ const e = {HOST}.explorer; {body} }}", given)
+    code = f"(words) => {{ const e = {HOST}.explorer, given = JSON.parse(words); return JSON.stringify((() => {{"
+    yield lambda body, given: json.loads(page.evaluate(f"{code} {body} }})())}}", json.dumps(given)))
     page.close()
 
 
@@ -70,7 +75,7 @@ def shown(page, name: str) -> str:
 
 def points(page) -> torch.Tensor:
     "All points of the run that the page shows, `[times, n * d]`."
-    found = page.evaluate(f"{HOST}.explorer.result().run.points.map((x) => Array.from(x))")
+    found = json.loads(page.evaluate(f"JSON.stringify({HOST}.explorer.result().run.points.map((x) => Array.from(x)))"))
     return torch.tensor(found, dtype=torch.float64)
 
 
