@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import require
+from guidance_nb._extras import extra
 from guidance_nb._files import Json
 
 Network: TypeAlias = Any  # A network of diffusers, or one wrapped by peft
@@ -73,7 +74,8 @@ def from_patches(tokens: Tensor, shape: torch.Size) -> Tensor:
 
 def embed_scale(scale: Tensor, width: int) -> Tensor:
     "Sines and cosines of 1000 (scale - 1) `[batch, width]`, as pipelines of Stable Diffusion feed them to the network."
-    from diffusers.models.embeddings import get_timestep_embedding
+    with extra("diffusers"):
+        from diffusers.models.embeddings import get_timestep_embedding
 
     return get_timestep_embedding(1000 * (scale.float() - 1), width, downscale_freq_shift=1)
 

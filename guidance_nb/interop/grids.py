@@ -21,21 +21,14 @@ from guidance_nb.interop.schedulers import scheduler_times
 from guidance_nb.model_guidance import FixedScale
 from guidance_nb.samplers import sample
 
+with extra("images"):
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
 __all__: list[str] = []
-
-
-def _load_clip(source: "tuple[CLIPModel, CLIPProcessor] | str | Path") -> "tuple[CLIPModel, CLIPProcessor]":
-    "A CLIP of `transformers`; one that cannot be loaded is a `ValueError`."
-    if not isinstance(source, str | Path):
-        return source
-    with extra("sd"):
-        from transformers import CLIPModel, CLIPProcessor
-
-    with opening("clip", source):
-        return CLIPModel.from_pretrained(str(source)).eval(), CLIPProcessor.from_pretrained(str(source))
 
 
 @torch.no_grad()
@@ -46,11 +39,14 @@ def clip_score(
 
     `images` are `[n, 3, height, width]`, in [-1, 1] or uint8; `clip` is a model and its processor, or their folder.
     """
-    with extra("images"):
-        from torchvision.transforms.functional import to_pil_image
-
     require(len(images) == len(prompts), "prompts", f"{len(prompts)} for {len(images)} images", "one an image")
-    model, processor = _load_clip(clip)
+    if isinstance(clip, str | Path):
+        with extra("sd"):
+            from transformers import CLIPModel, CLIPProcessor
+
+        with opening("clip", clip):
+            clip = CLIPModel.from_pretrained(str(clip)).eval(), CLIPProcessor.from_pretrained(str(clip))
+    model, processor = clip
     levels, scores = images if images.dtype == torch.uint8 else to_uint8(images.cpu().clamp(-1, 1)), []
     for i in range(0, len(prompts), batch_size):
         pictures, texts = [to_pil_image(x.cpu()) for x in levels[i : i + batch_size]], list(prompts[i : i + batch_size])
@@ -91,10 +87,6 @@ def compare_scales(
 
 def save_grid(pictures: Tensor, table: list[Json], out: Path) -> None:
     "Write a grid, one row for each model and scale and one column for each prompt, and its table."
-    with extra("images"):
-        from torchvision.transforms.functional import to_pil_image
-        from torchvision.utils import make_grid
-
     with write_aside(out / "grid.csv") as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()

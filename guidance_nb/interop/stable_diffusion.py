@@ -12,17 +12,10 @@ from guidance_nb._files import weights_digest
 from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.cli.recipe import FineTuning, model_guidance_loss
+from guidance_nb.interop import text_denoiser
 from guidance_nb.interop.captions import CaptionedLatents, cache_captioned, load_captioned
 from guidance_nb.interop.diffusers import open_pipeline
 from guidance_nb.interop.grids import compare_scales, save_grid
-from guidance_nb.interop.text_denoiser import (
-    TextDenoiser,
-    TwoStageAlignedLoss,
-    load_text_denoiser,
-    pipeline_card,
-    save_lora,
-    save_pipeline,
-)
 from guidance_nb.training import DenoisingLoss, State, fit
 
 __all__ = ["finetune"]
@@ -40,7 +33,7 @@ def _finetuning_loss(recipe: FineTuning) -> Callable[..., Tensor]:
     if method.name == "plain":
         return DenoisingLoss(method.dropout)
     if method.name == "aligned_loss":
-        return (TwoStageAlignedLoss if method.two_stage else AlignedLoss)(method.scale)
+        return (text_denoiser.TwoStageAlignedLoss if method.two_stage else AlignedLoss)(method.scale)
     return model_guidance_loss(method)
 
 
@@ -78,7 +71,7 @@ def finetune(
     out, loss, loop = Path(out), _finetuning_loss(recipe), recipe.training
     with add_memory_hint(recipe):
         data = _prepare_data(recipe, out / "cache", progress)
-        model = load_text_denoiser(
+        model = text_denoiser.load_text_denoiser(
             recipe.pipeline.name, data.null, lora_rank=recipe.pipeline.lora_rank, seed=loop.seed,
             lora_layers=recipe.pipeline.lora_layers, scale_aware=bool(recipe.method.scale_range),
         )  # fmt: skip
@@ -90,25 +83,25 @@ def finetune(
         _finish(recipe, out, state.ema, data.null, progress)
 
 
-def _finish(recipe: FineTuning, out: Path, model: TextDenoiser, null: Tensor, progress: bool = True) -> None:
+def _finish(recipe: FineTuning, out: Path, model: text_denoiser.TextDenoiser, null: Tensor, progress: bool) -> None:
     "Write pipeline, LoRA and the grid before and after, in the main process."
     device, grid = next(model.parameters()).device, recipe.grid
     if find_processes(device)[0]:
         return
     pipeline, name = open_pipeline(recipe.pipeline.name), recipe.method.name
-    card = pipeline_card(
+    card = text_denoiser.pipeline_card(
         "scale-aware" if model.scale_aware else name, steps=recipe.training.steps,
         samples=recipe.training.steps * recipe.training.batch_size, base=recipe.pipeline.name,
         data=Path(recipe.data.source).name,
         scale=1.0 if name == "model_guidance" and not model.scale_aware else recipe.method.scale,
     )  # fmt: skip
-    save_pipeline(model, pipeline, out / "pipeline", card)
+    text_denoiser.save_pipeline(model, pipeline, out / "pipeline", card)
     if recipe.pipeline.lora_rank:
-        save_lora(model, out / "lora")
+        text_denoiser.save_lora(model, out / "lora")
     if not grid.prompts:
         return
     pipeline.to(device)
-    models = {"before": load_text_denoiser(recipe.pipeline.name, null).to(device), "after": model}
+    models = {"before": text_denoiser.load_text_denoiser(recipe.pipeline.name, null).to(device), "after": model}
     pictures, table = compare_scales(
         models, grid.prompts, pipeline, grid.grid_scales, clip=grid.clip_model or None, steps=grid.grid_steps,
         seed=recipe.training.seed, size=recipe.data.size or None, progress=progress,
