@@ -426,11 +426,11 @@ class NetworkDenoiser(Denoiser):
         return [self.decode(part, x, t) for part in y.chunk(copies)]
 
 # %% ../nbs/01_denoisers.ipynb #990b18c9
-def _one_pass(batching: Batching, x: Tensor) -> bool:
-    """Whether to evaluate a pair at `x` in one pass: on an accelerator, and
-    for small batches on a CPU."""
-    if batching != "auto":
-        return check_choice("batching", batching, get_args(Batching)) == "batched"
+def _one_pass(how: Batching, x: Tensor) -> bool:
+    """Whether to evaluate a pair at `x` in one pass, as `how` says: else on an
+    accelerator, and for small batches on a CPU."""
+    if how != "auto":
+        return check_choice("batching", how, get_args(Batching)) == "batched"
     small = x.shape[0] <= 512 if x.ndim < 3 else x.numel() <= 2**15
     return x.device.type != "cpu" or small
 

@@ -302,10 +302,10 @@ def sample(
     real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     require(real, "dtype", dtype, "a floating-point type of torch")
     if init is not None:
-        fine = isinstance(init, Tensor) and init.is_floating_point()
-        fine, allowed = fine and init.shape == (n, *shape), (n, *shape)
+        fine, wanted = isinstance(init, Tensor), (n, *shape)
+        fine = fine and init.is_floating_point() and init.shape == wanted
         told = f"init is {shown(init)}"
-        require_that(fine, told, f"a floating-point tensor {allowed}")
+        require_that(fine, told, f"a floating-point tensor {wanted}")
         finite = init.isfinite().all()
         require_that(finite, "init is not finite", "finite numbers")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
