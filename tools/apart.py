@@ -35,7 +35,8 @@ def context():
         return mp.get_context("spawn")
     made = mp.get_context("forkserver")
     made.set_forkserver_preload(COMMON.split())
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tools")))):
+    ours = os.pathsep.join((str(ROOT), str(ROOT / "tools")))
+    with patch.dict(os.environ, PYTHONPATH=ours, PYTHONSAFEPATH="1"):  # whatever folder the tests are started in
         forkserver._forkserver.ensure_running()
     return made
 
