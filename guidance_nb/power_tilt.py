@@ -90,10 +90,10 @@ def _solve_rows(
         found[rows[done]], rows = True, rows[~done]
         if not len(rows):
             break
-        points, residuals = (
-            [part[~done] for part in past[-memory - 1 :]]
-            for past in ([*points, value], [*residuals, residual])
-        )
+        points = [*points, value][-memory - 1 :]
+        points = [part[~done] for part in points]
+        residuals = [*residuals, residual][-memory - 1 :]
+        residuals = [part[~done] for part in residuals]
         value = anderson_step(points, residuals)
     return answers, found
 

@@ -72,7 +72,7 @@ class ComposedConditions(Guidance):
         self.others, self.away = [_asked(k) for k in others], _asked(away)
         self.weights = [check_nonzero("weights", w) for w in weights]
         claims = replace(self.claims, nfe=2 + len(self.others), unconditional_at_zero=away is None)
-        self.claims = replace(claims, conditional_at_one=not self.others, needs_condition=not self.others)  # type: ignore[misc]
+        self.claims = replace(claims, conditional_at_one=not self.others, needs_condition=not self.others)
 
     def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> tuple[Prediction, Prediction]:
         "e_u + sum_k w_k (e_k - e_u), and e_u, or e_a in its place."

@@ -58,7 +58,7 @@ class WeakGuidance(Guidance):
         super().__init__(model, scale, interval)
         self.cfg = None
         if not isinstance(cfg_scale, int | float) or cfg_scale != 1:
-            self.claims = replace(self.claims, nfe=3, conditional_at_one=False)  # type: ignore[misc]
+            self.claims = replace(self.claims, nfe=3, conditional_at_one=False)
             self.cfg = ClassifierFreeGuidance(model, cfg_scale)
 
     def unguided(self, x: Tensor, t: Tensor, c: Tensor | None) -> Prediction:
