@@ -217,27 +217,30 @@ def sampling(sizes: Sizes) -> Iterator[Pair]:
 
 def layers(sizes: Sizes) -> Iterator[Pair]:
     "One sample by guided DDIM, one layer of code after another, against the calls of the network alone."
-    networks = {"unet": (build_model(sizes), sizes.shape), "mlp": (plane_model(sizes), (2,))}
-    for name, (model, shape) in networks.items():
-        few, c = replace(sizes, samples=1, shape=shape), labels(1).to(sizes.device)
-        guided, x = ClassifierFreeGuidance(model, SCALE), keyed_noise(0, 0, (1, *shape)).to(sizes.device)
-        replay, note = record(model, guided, few)
-        times, extra = time_grid(model.path, few.steps), StepContext(lambda: x, 0.0, lambda path, t: t, {})
-        calls: dict[str, Callable[[Tensor, Tensor], object]] = {
-            "both predictions": lambda t, s, model=model, x=x, c=c: model.predict_pair(x, t, c),
-            "and guidance": lambda t, s, guided=guided, x=x, c=c: guided(x, t, c),
-            "and a step": lambda t, s, guided=guided, x=x, c=c, extra=extra: ddim_step(guided, x, t, s, c, extra),
-        }
+    yield from layers_of("unet", build_model(sizes), replace(sizes, samples=1))
+    yield from layers_of("mlp", plane_model(sizes), replace(sizes, samples=1, shape=(2,)))
 
-        @torch.no_grad()
-        def follow(call: Callable[[Tensor, Tensor], object], times: Tensor = times, c: Tensor = c) -> None:
-            with one_run(times, c) as moments:
-                for t, s in pairwise(moments):
-                    call(t, s)
 
-        for layer, call in calls.items():
-            yield Pair(f"{layer}/{name} 1", partial(follow, call), replay, note=note)
-        yield Pair(f"and a run/{name} 1", partial(draw, guided, few), replay, note=note)
+def layers_of(name: str, model: NetworkDenoiser, sizes: Sizes) -> Iterator[Pair]:
+    "The layers around one network."
+    guided, c = ClassifierFreeGuidance(model, SCALE), labels(1).to(sizes.device)
+    x, times = keyed_noise(0, 0, (1, *sizes.shape)).to(sizes.device), time_grid(model.path, sizes.steps)
+    extra, (replay, note) = StepContext(lambda: x, 0.0, lambda path, t: t, {}), record(model, guided, sizes)
+
+    @torch.no_grad()
+    def follow(call: Callable[[Tensor, Tensor], object]) -> None:
+        with one_run(times, c) as moments:
+            for t, s in pairwise(moments):
+                call(t, s)
+
+    calls: dict[str, Callable[[Tensor, Tensor], object]] = {
+        "both predictions": lambda t, s: model.predict_pair(x, t, c),
+        "and guidance": lambda t, s: guided(x, t, c),
+        "and a step": lambda t, s: ddim_step(guided, x, t, s, c, extra),
+    }
+    for layer, call in calls.items():
+        yield Pair(f"{layer}/{name} 1", partial(follow, call), replay, note=note)
+    yield Pair(f"and a run/{name} 1", partial(draw, guided, sizes), replay, note=note)
 
 
 def plane_model(sizes: Sizes) -> NetworkDenoiser:
