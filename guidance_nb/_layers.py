@@ -3,6 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from torch import nn
+
+from ._extras import extra
+
 Layer: TypeAlias = Any  # A layer of diffusers
 Layers: TypeAlias = int | str | Sequence[int | str]  # Numbers, or parts of names
 
@@ -20,3 +24,11 @@ def choose_layers(found: Mapping[str, Layer], layers: Layers) -> list[Layer]:
             raise ValueError(f"layers = {wanted!r}; allowed: {there}")
         chosen += hits
     return [found[name] for name in dict.fromkeys(chosen)]
+
+
+def attention_layers(model: nn.Module) -> dict[str, Layer]:
+    "The attention layers of `diffusers` networks inside a model, self and cross, by name."
+    with extra("diffusers"):
+        from diffusers.models.attention_processor import Attention
+
+    return {name: part for name, part in model.named_modules() if isinstance(part, Attention)}

@@ -9,11 +9,13 @@ __all__ = ['MeanFlowGuidanceLoss', 'GuidanceFreeTrainingLoss', 'GuidedDistillati
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from guidance_nb._checks import (
+    Ends,
     Interval,
     Number,
     Positive,
@@ -46,44 +48,11 @@ def _branch_outputs(
 ) -> Tensor:  # Raw outputs, `[branches, batch, ...]`
     """The terms under sg in eq. (1) from one evaluation pass; an evaluation of
     the network for each entry."""
-    drop = torch.tensor([name == "null" for name in branches], device=x.device).repeat_interleave(len(x))
-    x, t, c = (z.repeat(len(branches), *[1] * (z.ndim - 1)) for z in (x, t, c))
+    n, null = len(branches), [name == "null" for name in branches]
+    drop = torch.tensor(null, device=x.device).repeat_interleave(len(x))
+    x, t, c = (z.repeat(n, *[1] * (z.ndim - 1)) for z in (x, t, c))
     with eval_mode(model):
-        return model.output(x, t, c, drop=drop).unflatten(0, (len(branches), -1))
-
-# %% ../nbs/19_trained_guidance.ipynb #093a692a
-@checked
-@dataclass
-class MeanFlowGuidanceLoss:
-    """Squared error to the guided target of eq. (3) at r = t, the guidance of
-    MeanFlow alone (arXiv 2505.13447)."""
-
-    omega: Number = 1.0  # Weight of the plain target
-    # Weight of the network's own conditional output, below 1
-    kappa: float = 0.5
-    interval: Interval = (0.0, 1.0)  # Times, both included, with guidance
-    # Probability of training a sample without its condition
-    dropout: Share = 0.1
-
-    def __post_init__(self) -> None:
-        allowed = "a finite number below 1, for at 1 and above training diverges"
-        check_number("kappa", self.kappa, high=math.nextafter(1, 0), allowed=allowed)
-
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
-        "Per-sample losses `[batch]`."
-        check_conditional(model, c)
-        t, eps, drop = context.times(x0), context.noise(x0), context.drop(x0, self.dropout)
-        x = model.path.interpolate(x0, eps, t)
-        y, target = model.output(x, t, c, drop=drop), model.target(x0, eps, t)
-        weights = {"conditional": self.kappa, "null": 1 - self.omega - self.kappa}
-        used = {name: w for name, w in weights.items() if abs(w) > 1e-12}
-        guided = ~drop & (self.interval[0] <= t) & (t <= self.interval[1])
-        if used and guided.any():
-            outputs = _branch_outputs(model, x[guided], t[guided], c[guided], list(used)).to(target.dtype)
-            target[guided] *= self.omega
-            for weight, output in zip(used.values(), outputs):
-                target[guided] += weight * output
-        return (y - target).square().flatten(1).mean(1)
+        return model.output(x, t, c, drop=drop).unflatten(0, (n, -1))
 
 # %% ../nbs/19_trained_guidance.ipynb #9dca47e5
 def _draw_scales(
@@ -95,10 +64,81 @@ def _draw_scales(
     low, high = scale_range
     return low + (high - low) * context.times(x0)  # uniform, as times are
 
+
+class _Noisy(NamedTuple):
+    "A batch of one training step."
+
+    model: NetworkDenoiser  # In training
+    x: Tensor  # Noisy data, `[batch, ...]`
+    t: Tensor  # Times, `[batch]`
+    c: Tensor  # Labels, `[batch]`
+    drop: Tensor  # Which samples lose their label, `[batch]`
+    scale: Tensor | None = None  # What the network is given, `[batch]`
+
+
+class _ConditionalLoss:
+    """The mean square of an `error`: what the losses of this page share."""
+
+    dropout: float
+    scale_range: Ends | None = None
+    error: Callable[..., Tensor]
+    draw = staticmethod(_draw_scales)
+
+    def __call__(
+        self,
+        model: NetworkDenoiser,
+        x0: Tensor,
+        c: Tensor,
+        context: LossContext,
+    ) -> Tensor:
+        "Per-sample losses `[batch]`."
+        check_conditional(model, c, ends := self.scale_range)
+        t, eps = context.times(x0), context.noise(x0)
+        drop = context.drop(x0, self.dropout)
+        scale = None if ends is None else self.draw(ends, x0, context)
+        x, target = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
+        y = model.output(x, t, c, drop=drop, scale=scale)
+        error = self.error(_Noisy(model, x, t, c, drop, scale), y, target)
+        return error.square().flatten(1).mean(1)
+
+# %% ../nbs/19_trained_guidance.ipynb #093a692a
+@checked
+@dataclass
+class MeanFlowGuidanceLoss(_ConditionalLoss):
+    """Squared error to the guided target of eq. (3) at r = t, the guidance of
+    MeanFlow alone (arXiv 2505.13447)."""
+
+    omega: Number = 1.0  # Weight of the plain target
+    # Weight of the network's own conditional output, below 1
+    kappa: float = 0.5
+    interval: Interval = (0.0, 1.0)  # Times, both included, with guidance
+    # Probability of training a sample without its condition
+    dropout: Share = 0.1
+
+    def __post_init__(self) -> None:
+        allowed = "a finite number below 1, where training converges"
+        below = math.nextafter(1, 0)
+        check_number("kappa", self.kappa, high=below, allowed=allowed)
+
+    def error(self, at: _Noisy, y: Tensor, target: Tensor) -> Tensor:
+        "The output less the guided target of eq. (3)."
+        null = 1 - self.omega - self.kappa
+        weights = {"conditional": self.kappa, "null": null}
+        used = {name: w for name, w in weights.items() if abs(w) > 1e-12}
+        low, high = self.interval
+        guided = ~at.drop & (low <= at.t) & (at.t <= high)
+        if used and guided.any():
+            point = at.x[guided], at.t[guided], at.c[guided]
+            outputs = _branch_outputs(at.model, *point, [*used])
+            target[guided] *= self.omega
+            for weight, output in zip(used.values(), outputs.to(target)):
+                target[guided] += weight * output
+        return y - target
+
 # %% ../nbs/19_trained_guidance.ipynb #a99e7a67
 @checked
 @dataclass
-class GuidanceFreeTrainingLoss:
+class GuidanceFreeTrainingLoss(_ConditionalLoss):
     """Squared error of a mixture with the own unconditional output, eq. (4)
     (arXiv 2501.15420); beta = 1 / scale."""
 
@@ -109,27 +149,27 @@ class GuidanceFreeTrainingLoss:
     # For scale-aware networks: lowest and highest scale
     scale_range: PositiveRange | None = None
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
-        "Per-sample losses `[batch]`."
-        check_conditional(model, c, self.scale_range)
-        t, eps, drop = context.times(x0), context.noise(x0), context.drop(x0, self.dropout)
-        scale = None
-        if self.scale_range is not None:  # beta = 1 / scale is uniform
-            low, high = self.scale_range
-            scale = 1 / _draw_scales((1 / high, 1 / low), x0, context)
-        x, target = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
-        y = model.output(x, t, c, drop=drop, scale=scale)
-        beta = 1 / (torch.full_like(t, self.scale) if scale is None else scale)
-        mixed, null = ~drop & (beta != 1), torch.zeros_like(target)
+    @staticmethod
+    def draw(ends: Ends, x0: Tensor, context: LossContext) -> Tensor:
+        "Scales whose inverse, beta, is uniform."
+        return 1 / _draw_scales((1 / ends[1], 1 / ends[0]), x0, context)
+
+    def error(self, at: _Noisy, y: Tensor, target: Tensor) -> Tensor:
+        "The mixture of eq. (4) less the plain target."
+        scale = torch.full_like(at.t, self.scale)
+        beta = 1 / (scale if at.scale is None else at.scale)
+        mixed, null = ~at.drop & (beta != 1), torch.zeros_like(target)
         if mixed.any():
-            null[mixed] = _branch_outputs(model, x[mixed], t[mixed], c[mixed], ["null"])[0].to(null.dtype)
-        beta = expand_time(torch.where(mixed, beta, torch.ones_like(beta)), y)
-        return (beta * y + (1 - beta) * null - target).square().flatten(1).mean(1)
+            point = at.x[mixed], at.t[mixed], at.c[mixed]
+            output = _branch_outputs(at.model, *point, ["null"])[0]
+            null[mixed] = output.to(null)
+        beta = expand_time(torch.where(mixed, beta, 1), y)
+        return beta * y + (1 - beta) * null - target
 
 # %% ../nbs/19_trained_guidance.ipynb #01b750b3
 @checked
 @dataclass
-class GuidedDistillationLoss:
+class GuidedDistillationLoss(_ConditionalLoss):
     """Squared error to a frozen guided teacher, eq. (5) (arXiv 2210.03142,
     first stage)."""
 
@@ -143,29 +183,23 @@ class GuidedDistillationLoss:
     # With `scale_range`: what guides
     guidance: Callable[[Denoiser, Tensor], Denoiser] = ClassifierFreeGuidance
 
-    def __post_init__(self) -> None:
-        require(callable(self.guidance), "guidance", self.guidance, "a function of a denoiser and scales [batch]")
-
     @torch.no_grad()
-    def answer(self, x: Tensor, t: Tensor, c: Tensor, drop: Tensor, scale: Tensor | None) -> Prediction:
+    def answer(self, at: _Noisy) -> Prediction:
         """What the teacher says: guided at `scale` `[batch]`, unconditional
         where dropped."""
-        asked = self.teacher if scale is None else self.guidance(self.teacher, scale)
-        plain = self.teacher
-        with eval_mode(self.teacher):
-            return predict_where(~drop, asked, lambda m, *point: m(*point), lambda _, x, t, c: plain(x, t), x, t, c)
+        plain = asked = self.teacher
+        if at.scale is not None:
+            asked = self.guidance(plain, at.scale)
+        parts = Denoiser.predict, lambda _, x, t, c: plain(x, t)
+        with eval_mode(plain):
+            return predict_where(~at.drop, asked, *parts, at.x, at.t, at.c)
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
-        "Per-sample losses `[batch]`."
-        check_conditional(model, c, self.scale_range)
-        same, told = self.teacher.path == model.path, f"teacher is on {self.teacher.path}"
-        require_that(same, told, f"{model.path}, as the model; see `OnPath`")
-        t, eps, drop = context.times(x0), context.noise(x0), context.drop(x0, self.dropout)
-        scale = None if self.scale_range is None else _draw_scales(self.scale_range, x0, context)
-        x = model.path.interpolate(x0, eps, t)
-        y = model.output(x, t, c, drop=drop, scale=scale)
-        pair = self.answer(x, t, c, drop, scale)
-        return (y - model.target(*pair, t).to(x0.dtype)).square().flatten(1).mean(1)
+    def error(self, at: _Noisy, y: Tensor, target: Tensor) -> Tensor:
+        "The output less what stands for the teacher's answer, eq. (5)."
+        own, path = self.teacher.path, at.model.path
+        allowed = f"{path}, as the model; see `OnPath`"
+        require_that(own == path, f"teacher is on {own}", allowed)
+        return y - at.model.target(*self.answer(at), at.t).to(y)
 
 # %% ../nbs/19_trained_guidance.ipynb #8a10f002
 def scale_from_gft(beta: float) -> float:
@@ -178,5 +212,6 @@ def scale_from_gft(beta: float) -> float:
 def scale_from_meanflow(omega: float, kappa: float) -> float:
     """The scale of MeanFlow's training-time guidance, omega / (1 - kappa)
     (arXiv 2505.13447)."""
-    require(kappa < 1, "kappa", kappa, "below 1, for at 1 and above the training target has no fixed point")
+    allowed = "below 1, where the training target has a fixed point"
+    require(kappa < 1, "kappa", kappa, allowed)
     return omega / (1 - kappa)

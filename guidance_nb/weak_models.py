@@ -20,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import (
+    AnyDenoiser,
+    AtLeastZero,
+    AtLeastZeroOrInf,
     Count,
-    check_denoiser,
-    check_kind,
+    Share,
+    WithScore,
     check_number,
     check_scale,
     checked,
@@ -30,16 +33,31 @@ from guidance_nb._checks import (
     require_that,
 )
 from ._extras import extra
-from ._layers import Layer, Layers, choose_layers
+from guidance_nb._layers import (
+    Layer,
+    Layers,
+    attention_layers,
+    choose_layers,
+)
 from ._modes import swapped
 from ._random import keyed_noise
 from .classifier_free_guidance import ClassifierFreeGuidance
-from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, check_inputs, check_labels
+from guidance_nb.denoisers import (
+    EMBEDDINGS,
+    Denoiser,
+    Prediction,
+    check_inputs,
+    check_labels,
+)
 from .guidance import Claims, Guidance, Scale, shift_prediction
 from .mixtures import Mixture
 from .paths import clamp_time, expand_time
 
 # %% ../nbs/17_weak_models.ipynb #78b8d092
+_Given: TypeAlias = Tensor | None  # Labels or embeddings, or no condition
+_Pair: TypeAlias = tuple[Prediction, Prediction]
+
+
 class WeakGuidance(Guidance):
     """Guidance away from a weak prediction, beside classifier-free guidance,
     eq. (2); `pair` makes the two predictions."""
@@ -74,7 +92,8 @@ class WeakGuidance(Guidance):
         pair = self.combined(own, weak, x, t, scale)
         if c is None or self.cfg is None:
             return pair
-        guided = self.cfg.combined(own, self.model(x, t, None), x, t, self.cfg.scale_at(x, t))
+        null, cfg_scale = self.model(x, t, None), self.cfg.scale_at(x, t)
+        guided = self.cfg.combined(own, null, x, t, cfg_scale)
         return Prediction(*(d + (a - b) for d, a, b in zip(pair, guided, own)))
 
 # %% ../nbs/17_weak_models.ipynb #7c53f429
@@ -87,7 +106,7 @@ class Autoguidance(WeakGuidance):
         model: Denoiser,  # The model to guide
         # A worse one: smaller, less trained, both; on the same path, with the
         # same conditions
-        weak: Denoiser,
+        weak: WithScore,
         scale: Scale = 1.0,  # 0 is the weak model, 1 the model
         # Times at which the weak model is used, ends included
         interval: tuple[float, float] = (0.0, 1.0),
@@ -95,12 +114,12 @@ class Autoguidance(WeakGuidance):
         cfg_scale: Scale = 1.0,
     ):
         super().__init__(model, scale, interval, cfg_scale)
-        check_denoiser("weak", weak)
-        require(weak.path == model.path, "weak.path", weak.path, f"the path of the model, {model.path}, see OnPath")
-        require(weak.num_classes == model.num_classes, "weak.num_classes", weak.num_classes, str(model.num_classes))
+        own = model.path, model.num_classes
+        found, allowed = (weak.path, weak.num_classes), f"{own}, see OnPath"
+        require(found == own, "weak.path, weak.num_classes", found, allowed)
         self.weak = weak
 
-    def pair(self, x: Tensor, t: Tensor, c: Tensor | None) -> tuple[Prediction, Prediction]:
+    def pair(self, x: Tensor, t: Tensor, c: _Given) -> _Pair:
         "The model's prediction and the weak one's."
         return self.model(x, t, c), self.weak(x, t, c)
 
@@ -111,7 +130,8 @@ def widen(
 ) -> Mixture:  # The same components, each wider
     """A mixture convolved with a Gaussian: what a model that blurs its data
     has learned."""
-    variances, q = mixture.eigenvalues + check_number("std", std, 0) ** 2, mixture.eigenvectors
+    variances = mixture.eigenvalues + check_number("std", std, 0) ** 2
+    q = mixture.eigenvectors
     covariances = variances if q is None else q * variances[:, None] @ q.mT
     return Mixture(mixture.means, covariances, mixture.labels, mixture.weights)
 
@@ -121,13 +141,10 @@ _Block: TypeAlias = AbstractContextManager[None]  # Inside it layers are broken
 
 def _attention_layers(model: nn.Module) -> dict[str, Layer]:
     "The self-attention layers of `diffusers` networks inside a model, by name."
-    with extra("diffusers"):
-        from diffusers.models.attention_processor import Attention
-
     return {
         name: part
-        for name, part in model.named_modules()
-        if isinstance(part, Attention) and not part.is_cross_attention and part.added_kv_proj_dim is None
+        for name, part in attention_layers(model).items()
+        if not part.is_cross_attention and part.added_kv_proj_dim is None
     }
 
 
@@ -142,7 +159,7 @@ def _skippable_layers(model: nn.Module) -> dict[str, Layer]:
         name: part
         for name, part in model.named_modules()
         if isinstance(part, BasicTransformerBlock)
-        or hasattr(part, "ff_context")  # a block of SD3 or Flux, for image and text
+        or hasattr(part, "ff_context")  # a block of SD3 or Flux
         or (name in attention and part.residual_connection)
     }
 
@@ -150,21 +167,22 @@ def _skippable_layers(model: nn.Module) -> dict[str, Layer]:
 def _tokens(layer: Layer, h: Tensor) -> Tensor:
     """What an attention layer sees, `[batch, tokens, channels]`; a U-Net hands
     it maps instead."""
-    tokens = h.flatten(2).mT if h.ndim == 4 else h
-    return tokens if layer.group_norm is None else layer.group_norm(tokens.mT).mT
+    tokens, norm = h.flatten(2).mT if h.ndim == 4 else h, layer.group_norm
+    return tokens if norm is None else norm(tokens.mT).mT
 
 
 def _identity_attention(model: nn.Module, layers: Layers) -> _Block:
     """Self-attention with A = I, eq. (4): every token attends to itself (arXiv
     2403.17377)."""
 
-    def values_alone(layer: Layer, h: Tensor, *_: object, **__: object) -> Tensor:
+    def values(layer: Layer, h: Tensor, *_: object, **__: object) -> Tensor:
         out = layer.to_out[1](layer.to_out[0](layer.to_v(_tokens(layer, h))))
         out = out.mT.reshape(h.shape) if h.ndim == 4 else out
-        return (out + h if layer.residual_connection else out) / layer.rescale_output_factor
+        out = out + h if layer.residual_connection else out
+        return out / layer.rescale_output_factor
 
     chosen = choose_layers(_attention_layers(model), layers)
-    return swapped({layer: partial(values_alone, layer) for layer in chosen})
+    return swapped({layer: partial(values, layer) for layer in chosen})
 
 # %% ../nbs/17_weak_models.ipynb #dd18d2a8
 def _gaussian_blur(images: Tensor, sigma: float) -> Tensor:
@@ -176,10 +194,12 @@ def _gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     radius = min(math.ceil(6 * sigma) | 1, min(images.shape[2:]) | 1) // 2
     if radius == 0:
         return images
-    kernel = (-0.5 * (torch.arange(-radius, radius + 1).to(images) / sigma) ** 2).softmax(0)
-    padded = nn.functional.pad(images, (radius,) * 4, mode="reflect").flatten(0, 1)[:, None]
-    rows = nn.functional.conv2d(padded, kernel[None, None, :, None])
-    return nn.functional.conv2d(rows, kernel[None, None, None, :]).view(images.shape)
+    offsets = torch.arange(-radius, radius + 1).to(images)
+    kernel = (-0.5 * (offsets / sigma) ** 2).softmax(0)
+    padded = nn.functional.pad(images, (radius,) * 4, mode="reflect")
+    y, row = padded.flatten(0, 1)[:, None], kernel[None, None, None]
+    y = nn.functional.conv2d(nn.functional.conv2d(y, row.mT), row)
+    return y.view(images.shape)
 
 # %% ../nbs/17_weak_models.ipynb #95426f34
 def _token_grid(
@@ -190,11 +210,13 @@ def _token_grid(
 ) -> Tensor:  # `[batch, channels, rows, columns]`
     "Lay tokens out on the grid of square patches that has as many."
     n, most = tokens.shape[-1], max(sides, default=tokens.shape[-1])
-    grids = ([-(-side // patch) for side in sides or (n, n)] for patch in range(1, most + 1))
-    grid = next((grid for grid in grids if math.prod(grid) == n), None)
-    told = f"a grid on an image of {'x'.join(map(str, sides))}" if sides else "a square number"
-    require_that(grid is not None, f"{n} tokens", told)
-    return tokens.unflatten(-1, grid)
+    for patch in range(1, most + 1):
+        grid = [-(-side // patch) for side in sides or (n, n)]
+        if math.prod(grid) == n:
+            return tokens.unflatten(-1, grid)
+    told = f"a grid on an image of {'x'.join(map(str, sides))}"
+    told = told if sides else "a square number"
+    raise ValueError(f"{n} tokens; allowed: {told}")
 
 # %% ../nbs/17_weak_models.ipynb #3c029125
 def _blurred_queries(model: nn.Module, layers: Layers, sigma: float) -> _Block:
@@ -202,17 +224,16 @@ def _blurred_queries(model: nn.Module, layers: Layers, sigma: float) -> _Block:
     eq. (4) (arXiv 2408.00760)."""
     sides: list[int] = []
 
-    def watched(forward: Callable, x: Tensor, *args: object, **kwargs: object) -> object:
+    def watched(run: Callable, x: Tensor, *a: object, **k: object) -> object:
         sides[:] = x.shape[2:] if x.ndim == 4 else ()
-        return forward(x, *args, **kwargs)
+        return run(x, *a, **k)
 
     def blurred(project: Callable, tokens: Tensor) -> Tensor:
         grid = _token_grid(project(tokens).mT, sides)
         return _gaussian_blur(grid, sigma).flatten(2).mT
 
-    require(sigma >= 0, "sigma", sigma, "0 or more, infinity included")
     chosen = choose_layers(_attention_layers(model), layers)
-    ends = {layer.to_q: partial(blurred, layer.to_q.forward) for layer in chosen}
+    ends = {q: partial(blurred, q.forward) for q in (k.to_q for k in chosen)}
     return swapped({model: partial(watched, model.forward), **ends})
 
 # %% ../nbs/17_weak_models.ipynb #3f74d97f
@@ -223,8 +244,9 @@ def _left_out(
     **given: Tensor,  # A block of SD3 or Flux is given its text, too
 ) -> Tensor | tuple[Tensor, Tensor]:
     "What a layer was given, in the form in which it answers."
-    joint = hasattr(layer, "ff_context")
-    return (given["encoder_hidden_states"], hidden_states) if joint else hidden_states
+    if hasattr(layer, "ff_context"):
+        return given["encoder_hidden_states"], hidden_states
+    return hidden_states
 
 
 def _skipped_layers(model: nn.Module, layers: Layers) -> _Block:
@@ -238,13 +260,17 @@ class _Perturbed(Denoiser):
     """The same model, evaluated with some of its layers broken: a weak model
     for `Autoguidance`."""
 
-    def __init__(self, model: Denoiser, perturb: Callable[[nn.Module], _Block]):
-        super().__init__(check_kind("model", model).path, model.num_classes)
+    def __init__(
+        self,
+        model: AnyDenoiser,
+        perturb: Callable[[nn.Module], _Block],
+    ):
+        super().__init__(model.path, model.num_classes)
         self.model, self.perturb = model, perturb
         with perturb(model):
             pass  # an unknown layer raises its error now
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
         "What the broken model predicts."
         with self.perturb(self.model):
             return self.model(x, t, c)
@@ -285,9 +311,10 @@ class SmoothedEnergyGuidance(Autoguidance):
         interval: tuple[float, float] = (0.0, 1.0),
         # Scale of classifier-free guidance, at all times; 1 for none
         cfg_scale: Scale = 1.0,
-        sigma: float = math.inf,  # Standard deviation of the blur in tokens
+        sigma: AtLeastZeroOrInf = math.inf,  # Width of the blur in tokens
     ):
-        weak = _Perturbed(model, partial(_blurred_queries, layers=layers, sigma=sigma))
+        perturb = partial(_blurred_queries, layers=layers, sigma=sigma)
+        weak = _Perturbed(model, perturb)
         super().__init__(model, weak, scale, interval, cfg_scale)
 
 # %% ../nbs/17_weak_models.ipynb #9015e566
@@ -323,14 +350,21 @@ def _recorded_attention(
     over heads, eq. (5) (arXiv 2210.00939)."""
     received: list[Tensor] = []
 
-    def record(layer: Layer, forward: Callable, h: Tensor, *args: object, **kwargs: object) -> Tensor:
-        tokens = _tokens(layer, h)
-        q, k = (to(tokens).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for to in (layer.to_q, layer.to_k))
+    def record(
+        layer: Layer,
+        forward: Callable,
+        h: Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> Tensor:
+        tokens, heads = _tokens(layer, h), (layer.heads, -1)
+        both = layer.to_q(tokens), layer.to_k(tokens)
+        q, k = (y.unflatten(-1, heads).transpose(1, 2) for y in both)
         received.append((q @ k.mT * layer.scale).softmax(-1).mean(1).sum(1))
         return forward(h, *args, **kwargs)
 
-    chosen = choose_layers(_attention_layers(model), layers)
-    with swapped({layer: partial(record, layer, layer.forward) for layer in chosen}):
+    found = choose_layers(_attention_layers(model), layers)
+    with swapped({k: partial(record, k, k.forward) for k in found}):
         yield received
 
 # %% ../nbs/17_weak_models.ipynb #a7d30192
@@ -350,40 +384,37 @@ class SelfAttentionGuidance(WeakGuidance):
         interval: tuple[float, float] = (0.0, 1.0),
         # Scale of classifier-free guidance, at all times; 1 for none
         cfg_scale: Scale = 1.0,
-        sigma: float = 1.0,  # Standard deviation of the blur in pixels
+        sigma: AtLeastZeroOrInf = 1.0,  # Width of the blur in pixels
         # Attention received above which a token is blurred
         threshold: float = 1.0,
     ):
         super().__init__(model, scale, interval, cfg_scale)
-        require(sigma >= 0, "sigma", sigma, "0 or more, infinity included")
         n = len(choose_layers(_attention_layers(model), layer))
         require_that(n == 1, f"layer = {layer!r} fits {n} layers", "one")
         self.layer, self.sigma, self.threshold = layer, sigma, threshold
 
-    def pair(self, x: Tensor, t: Tensor, c: Tensor | None) -> tuple[Prediction, Prediction]:
-        "The model's prediction at x, and at the point with the blur."
+    def pair(self, x: Tensor, t: Tensor, c: _Given) -> _Pair:
+        """The model's prediction, and the same with the noise that it
+        predicts at the point with the blur."""
         with _recorded_attention(self.model, self.layer) as received:
             own = self.model(x, t, c)
         once = [len(rows) for rows in received] == [len(x)]
-        require_that(once, f"model evaluates its network {len(received)} times", "once for each sample")
+        told = f"model evaluates its network {len(received)} times"
+        require_that(once, told, "once for each sample")
         mask = (received[0] > self.threshold).to(x)[:, None]
         mask = _token_grid(mask, x.shape[2:])
         mask = nn.functional.interpolate(mask, x.shape[2:])
         x0 = torch.lerp(own.x0, _gaussian_blur(own.x0, self.sigma), mask)
-        return own, self.model(self.path.interpolate(x0, own.eps, t), t, c)
-
-    def combine(
-        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: float | Tensor
-    ) -> Prediction:
-        "Eq. (5): the noise is guided, and the clean data follows from x."
-        shift = (scale - 1) * (conditional.eps - unconditional.eps)
-        return shift_prediction(conditional, shift, self.path, t, "eps")
+        there = self.model(self.path.interpolate(x0, own.eps, t), t, c)
+        shift = there.eps - own.eps
+        return own, shift_prediction(own, shift, self.path, t, "eps")
 
 # %% ../nbs/17_weak_models.ipynb #ea22ae37
 def _annealing(t: Tensor, tau: tuple[float, float] = (0.6, 0.9)) -> Tensor:
     """The fraction of the condition that is left at time t: 1 up to the first
     time of tau, 0 from the second, eq. (6) (arXiv 2310.17347)."""
-    require(0 <= tau[0] < tau[1] <= 1, "tau", tau, "two times, 0 <= first < second <= 1")
+    allowed = "two times, 0 <= first < second <= 1"
+    require(0 <= tau[0] < tau[1] <= 1, "tau", tau, allowed)
     return ((tau[1] - t) / (tau[1] - tau[0])).clamp(0, 1)
 
 
@@ -409,19 +440,19 @@ class CADS(Denoiser):
         self,
         # A model of embeddings, guided or not; for class labels see
         # EmbeddedLabels
-        model: Denoiser,
+        model: AnyDenoiser,
         # Strength s of the noise; 0.1 was used for classes, 0.25 for text
-        noise: float = 0.1,
+        noise: AtLeastZero = 0.1,
         # Times from which the condition fades, and at which it is gone
         tau: tuple[float, float] = (0.6, 0.9),
-        mixing: float = 1.0,  # Share of the rescaled embedding, 0 to 1
+        mixing: Share = 1.0,  # Share of the rescaled embedding, 0 to 1
     ):
-        super().__init__(check_kind("model", model).path, model.num_classes)
-        allowed = "EMBEDDINGS, a model of embeddings, such as EmbeddedLabels(model)"
-        require(model.num_classes == EMBEDDINGS, "model.num_classes", model.num_classes, allowed)
+        super().__init__(model.path, model.num_classes)
+        n, allowed = model.num_classes, "EMBEDDINGS, see EmbeddedLabels"
+        require(n == EMBEDDINGS, "model.num_classes", n, allowed)
         _annealing(torch.zeros(()), tau)
         self.model, self.tau = model, tau
-        self.noise, self.mixing = check_number("noise", noise, 0), check_number("mixing", mixing, 0, 1)
+        self.noise, self.mixing = noise, mixing
 
     @staticmethod
     @checked
@@ -434,29 +465,36 @@ class CADS(Denoiser):
         """Append to each condition the noise that will corrupt it; row i
         depends on (seed, start + i) alone."""
         check_inputs(c, 0.0, c, EMBEDDINGS)
-        shape, never = (len(c), draws, *c.shape[1:]), 2**32 - 1  # a step no sampler reaches
+        shape = len(c), draws, *c.shape[1:]
+        never = 2**32 - 1  # a step no sampler reaches
         noise = keyed_noise(seed, start, shape, step=never)
         return torch.cat([c[:, None], noise.to(c)], 1)
 
     def question(self, c: Tensor, t: Tensor) -> Tensor:
         """The corrupted embeddings `[batch, ...]` at time t, eq. (6), from
         conditions with noise."""
-        fine = c.ndim > 2 and c.shape[1] > 1
-        require_that(fine, f"c has shape {tuple(c.shape)}", "[batch, 1 + draws, ...], from with_noise")
-        y, draws, time = c[:, 0], c.shape[1] - 1, t.to(c.device, c.dtype).expand(len(c))
-        n = c[torch.arange(len(c)), 1 + (time * draws).long().clamp(max=draws - 1)]
+        fine, found = c.ndim > 2 and c.shape[1] > 1, tuple(c.shape)
+        allowed = "[batch, 1 + draws, ...], from with_noise"
+        require_that(fine, f"c has shape {found}", allowed)
+        y, draws, time = c[:, 0], c.shape[1] - 1, t.to(c).expand(len(c))
+        draw = 1 + (time * draws).long().clamp(max=draws - 1)
         share = expand_time(_annealing(time, self.tau), y)
-        noisy, rest = share.sqrt() * y + self.noise * (1 - share).sqrt() * n, tuple(range(1, y.ndim))
-        size, found = (v.std(rest, keepdim=True) for v in (y, noisy))
-        ratio = size / found.clamp(min=torch.finfo(y.dtype).tiny)
-        rescaled = (noisy - noisy.mean(rest, keepdim=True)) * ratio + y.mean(rest, keepdim=True)
-        return torch.where(share == 1, y, noisy + self.mixing * (rescaled - noisy))
+        noise = self.noise * c[torch.arange(len(c)), draw]
+        noisy = share.sqrt() * y + (1 - share).sqrt() * noise
+        rest, tiny = tuple(range(1, y.ndim)), torch.finfo(y.dtype).tiny
+        (std, mean), (found_std, found_mean) = (
+            torch.std_mean(v, rest, keepdim=True) for v in (y, noisy)
+        )
+        ratio = std / found_std.clamp(min=tiny)
+        rescaled = (noisy - found_mean) * ratio + mean
+        mixed = torch.lerp(noisy, rescaled, self.mixing)
+        return torch.where(share == 1, y, mixed)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
         """The prediction for the noisy condition; without a condition, the
         model's own."""
         t = check_inputs(x, t, c, self.num_classes)
-        return self.model.predict(x, t, None if c is None else self.question(c, t))
+        return self.model(x, t, None if c is None else self.question(c, t))
 
 # %% ../nbs/17_weak_models.ipynb #0203dae0
 class EmbeddedLabels(Denoiser):
@@ -466,29 +504,33 @@ class EmbeddedLabels(Denoiser):
     def __init__(
         self,
         # A model with one embedding table for its labels
-        model: NetworkDenoiser,
+        model: AnyDenoiser,
     ):
-        super().__init__(check_kind("model", model).path, EMBEDDINGS)
+        super().__init__(model.path, EMBEDDINGS)
         rows = model.num_classes + 1
-        tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part.num_embeddings == rows]
-        fine, told = len(tables) == 1 and model.num_classes > 0, f"model has {len(tables)} label embeddings"
-        require_that(fine, told, f"one, of classes + 1 = {rows} rows")
+        tables = [k for k in model.modules() if isinstance(k, nn.Embedding)]
+        tables = [k for k in tables if k.num_embeddings == rows > 1]
+        told, one = f"model has {len(tables)} label embeddings", len(tables) == 1
+        require_that(one, told, f"one, of classes + 1 = {rows} rows")
         self.model, self.table = model, tables[0]
 
     def embed(self, labels: Tensor) -> Tensor:
         "The embeddings `[batch, width]` of labels `[batch]`."
-        return self.table(check_labels(labels, self.model.num_classes, len(labels)))
+        n = self.model.num_classes
+        return self.table(check_labels(labels, n, len(labels)))
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
         """The model's prediction for these embeddings; None is its own null
         label."""
         t = check_inputs(x, t, c, self.num_classes)
         if c is None:
             return self.model.predict(x, t, None)
-        width = self.table.embedding_dim
-        require_that(c.shape[1:] == (width,), f"c has shape {tuple(c.shape)}", f"[batch, {width}]")
+        width, found = self.table.embedding_dim, tuple(c.shape)
+        fine = found[1:] == (width,)
+        require_that(fine, f"c has shape {found}", f"[batch, {width}]")
+        some = torch.zeros(len(x), dtype=torch.long, device=x.device)
         with swapped({self.table: lambda _: c}):
-            return self.model.predict(x, t, torch.zeros(len(x), dtype=torch.long, device=x.device))
+            return self.model(x, t, some)
 
 # %% ../nbs/17_weak_models.ipynb #0ba004f5
 def _log_ratio(
@@ -503,7 +545,8 @@ def _log_ratio(
     """Log odds of real against generated, eq. (7), from logits `[batch, 2]` or
     `[batch, 2 * classes]`, generated first."""
     logits = discriminator(x, t)
-    fine, told = logits.ndim == 2 and logits.shape[1] % 2 == 0, f"discriminator gives {tuple(logits.shape)}"
+    fine = logits.ndim == 2 and logits.shape[1] % 2 == 0
+    told = f"discriminator gives {tuple(logits.shape)}"
     require_that(fine, told, "[batch, 2] or [batch, 2 * classes]")
     generated, real = logits.chunk(2, 1)
     if c is None or generated.shape[1] == 1:
@@ -517,7 +560,11 @@ class DiscriminatorGuidance(Guidance):
     """A model corrected by a discriminator of real against generated noisy
     data, eq. (7) (arXiv 2211.17091)."""
 
-    claims = Claims("2211.17091", conditional_at_one=False, needs_condition=False)
+    claims = Claims(
+        "2211.17091",
+        conditional_at_one=False,
+        needs_condition=False,
+    )
 
     def __init__(
         self,
@@ -538,8 +585,10 @@ class DiscriminatorGuidance(Guidance):
         if (torch.as_tensor(scale) == 0).all():
             return pair
         with torch.inference_mode(False), torch.enable_grad():
-            point, time = x.detach().clone().requires_grad_(), clamp_time(self.path, t.clone())
-            ratio = _log_ratio(self.discriminator, point, time, None if c is None else c.clone())
+            point, time = x.detach().clone().requires_grad_(), t.clone()
+            labels = None if c is None else c.clone()
+            point_of = self.discriminator, point, clamp_time(self.path, time)
+            ratio = _log_ratio(*point_of, labels)
             (gradient,) = torch.autograd.grad(ratio.sum(), point)
         return shift_prediction(pair, scale * gradient, self.path, t, "score")
 
@@ -560,17 +609,22 @@ class IndependentConditionGuidance(Guidance):
         seed: int = 0,  # Seed of the labels
     ):
         super().__init__(model, scale, interval)
-        require(model.num_classes >= 2, "model.num_classes", model.num_classes, "2 or more, class labels")
+        n = model.num_classes
+        require(n >= 2, "model.num_classes", n, "2 or more, class labels")
         self.seed = seed
 
     def shift(self, t: Tensor) -> Tensor:
         """How far labels are shifted at each time, 0 to `num_classes` - 1,
         shaped like `t`."""
-        ratio = self.path.noise_to_signal(clamp_time(self.path, t.detach().double().cpu()))
-        levels = (101 * ratio / (1 + ratio) + 1 / math.pi).long()  # no usual grid has times on their borders
-        keyed = [np.random.Generator(np.random.Philox(key=[self.seed, k])) for k in levels.flatten().tolist()]
-        return torch.tensor([int(draw.integers(self.num_classes)) for draw in keyed]).view(t.shape)
+        time = clamp_time(self.path, t.detach().double().cpu())
+        ratio, n = self.path.noise_to_signal(time), self.num_classes
+        # no usual grid has times on the borders of these
+        levels = (101 * ratio / (1 + ratio) + 1 / math.pi).long()
+        keys = ([self.seed, k] for k in levels.flatten().tolist())
+        drawn = (np.random.Generator(np.random.Philox(key=k)) for k in keys)
+        return torch.tensor([int(k.integers(n)) for k in drawn]).view(t.shape)
 
-    def pair(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Prediction, Prediction]:
+    def pair(self, x: Tensor, t: Tensor, c: Tensor) -> _Pair:
         "The prediction for the label, and that for another."
-        return self.model(x, t, c), self.model(x, t, (c + self.shift(t).to(c.device)) % self.num_classes)
+        other = (c + self.shift(t).to(c.device)) % self.num_classes
+        return self.model(x, t, c), self.model(x, t, other)

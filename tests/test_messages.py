@@ -136,7 +136,7 @@ METHODS = [
     (lambda: weak_models.Autoguidance(MODEL, nn.Linear(2, 2), 2.0), "weak is a Linear; allowed: a Denoiser"),
     (
         lambda: weak_models.Autoguidance(MODEL, mixtures.ExactDenoiser(PAIR, paths.VPPath()), 2.0),
-        "weak.path = VPPath(",
+        "weak.path, weak.num_classes = (VPPath(",
     ),
     (lambda: weak_models.SmoothedEnergyGuidance(networks.mlp_denoiser(2, FLOW), 0), "no layer is there"),
     (lambda: weak_models.PerturbedAttentionGuidance(dit(), 7), "layers = 7; allowed: 0 to 2, or part of a name: net."),

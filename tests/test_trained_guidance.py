@@ -22,6 +22,7 @@ from guidance_nb.trained_guidance import (
     MeanFlowGuidanceLoss,
     _branch_outputs,
     _draw_scales,
+    _Noisy,
 )
 from guidance_nb.training import DenoisingLoss, LossContext, fit, train
 
@@ -439,7 +440,7 @@ def test_images():
         value = loss(make(aware), x0, c, context())
         assert value.shape == (6,) and value.requires_grad
     t, none, s = torch.rand(6), torch.zeros(6, dtype=torch.bool), torch.linspace(1, 4, 6)
-    answers = GuidedDistillationLoss(teacher, (1.0, 4.0)).answer(x0, t, c, none, s)
+    answers = GuidedDistillationLoss(teacher, (1.0, 4.0)).answer(_Noisy(teacher, x0, t, c, none, s))
     for row in range(6):
         i = slice(row, row + 1)
         alone = ClassifierFreeGuidance(teacher, s[row].item()).predict(x0[i], t[i], c[i])
