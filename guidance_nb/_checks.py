@@ -14,6 +14,8 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_origin
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from guidance_nb.denoisers import Denoiser
 
 _T = TypeVar("_T")
@@ -90,6 +92,13 @@ def check_scale(scale: _T, name: str = "scale") -> _T:
     return scale
 
 
+def check_floats(name: str, x: _T) -> _T:
+    """A tensor of numbers that are neither rounded nor wrapped around in silence."""
+    found = f"{name} is {getattr(x, 'dtype', type(x).__name__)}"
+    require_that(getattr(x, "is_floating_point", bool)(), found, "a floating-point tensor [n, ...]")
+    return x
+
+
 def check_kind(name: str, model: "Denoiser") -> "Denoiser":
     """A denoiser, guided or not."""
     made = "NetworkDenoiser(net, path, num_classes) for a network, from_diffusers(model) for one of diffusers"
@@ -152,6 +161,7 @@ check_interval = partial(check_range, allowed="two times, 0 <= first <= last <= 
 
 WithScore = Annotated["Denoiser", check_denoiser]
 AnyDenoiser = Annotated["Denoiser", check_kind]
+Floats = Annotated["Tensor", check_floats]
 Number = Annotated[float, check_number]  # finite
 AtLeastZero = Annotated[float, partial(check_number, low=0)]
 NonZero = Annotated[float, check_nonzero]

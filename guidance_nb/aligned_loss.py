@@ -8,12 +8,7 @@ __all__ = ['AlignedLoss', 'scale_from_aligned']
 # %% ../nbs/12_aligned_loss.ipynb #d98f97b0
 from torch import Tensor
 
-from guidance_nb._checks import (
-    AtLeastZero,
-    NonZero,
-    Number,
-    checked,
-)
+from ._checks import AtLeastZero, NonZero, Number, checked
 from ._conditions import check_conditional, output_pair
 from .denoisers import NetworkDenoiser
 from .training import LossContext
@@ -26,11 +21,7 @@ class AlignedLoss:
     `scale` is the training scale w, not 0; `anchor` is the weight a, 0 in
     arXiv 2311.00938."""
 
-    def __init__(
-        self,
-        scale: NonZero = 2.0,
-        anchor: AtLeastZero = 0.0,
-    ) -> None:
+    def __init__(self, scale: NonZero = 2.0, anchor: AtLeastZero = 0.0):
         self.scale, self.anchor = scale, anchor
 
     def __call__(

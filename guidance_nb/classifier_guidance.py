@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ._checks import checked, require
+from ._checks import require
 from .denoisers import Denoiser, Prediction, check_inputs
 from .guidance import Claims, Guidance, Scale, shift_prediction
 from .paths import clamp_time
@@ -34,7 +34,6 @@ def class_gradient(
         return torch.autograd.grad(chosen.sum(), point)[0]
 
 # %% ../nbs/10_classifier_guidance.ipynb #da3d5bb4
-@checked
 class ClassifierGuidance(Guidance):
     "The prediction `base` of a model guided by a classifier, eq. (4)."
 

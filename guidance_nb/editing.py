@@ -9,7 +9,7 @@ __all__ = ['inpaint', 'image_to_image', 'slerp']
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch import Tensor
 from guidance_nb._checks import (
     AnyDenoiser,
     Count,
-    check_choice,
+    Floats,
     check_number,
+    check_scale,
     checked,
     explained,
     require,
@@ -28,26 +29,12 @@ from ._conditions import Condition
 from ._random import keyed_noise
 from .denoisers import Denoiser, Prediction
 from .paths import expand_time
-from guidance_nb.samplers import (
-    SAMPLERS,
-    Sampler,
-    StepContext,
-    check_request,
-    sample,
-    time_grid,
-)
+from .samplers import SAMPLERS, Sampler, StepContext, check_request, sample, time_grid
 
 # %% ../nbs/21_editing.ipynb #2e0d000d
-def _check_floats(name: str, x: Tensor) -> Tensor:
-    "Numbers of another type would be rounded, or wrapped around, in silence."
-    found = f"{name} is {getattr(x, 'dtype', type(x).__name__)}"
-    fine = isinstance(x, Tensor) and x.is_floating_point()
-    require_that(fine, found, "a floating-point tensor [n, ...]")
-    return x
-
-
-_Floats = Annotated[Tensor, _check_floats]
-_Time = Annotated[float, partial(check_number, low=1e-9, high=1, allowed="above 0, at most 1")]
+_Given: TypeAlias = Condition | None
+_Time = Annotated[float, partial(check_number, low=1e-9, high=1)]
+_Step = Literal["ddim", "ddpm", "euler", "heun", "euler_maruyama", "dpmpp_2m"]
 
 
 class _Known(Denoiser):
@@ -57,11 +44,11 @@ class _Known(Denoiser):
         super().__init__(model.path, model.num_classes)
         self.model, self.known, self.mask = model, known, mask
 
-    def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
         "The model's own."
         return self.model(x, t, c)
 
-    def mean_shift(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Tensor | None:
+    def mean_shift(self, x: Tensor, t: Tensor, c: _Given = None) -> Tensor | None:
         "The model's own."
         return self.model.mean_shift(x, t, c)
 
@@ -88,8 +75,7 @@ def _inpainting_step(
         ratio = alpha(s) / alpha(t)
         missing = (sigma(s) ** 2 - (ratio * sigma(t)) ** 2).sqrt()
         return ratio * x + missing * extra.noise()
-    known = model.known.to(x)
-    mask = model.mask.to(x.device)
+    known, mask = model.known.to(x), model.mask.to(x.device)
     noisy = alpha(t) * known + sigma(t) * extra.noise()
     x = step(model, torch.where(mask, noisy, x), t, s, c, extra)
     return torch.where(mask, known, x) if s == 0 else x
@@ -108,18 +94,18 @@ def _with_jumps(times: Tensor, resamplings: int, jump: int) -> Tensor:
 def inpaint(
     model: AnyDenoiser,  # Any denoiser, guided or not
     c: Condition | int,  # Conditions `[n]`, or the number of samples
-    known: _Floats,  # Data to keep where the mask is true, `[n, ...]`
+    known: Floats,  # Data to keep where the mask is true, `[n, ...]`
     mask: Tensor,  # True where data is known; broadcasts to `known`
     resamplings: Count = 5,  # How often each stretch is taken; 1: replacement
     jump: Count = 1,  # Steps of a stretch
-    sampler: Sampler = "ddpm",  # Any but "dopri5"
+    sampler: _Step = "ddpm",  # Any but "dopri5"
     steps: int = 20,  # Number of steps, each taken `resamplings` times
     **options: object,  # Of `sample`: seed, batch_size, progress, ...
 ) -> Tensor:  # Samples `[n, ...]`, equal to `known` under the mask
     "Fill in what is unknown, by replacement and resampling (arXiv 2201.09865)."
-    check_choice("sampler", sampler, tuple(SAMPLERS))
     shape, allowed = known.shape, "bool, and a shape that broadcasts to known"
-    with explained("mask is of another shape", allowed, RuntimeError, AttributeError):
+    told, kinds = "mask is of another shape", (RuntimeError, AttributeError)
+    with explained(told, allowed, *kinds):
         mask = mask.expand(shape)
     require(mask.dtype == torch.bool, "mask.dtype", mask.dtype, allowed)
     fine = known[mask].isfinite().all()
@@ -137,7 +123,7 @@ def inpaint(
 def image_to_image(
     model: AnyDenoiser,  # Any denoiser, guided or not
     c: Condition | int,  # Conditions `[n]`, or the number of samples
-    x: _Floats,  # Images to begin with, `[n, ...]`
+    x: Floats,  # Images to begin with, `[n, ...]`
     strength: _Time = 0.7,  # The time to begin at; 1 keeps nothing
     sampler: Sampler = "heun",  # Any sampler
     steps: int = 32,  # Of a whole run; those below `strength` are taken
@@ -156,16 +142,15 @@ def image_to_image(
     return sample(model, c, tuple(x.shape[1:]), sampler, **more, **options)  # type: ignore[arg-type]
 
 # %% ../nbs/21_editing.ipynb #2e0d0027
+@checked
 def slerp(
-    a: Tensor,  # Noise, `[n, ...]`
-    b: Tensor,  # Noise, `[n, ...]`
+    a: Floats,  # Noise, `[n, ...]`
+    b: Floats,  # Noise, `[n, ...]`
     weight: float | Tensor,  # 0 gives `a`, 1 gives `b`; a number or `[n]`
 ) -> Tensor:  # `[n, ...]`
     "Spherical interpolation, sample by sample, eq. (9)."
-    same = _check_floats("a", a).shape == _check_floats("b", b).shape
-    same &= a.ndim > 1
-    if not isinstance(weight, Tensor):
-        check_number("weight", weight)
+    same = a.shape == b.shape and a.ndim > 1
+    check_scale(weight, "weight")
     require(same, "shape of b", tuple(b.shape), f"{tuple(a.shape)}, [n, ...]")
     weight = expand_time(torch.as_tensor(weight, dtype=a.dtype), a)
     flat = a.flatten(1), b.flatten(1)

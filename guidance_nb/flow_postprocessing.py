@@ -9,18 +9,13 @@ __all__ = ['PairLoss', 'PairDraws', 'pair_data', 'integrate_flow', 'FlowPostproc
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guidance_nb._checks import (
-    Count,
-    Share,
-    checked,
-    require,
-)
+from ._checks import Count, Share, checked, require
 from ._modes import eval_mode
 from .denoisers import Denoiser, check_labels, record_nfe
 from .images.networks import build_network
@@ -51,18 +46,17 @@ class PairLoss:
         return (error / model.spread).square().flatten(1).mean(1)
 
 # %% ../nbs/14_flow_postprocessing.ipynb #90d3eb7c
+_Given: TypeAlias = Tensor | None  # Labels, or none
 _Space = str | Callable[[Tensor], Tensor]
 
 
 def _to_features(x: Tensor, space: _Space) -> Tensor:
     "The vectors between which distances are measured, `[n, ...]`."
-    if not callable(space):
-        allowed = "'pixels' or a function, see `feature_space`"
-        require(space == "pixels", "space", space, allowed)
-        return x
-    features = space(x)
-    fine = len(features) == len(x)
-    require(fine, "number of features", len(features), f"{len(x)}, as samples")
+    known, allowed = callable(space) or space == "pixels", "'pixels' or a "
+    require(known, "space", space, allowed + "function, see `feature_space`")
+    features = space(x) if callable(space) else x
+    found, allowed = len(features), f"{len(x)}, as samples"
+    require(found == len(x), "number of features", found, allowed)
     return features
 
 # %% ../nbs/14_flow_postprocessing.ipynb #261eba8e
@@ -239,13 +233,7 @@ class FlowPostprocessor(nn.Module):
         y = self.net(y.flatten(1) if self.flat else y, tau, labels)
         return (self.spread * y).reshape(z.shape).to(z.dtype)
 
-    def guided(
-        self,
-        z: Tensor,
-        tau: Tensor,
-        c: Tensor | None,
-        scale: float,
-    ) -> Tensor:
+    def guided(self, z: Tensor, tau: Tensor, c: _Given, scale: float) -> Tensor:
         "The velocity at a guidance scale, eq. (7)."
         v_c = self.velocity(z, tau, c)
         return v_c if scale == 1 else self.velocity(z, tau).lerp(v_c, scale)
@@ -283,12 +271,7 @@ class FlowPostprocessor(nn.Module):
                 bar.update(len(end))
         return torch.cat(done)
 
-    def check(
-        self,
-        samples: Tensor,
-        labels: Tensor | None,
-        scale: float,
-    ) -> None:
+    def check(self, samples: Tensor, labels: _Given, scale: float) -> None:
         """Raise an error for samples, labels or a scale that the correction
         was not trained for."""
         n, shape, kind = self.num_classes, samples.shape, samples.dtype
@@ -296,8 +279,7 @@ class FlowPostprocessor(nn.Module):
         require(shape[1:] == self.shape, "shape of samples", shape, allowed)
         allowed = "floating-point values, images in [-1, 1]"
         require(kind.is_floating_point, "samples.dtype", kind, allowed)
-        allowed = f"labels [n] of {n} classes"
-        allowed = allowed if n else "None, there are no classes"
+        allowed = f"labels [n] of {n} classes" if n else "None, no classes"
         require((labels is None) == (n == 0), "labels", labels, allowed)
         if labels is not None:
             check_labels(labels, n, len(samples))

@@ -43,12 +43,7 @@ class _ShiftedGuidance(Guidance):
     shift: Callable[..., Tensor]
 
     def combine(
-        self,
-        conditional: Prediction,
-        unconditional: Prediction,
-        x: Tensor,
-        t: Tensor,
-        scale: _Num,
+        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: _Num
     ) -> Prediction:
         "Extrapolate, and shift."
         pairs, space = (conditional, unconditional), self.claims.space
@@ -135,12 +130,7 @@ class CFGZeroStar(_ShiftedGuidance):
     """Guidance away from the best multiple of the unconditional velocity, eq.
     (3), and zero-init (arXiv 2503.18886)."""
 
-    claims = Claims(
-        "2503.18886",
-        space="velocity",
-        conditional_at_one=False,
-        equal_unchanged=False,
-    )
+    claims = Claims("2503.18886", space="velocity", conditional_at_one=False, equal_unchanged=False)
 
     def __init__(
         self,
@@ -320,12 +310,7 @@ class FrequencyDecoupledGuidance(Guidance):
         self.shares = tuple(shares)
 
     def combine(
-        self,
-        conditional: Prediction,
-        unconditional: Prediction,
-        x: Tensor,
-        t: Tensor,
-        scale: _Num,
+        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: _Num
     ) -> Prediction:
         "Extrapolate band by band."
         scales, parts = [1 + s * (scale - 1) for s in self.shares], []
@@ -339,12 +324,7 @@ class DynamicThresholding(_ShiftedGuidance):
     """Guidance whose clean data is clipped at a quantile and rescaled, eq. (7)
     (Imagen, arXiv 2205.11487)."""
 
-    claims = Claims(
-        "2205.11487",
-        space="x0",
-        conditional_at_one=False,
-        equal_unchanged=False,
-    )
+    claims = Claims("2205.11487", space="x0", conditional_at_one=False, equal_unchanged=False)
 
     def __init__(
         self,
@@ -457,12 +437,7 @@ class CFGPlusPlus(Guidance):
     claims = Claims("2406.08070", conditional_at_one=False, consistent=False)
 
     def combine(
-        self,
-        conditional: Prediction,
-        unconditional: Prediction,
-        x: Tensor,
-        t: Tensor,
-        scale: _Num,
+        self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: _Num
     ) -> Prediction:
         "Clean data guided by lambda, the unconditional noise."
         x0 = guide(conditional, unconditional, scale).x0

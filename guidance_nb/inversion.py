@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ._checks import AnyDenoiser, Whole, checked, require_that
+from ._checks import AnyDenoiser, Floats, Whole, checked
 from ._conditions import Condition
 from .denoisers import Denoiser
 from .samplers import SAMPLERS, StepContext, check_request, sample, time_grid
@@ -38,7 +38,7 @@ def _implicit_step(
 @checked
 def invert(
     model: AnyDenoiser,  # Any denoiser, guided or not
-    x: Tensor,  # Data, `[n, ...]`
+    x: Floats,  # Data, `[n, ...]`
     c: Condition | None = None,  # Its conditions `[n]`, or None
     sampler: Literal["ddim", "euler", "heun"] = "ddim",  # As for the way back
     steps: int = 32,  # As for the way back
@@ -46,7 +46,6 @@ def invert(
     **options: object,  # Of `sample`: batch_size, progress, dtype, ...
 ) -> Tensor:  # Noise, `[n, ...]`: `sample(model, c, ..., init=noise)`
     "The noise from which a sampler draws `x`: rising times (arXiv 2309.04907)."
-    require_that(isinstance(x, Tensor), "x is no tensor", "data [n, ...]")
     step = partial(_implicit_step, sampler, iterations)
     times = time_grid(model.path, steps, sampler).flip(0)
     asked, shape = len(x) if c is None else c, tuple(x.shape[1:])

@@ -9,25 +9,25 @@ __all__ = ['LossGuidance', 'pigdm_scale']
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from guidance_nb._checks import (
-    check_number,
-    check_whole,
-    require,
-    require_that,
-)
+from ._checks import Count, check_number, check_whole, require_that
 from ._conditions import Condition, map_condition
 from ._modes import swapped
-from .denoisers import EMBEDDINGS, Denoiser, Prediction
+from .denoisers import EMBEDDINGS, Denoiser, Prediction, shown
 from .guidance import Claims, Guidance, Scale, Schedule, shift_prediction
 from .paths import Path, clamp_time, expand_time
 from .power_tilt import anderson_step
 
 # %% ../nbs/25_loss_guidance.ipynb #c78e8767
+_Given: TypeAlias = Condition | None
+_Classes = Annotated[int, partial(check_whole, low=EMBEDDINGS)]
+
+
 class LossGuidance(Guidance):
     "A model guided by a loss on its denoised image, eqs. (5) and (7)."
 
@@ -43,21 +43,19 @@ class LossGuidance(Guidance):
         self,
         model: Denoiser,  # The model to guide
         # (x0, c) -> `[batch]`
-        loss: Callable[[Tensor, Condition | None], Tensor],
+        loss: Callable[[Tensor, _Given], Tensor],
         scale: Scale = 1.0,  # gamma: a number, `[batch]` or a function of time
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided
         through: bool = True,  # Gradient through the denoiser, or eq. (6)
-        steps: int = 1,  # Gradient steps; 1 is DPS, more solve eq. (7)
-        num_classes: int | None = None,  # Of conditions for the loss alone
+        steps: Count = 1,  # Gradient steps; 1 is DPS, more solve eq. (7)
+        num_classes: _Classes | None = None,  # Of conditions for the loss alone
         recompute: bool = False,  # Save memory in the backward pass
     ):
         super().__init__(model, scale, interval)
-        require(callable(loss), "loss", loss, "a function (x0, c) -> [batch]")
         self.loss, self.through, self.recompute = loss, through, recompute
-        self.steps, self.shared = check_whole("steps", steps, 1), num_classes is None
-        if num_classes not in (None, EMBEDDINGS):
-            check_whole("num_classes", num_classes)
-        self.num_classes = model.num_classes if num_classes is None else num_classes
+        self.steps, self.shared = steps, num_classes is None
+        if num_classes is not None:
+            self.num_classes = num_classes
 
     def unguided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
         "The model's own prediction."
@@ -67,29 +65,28 @@ class LossGuidance(Guidance):
         "The gradient of the loss, shaped like `x0`; `deep` keeps its graph."
         point = x0 if deep else x0.detach().requires_grad_()
         loss = self.loss(point, c)
-        size = (len(x0),)
-        require(isinstance(loss, Tensor), "loss", loss, f"a tensor {size}")
-        require(loss.shape == size, "shape of loss", tuple(loss.shape), f"{size}")
-        told = "loss has no gradient"
-        require_that(loss.requires_grad, told, "a differentiable function of x0")
+        fine = isinstance(loss, Tensor) and loss.shape == x0.shape[:1]
+        require_that(fine, f"loss is {shown(loss)}", f"a tensor ({len(x0)},)")
+        allowed = "a differentiable function of x0"
+        require_that(loss.requires_grad, "loss has no gradient", allowed)
         return torch.autograd.grad(loss.sum(), point, create_graph=deep)[0]
 
     def covariance(self, g: Tensor, x: Tensor, x0: Tensor, t: Tensor, deep: bool) -> Tensor:
         "The product C g by a backward pass through `x0`, eq. (4), or eq. (6)."
-        late = clamp_time(self.path, t)
-        alpha, sigma = (expand_time(f(late), x) for f in (self.path.alpha, self.path.sigma))
+        p, late = self.path, clamp_time(self.path, t)
+        alpha, sigma = (expand_time(f(late), x) for f in (p.alpha, p.sigma))
         if not self.through:
             return sigma**2 / (alpha**2 + sigma**2) * g
-        told = "model gives x0 without a gradient"
-        require_that(x0.requires_grad, told, "one that has it, or through=False")
-        back = torch.autograd.grad(x0, x, g, retain_graph=True, create_graph=deep)
-        return sigma**2 / alpha * back[0]
+        told, allowed = "model gives x0 without a gradient", "through=False"
+        require_that(x0.requires_grad, told, f"one that has it, or {allowed}")
+        (back,) = torch.autograd.grad(x0, x, g, True, create_graph=deep)
+        return sigma**2 / alpha * back
 
     def guided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
         "The algorithm; a scale of 0 needs no gradient."
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale, deep = self.scale_at(wide, t), torch.is_grad_enabled() and x.requires_grad
-        if (torch.as_tensor(scale) == 0).all():
+        deep = torch.is_grad_enabled() and x.requires_grad
+        if (torch.as_tensor(scale := self.scale_at(wide, t)) == 0).all():
             return self.unguided(x, t, c)
         with torch.inference_mode(False), torch.enable_grad():
             point = wide if deep else wide.detach().clone().requires_grad_()
@@ -97,15 +94,18 @@ class LossGuidance(Guidance):
             c = map_condition(torch.clone, c)
             with torch.set_grad_enabled(self.through or deep), self.memory():
                 own = self.unguided(point.to(x), t, c)
-            x0, eps = (part.to(wide) for part in own)
+            x0 = own.x0.to(wide)
             shift, points, residuals = torch.zeros_like(wide), [], []
             for _ in range(self.steps):
                 g = scale * self.gradient(x0 + shift, c, deep)
                 points.append(shift)
-                residuals.append(-self.covariance(g, point, x0, t, deep) - shift)
+                drop = self.covariance(g, point, x0, t, deep)
+                residuals.append(-drop - shift)
                 shift = anderson_step(points, residuals)
-        pair = Prediction(x0, eps) if deep else Prediction(x0.detach(), eps.detach())
-        return Prediction(*(p.to(x) for p in shift_prediction(pair, shift, self.path, t, "x0")))
+        pair = own if deep else (part.detach() for part in own)
+        pair = Prediction(*(part.to(wide) for part in pair))
+        pair = shift_prediction(pair, shift, self.path, t, "x0")
+        return Prediction(*(part.to(x) for part in pair))
 
     def memory(self) -> AbstractContextManager[None]:
         "Where the graph of the model is built: whole, or to be recomputed."
@@ -116,7 +116,8 @@ def pigdm_scale(
     path: Path,  # The path of the model
     std: float,  # Standard deviation s of the measurement's noise
 ) -> Schedule:  # Scale as a function of time
-    "The scale of PiGDM for a loss |y - A x0|^2 / (2 s^2) with A A^T = I, eq. (9)."
+    """The scale of PiGDM for a loss |y - A x0|^2 / (2 s^2) with A A^T = I,
+    eq. (9)."""
     noise = check_number("std", std, 0) ** 2
 
     def scale(t: Tensor) -> Tensor:
@@ -127,14 +128,16 @@ def pigdm_scale(
 
 # %% ../nbs/25_loss_guidance.ipynb #8243723d
 def _recomputed(model: nn.Module) -> AbstractContextManager[None]:
-    "Let every outermost block keep its inputs alone, and compute the rest again in the backward pass."
+    """Let every outermost block keep its inputs alone, and compute the rest
+    again in the backward pass."""
 
     def blocks(part: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
         for child in part.children():
             if listed and not isinstance(child, nn.ModuleList | nn.ModuleDict):
                 yield child
             else:  # a list of lists is no block
-                inside = isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential)
-                yield from blocks(child, inside)
+                inside = nn.ModuleList | nn.ModuleDict | nn.Sequential
+                yield from blocks(child, isinstance(child, inside))
 
-    return swapped({block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks(model)})
+    again = partial(partial, checkpoint, use_reentrant=False)
+    return swapped({block: again(block.forward) for block in blocks(model)})

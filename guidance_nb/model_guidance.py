@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import (
+    AnyDenoiser,
     Interval,
     ScaleRange,
     Share,
     Whole,
-    check_kind,
     check_number,
     check_scale,
     checked,
@@ -44,7 +44,7 @@ _Negative = Literal["null", "uniform", "posterior", "contrastive"]
 
 
 def _guided_mask(w: Tensor) -> Tensor | slice:
-    "The samples with a weight; on an accelerator all, so that no shape changes."
+    "Samples with a weight; on an accelerator all, so that no shape changes."
     return w != 0 if w.device.type == "cpu" else slice(None)
 
 
@@ -214,10 +214,10 @@ class FixedScale(Denoiser):
 
     def __init__(
         self,
-        model: NetworkDenoiser,  # A network trained with `scale_range`
+        model: AnyDenoiser,  # A network trained with `scale_range`
         scale: Scale,  # Number, `[batch]` or function of time; 1 is unguided
     ):
-        super().__init__(check_kind("model", model).path, model.num_classes)
+        super().__init__(model.path, model.num_classes)
         aware = getattr(model, "scale_aware", False)
         require(aware, "model.scale_aware", aware, "True")
         self.model, self.scale = model, check_scale(scale)

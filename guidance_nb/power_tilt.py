@@ -15,34 +15,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from guidance_nb._checks import (
-    Count,
-    Positive,
-    Share,
-    Whole,
-    WithScore,
-    checked,
-    require_that,
-)
+from ._checks import Count, Positive, Share, Whole, WithScore, checked, require_that
 from ._conditions import take_rows
 from ._modes import eval_mode
 from ._random import NoiseSource
 from .classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import (
-    Batching,
-    Denoiser,
-    Prediction,
-    count_nfe,
-    guide,
-)
+from .denoisers import Batching, Denoiser, Prediction, count_nfe, guide
 from .guidance import Claims, Guidance, Scale
 from .paths import Path, expand_time
-from guidance_nb.samplers import (
-    StepContext,
-    check_request,
-    ddim_step,
-    time_grid,
-)
+from .samplers import StepContext, check_request, ddim_step, time_grid
 
 # %% ../nbs/18_power_tilt.ipynb #99dac54d
 def anderson_step(
@@ -90,8 +71,7 @@ def _solve_rows(
         found[rows[done]], rows = True, rows[~done]
         if not len(rows):
             break
-        points = [*points, value][-memory - 1 :]
-        points = [part[~done] for part in points]
+        points = [part[~done] for part in [*points, value][-memory - 1 :]]
         residuals = [*residuals, residual][-memory - 1 :]
         residuals = [part[~done] for part in residuals]
         value = anderson_step(points, residuals)
@@ -207,13 +187,7 @@ class PredictorCorrector:
     size: Positive = 1.0  # Their size, as a multiple of the ancestral one
 
     def __call__(
-        self,
-        model: Denoiser,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        c: Tensor | None,
-        extra: StepContext,
+        self, model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Tensor | None, extra: StepContext
     ) -> Tensor:
         "One step from `t` to `s`; the step to 0 ends with the predictor."
         x = ddim_step(model, x, t, s, c, extra._replace(eta=0.0))

@@ -13,23 +13,24 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._checks import check_nonzero, check_number, require, require_that
+from ._checks import Share, check_nonzero, check_number, require
 from ._conditions import Condition, count, map_condition, take_rows
-from ._extras import extra
-from ._layers import Layer, Layers, choose_layers
+from ._layers import Layers, attention_layers, choose_layers
 from ._modes import swapped
 from .denoisers import Batching, Denoiser, Prediction
 from .guidance import Claims, Guidance, Scale
 
 # %% ../nbs/27_several_conditions.ipynb #f005ed1c
-_Ask: TypeAlias = int | Condition | None  # A class, conditions `[1 or batch, ...]`, or none
+# A class, conditions `[1 or batch, ...]`, or none
+_Ask: TypeAlias = int | Condition | None
 
 
 def _asked(c: _Ask) -> _Ask:
     "A class as a number, or conditions of samples."
-    c = c.item() if isinstance(c, Tensor) and not c.ndim else c  # type: ignore[assignment]
+    if isinstance(c, Tensor) and not c.ndim:
+        c = c.item()  # type: ignore[assignment]
     fine = c is None or isinstance(c, int | Tensor | Mapping)
     require(fine, "condition", c, "a class, or conditions [1 or batch, ...]")
     return c
@@ -46,10 +47,14 @@ def _expand(c: int | Condition, x: Tensor) -> Condition:
     "A condition for every sample of `x`."
     if isinstance(c, int):
         return torch.full((len(x),), c, device=x.device)
-    require(count(c) in (1, len(x)), "samples of a condition", count(c), f"1 or {len(x)}")
-    return map_condition(lambda part: part.to(x.device).expand(len(x), *part.shape[1:]), c)
+    n, rows = len(x), count(c)
+    require(rows in (1, n), "samples of a condition", rows, f"1 or {n}")
+    return map_condition(lambda k: k.to(x.device).expand(n, *k.shape[1:]), c)
 
 # %% ../nbs/27_several_conditions.ipynb #17a575c3
+_Pair: TypeAlias = tuple[Prediction, Prediction]
+
+
 class ComposedConditions(Guidance):
     "Several weighted conditions, eq. (2), or a negative one, eq. (3)."
 
@@ -67,24 +72,29 @@ class ComposedConditions(Guidance):
     ):
         super().__init__(model, scale, interval, batching)
         for name, k in (("others", others), ("weights", weights)):
-            require_that(hasattr(k, "__len__"), f"{name} = {k}", "a list")
-        require(len(weights) == len(others), "weights", tuple(weights), f"{len(others)}, one for each of others")
+            require(hasattr(k, "__len__"), name, k, "a list")
+        fine, allowed = len(weights) == len(others), f"{len(others)}, as others"
+        require(fine, "weights", tuple(weights), allowed)
         self.others, self.away = [_asked(k) for k in others], _asked(away)
         self.weights = [check_nonzero("weights", w) for w in weights]
-        claims = replace(self.claims, nfe=2 + len(self.others), unconditional_at_zero=away is None)
-        self.claims = replace(claims, conditional_at_one=not self.others, needs_condition=not self.others)
+        n, alone = 2 + len(others), not len(others)
+        claims = replace(self.claims, nfe=n, needs_condition=alone)
+        claims = replace(claims, conditional_at_one=alone)
+        self.claims = replace(claims, unconditional_at_zero=away is None)
 
-    def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> tuple[Prediction, Prediction]:
+    def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> _Pair:
         "e_u + sum_k w_k (e_k - e_u), and e_u, or e_a in its place."
         own = [] if c is None else [c]
-        asked = [None if k is None else _expand(k, x) for k in (*self.others, self.away)]
+        others = (*self.others, self.away)
+        asked = [None if k is None else _expand(k, x) for k in others]
         found = self.model.predict_each(x, t, [*own, *asked], self.batching)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        *each, base = (Prediction(*(part.to(wide) for part in pair)) for pair in found)
+        *each, base = ([part.to(wide) for part in pair] for pair in found)
         total = base
         for weight, e in zip([1.0] * len(own) + self.weights, each):
-            total = Prediction(*(s + weight * (a - b) for s, a, b in zip(total, e, base)))
-        return total, base
+            parts = zip(total, e, base)
+            total = [s + weight * (a - b) for s, a, b in parts]
+        return Prediction(*total), Prediction(*base)
 
     def for_rows(self, rows: Tensor | slice) -> Denoiser:
         "The same for some samples of a batch, each with its own conditions."
@@ -106,18 +116,11 @@ def _normalized(
     "Attention outputs extrapolated, limited in length and mixed, eq. (8)."
     moved = negative + scale * (positive - negative)
     length, own = (z.abs().sum(-1, keepdim=True) for z in (moved, positive))
-    limit = (tau * own / length.clamp(min=torch.finfo(own.dtype).tiny)).clamp(max=1)
+    length = length.clamp(min=torch.finfo(own.dtype).tiny)
+    limit = (tau * own / length).clamp(max=1)
     return alpha * limit * moved + (1 - alpha) * positive
 
 # %% ../nbs/27_several_conditions.ipynb #66b6b0d0
-def _all_attention(model: nn.Module) -> dict[str, Layer]:
-    "The attention layers of `diffusers` networks inside a model, self and cross, by name."
-    with extra("diffusers"):
-        from diffusers.models.attention_processor import Attention
-
-    return {name: part for name, part in model.named_modules() if isinstance(part, Attention)}
-
-
 class NormalizedAttentionGuidance(Guidance):
     "Guidance away from a condition inside attention layers, eq. (8)."
 
@@ -131,28 +134,33 @@ class NormalizedAttentionGuidance(Guidance):
         scale: Scale = 5.0,  # gamma; 1 is the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided
         tau: float = 2.5,  # Largest ratio of lengths, 1 or more
-        alpha: float = 0.25,  # Fraction of the result that is used
+        alpha: Share = 0.25,  # Fraction of the result that is used
     ):
         super().__init__(model, scale, interval)
-        require(_asked(away) is not None, "away", away, "a class, or conditions")
-        self.away, self.layers = away, choose_layers(_all_attention(model), layers)
-        self.tau, self.alpha = check_number("tau", tau, 1), check_number("alpha", alpha, 0, 1)
+        fine = _asked(away) is not None
+        require(fine, "away", away, "a class, or conditions")
+        self.layers = choose_layers(attention_layers(model), layers)
+        self.away, self.alpha = away, alpha
+        self.tau = check_number("tau", tau, 1)
 
     def guided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
         "The model's prediction with eq. (8) in its attention layers."
-        scale = self.scale_at(x.new_zeros(len(x), 1, 1), t)  # broadcasts against tokens
+        tokens = x.new_zeros(len(x), 1, 1)  # what the scale broadcasts against
+        scale = self.scale_at(tokens, t)
         if c is None or (torch.as_tensor(scale) == 1).all():
             return self.model(x, t, c)
 
         def mixed(project: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-            require(len(z) == 2 * len(x), "rows in a layer", len(z), f"{2 * len(x)}, one evaluation a condition")
+            allowed = f"{2 * len(x)}, one evaluation a condition"
+            require(len(z) == 2 * len(x), "rows in a layer", len(z), allowed)
             positive, negative = z.chunk(2)
             z = _normalized(positive, negative, scale, self.tau, self.alpha)
             return project(torch.cat([z.to(negative), negative]))
 
         ends = [layer.to_out[0] for layer in self.layers]
         with swapped({end: partial(mixed, end.forward) for end in ends}):
-            return self.model.predict_each(x, t, [c, _expand(self.away, x)], "batched")[0]
+            both = [c, _expand(self.away, x)]
+            return self.model.predict_each(x, t, both, "batched")[0]
 
     def for_rows(self, rows: Tensor | slice) -> Denoiser:
         "The same for some samples of a batch, each with its own condition."

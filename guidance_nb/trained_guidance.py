@@ -6,7 +6,6 @@
 __all__ = ['MeanFlowGuidanceLoss', 'GuidanceFreeTrainingLoss', 'GuidedDistillationLoss', 'scale_from_gft', 'scale_from_meanflow']
 
 # %% ../nbs/19_trained_guidance.ipynb #57249f1a
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,10 +22,8 @@ from guidance_nb._checks import (
     ScaleRange,
     Share,
     WithScore,
-    check_number,
     checked,
     require,
-    require_that,
 )
 from ._conditions import check_conditional
 from ._modes import eval_mode
@@ -110,15 +107,14 @@ class MeanFlowGuidanceLoss(_ConditionalLoss):
 
     omega: Number = 1.0  # Weight of the plain target
     # Weight of the network's own conditional output, below 1
-    kappa: float = 0.5
+    kappa: Number = 0.5
     interval: Interval = (0.0, 1.0)  # Times, both included, with guidance
     # Probability of training a sample without its condition
     dropout: Share = 0.1
 
     def __post_init__(self) -> None:
         allowed = "a finite number below 1, where training converges"
-        below = math.nextafter(1, 0)
-        check_number("kappa", self.kappa, high=below, allowed=allowed)
+        require(self.kappa < 1, "kappa", self.kappa, allowed)
 
     def error(self, at: _Noisy, y: Tensor, target: Tensor) -> Tensor:
         "The output less the guided target of eq. (3)."
@@ -198,7 +194,7 @@ class GuidedDistillationLoss(_ConditionalLoss):
         "The output less what stands for the teacher's answer, eq. (5)."
         own, path = self.teacher.path, at.model.path
         allowed = f"{path}, as the model; see `OnPath`"
-        require_that(own == path, f"teacher is on {own}", allowed)
+        require(own == path, "teacher.path", own, allowed)
         return y - at.model.target(*self.answer(at), at.t).to(y)
 
 # %% ../nbs/19_trained_guidance.ipynb #8a10f002

@@ -26,29 +26,16 @@ from guidance_nb._checks import (
     Count,
     Share,
     WithScore,
-    check_number,
-    check_scale,
     checked,
     require,
     require_that,
 )
 from ._extras import extra
-from guidance_nb._layers import (
-    Layer,
-    Layers,
-    attention_layers,
-    choose_layers,
-)
+from ._layers import Layer, Layers, attention_layers, choose_layers
 from ._modes import swapped
 from ._random import keyed_noise
 from .classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.denoisers import (
-    EMBEDDINGS,
-    Denoiser,
-    Prediction,
-    check_inputs,
-    check_labels,
-)
+from .denoisers import EMBEDDINGS, Denoiser, Prediction, check_inputs, check_labels
 from .guidance import Claims, Guidance, Scale, shift_prediction
 from .mixtures import Mixture
 from .paths import clamp_time, expand_time
@@ -124,14 +111,14 @@ class Autoguidance(WeakGuidance):
         return self.model(x, t, c), self.weak(x, t, c)
 
 # %% ../nbs/17_weak_models.ipynb #81d89d1d
+@checked
 def widen(
     mixture: Mixture,  # A mixture
-    std: float,  # Standard deviation of the blur, in every direction
+    std: AtLeastZero,  # Standard deviation of the blur, in every direction
 ) -> Mixture:  # The same components, each wider
     """A mixture convolved with a Gaussian: what a model that blurs its data
     has learned."""
-    variances = mixture.eigenvalues + check_number("std", std, 0) ** 2
-    q = mixture.eigenvectors
+    variances, q = mixture.eigenvalues + std**2, mixture.eigenvectors
     covariances = variances if q is None else q * variances[:, None] @ q.mT
     return Mixture(mixture.means, covariances, mixture.labels, mixture.weights)
 
@@ -260,11 +247,7 @@ class _Perturbed(Denoiser):
     """The same model, evaluated with some of its layers broken: a weak model
     for `Autoguidance`."""
 
-    def __init__(
-        self,
-        model: AnyDenoiser,
-        perturb: Callable[[nn.Module], _Block],
-    ):
+    def __init__(self, model: AnyDenoiser, perturb: Callable[[nn.Module], _Block]):
         super().__init__(model.path, model.num_classes)
         self.model, self.perturb = model, perturb
         with perturb(model):
@@ -350,13 +333,7 @@ def _recorded_attention(
     over heads, eq. (5) (arXiv 2210.00939)."""
     received: list[Tensor] = []
 
-    def record(
-        layer: Layer,
-        forward: Callable,
-        h: Tensor,
-        *args: object,
-        **kwargs: object,
-    ) -> Tensor:
+    def record(layer: Layer, forward: Callable, h: Tensor, *args: object, **kwargs: object) -> Tensor:
         tokens, heads = _tokens(layer, h), (layer.heads, -1)
         both = layer.to_q(tokens), layer.to_k(tokens)
         q, k = (y.unflatten(-1, heads).transpose(1, 2) for y in both)
@@ -425,7 +402,6 @@ def annealed_scale(
 ) -> Callable[[Tensor], Tensor]:
     """CADS for models without embeddings: the scale falls to 0, unconditional,
     instead ('dynamic' guidance)."""
-    check_scale(scale)
     _annealing(torch.zeros(()), tau)
     return lambda t: scale * _annealing(t, tau)
 
@@ -482,11 +458,9 @@ class CADS(Denoiser):
         noise = self.noise * c[torch.arange(len(c)), draw]
         noisy = share.sqrt() * y + (1 - share).sqrt() * noise
         rest, tiny = tuple(range(1, y.ndim)), torch.finfo(y.dtype).tiny
-        (std, mean), (found_std, found_mean) = (
-            torch.std_mean(v, rest, keepdim=True) for v in (y, noisy)
-        )
-        ratio = std / found_std.clamp(min=tiny)
-        rescaled = (noisy - found_mean) * ratio + mean
+        own, seen = (torch.std_mean(v, rest, keepdim=True) for v in (y, noisy))
+        ratio = own[0] / seen[0].clamp(min=tiny)
+        rescaled = (noisy - seen[1]) * ratio + own[1]
         mixed = torch.lerp(noisy, rescaled, self.mixing)
         return torch.where(share == 1, y, mixed)
 
@@ -510,8 +484,8 @@ class EmbeddedLabels(Denoiser):
         rows = model.num_classes + 1
         tables = [k for k in model.modules() if isinstance(k, nn.Embedding)]
         tables = [k for k in tables if k.num_embeddings == rows > 1]
-        told, one = f"model has {len(tables)} label embeddings", len(tables) == 1
-        require_that(one, told, f"one, of classes + 1 = {rows} rows")
+        n, allowed = len(tables), f"one, of classes + 1 = {rows} rows"
+        require_that(n == 1, f"model has {n} label embeddings", allowed)
         self.model, self.table = model, tables[0]
 
     def embed(self, labels: Tensor) -> Tensor:
@@ -560,11 +534,7 @@ class DiscriminatorGuidance(Guidance):
     """A model corrected by a discriminator of real against generated noisy
     data, eq. (7) (arXiv 2211.17091)."""
 
-    claims = Claims(
-        "2211.17091",
-        conditional_at_one=False,
-        needs_condition=False,
-    )
+    claims = Claims("2211.17091", conditional_at_one=False, needs_condition=False)
 
     def __init__(
         self,

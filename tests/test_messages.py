@@ -180,7 +180,7 @@ ASKS = [
     (lambda: samplers.sample(MODEL, LABELS % 2, (2,), init=FIVE * NAN), "init is not finite; allowed: finite numbers"),
     (lambda: editing.image_to_image(MODEL, LABELS % 2, FIVE * NAN), "init is not finite"),
     (lambda: inversion.invert(MODEL, FIVE * NAN), "init is not finite"),
-    (lambda: inversion.invert(MODEL, FIVE.tolist()), "x is no tensor; allowed: data [n, ...]"),
+    (lambda: inversion.invert(MODEL, FIVE.tolist()), "x is list; allowed: a floating-point tensor"),
     (lambda: editing.inpaint(MODEL, 5, FIVE * NAN, FIVE > 0), "known is not finite under mask"),
     (lambda: editing.inpaint(MODEL, 5, FIVE, [[True]]), "mask is of another shape"),
     (lambda: editing.slerp([1.0], FIVE, 0.5), "a is list; allowed: a floating-point tensor"),

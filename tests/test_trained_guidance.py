@@ -509,7 +509,7 @@ def test_networks_that_do_not_fit():
         (plain, GuidanceFreeTrainingLoss(scale_range=(1.0, 2.0)), "allowed: None, for model.scale_aware = False"),
         (aware, GuidedDistillationLoss(plain), "scale_range = None; allowed: a range"),
         (plain, GuidedDistillationLoss(plain, (1.0, 2.0)), "allowed: None, for model.scale_aware = False"),
-        (plain, GuidedDistillationLoss(watch(VPPath())), "teacher is on VPPath.*allowed: FlowPath"),
+        (plain, GuidedDistillationLoss(watch(VPPath())), "teacher.path = VPPath.*allowed: FlowPath"),
     ):
         with pytest.raises(ValueError, match=message):
             loss(model, x0, c, context())

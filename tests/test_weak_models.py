@@ -567,7 +567,9 @@ def test_the_uniform_mean_is_not_the_unconditional_score():
 
 BAD = {
     "weak.path, weak.num_classes = (EDMPath": lambda m: Autoguidance(m, OnPath(m, EDMPath()), 2.0),
-    "weak.num_classes = (FlowPath(), 2); allowed: (FlowPath(), 3)": lambda m: Autoguidance(m, mlp_denoiser(2, FlowPath(), 2), 2.0),
+    "weak.num_classes = (FlowPath(), 2); allowed: (FlowPath(), 3)": lambda m: Autoguidance(
+        m, mlp_denoiser(2, FlowPath(), 2), 2.0
+    ),
     "scale = nan": lambda m: Autoguidance(m, m, math.nan),
     "scale = inf": lambda m: Autoguidance(m, m, 2.0, cfg_scale=math.inf),
     "interval = (1, 0)": lambda m: Autoguidance(m, m, 2.0, (1, 0)),
