@@ -252,7 +252,7 @@ def test_bad_input(clouds):
     ):
         with pytest.raises(ValueError, match=message):
             model(samples, labels)
-    with pytest.raises(ValueError, match="allowed: None, there are no classes"):
+    with pytest.raises(ValueError, match="allowed: None, no classes"):
         FlowPostprocessor(4)(x, c)
     with pytest.raises(ValueError, match="scale = 2; allowed: 1"):
         model(x, c, scale=2)
