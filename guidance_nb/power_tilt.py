@@ -124,7 +124,7 @@ class CharacteristicGuidance(Guidance):
         """Two predictions at two points, whose shift is their own difference
         of noise, eq. (5)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.as_tensor(self.scale_at(wide, t))
+        scale = torch.as_tensor(self.scale_at(wide, t), dtype=wide.dtype)
         if (scale == 1).all():
             return self.model(x, t, c)
         sigma = expand_time(self.path.sigma(t), wide).expand_as(wide)
