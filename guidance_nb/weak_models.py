@@ -26,6 +26,7 @@ from guidance_nb._checks import (
     Count,
     Share,
     WithScore,
+    check_scale,
     checked,
     require,
     require_that,
@@ -402,6 +403,7 @@ def annealed_scale(
 ) -> Callable[[Tensor], Tensor]:
     """CADS for models without embeddings: the scale falls to 0, unconditional,
     instead ('dynamic' guidance)."""
+    check_scale(scale)
     _annealing(torch.zeros(()), tau)
     return lambda t: scale * _annealing(t, tau)
 

@@ -120,6 +120,7 @@ METHODS = [
     (lambda: guidance.tent_schedule(torch.ones(2)), "allowed: a finite number"),
     (lambda: guidance.beta_schedule(NAN), "scale = nan; allowed: a finite number"),
     (lambda: guidance.exponential_schedule(1.0, NAN), "rate = nan; allowed: a finite number"),
+    (lambda: weak_models.annealed_scale(NAN), "scale = nan; allowed: a finite number"),
     (lambda: guidance_variants.RescaledGuidance(MODEL, 2.0, phi=1.5), "phi = 1.5; allowed: 0 to 1"),
     (lambda: guidance_variants.CFGZeroStar(MODEL, 2.0, zero_from=0.0), "zero_from = 0.0; allowed: a number above 0"),
     (lambda: guidance_variants.AdaptiveProjectedGuidance(MODEL, norm=0.0), "norm = 0.0; allowed: a number above 0"),
