@@ -183,6 +183,7 @@ def show_trajectories(
 ) -> "Axes":  # The axes
     """Draw trajectories from noise to data: value against falling time in 1-D,
     curves in the plane in 2-D."""
+    check_whole("every", every, 1)
     shape = tuple(run.points.shape)
     require(len(shape) == 3 and shape[2] in (1, 2), "shape of points", shape, "[times, n, 1] or [times, n, 2]")
     ax, curves = _axes(ax), run.points[:, ::every].detach().cpu().double()

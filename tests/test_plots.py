@@ -114,6 +114,8 @@ def test_trajectories(every):
     np.testing.assert_allclose(curve[:, 0], samples.times)
     np.testing.assert_allclose(curve[:, 1], samples.points[:, 2, 0], rtol=1e-6)
     assert ax.get_xlim() == (1.0, 0.0)
+    with pytest.raises(ValueError, match="every = 0; allowed: a whole number, 1 or more"):
+        plots.show_trajectories(samples, every=0)
 
 
 def test_field_keeps_directions_and_scales_the_longest_to_one_cell():
