@@ -408,7 +408,7 @@ def test_agreement_of_a_one_hot_classifier():
     assert share == 1 and each[:3].tolist() == [1, 1, 1] and each[3].isnan()
     share, each = im.class_agreement(images, torch.tensor([0, 1, 2, 2, 0, 1]), classifier)
     assert share == pytest.approx(4 / 6) and each[:3].tolist() == [1, 0.5, 0.5]
-    with pytest.raises(ValueError, match="labels: c contains 4; allowed: 0 to 3"):
+    with pytest.raises(ValueError, match="labels contains 4; allowed: 0 to 3"):
         im.class_agreement(images, labels + 2, classifier)
 
 

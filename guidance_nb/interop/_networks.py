@@ -1,5 +1,6 @@
 """How the networks of diffusers are called: names of conditions, Flux's patches, the scale that some take."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from guidance_nb._checks import require
-from guidance_nb._extras import extra
 from guidance_nb._files import Json
 
 Network: TypeAlias = Any  # A network of diffusers, or one wrapped by peft
@@ -74,10 +74,9 @@ def from_patches(tokens: Tensor, shape: torch.Size) -> Tensor:
 
 def embed_scale(scale: Tensor, width: int) -> Tensor:
     "Sines and cosines of 1000 (scale - 1) `[batch, width]`, as pipelines of Stable Diffusion feed them to the network."
-    with extra("diffusers"):
-        from diffusers.models.embeddings import get_timestep_embedding
-
-    return get_timestep_embedding(1000 * (scale.float() - 1), width, downscale_freq_shift=1)
+    rates = torch.exp(-math.log(10000.0) / (width // 2 - 1) * torch.arange(width // 2, device=scale.device))
+    angles = 1000 * (scale.float() - 1)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def takes_scale(net: Network) -> bool:
