@@ -34,12 +34,12 @@ from counts import PACKAGE, Weight, is_private, modules, public_names, weights
 from notebooks import NOTEBOOKS, ROOT, cells, directives, is_skipped, module_of, settings, store, text
 
 LIMITS = {  # of the package, only ever lowered; tools/counts.py says how they are counted. The goals stand behind
-    "public names": 196,  # 200
+    "public names": 194,  # 200
     "names at the top": 60,
-    "code lines": 10_194,  # 10,000
-    "validation, % of them": 7.0,  # 5
+    "code lines": 10_115,  # 10,000
+    "validation, % of them": 6.7,  # 5
     "lines of the longest function": 60,
-    "Any": 24,  # 60
+    "Any": 23,  # 60
 }
 # Who may import whom: lower levels only. A taught module's level is its page's number.
 LEVELS = {"images": 9.1, "engine": 9.2, "cli.recipe": 19.2, "interop": 19.5, "explorer": 28.5, "cli": 30.0}
