@@ -57,10 +57,11 @@ def check_choice(name: str, value: _T, allowed: Collection[_T]) -> _T:
 
 def check_number(name: str, value: float, low: float = -_MOST, high: float = _MOST, allowed: str = "") -> float:
     """A number from `low` to `high`, ends included; finite unless an end is infinite."""
-    fine = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+    plain = float(value) if isinstance(value, Real) and not isinstance(value, int) else value  # also numpy's
+    fine = isinstance(plain, int | float) and not isinstance(plain, bool) and low <= plain <= high
     words = "a finite number" if low == -_MOST else f"a number, {low:g} or more"
     require(fine, name, value, allowed or (words if high == _MOST else f"{low:g} to {high:g}"))
-    return value if isinstance(value, int | float) else float(value)  # numpy's numbers are numbers, too
+    return plain
 
 
 def check_whole(name: str, value: int, low: int = 0, high: float = math.inf) -> int:
@@ -145,8 +146,7 @@ def checked(made: _F) -> _F:
 
     @wraps(function)
     def call(*args: object, **options: object) -> object:
-        given = signature.bind(*args, **options)
-        named = given.arguments
+        named = (given := signature.bind(*args, **options)).arguments
         named |= {name: rule(name, named[name]) for name, rule in rules.items() if name in named}
         return function(*given.args, **given.kwargs)
 

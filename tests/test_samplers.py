@@ -1,6 +1,7 @@
 "Samplers against diffusers' schedulers, closed forms, and their own promises."
 
 import math
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -267,10 +268,12 @@ def test_numbers_of_numpy_are_numbers():
     "A scale, a seed or a number of steps that comes from an array or a table gives the same samples."
     model, labels = ExactDenoiser(gaussian_pair(), FlowPath()), torch.tensor([0, 1])
     plain = sample(ClassifierFreeGuidance(model, 2.5), labels, (1,), steps=2, seed=3, progress=False)
-    of_numpy = ClassifierFreeGuidance(model, np.float32(2.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of_numpy = ClassifierFreeGuidance(model, np.float32(2.5))
     options = {"steps": np.int64(2), "seed": np.int64(3), "batch_size": np.int32(2), "times": [1.0, 0.5, 0.0]}
     assert torch.equal(sample(of_numpy, labels, (1,), **options, progress=False), plain)
-    for scale in (np.float32("nan"), np.array([2.5, 3]), 10**400):
+    for scale in (np.float32("nan"), np.float32("inf"), np.array([2.5, 3]), 10**400):
         with pytest.raises(ValueError, match="; allowed: a finite number"):
             ClassifierFreeGuidance(model, scale)
 
