@@ -55,10 +55,12 @@ def check_choice(name: str, value: _T, allowed: Collection[_T]) -> _T:
     return value
 
 
-def check_number(name: str, value: float, low: float = -_MOST, high: float = _MOST, allowed: str = "") -> float:
-    """A number from `low` to `high`, ends included; finite unless an end is infinite."""
+def check_number(
+    name: str, value: float, low: float = -_MOST, high: float = _MOST, allowed: str = "", but: float = math.nan
+) -> float:
+    """A number from `low` to `high`, ends included, `but` not this one; finite unless an end is infinite."""
     plain = float(value) if isinstance(value, Real) and not isinstance(value, int) else value  # also numpy's
-    fine = isinstance(plain, int | float) and not isinstance(plain, bool) and low <= plain <= high
+    fine = isinstance(plain, int | float) and not isinstance(plain, bool) and low <= plain <= high and plain != but
     words = "a finite number" if low == -_MOST else f"a number, {low:g} or more"
     require(fine, name, value, allowed or (words if high == _MOST else f"{low:g} to {high:g}"))
     return plain
@@ -71,26 +73,16 @@ def check_whole(name: str, value: int, low: int = 0, high: float = math.inf) -> 
     return int(value)
 
 
-def check_nonzero(name: str, value: float) -> float:
-    """A finite number other than 0."""
-    allowed = "a finite number other than 0"
-    require(check_number(name, value, allowed=allowed), name, value, allowed)
-    return value
-
-
 def check_callable(name: str, value: _T) -> _T:
     """A function, or what can be called as one."""
     require(callable(value), name, value, "a function")
     return value
 
 
-def check_scale(scale: _T, name: str = "scale") -> _T:
+def check_scale(name: str, scale: _T) -> _T:
     """A finite number, a tensor of finite numbers, or a function of time."""
-    if isinstance(scale, Real):
-        return check_number(name, scale)  # type: ignore
-    finite = getattr(scale, "isfinite", None)  # a tensor's
-    require(callable(scale) or (finite and finite().all()), name, scale, "a finite number")
-    return scale
+    fine = callable(scale) or (hasattr(scale, "isfinite") and scale.isfinite().all())
+    return scale if fine else check_number(name, scale)  # type: ignore
 
 
 def check_floats(name: str, x: _T) -> _T:
@@ -109,62 +101,55 @@ def check_kind(name: str, model: "Denoiser") -> "Denoiser":
 
 def check_denoiser(name: str, model: "Denoiser") -> "Denoiser":
     """A denoiser that has a velocity and a score."""
-    fine = check_kind(name, model).consistent
-    require(fine, name, model, "a model with a velocity and a score; CFG++ has none")
+    require(check_kind(name, model).consistent, name, model, "a model with a velocity and a score; CFG++ has none")
     return model
 
 
-def check_range(name: str, ends: Iterable[float], low: float = 0.0, high: float = 1e308, allowed: str = "") -> Ends:
+def check_range(name: str, ends: Iterable[float], allowed: str, low: float = 0.0, high: float = 1e308) -> Ends:
     """Two numbers in order, from `low` to `high`."""
-    try:
+    with explained(f"{name} = {ends}", allowed, TypeError, ValueError):
         first, last = map(float, ends)
-    except (TypeError, ValueError):
-        first = last = math.nan
-    require(low <= first <= last <= high, name, ends, allowed or "None, or (low, high) with 0 <= low <= high")
+    require(low <= first <= last <= high, name, ends, allowed)
     return first, last
 
 
 def _rule(hint: object) -> Callable[[str, object], object] | None:
     """What the type of an argument says of its value; None may stand where it is allowed."""
-    parts = get_args(hint)
-    if get_origin(hint) is Annotated:
-        return parts[1]
-    if get_origin(hint) is Literal:
+    parts, kind = get_args(hint), get_origin(hint)
+    if kind is Literal:
         return lambda name, value: check_choice(name, value, parts)
-    if get_origin(hint) is Callable:
+    if kind is Callable:
         return check_callable
     if type(None) in parts and (rule := _rule(parts[0])):
         return lambda name, value: value if value is None else rule(name, value)
-    return None
+    return parts[1] if kind is Annotated else None
 
 
 def checked(made: _F) -> _F:
     """Let a function, or the constructor of a class, check the arguments given by the rules in their types."""
-    function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
-    signature = inspect.signature(function)
+    if isinstance(made, type):
+        made.__init__ = checked(made.__init__)  # type: ignore[misc]
+        return made
+    signature = inspect.signature(made)
     rules = {name: rule for name, part in signature.parameters.items() if (rule := _rule(part.annotation))}
 
-    @wraps(function)
+    @wraps(made)
     def call(*args: object, **options: object) -> object:
-        named = (given := signature.bind(*args, **options)).arguments
-        named |= {name: rule(name, named[name]) for name, rule in rules.items() if name in named}
-        return function(*given.args, **given.kwargs)
+        given = signature.bind(*args, **options)
+        given.arguments |= {name: rules[name](name, value) for name, value in given.arguments.items() if name in rules}
+        return made(*given.args, **given.kwargs)
 
-    if not isinstance(made, type):
-        return call  # type: ignore[return-value]
-    made.__init__ = call  # type: ignore[misc]
-    return made
+    return call  # type: ignore[return-value]
 
 
 _TINY = math.ulp(0.0)
-check_interval = partial(check_range, allowed="two times, 0 <= first <= last <= 1", high=1)
 
 WithScore = Annotated["Denoiser", check_denoiser]
 AnyDenoiser = Annotated["Denoiser", check_kind]
 Floats = Annotated["Tensor", check_floats]
 Number = Annotated[float, check_number]  # finite
 AtLeastZero = Annotated[float, partial(check_number, low=0)]
-NonZero = Annotated[float, check_nonzero]
+NonZero = Annotated[float, partial(check_number, but=0, allowed="a finite number other than 0")]
 Positive = Annotated[float, partial(check_number, low=_TINY, allowed="a positive, finite number")]
 PositiveOrInf = Annotated[float, partial(check_number, low=_TINY, high=math.inf, allowed="a number above 0, or inf")]
 AtLeastZeroOrInf = Annotated[float, partial(check_number, low=0, high=math.inf, allowed="0 or more, or inf")]
@@ -172,6 +157,6 @@ Share = Annotated[float, partial(check_number, low=0, high=1)]
 Whole = Annotated[int, check_whole]  # 0 or more
 Count = Annotated[int, partial(check_whole, low=1)]
 Seed = Annotated[int, partial(check_whole, high=2**64 - 1)]
-Interval = Annotated[Ends, check_interval]
-ScaleRange = Annotated[Ends, check_range]
+Interval = Annotated[Ends, partial(check_range, allowed="two times, 0 <= first <= last <= 1", high=1)]
+ScaleRange = Annotated[Ends, partial(check_range, allowed="None, or (low, high) with 0 <= low <= high")]
 PositiveRange = Annotated[Ends, partial(check_range, low=_TINY, allowed="None, or (low, high) with 0 < low <= high")]

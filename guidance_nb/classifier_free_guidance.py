@@ -58,8 +58,7 @@ def tilt_variance(
 ) -> float:  # Its variance
     "Variance of the sharpened density p_u^(1 - scale) p_c^scale, eq. (7)."
     precision = scale / v_c + (1 - scale) / v_u
-    exists = "scale / v_c + (1 - scale) / v_u > 0"
-    require(precision > 0, "scale", scale, exists)
+    require(precision > 0, "scale", scale, "scale / v_c + (1 - scale) / v_u > 0")
     return 1 / precision
 
 

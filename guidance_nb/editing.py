@@ -104,12 +104,10 @@ def inpaint(
 ) -> Tensor:  # Samples `[n, ...]`, equal to `known` under the mask
     "Fill in what is unknown, by replacement and resampling (arXiv 2201.09865)."
     shape, allowed = known.shape, "bool, and a shape that broadcasts to known"
-    told, kinds = "mask is of another shape", (RuntimeError, AttributeError)
-    with explained(told, allowed, *kinds):
+    with explained("mask is of another shape", allowed, RuntimeError, AttributeError):
         mask = mask.expand(shape)
     require(mask.dtype == torch.bool, "mask.dtype", mask.dtype, allowed)
-    fine = known[mask].isfinite().all()
-    require_that(fine, "known is not finite under mask", "finite numbers")
+    require_that(known[mask].isfinite().all(), "known is not finite under mask", "finite numbers")
     held = _Known(model, known, mask)
     times = time_grid(model.path, steps, sampler)
     n = check_request(held, c, shape[1:], sampler, times)
@@ -146,12 +144,10 @@ def image_to_image(
 def slerp(
     a: Floats,  # Noise, `[n, ...]`
     b: Floats,  # Noise, `[n, ...]`
-    weight: float | Tensor,  # 0 gives `a`, 1 gives `b`; a number or `[n]`
+    weight: Annotated[float | Tensor, check_scale],  # 0 gives `a`, 1 gives `b`; a number or `[n]`
 ) -> Tensor:  # `[n, ...]`
     "Spherical interpolation, sample by sample, eq. (9)."
-    same = a.shape == b.shape and a.ndim > 1
-    check_scale(weight, "weight")
-    require(same, "shape of b", tuple(b.shape), f"{tuple(a.shape)}, [n, ...]")
+    require(a.shape == b.shape and a.ndim > 1, "shape of b", tuple(b.shape), f"{tuple(a.shape)}, [n, ...]")
     weight = expand_time(torch.as_tensor(weight, dtype=a.dtype), a)
     flat = a.flatten(1), b.flatten(1)
     cosine = torch.cosine_similarity(*flat).clamp(-1, 1)

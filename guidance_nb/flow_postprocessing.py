@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._checks import Count, Share, checked, require
+from ._checks import Count, Share, checked, require, require_that
 from ._modes import eval_mode
-from .denoisers import Denoiser, check_labels, record_nfe
+from .denoisers import Denoiser, check_labels, record_nfe, shown
 from .images.networks import build_network
 from .metrics import nearest_neighbours
 from .networks import MLP
@@ -55,8 +55,7 @@ def _to_features(x: Tensor, space: _Space) -> Tensor:
     known, allowed = callable(space) or space == "pixels", "'pixels' or a "
     require(known, "space", space, allowed + "function, see `feature_space`")
     features = space(x) if callable(space) else x
-    found, allowed = len(features), f"{len(x)}, as samples"
-    require(found == len(x), "number of features", found, allowed)
+    require(len(features) == len(x), "number of features", len(features), f"{len(x)}, as samples")
     return features
 
 # %% ../nbs/14_flow_postprocessing.ipynb #261eba8e
@@ -144,8 +143,7 @@ def pair_data(
     """Find the pairs of eq. (1) once; the result is the data of `fit` with a
     `PairLoss`."""
     shape, found = list(real.shape[1:]), list(generated.shape[1:])
-    allowed = f"{shape}, that of a real one"
-    require(found == shape, "shape of a generated sample", found, allowed)
+    require(found == shape, "shape of a generated sample", found, f"{shape}, that of a real one")
     near = _neighbours(generated, real, k, labels, real_labels, space, device)
     classes = None if real_labels is None else int(real_labels.max()) + 1
     return PairDraws(generated, real, near, labels, classes)
@@ -275,10 +273,8 @@ class FlowPostprocessor(nn.Module):
         """Raise an error for samples, labels or a scale that the correction
         was not trained for."""
         n, shape, kind = self.num_classes, samples.shape, samples.dtype
-        allowed = f"[n, *{list(self.shape)}]"
-        require(shape[1:] == self.shape, "shape of samples", shape, allowed)
-        allowed = "floating-point values, images in [-1, 1]"
-        require(kind.is_floating_point, "samples.dtype", kind, allowed)
+        allowed = f"floating-point values [n, *{list(self.shape)}], images in [-1, 1]"
+        require_that(kind.is_floating_point and shape[1:] == self.shape, f"samples is {shown(samples)}", allowed)
         allowed = f"labels [n] of {n} classes" if n else "None, no classes"
         require((labels is None) == (n == 0), "labels", labels, allowed)
         if labels is not None:

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Claims:
     consistent: bool = True
 
 # %% ../nbs/08_guidance.ipynb #8a10b063
-Scale: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
+Scale: TypeAlias = Annotated[float | Tensor | Callable[[Tensor], Tensor], check_scale]
 
 
 class Guidance(Denoiser):
@@ -66,7 +66,7 @@ class Guidance(Denoiser):
         super().__init__(model.path, model.num_classes)
         guidable = model.num_classes or not self.claims.needs_condition
         require(guidable, "model.num_classes", 0, "1 or more, to guide towards")
-        self.model, self.scale = model, check_scale(scale)
+        self.model, self.scale = model, scale
         self.interval, self.batching = interval, batching
 
     def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> tuple[Prediction, Prediction]:
@@ -132,7 +132,7 @@ class Guidance(Denoiser):
     def scale_at(self, x: Tensor, t: Tensor) -> float | Tensor:
         """The scale at time `t`, as a number or a tensor that broadcasts
         against `x`."""
-        scale = check_scale(self.scale(t)) if callable(self.scale) else self.scale
+        scale = check_scale("scale", self.scale(t)) if callable(self.scale) else self.scale
         if not isinstance(scale, Tensor):
             return scale
         if scale.ndim:

@@ -11,7 +11,7 @@ __all__ = ['RescaledGuidance', 'MagnitudeAwareGuidance', 'CFGZeroStar', 'Tangent
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,7 @@ class RescaledGuidance(_ShiftedGuidance):
 
     def shift(self, u_c: Tensor, u_u: Tensor, t: Tensor, scale: _Num) -> Tensor:
         "Rescale the guided velocity."
-        allowed = "two or more, for one has no standard deviation"
-        require(u_c[0].numel() > 1, "values per sample", 1, allowed)
+        require(u_c[0].numel() > 1, "values per sample", 1, "two or more, for one has no standard deviation")
         u, dims = u_u + scale * (u_c - u_u), tuple(range(1, u_c.ndim))
         std, std_c = (v.std(dims, keepdim=True) for v in (u, u_c))
         alive = std > 100 * torch.finfo(u.dtype).eps * std_c  # not rounding
@@ -274,9 +273,8 @@ def _frequency_bands(
     """The bands of a Laplacian pyramid with binomial blur, each brought back
     to full size."""
     least = 3 << max(levels - 2, 0)
-    fine, allowed = x.ndim == 4 and min(x.shape[2:]) >= least, "images "
-    allowed += f"[batch, channels, height, width], both sides {least} or more"
-    require(fine, "x of shape", tuple(x.shape), allowed)
+    allowed = f"images [batch, channels, height, width], both sides {least} or more"
+    require(x.ndim == 4 and min(x.shape[2:]) >= least, "x of shape", tuple(x.shape), allowed)
     smooth, full, sizes = x, [x], []
     for _ in range(levels - 1):
         sizes.append([*smooth.shape[2:]])
@@ -305,8 +303,7 @@ class FrequencyDecoupledGuidance(Guidance):
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        fine = shares and all(map(math.isfinite, shares))
-        require(fine, "shares", shares, "one finite number or more")
+        require(shares and all(map(math.isfinite, shares)), "shares", shares, "one finite number or more")
         self.shares = tuple(shares)
 
     def combine(
@@ -362,13 +359,13 @@ class RectifiedGuidance(Guidance):
         model: Denoiser,  # A model that answers with and without condition
         scale: Scale = 1.0,  # Guidance scale
         # rho of eq. (8), or a function of times and classes
-        ratios: float | Callable[[Tensor, Tensor], Tensor] = 1.0,
+        ratios: Annotated[float | Callable[[Tensor, Tensor], Tensor], check_scale] = 1.0,
         # Times that are guided, ends included
         interval: tuple[float, float] = (0.0, 1.0),
         batching: Batching = "auto",  # Both predictions by one pass, or by two
     ):
         super().__init__(model, scale, interval, batching)
-        self.ratios = check_scale(ratios, "ratios")
+        self.ratios = ratios
 
     def pair(self, x: Tensor, t: Tensor, c: Tensor) -> _Pair:
         """The conditional pair, and the unconditional one with rho times its
@@ -389,9 +386,8 @@ class RatioTable(nn.Module):
         ratios: Tensor,  # Ratios at these times, `[k, classes, ...]`
     ):
         super().__init__()
-        fine = times.ndim == 1 and len(ratios) == len(times) > 1
-        allowed = "two times or more, rising, one for each row of ratios"
-        require_that(fine and (times.diff() > 0).all(), "times", allowed)
+        fine = times.ndim == 1 and len(ratios) == len(times) > 1 and (times.diff() > 0).all()
+        require_that(fine, "times", "two times or more, rising, one for each row of ratios")
         self.times, self.ratios = nn.Buffer(times.double()), nn.Buffer(ratios)
 
     def forward(self, t: Tensor, c: Tensor) -> Tensor:
@@ -416,8 +412,7 @@ def estimate_ratios(
     """Estimate the ratio of eq. (8) element by element on noised data of each
     class (arXiv 2410.18737)."""
     counts = c.bincount(minlength=check_kind("model", model).num_classes)
-    lacking = f"c has no sample of class {counts.argmin()}"
-    require_that(counts.all(), lacking, "samples of every class")
+    require_that(counts.all(), f"c has no sample of class {counts.argmin()}", "samples of every class")
     ratios = []
     for t in times:
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0)
@@ -452,4 +447,4 @@ def cfgpp_scales(
     """The guidance scale at each step with which DDIM takes the steps of
     CFG++, eq. (10)."""
     levels = path.noise_to_signal(times)
-    return check_scale(scale) / (1 - levels[1:] / levels[:-1])
+    return check_scale("scale", scale) / (1 - levels[1:] / levels[:-1])

@@ -67,8 +67,7 @@ class LossGuidance(Guidance):
         loss = self.loss(point, c)
         fine = isinstance(loss, Tensor) and loss.shape == x0.shape[:1]
         require_that(fine, f"loss is {shown(loss)}", f"a tensor ({len(x0)},)")
-        allowed = "a differentiable function of x0"
-        require_that(loss.requires_grad, "loss has no gradient", allowed)
+        require_that(loss.requires_grad, "loss has no gradient", "a differentiable function of x0")
         return torch.autograd.grad(loss.sum(), point, create_graph=deep)[0]
 
     def covariance(self, g: Tensor, x: Tensor, x0: Tensor, t: Tensor, deep: bool) -> Tensor:
@@ -77,8 +76,7 @@ class LossGuidance(Guidance):
         alpha, sigma = (expand_time(f(late), x) for f in (p.alpha, p.sigma))
         if not self.through:
             return sigma**2 / (alpha**2 + sigma**2) * g
-        told, allowed = "model gives x0 without a gradient", "through=False"
-        require_that(x0.requires_grad, told, f"one that has it, or {allowed}")
+        require_that(x0.requires_grad, "model gives x0 without a gradient", "one that has it, or through=False")
         (back,) = torch.autograd.grad(x0, x, g, True, create_graph=deep)
         return sigma**2 / alpha * back
 

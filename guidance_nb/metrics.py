@@ -50,8 +50,8 @@ def outlier_rate(x: Tensor, c: Tensor, mixture: Mixture, threshold: Tensor | Non
     points = as_points("x", x, mixture.dim)
     c = as_labels("c", c, len(points), mixture.num_classes)
     threshold = outlier_threshold(mixture) if threshold is None else threshold
-    shape, classes = tuple(threshold.shape), mixture.num_classes
-    require(shape == (classes,), "shape of threshold", shape, f"({classes},)")
+    shape, classes = tuple(threshold.shape), (mixture.num_classes,)
+    require(shape == classes, "shape of threshold", shape, str(classes))
     return (log_prob(mixture, points, c) < threshold[c]).double().mean().item()
 
 # %% ../nbs/06_metrics.ipynb #b3b95d62
@@ -69,8 +69,7 @@ def nearest_neighbours(
     are fewer."""
     a = as_points("x", x)
     b = as_points("y", y, a.shape[1])
-    both = (x_c is None) == (y_c is None)
-    require(both, "x_c, y_c", "labels of one set", "of both or of none")
+    require((x_c is None) == (y_c is None), "x_c, y_c", "labels of one set", "of both or of none")
     a_c = torch.zeros(len(a)) if x_c is None else as_labels("x_c", x_c, len(a))
     b_c = torch.zeros(len(b)) if y_c is None else as_labels("y_c", y_c, len(b))
     distance = torch.full((len(a), k), torch.inf, dtype=torch.float64)
@@ -151,8 +150,8 @@ def sliced_wasserstein(
     if a_c is not None and b_c is not None:
         a_c, b_c = as_labels("a_c", a_c, len(a)), as_labels("b_c", b_c, len(b))
         classes = b_c.unique().tolist()
-        found, allowed = a_c.unique().tolist(), f"{classes}, those of b"
-        require(found == classes, "classes of a", found, allowed)
+        found = a_c.unique().tolist()
+        require(found == classes, "classes of a", found, f"{classes}, those of b")
         pairs, how = ((a[a_c == k], b[b_c == k]) for k in classes), (projections, seed)
         each = [sliced_wasserstein(*pair, None, None, *how) for pair in pairs]
         return sum(each) / len(each)

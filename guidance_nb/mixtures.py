@@ -72,28 +72,21 @@ class Mixture:
     ):
         means, covariances = means.double(), covariances.double()
         weights = torch.ones(len(means)) if weights is None else weights
-        shape = tuple(means.shape)
-        fine = means.ndim == 2 and len(means) > 0
-        require(fine, "shape of means", shape, "[K, d] with K >= 1")
-        given = tuple(covariances.shape)
+        shape, given = tuple(means.shape), tuple(covariances.shape)
+        require(means.ndim == 2 and len(means), "shape of means", shape, "[K, d] with K >= 1")
         fine = given in (shape[:1], (*shape, shape[1]))
-        allowed = "[K, d, d], or variances [K]"
-        require(fine, "shape of covariances", given, allowed)
+        require(fine, "shape of covariances", given, "[K, d, d], or variances [K]")
         for name, values in (("means", means), ("covariances", covariances)):
-            finite = values.isfinite().all()
-            require(finite, name, values.tolist(), "finite values")
-        positive = ((weights > 0) & weights.isfinite()).all()
-        allowed = f"positive, finite numbers [K] = [{len(means)}]"
-        sized = weights.shape == shape[:1]
-        require(sized and positive, "weights", weights.tolist(), allowed)
+            require(values.isfinite().all(), name, values.tolist(), "finite values")
+        fine = weights.shape == shape[:1] and bool(((weights > 0) & weights.isfinite()).all())
+        require(fine, "weights", weights.tolist(), f"positive, finite numbers [K] = [{len(means)}]")
         self.num_classes = int(labels.max()) + 1
         check_labels(labels, self.num_classes, len(means))
         self.eigenvalues, self.eigenvectors = covariances, None
         if covariances.ndim == 3:
             gap = (covariances - covariances.mT).abs().amax().item()
             symmetric = gap <= 1e-6 * covariances.abs().amax()
-            told = "asymmetry of covariances"
-            require(symmetric, told, gap, "symmetric matrices")
+            require(symmetric, "asymmetry of covariances", gap, "symmetric matrices")
             self.eigenvalues, self.eigenvectors = torch.linalg.eigh(covariances)
         low, high = (end.item() for end in self.eigenvalues.aminmax())
         fine = low >= (-1e-9 * high if covariances.ndim == 3 else 0)
@@ -104,8 +97,7 @@ class Mixture:
         classes = range(self.num_classes)
         self.members = [(labels == k).nonzero()[:, 0] for k in classes]
         empty = [k for k in classes if not len(self.members[k])]
-        allowed = "none, every class from 0 upwards is present"
-        require(not empty, "classes without a component", empty, allowed)
+        require(not empty, "classes without a component", empty, "none, every class from 0 upwards is present")
         each = [self.weights[members].sum() for members in self.members]
         self.class_weights = torch.stack(each)
 
@@ -131,8 +123,7 @@ def _mixture_at(mixture: Mixture, path: Path, t: Tensor, k: Tensor | slice) -> _
     values = values.reshape(len(means), -1)  # [K, d], or [K, 1] if isotropic
     variance = alpha**2 * values + sigma**2
     told = "t = 0 with zero-variance components"
-    allowed = "t > 0, for data points have no density"
-    require_that((variance > 0).all(), told, allowed)
+    require_that((variance > 0).all(), told, "t > 0, for data points have no density")
     logs = (2 * math.pi * variance).log().expand(-1, mixture.dim)
     inverse, gains = 1 / variance, alpha * values / variance
     if mixture.eigenvectors is not None:
@@ -150,8 +141,7 @@ def _map_by_time_and_class(
     a time and a class, in blocks of bounded size; float64, ordered as `x`."""
     t = check_inputs(x, t, c, mixture.num_classes)
     fine = x.ndim == 2 and x.shape[1] == mixture.dim
-    told, allowed = f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]"
-    require_that(fine, told, allowed)
+    require_that(fine, f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]")
     if t.ndim == 0 and c is None:  # one group: nothing to sort
         everything = slice(None)
         terms = _mixture_at(mixture, path, t, everything)

@@ -21,7 +21,6 @@ from guidance_nb._checks import (
     Share,
     Whole,
     check_number,
-    check_scale,
     checked,
     require,
 )
@@ -38,6 +37,12 @@ from .paths import expand_time
 from .training import LossContext
 
 # %% ../nbs/13_model_guidance.ipynb #c13d1108
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
 #| code-fold: true
 #| code-summary: "Options, and the direction"
 _Negative = Literal["null", "uniform", "posterior", "contrastive"]
@@ -114,10 +119,8 @@ class _Options:
     def check(self, model: NetworkDenoiser, c: Tensor) -> None:
         "Whether the options fit a network."
         check_conditional(model, c, self.scale_range)
-        kind = self.unconditional
-        allowed = "'null', for a model without classes"
-        fine = model.num_classes != EMBEDDINGS or kind == "null"
-        require(fine, "unconditional", kind, allowed)
+        fine = model.num_classes != EMBEDDINGS or self.unconditional == "null"
+        require(fine, "unconditional", self.unconditional, "'null', for a model without classes")
         if self.frozen is not None:
             own = model.prediction, model.path
             found = self.frozen.prediction, self.frozen.path
@@ -128,8 +131,8 @@ class _Options:
         w = self.weight() if callable(self.weight) else self.weight
         limit = 1 - 1 / classes if self.unconditional == "contrastive" else 1.0
         limit = math.inf if self.target == "frozen" else limit
-        allowed = f"below {limit:g}, or target='frozen', for it diverges"
-        allowed = allowed if limit < math.inf else "a finite number"
+        diverges = f"below {limit:g}, or target='frozen', for it diverges"
+        allowed = diverges if limit < math.inf else "a finite number"
         require(-math.inf < w < limit, "weight", w, allowed)
         return float(w)
 
@@ -220,7 +223,7 @@ class FixedScale(Denoiser):
         super().__init__(model.path, model.num_classes)
         aware = getattr(model, "scale_aware", False)
         require(aware, "model.scale_aware", aware, "True")
-        self.model, self.scale = model, check_scale(scale)
+        self.model, self.scale = model, scale
 
     def forward(
         self,
@@ -253,8 +256,7 @@ class AutoWeight:
 
     def __post_init__(self) -> None:
         fine = 0 <= self.value <= self.limit < 1
-        allowed = "0 <= value <= limit < 1"
-        require(fine, "value, limit", (self.value, self.limit), allowed)
+        require(fine, "value, limit", (self.value, self.limit), "0 <= value <= limit < 1")
 
     def __call__(self) -> float:
         "The weight to train with now."

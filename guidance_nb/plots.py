@@ -9,15 +9,15 @@ __all__ = ['COLOURS', 'show_density', 'show_points', 'show_trajectories', 'show_
 # %% ../nbs/07_plots.ipynb #2e5daca3
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_whole, require
+from ._checks import Positive, check_choice, check_whole, checked, require
 from ._extras import extra
 from ._pictures import tile
 from .metrics import coverage, outlier_rate, outlier_threshold
@@ -89,11 +89,10 @@ def _frame(ax: "Axes", extent: float) -> "Axes":
     return ax
 
 # %% ../nbs/07_plots.ipynb #f8bc9e9e
-def _pixel_centres(extent: float, size: int) -> Tensor:
+@checked
+def _pixel_centres(extent: Positive, size: Annotated[int, partial(check_whole, low=2)]) -> Tensor:
     """Centres of size^2 pixels of the square [-extent, extent]^2; reshape to
     `[size, size]` and index as [y, x]."""
-    check_whole("size", size, 2)
-    require(0 < extent < math.inf, "extent", extent, "a positive number")
     axis = (torch.arange(size).double() + 0.5) / size * 2 * extent - extent
     return torch.cartesian_prod(axis, axis).flip(1)
 

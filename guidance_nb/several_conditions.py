@@ -10,12 +10,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ._checks import Share, check_nonzero, check_number, require
+from ._checks import Share, check_number, require
 from ._conditions import Condition, count, map_condition, take_rows
 from ._layers import Layers, attention_layers, choose_layers
 from ._modes import swapped
@@ -73,10 +73,9 @@ class ComposedConditions(Guidance):
         super().__init__(model, scale, interval, batching)
         for name, k in (("others", others), ("weights", weights)):
             require(hasattr(k, "__len__"), name, k, "a list")
-        fine, allowed = len(weights) == len(others), f"{len(others)}, as others"
-        require(fine, "weights", tuple(weights), allowed)
+        require(len(weights) == len(others), "weights", tuple(weights), f"{len(others)}, as others")
         self.others, self.away = [_asked(k) for k in others], _asked(away)
-        self.weights = [check_nonzero("weights", w) for w in weights]
+        self.weights = [check_number("weights", w, but=0, allowed="finite numbers other than 0") for w in weights]
         n, alone = 2 + len(others), not len(others)
         claims = replace(self.claims, nfe=n, needs_condition=alone)
         claims = replace(claims, conditional_at_one=alone)
@@ -133,15 +132,13 @@ class NormalizedAttentionGuidance(Guidance):
         layers: Layers,  # Attention layers, by number or part of the name
         scale: Scale = 5.0,  # gamma; 1 is the model
         interval: tuple[float, float] = (0.0, 1.0),  # Times that are guided
-        tau: float = 2.5,  # Largest ratio of lengths, 1 or more
+        tau: Annotated[float, partial(check_number, low=1)] = 2.5,  # Largest ratio of lengths, 1 or more
         alpha: Share = 0.25,  # Fraction of the result that is used
     ):
         super().__init__(model, scale, interval)
-        fine = _asked(away) is not None
-        require(fine, "away", away, "a class, or conditions")
+        require(_asked(away) is not None, "away", away, "a class, or conditions")
         self.layers = choose_layers(attention_layers(model), layers)
-        self.away, self.alpha = away, alpha
-        self.tau = check_number("tau", tau, 1)
+        self.away, self.tau, self.alpha = away, tau, alpha
 
     def guided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
         "The model's prediction with eq. (8) in its attention layers."
@@ -151,8 +148,7 @@ class NormalizedAttentionGuidance(Guidance):
             return self.model(x, t, c)
 
         def mixed(project: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-            allowed = f"{2 * len(x)}, one evaluation a condition"
-            require(len(z) == 2 * len(x), "rows in a layer", len(z), allowed)
+            require(len(z) == 2 * len(x), "rows in a layer", len(z), f"{2 * len(x)}, one evaluation a condition")
             positive, negative = z.chunk(2)
             z = _normalized(positive, negative, scale, self.tau, self.alpha)
             return project(torch.cat([z.to(negative), negative]))

@@ -6,9 +6,11 @@
 __all__ = ['MeanFlowGuidanceLoss', 'GuidanceFreeTrainingLoss', 'GuidedDistillationLoss', 'scale_from_gft', 'scale_from_meanflow']
 
 # %% ../nbs/19_trained_guidance.ipynb #57249f1a
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from guidance_nb._checks import (
     ScaleRange,
     Share,
     WithScore,
+    check_number,
     checked,
     require,
 )
@@ -99,6 +102,10 @@ class _ConditionalLoss:
         return error.square().flatten(1).mean(1)
 
 # %% ../nbs/19_trained_guidance.ipynb #093a692a
+_BELOW_1 = "a finite number below 1, where training converges"
+_Kappa = Annotated[float, partial(check_number, high=math.nextafter(1, 0), allowed=_BELOW_1)]
+
+
 @checked
 @dataclass
 class MeanFlowGuidanceLoss(_ConditionalLoss):
@@ -107,14 +114,10 @@ class MeanFlowGuidanceLoss(_ConditionalLoss):
 
     omega: Number = 1.0  # Weight of the plain target
     # Weight of the network's own conditional output, below 1
-    kappa: Number = 0.5
+    kappa: _Kappa = 0.5
     interval: Interval = (0.0, 1.0)  # Times, both included, with guidance
     # Probability of training a sample without its condition
     dropout: Share = 0.1
-
-    def __post_init__(self) -> None:
-        allowed = "a finite number below 1, where training converges"
-        require(self.kappa < 1, "kappa", self.kappa, allowed)
 
     def error(self, at: _Noisy, y: Tensor, target: Tensor) -> Tensor:
         "The output less the guided target of eq. (3)."
@@ -193,8 +196,7 @@ class GuidedDistillationLoss(_ConditionalLoss):
     def error(self, at: _Noisy, y: Tensor, target: Tensor) -> Tensor:
         "The output less what stands for the teacher's answer, eq. (5)."
         own, path = self.teacher.path, at.model.path
-        allowed = f"{path}, as the model; see `OnPath`"
-        require(own == path, "teacher.path", own, allowed)
+        require(own == path, "teacher.path", own, f"{path}, as the model; see `OnPath`")
         return y - at.model.target(*self.answer(at), at.t).to(y)
 
 # %% ../nbs/19_trained_guidance.ipynb #8a10f002
@@ -205,9 +207,8 @@ def scale_from_gft(beta: float) -> float:
     return 1 / beta
 
 
-def scale_from_meanflow(omega: float, kappa: float) -> float:
+@checked
+def scale_from_meanflow(omega: float, kappa: _Kappa) -> float:
     """The scale of MeanFlow's training-time guidance, omega / (1 - kappa)
     (arXiv 2505.13447)."""
-    allowed = "below 1, where the training target has a fixed point"
-    require(kappa < 1, "kappa", kappa, allowed)
     return omega / (1 - kappa)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from ._checks import AtLeastZero, Count, Seed, Share, check_kind, checked, require
+from ._checks import AtLeastZero, Count, Seed, Share, check_kind, checked, require, require_that
 from ._conditions import Condition, count, map_condition, take_rows
 from ._processes import prefetch
 from ._random import has_dropout, keyed_generator, keyed_global_rng, visiting_order
@@ -60,8 +60,7 @@ class LossContext:
         if self.rows is None:
             return draw((len(x), *shape), **place).to(x.device)
         own = draw((self.total, *shape), **place)[self.rows].to(x.device)
-        allowed = f"{len(own)}, those of this process"
-        require(len(x) == len(own), "rows of x", len(x), allowed)
+        require(len(x) == len(own), "rows of x", len(x), f"{len(own)}, those of this process")
         return own
 
     def uniform(self, x: Tensor) -> Tensor:
@@ -159,9 +158,9 @@ def batches(
             yield x[rows], take_rows(c, rows)
         return
     pair = isinstance(data, tuple | list) and len(data) == 2
-    if not isinstance(data, FetchData) and not (pair and isinstance(data[0], Tensor)):
-        allowed = "tensors (x, c), a function of (n, generator), or FetchData"
-        raise ValueError(f"data is a {type(data).__name__}; allowed: {allowed}")
+    fine = isinstance(data, FetchData) or (pair and isinstance(data[0], Tensor))
+    allowed = "tensors (x, c), a function of (n, generator), or FetchData"
+    require_that(fine, f"data is a {type(data).__name__}", allowed)
     size = len(data) if isinstance(data, FetchData) else len(data[0])
     require(size, "samples of data", size, "1 or more")
     order = visiting_order(size, batch_size, seed, steps, start)

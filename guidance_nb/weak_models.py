@@ -202,9 +202,8 @@ def _token_grid(
         grid = [-(-side // patch) for side in sides or (n, n)]
         if math.prod(grid) == n:
             return tokens.unflatten(-1, grid)
-    told = f"a grid on an image of {'x'.join(map(str, sides))}"
-    told = told if sides else "a square number"
-    raise ValueError(f"{n} tokens; allowed: {told}")
+    grid_of = f"a grid on an image of {'x'.join(map(str, sides))}"
+    raise ValueError(f"{n} tokens; allowed: {grid_of if sides else 'a square number'}")
 
 # %% ../nbs/17_weak_models.ipynb #3c029125
 def _blurred_queries(model: nn.Module, layers: Layers, sigma: float) -> _Block:
@@ -377,8 +376,7 @@ class SelfAttentionGuidance(WeakGuidance):
         with _recorded_attention(self.model, self.layer) as received:
             own = self.model(x, t, c)
         once = [len(rows) for rows in received] == [len(x)]
-        told = f"model evaluates its network {len(received)} times"
-        require_that(once, told, "once for each sample")
+        require_that(once, f"model evaluates its network {len(received)} times", "once for each sample")
         mask = (received[0] > self.threshold).to(x)[:, None]
         mask = _token_grid(mask, x.shape[2:])
         mask = nn.functional.interpolate(mask, x.shape[2:])
@@ -391,8 +389,7 @@ class SelfAttentionGuidance(WeakGuidance):
 def _annealing(t: Tensor, tau: tuple[float, float] = (0.6, 0.9)) -> Tensor:
     """The fraction of the condition that is left at time t: 1 up to the first
     time of tau, 0 from the second, eq. (6) (arXiv 2310.17347)."""
-    allowed = "two times, 0 <= first < second <= 1"
-    require(0 <= tau[0] < tau[1] <= 1, "tau", tau, allowed)
+    require(0 <= tau[0] < tau[1] <= 1, "tau", tau, "two times, 0 <= first < second <= 1")
     return ((tau[1] - t) / (tau[1] - tau[0])).clamp(0, 1)
 
 
@@ -403,7 +400,7 @@ def annealed_scale(
 ) -> Callable[[Tensor], Tensor]:
     """CADS for models without embeddings: the scale falls to 0, unconditional,
     instead ('dynamic' guidance)."""
-    check_scale(scale)
+    check_scale("scale", scale)
     _annealing(torch.zeros(()), tau)
     return lambda t: scale * _annealing(t, tau)
 
@@ -426,8 +423,8 @@ class CADS(Denoiser):
         mixing: Share = 1.0,  # Share of the rescaled embedding, 0 to 1
     ):
         super().__init__(model.path, model.num_classes)
-        n, allowed = model.num_classes, "EMBEDDINGS, see EmbeddedLabels"
-        require(n == EMBEDDINGS, "model.num_classes", n, allowed)
+        n = model.num_classes
+        require(n == EMBEDDINGS, "model.num_classes", n, "EMBEDDINGS, see EmbeddedLabels")
         _annealing(torch.zeros(()), tau)
         self.model, self.tau = model, tau
         self.noise, self.mixing = noise, mixing
@@ -451,9 +448,8 @@ class CADS(Denoiser):
     def question(self, c: Tensor, t: Tensor) -> Tensor:
         """The corrupted embeddings `[batch, ...]` at time t, eq. (6), from
         conditions with noise."""
-        fine, found = c.ndim > 2 and c.shape[1] > 1, tuple(c.shape)
         allowed = "[batch, 1 + draws, ...], from with_noise"
-        require_that(fine, f"c has shape {found}", allowed)
+        require(c.ndim > 2 and c.shape[1] > 1, "shape of c", tuple(c.shape), allowed)
         y, draws, time = c[:, 0], c.shape[1] - 1, t.to(c).expand(len(c))
         draw = 1 + (time * draws).long().clamp(max=draws - 1)
         share = expand_time(_annealing(time, self.tau), y)
@@ -486,8 +482,7 @@ class EmbeddedLabels(Denoiser):
         rows = model.num_classes + 1
         tables = [k for k in model.modules() if isinstance(k, nn.Embedding)]
         tables = [k for k in tables if k.num_embeddings == rows > 1]
-        n, allowed = len(tables), f"one, of classes + 1 = {rows} rows"
-        require_that(n == 1, f"model has {n} label embeddings", allowed)
+        require(len(tables) == 1, "label embeddings of model", len(tables), f"one, of classes + 1 = {rows} rows")
         self.model, self.table = model, tables[0]
 
     def embed(self, labels: Tensor) -> Tensor:
@@ -498,12 +493,10 @@ class EmbeddedLabels(Denoiser):
     def forward(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
         """The model's prediction for these embeddings; None is its own null
         label."""
-        t = check_inputs(x, t, c, self.num_classes)
         if c is None:
             return self.model.predict(x, t, None)
-        width, found = self.table.embedding_dim, tuple(c.shape)
-        fine = found[1:] == (width,)
-        require_that(fine, f"c has shape {found}", f"[batch, {width}]")
+        width, found = self.table.embedding_dim, tuple(getattr(c, "shape", ()))
+        require_that(found == (len(x), width), f"c has shape {found}", f"[batch, {width}] with batch = {len(x)}")
         some = torch.zeros(len(x), dtype=torch.long, device=x.device)
         with swapped({self.table: lambda _: c}):
             return self.model(x, t, some)
@@ -522,8 +515,7 @@ def _log_ratio(
     `[batch, 2 * classes]`, generated first."""
     logits = discriminator(x, t)
     fine = logits.ndim == 2 and logits.shape[1] % 2 == 0
-    told = f"discriminator gives {tuple(logits.shape)}"
-    require_that(fine, told, "[batch, 2] or [batch, 2 * classes]")
+    require_that(fine, f"discriminator gives {tuple(logits.shape)}", "[batch, 2] or [batch, 2 * classes]")
     generated, real = logits.chunk(2, 1)
     if c is None or generated.shape[1] == 1:
         return real.logsumexp(1) - generated.logsumexp(1)
@@ -581,8 +573,7 @@ class IndependentConditionGuidance(Guidance):
         seed: int = 0,  # Seed of the labels
     ):
         super().__init__(model, scale, interval)
-        n = model.num_classes
-        require(n >= 2, "model.num_classes", n, "2 or more, class labels")
+        require(model.num_classes >= 2, "model.num_classes", model.num_classes, "2 or more, class labels")
         self.seed = seed
 
     def shift(self, t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 "Classifier-free guidance and its exact laws, restated without the notebook's code."
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy.integrate import odeint, quad
 from scipy.stats import norm
 from torch.testing import assert_close
 
-from guidance_nb._checks import check_interval, check_scale
+from guidance_nb._checks import Interval, check_scale
 from guidance_nb.classifier_free_guidance import (
     ClassifierFreeGuidance,
     ode_variance,
@@ -350,7 +351,7 @@ def test_guidance_translates_equal_widths():
 @pytest.mark.parametrize("scale", [math.nan, math.inf, "2", None, True, torch.tensor([1.0, math.nan])])
 def test_bad_scale(scale):
     with pytest.raises(ValueError, match="allowed: a finite number"):
-        check_scale(scale)
+        check_scale("scale", scale)
     with pytest.raises(ValueError, match="allowed: a finite number"):
         ClassifierFreeGuidance(network(), scale)
 
@@ -360,7 +361,7 @@ def test_bad_scale(scale):
 )
 def test_bad_interval(interval):
     with pytest.raises(ValueError, match="allowed: two times, 0 <= first <= last <= 1"):
-        check_interval("interval", interval)
+        get_args(Interval)[1]("interval", interval)
 
 
 def test_bad_input():

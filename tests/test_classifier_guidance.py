@@ -199,7 +199,7 @@ def test_mean_shifts_add_up():
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, True, torch.tensor([1.0, float("nan")])])
 def test_bad_scales(scale):
     with pytest.raises(ValueError, match=r"scale = .*; allowed: a finite number"):
-        check_scale(scale)
+        check_scale("scale", scale)
     with pytest.raises(ValueError, match="allowed: a finite number"):
         ClassifierGuidance(ExactDenoiser(gaussian_pair(), FlowPath()), LinearClassifier(1, 2), scale)
 

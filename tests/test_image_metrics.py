@@ -587,11 +587,11 @@ GOOD = pictures(10, 0)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: im.image_scores(GOOD.float(), GOOD, QUARTERS), "samples = 'torch.float32 .*; allowed: torch.uint8"),
+        (lambda: im.image_scores(GOOD.float(), GOOD, QUARTERS), "samples is torch.float32 .*; allowed: torch.uint8"),
         (lambda: im.image_scores(GOOD, GOOD.numpy(), QUARTERS), "reference = 'uint8 .*; allowed"),
         (lambda: im.image_scores(GOOD[:, :2], GOOD, QUARTERS), "shapes of samples .*, and equal channels"),
-        (lambda: im.image_scores(GOOD[0], GOOD, QUARTERS), r"samples = 'torch.uint8 \(3, 32, 32\)"),
-        (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), r"samples = 'torch.uint8 \(0, .*n >= 1 "),
+        (lambda: im.image_scores(GOOD[0], GOOD, QUARTERS), r"samples is torch.uint8 \(3, 32, 32\)"),
+        (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), r"samples is torch.uint8 \(0, .*n >= 1 "),
         (lambda: im.image_scores(pictures(10, 0, 28), GOOD, QUARTERS), "shapes of samples .*; allowed: one size"),
         (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["fd"]), "features has shape .1, 24.; allowed: .* n >= 2"),
         (lambda: im.image_scores(GOOD, GOOD[:3], QUARTERS), "real has shape .3, 24.; allowed: .* n >= 4"),
@@ -604,7 +604,7 @@ GOOD = pictures(10, 0)
         (lambda: fx.extract(GOOD, fx.Extractor("bad", lambda x: x)), "features of bad ="),
         (lambda: fx.Extractor("FD-ResNet56", plain), "name = 'FD-ResNet56'; allowed: small letters"),
         (lambda: fx.cifar_resnet(depth=32), "depth = 32; allowed: 20, 56"),
-        (lambda: im.nearest_images(GOOD, GOOD, k=11), r"train = 'torch.uint8 \(10, .*n >= 11 "),
+        (lambda: im.nearest_images(GOOD, GOOD, k=11), r"train is torch.uint8 \(10, .*n >= 11 "),
         (lambda: im.copy_share(GOOD, GOOD, 2.0), "ratio = 2.0; allowed: 0 to 1"),
     ],
 )  # fmt: skip

@@ -382,10 +382,10 @@ def test_wrong_pictures_and_autoencoders_are_refused(place, tmp_path):
     pictures, out = place / "pictures", tmp_path / "out"
     fails("allowed: images of one size, or give size", pictures, out, make_vae())
     fails("= (3, 15, 15); allowed: 3 channels, and sides that vae can divide by 2", pictures, out, make_vae(), size=15)
-    fails("vae = 'a AutoencoderTiny'; allowed: a diffusers AutoencoderKL", pictures, out, AutoencoderTiny())
+    fails("vae is a AutoencoderTiny; allowed: a diffusers AutoencoderKL", pictures, out, AutoencoderTiny())
     fails("channels = 4; allowed: 1, 3", pictures, out, make_vae(4), size=16)
     fails("cannot be loaded (", pictures, out, str(tmp_path), size=16)
-    fails("source = 'nowhere'; allowed: 'mnist', 'cifar10', or a folder", "nowhere", out, make_vae())
+    fails("nowhere has 0 class folders; allowed: 'mnist', 'cifar10', or a folder", "nowhere", out, make_vae())
     assert not out.exists()
 
 

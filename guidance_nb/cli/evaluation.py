@@ -101,8 +101,7 @@ def choose_metrics(
         names = [name for name in names if name not in lacking]
     columns = [column(name, extractor.name) for name in names]
     columns += [] if extractor.name == INCEPTION else [f"agreement_{extractor.name}"]
-    if best:
-        check_choice("best", best, columns)
+    check_choice("best", best, [*columns, ""])
     return tuple(names)
 
 

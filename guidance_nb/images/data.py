@@ -123,8 +123,9 @@ def _missing_files(source: str, root: Path, advice: str) -> list[Path]:
     for path, md5 in ((root / name, md5) for name, md5 in FILES[source].items()):
         if not path.is_file():
             missing.append(path)
-        elif hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != md5:
-            raise ValueError(f"{path} is damaged: its md5 is not {md5}; allowed: {advice}")
+        else:
+            found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            require_that(found == md5, f"{path} is damaged: its md5 is not {md5}", advice)
     return missing
 
 
@@ -277,10 +278,9 @@ def common_size(paths: Sequence[str | Path], size: Size | None = None) -> tuple[
         return find_sides(size)
     with ThreadPoolExecutor() as pool:
         sizes = [size for size, _ in pool.map(_read_header, paths)]
-    for path, size in zip(paths, sizes):
-        if size != sizes[0]:
-            a, b = (f"{width}x{height}" for height, width in (sizes[0], size))
-            raise ValueError(f"{paths[0]} is {a} and {path} is {b}; allowed: images of one size, or give size")
+    other = next((n for n, size in enumerate(sizes) if size != sizes[0]), 0)
+    a, b = (f"{paths[n]} is {sizes[n][1]}x{sizes[n][0]}" for n in (0, other))
+    require_that(not other, f"{a} and {b}", "images of one size, or give size")
     return sizes[0]
 
 
@@ -325,10 +325,10 @@ def _folder_images(folder: Path, split: str, size: Size | None, channels: int, f
     if split != "train" or _class_folders(folder / split):
         folder = folder / split
     classes = _class_folders(folder)
-    require(classes, "class folders", f"none in {folder}", "one sub-folder of images per class")
     files = {name: image_files(folder / name) for name in classes}
-    for name in classes:
-        require(files[name], f"images in {folder / name}", 0, "at least one per class, or delete the folder")
+    empty = ", ".join(name for name in classes if not files[name])
+    told = f"{folder} has {len(classes)} class folders{', no images in ' if empty else ''}{empty}"
+    require_that(classes and not empty, told, "'mnist', 'cifar10', or a folder with a sub-folder of images per class")
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(paths) for paths in files.values()]))
     pixels = ImageFiles([path for paths in files.values() for path in paths], channels, size, crop)
     return ImageData(pixels, labels, tuple(classes), pixels.shape, flip, str(folder))
@@ -363,7 +363,6 @@ def load_images(
     elif (file := Path(source) / f"{split}.npz").is_file():
         x, labels, classes = _read_packed(file)
     else:
-        require(Path(source).is_dir(), "source", name, "'mnist', 'cifar10', or a folder of class sub-folders")
         return _folder_images(Path(source), split, size, channels or 3, flip, crop)
     require(channels in (None, x.shape[1]), "channels", channels, f"{x.shape[1]}, as stored")
     x = _shrink(x, size)
@@ -467,10 +466,10 @@ def _pixels_digest(images: np.ndarray, labels: np.ndarray | None) -> str:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
-    with explained(f"{path} cannot be read", "an .npz file of numbers", Exception):  # of many kinds, if damaged
-        require(path.is_file(), "kind of file", "none", "a regular file that is there")
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}
+    require(path.is_file(), "path", str(path), "an .npz file, or a folder of images, that is there")
+    allowed = "an .npz file of numbers"
+    with explained(f"{path} cannot be read", allowed, Exception), np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}
 
 
 def _load_npz(path: Path) -> SampleFile:
@@ -533,7 +532,6 @@ def load_samples(
 ) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
     "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
     path = Path(path)
-    require(path.exists(), "path", str(path), "an .npz file or a folder of images that is there")
     kept = channels if channels in (1, 3) else None  # of the channels that image files have
     found = _load_folder(path, size, kept) if path.is_dir() else _load_npz(path)
     _, stored, *sides = found.x.shape

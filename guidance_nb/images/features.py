@@ -18,6 +18,7 @@ from guidance_nb._checks import check_choice, checked, explained, require, requi
 from guidance_nb._extras import extra
 from guidance_nb._files import digest, parse_json, read_text
 from guidance_nb._points import moments
+from guidance_nb.denoisers import shown
 from guidance_nb.images.data import from_uint8, read_arrays, to_uint8
 
 if TYPE_CHECKING:
@@ -36,10 +37,9 @@ FeatureFunction = Callable[[Tensor], Tensor | dict[str, Tensor]]
 
 def check_images(name: str, images: Tensor, at_least: int = 1) -> Tensor:
     "Raise a `ValueError` for what is not a set of uint8 images."
-    kind, shape = getattr(images, "dtype", type(images).__name__), tuple(getattr(images, "shape", ()))
-    fine = kind == torch.uint8 and len(shape) == 4 and min(shape[1:]) and shape[0] >= at_least
+    fine = getattr(images, "dtype", None) == torch.uint8 and images.ndim == 4 and images.numel()
     allowed = f"torch.uint8 [n, channels, height, width], n >= {at_least} (to_uint8 converts from [-1, 1])"
-    require(fine, name, f"{kind} {shape}", allowed)
+    require_that(fine and len(images) >= at_least, f"{name} is {shown(images)}", allowed)
     return images
 
 
@@ -109,8 +109,7 @@ def read_reference(path: str | Path, n: int | None = None) -> Reference:
         if "mu" + end in found and "sigma" + end in found:
             mean, cov = found["mu" + end], found["sigma" + end]
             numbers = all(np.issubdtype(part.dtype, np.floating) for part in (mean, cov))
-            shapes = mean.shape == (f,) and cov.shape == (f, f)
-            fine = numbers and shapes and np.isfinite(mean.sum() + cov.sum())
+            fine = numbers and (mean.shape, cov.shape) == ((f,), (f, f)) and np.isfinite(mean.sum() + cov.sum())
             require(fine, f"mu{end}, sigma{end} of {path}", (mean.shape, cov.shape), f"[{f}] and its square, finite")
             known[layer] = torch.from_numpy(mean).double(), torch.from_numpy(cov).double()
     if (images := found.get("arr_0")) is None:
@@ -318,10 +317,11 @@ def resnet_extractor(network: CifarResNet) -> Extractor:
     return Extractor(f"resnet{network.depth}", network.layers, next(network.parameters()).device, classes)
 
 
-def _load_dinov2(path: str | Path) -> "Dinov2WithRegistersModel":
+def _load_dinov2(path: str | Path | None) -> "Dinov2WithRegistersModel":
     "DINOv2 with registers (arXiv 2304.07193, 2309.16588) from a local folder; nothing is downloaded."
     allowed = "a folder with config.json and model.safetensors"
-    with explained(f"{path} has no config.json that can be read", allowed, ValueError, AttributeError):
+    kinds = ValueError, AttributeError, TypeError
+    with explained(f"path = {path} has no config.json that can be read", allowed, *kinds):
         kind = parse_json(read_text(Path(path) / "config.json")).get("model_type")
     require(kind == "dinov2_with_registers", f"model in {path}", kind, f"{allowed} of a 'dinov2_with_registers'")
     with extra("dinov2"):
@@ -336,7 +336,7 @@ def _load_dinov2(path: str | Path) -> "Dinov2WithRegistersModel":
     return model.eval().requires_grad_(False)
 
 
-def _dinov2_extractor(path: str | Path, size: int = 224, device: str | torch.device | None = None) -> Extractor:
+def _dinov2_extractor(path: str | Path | None, size: int = 224, device: str | torch.device | None = None) -> Extractor:
     """Features of DINOv2: layers "features", the class token, and "patches", the mean of the patch tokens.
 
     Images are resized bicubically with antialiasing to `size`, a multiple of the network's patch size, and normalised;
@@ -372,8 +372,7 @@ def feature_space(
     if isinstance(name, Extractor) or check_choice("space", name, get_args(Space)).startswith("resnet"):
         extractor = find_extractor(name, path)
     else:
-        require(path is not None, f"weights of {name!r}", path, "a folder of DINOv2 with registers")
-        extractor = _dinov2_extractor(path or "", size)
+        extractor = _dinov2_extractor(path, size)
     layer = "patches" if name == "dinov2-patches" else "features"
 
     def features(x: Tensor) -> Tensor:

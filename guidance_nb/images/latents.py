@@ -66,8 +66,8 @@ def load_vae(source: "AutoencoderKL | str | Path") -> "AutoencoderKL":
     if isinstance(source, str | Path):
         find_processes(torch.device(best_device()))  # where there are several, this points each at its own card
         return _read_vae(str(source)).to(best_device())
-    fine = isinstance(source, AutoencoderKL)
-    require(fine, "vae", f"a {type(source).__name__}", "a diffusers AutoencoderKL, or its folder or name")
+    allowed = "a diffusers AutoencoderKL, or its folder or name"
+    require_that(isinstance(source, AutoencoderKL), f"vae is a {type(source).__name__}", allowed)
     return source.eval().requires_grad_(False)
 
 

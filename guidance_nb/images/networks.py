@@ -56,8 +56,7 @@ class _ImageNetwork(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
         "Output `[batch, channels, height, width]`."
-        fine = x.shape[1:] == self.shape
-        require(fine, "shape of x", tuple(x.shape), f"[batch, {', '.join(map(str, self.shape))}]")
+        require(x.shape[1:] == self.shape, "shape of x", tuple(x.shape), f"[batch, {', '.join(map(str, self.shape))}]")
         return self.output(x, 1000 * time, self.ask(labels, scale))
 
 

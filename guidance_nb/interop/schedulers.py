@@ -120,10 +120,9 @@ def path_from_scheduler(scheduler: Scheduler) -> SchedulerFacts:
         return SchedulerFacts(EDMPath(config["sigma_max"]), "edm", None, config["sigma_data"], sign)
     if (name.startswith("FlowMatch") and not config.get("invert_sigmas")) or kind == "flow_prediction":
         return SchedulerFacts(FlowPath(), "velocity", _Clock(steps))
-    table: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
-    if table is None:
-        known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
-        raise ValueError(f"scheduler = {name!r}; allowed: {known}")
+    table: Tensor = getattr(scheduler, "alphas_cumprod", None)  # type: ignore[assignment]
+    known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
+    require(table is not None, "scheduler", name, known)
     check_choice(told, kind, _SCHEDULER_PREDICTIONS)
     way_out = "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing"
     signal = table[-1] > 0 and not config.get("rescale_betas_zero_snr")  # some leave 2^-24 of it even so

@@ -28,20 +28,19 @@ _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 def _check_network(net: Network, scheduler: Scheduler) -> None:
     "Raise an error for a network that is not fine-tuned here, or a scheduler that does not say what it predicts."
-    fine = condition_names(net) == ("encoder_hidden_states",)
-    require(fine, "network", type(net).__name__, "a UNet2DConditionModel conditioned on text alone")
+    fine, name = condition_names(net) == ("encoder_hidden_states",), type(net).__name__
+    require(fine, "network", name, "a UNet2DConditionModel conditioned on text alone")
     require(path_from_scheduler(scheduler).clock, "scheduler", type(scheduler).__name__, "any but those of EDM")
 
 
 def check_pipeline(pipeline: Pipeline) -> None:
     "Raise a one-line error for a pipeline that cannot be fine-tuned."
     for part in ("unet", "vae", "text_encoder", "tokenizer"):
-        there, told = getattr(pipeline, part, None) is not None, "one, as a Stable Diffusion pipeline has"
-        require(there, f"{part} of {type(pipeline).__name__}", None, told)
+        there, name = getattr(pipeline, part, None) is not None, f"{part} of {type(pipeline).__name__}"
+        require(there, name, None, "one, as a Stable Diffusion pipeline has")
     _check_network(pipeline.unet, pipeline.scheduler)
     channels, made = latent_channels(pipeline.unet), pipeline.vae.config.latent_channels
-    allowed = f"{made}, as the autoencoder makes (inpainting and depth models have more)"
-    require(channels == made, "channels of the unet", channels, allowed)
+    require(channels == made, "channels of the unet", channels, f"{made}; inpainting and depth models have more")
 
 
 def _add_scale_input(net: Network, width: int = 256) -> None:
