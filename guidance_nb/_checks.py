@@ -154,6 +154,7 @@ Positive = Annotated[float, partial(check_number, low=_TINY, allowed="a positive
 PositiveOrInf = Annotated[float, partial(check_number, low=_TINY, high=math.inf, allowed="a number above 0, or inf")]
 AtLeastZeroOrInf = Annotated[float, partial(check_number, low=0, high=math.inf, allowed="0 or more, or inf")]
 Share = Annotated[float, partial(check_number, low=0, high=1)]
+PositiveShare = Annotated[float, partial(check_number, low=_TINY, high=1, allowed="above 0, at most 1")]
 Whole = Annotated[int, check_whole]  # 0 or more
 Count = Annotated[int, partial(check_whole, low=1)]
 Seed = Annotated[int, partial(check_whole, high=2**64 - 1)]

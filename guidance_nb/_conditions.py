@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_kind, require
+from guidance_nb._checks import check_kind, require, require_that
 
 if TYPE_CHECKING:
     from .denoisers import NetworkDenoiser
@@ -58,17 +58,17 @@ def drop_rows(c: Condition, drop: Tensor, null: Condition | None) -> Condition:
         return {name: drop_rows(c[name], drop, null and null[name]) for name in c}  # type: ignore
     where = drop.to(c.device).reshape(-1, *[1] * (c.ndim - 1))
     blank = torch.zeros((), dtype=c.dtype, device=c.device) if null is None else null.to(c)  # type: ignore
-    if blank.ndim and blank.shape[1:] != c.shape[1:]:
-        allowed = f"[batch, ...] as the null condition {tuple(blank.shape)}"
-        raise ValueError(f"c has shape {tuple(c.shape)}; allowed: {allowed}")
+    allowed = f"[batch, ...] as the null condition {tuple(blank.shape)}"
+    require_that(not blank.ndim or blank.shape[1:] == c.shape[1:], f"c has shape {tuple(c.shape)}", allowed)
     return torch.where(where, blank, c)
 
 
 def null_rows(null: Condition | None, batch: int, device: torch.device) -> Condition:
     """The null condition for a whole batch."""
-    if null is None:
-        raise ValueError("null is None; allowed: a null condition, given when the denoiser was made, to do without c")
-    return map_condition(lambda part: part.to(device).expand(batch, *part.shape[1:]), null)
+    require_that(
+        null is not None, "null is None", "a null condition, given when the denoiser was made, to do without c"
+    )
+    return map_condition(lambda part: part.to(device).expand(batch, *part.shape[1:]), null)  # type: ignore[arg-type]
 
 
 def check_conditional(model: "NetworkDenoiser", c: object, scale_range: object = None) -> None:

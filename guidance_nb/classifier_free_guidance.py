@@ -46,8 +46,7 @@ def dit_channel_scales(
     guided: int = 3,  # How many of them are guided, from the first
 ) -> Tensor:  # A scale for each, `[1, channels, 1, 1]`
     "The scale on the first latent channels, 1 on the others (DiT, SiT)."
-    first = torch.arange(channels)[None, :, None, None] < guided
-    return torch.where(first, float(scale), 1.0)
+    return torch.where(torch.arange(channels)[None, :, None, None] < guided, float(scale), 1.0)
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #700af9b9
 @checked

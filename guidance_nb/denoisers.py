@@ -222,16 +222,12 @@ def check_labels(c: C, num_classes: int, batch: int, name: str = "c") -> C:
         sizes = [part.shape[:1] for part in parts if isinstance(part, Tensor)]
         flat = isinstance(c, Tensor) and (c.ndim < 2 or not c.is_floating_point())
         fine = parts and not flat and sizes == [(batch,)] * len(parts)
-        allowed = f"embeddings [batch, ...] with batch = {batch}, or None"
-        require_that(fine, f"{name} is {shown(c)}", allowed)
+        require_that(fine, f"{name} is {shown(c)}", f"embeddings [batch, ...] with batch = {batch}, or None")
         return c
-    kinds = (torch.int64, torch.int32)
-    if not isinstance(c, Tensor) or c.dtype not in kinds or c.shape != (batch,):
-        allowed = f"a LongTensor [batch] = [{batch}] of class indices, or None"
-        raise ValueError(f"{name} is {shown(c)}; allowed: {allowed}")
+    fine = isinstance(c, Tensor) and c.dtype in (torch.int64, torch.int32) and c.shape == (batch,)
+    require_that(fine, f"{name} is {shown(c)}", f"a LongTensor [batch] = [{batch}] of class indices, or None")
     if (bad := (c < 0) | (c >= num_classes)).any():
-        some = f"0 to {num_classes - 1}"
-        allowed = some if num_classes else "None, for the model has no classes"
+        allowed = f"0 to {num_classes - 1}" if num_classes else "None, for the model has no classes"
         raise ValueError(f"{name} contains {c[bad][0]}; allowed: {allowed}")
     return c
 

@@ -18,7 +18,7 @@ from guidance_nb._checks import (
     AnyDenoiser,
     Count,
     Floats,
-    check_number,
+    PositiveShare,
     check_scale,
     checked,
     explained,
@@ -33,7 +33,6 @@ from .samplers import SAMPLERS, Sampler, StepContext, check_request, sample, tim
 
 # %% ../nbs/21_editing.ipynb #2e0d000d
 _Given: TypeAlias = Condition | None
-_Time = Annotated[float, partial(check_number, low=1e-9, high=1)]
 _Step = Literal["ddim", "ddpm", "euler", "heun", "euler_maruyama", "dpmpp_2m"]
 
 
@@ -122,7 +121,7 @@ def image_to_image(
     model: AnyDenoiser,  # Any denoiser, guided or not
     c: Condition | int,  # Conditions `[n]`, or the number of samples
     x: Floats,  # Images to begin with, `[n, ...]`
-    strength: _Time = 0.7,  # The time to begin at; 1 keeps nothing
+    strength: PositiveShare = 0.7,  # The time to begin at; 1 keeps nothing
     sampler: Sampler = "heun",  # Any sampler
     steps: int = 32,  # Of a whole run; those below `strength` are taken
     seed: int = 0,  # As for `sample`
@@ -149,8 +148,7 @@ def slerp(
     "Spherical interpolation, sample by sample, eq. (9)."
     require(a.shape == b.shape and a.ndim > 1, "shape of b", tuple(b.shape), f"{tuple(a.shape)}, [n, ...]")
     weight = expand_time(torch.as_tensor(weight, dtype=a.dtype), a)
-    flat = a.flatten(1), b.flatten(1)
-    cosine = torch.cosine_similarity(*flat).clamp(-1, 1)
+    cosine = torch.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
     angle = expand_time(cosine.acos().clamp(min=1e-6), a)
     near, far = ((1 - weight) * angle).sin(), (weight * angle).sin()
     return (near * a + far * b) / angle.sin()

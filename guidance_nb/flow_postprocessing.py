@@ -71,14 +71,12 @@ def _neighbours(
 ) -> Tensor:  # Indices into `real`, nearest first, `[n, k]`, on the CPU
     "The k nearest real points of the same class, eq. (1); exact search."
     features = _to_features(generated, space), _to_features(real, space)
-    where = device or generated.device
-    found = nearest_neighbours(*features, k, labels, real_labels, where)[1]
+    found = nearest_neighbours(*features, k, labels, real_labels, device or generated.device)[1]
     few = (found < 0).any(1).nonzero()[:, 0]
     if len(few):  # the search returns -1 where a class has fewer
         label = 0 if labels is None else labels[few[0]].item()
         there = (found[few[0]] >= 0).sum().item()
-        told = f"k = {k} with {there} real points in class {label}"
-        raise ValueError(f"{told}; allowed: 1 to {there}")
+        raise ValueError(f"k = {k} with {there} real points in class {label}; allowed: 1 to {there}")
     return found
 
 # %% ../nbs/14_flow_postprocessing.ipynb #3feef19d
@@ -166,8 +164,7 @@ def integrate_flow(
         return velocity(z, tau.to(z).expand(len(z)))
 
     if sampler == "dopri5":
-        ends = clock[[0, -1]]
-        return solve_adaptively(lambda tau, z: at(z, tau), z, ends)[-1]
+        return solve_adaptively(lambda tau, z: at(z, tau), z, clock[[0, -1]])[-1]
     field = cast(Denoiser, SimpleNamespace(velocity=at))
     step = euler_step if sampler == "euler" else heun_step
     for tau, later in zip(clock, clock[1:]):

@@ -372,8 +372,7 @@ class RectifiedGuidance(Guidance):
         noise."""
         own, other = super().pair(x, t, c)
         rho = self.ratios(t, c).to(x) if callable(self.ratios) else self.ratios
-        shift = (rho - 1) * other.eps
-        return own, shift_prediction(other, shift, self.path, t, "eps")
+        return own, shift_prediction(other, (rho - 1) * other.eps, self.path, t, "eps")
 
 # %% ../nbs/15_guidance_variants.ipynb #b64b0c0f
 class RatioTable(nn.Module):
@@ -419,8 +418,7 @@ def estimate_ratios(
         x = model.path.interpolate(x0, eps, t)
         cond, plain = model.predict_pair(x, t, c)
         both, square = cond.eps * plain.eps, plain.eps**2
-        of = [c == k for k in range(model.num_classes)]
-        rows = [both[own].mean(0) / square[own].mean(0) for own in of]
+        rows = [both[own].mean(0) / square[own].mean(0) for own in [c == k for k in range(model.num_classes)]]
         ratios.append(torch.stack(rows))
     return RatioTable(times, torch.stack(ratios))
 
@@ -435,8 +433,7 @@ class CFGPlusPlus(Guidance):
         self, conditional: Prediction, unconditional: Prediction, x: Tensor, t: Tensor, scale: _Num
     ) -> Prediction:
         "Clean data guided by lambda, the unconditional noise."
-        x0 = guide(conditional, unconditional, scale).x0
-        return Prediction(x0, unconditional.eps)
+        return Prediction(guide(conditional, unconditional, scale).x0, unconditional.eps)
 
 # %% ../nbs/15_guidance_variants.ipynb #1bb9ff9b
 def cfgpp_scales(

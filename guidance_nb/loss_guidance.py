@@ -134,8 +134,7 @@ def _recomputed(model: nn.Module) -> AbstractContextManager[None]:
             if listed and not isinstance(child, nn.ModuleList | nn.ModuleDict):
                 yield child
             else:  # a list of lists is no block
-                inside = nn.ModuleList | nn.ModuleDict | nn.Sequential
-                yield from blocks(child, isinstance(child, inside))
+                yield from blocks(child, isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential))
 
     again = partial(partial, checkpoint, use_reentrant=False)
     return swapped({block: again(block.forward) for block in blocks(model)})

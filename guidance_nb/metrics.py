@@ -113,8 +113,7 @@ def precision_recall(
 
     def share(points: Tensor, centres: Tensor) -> float:
         squares, _ = search(centres, centres, k + 1, device)
-        reached = inside(points, centres, squares[:, -1], device)
-        return reached.double().mean().item()
+        return inside(points, centres, squares[:, -1], device).double().mean().item()
 
     return share(x, y), share(y, x)
 
@@ -163,8 +162,7 @@ def sliced_wasserstein(
     theta = theta / theta.norm(dim=1, keepdim=True)
     # Both quantile functions are constant between these levels, so the integral
     # is a finite sum.
-    sizes = {len(a), len(b)}
-    levels = [torch.arange(n + 1, dtype=real) / n for n in sizes]
+    levels = [torch.arange(n + 1, dtype=real) / n for n in {len(a), len(b)}]
     q = torch.cat(levels).unique()
     middle, width = (q[1:] + q[:-1]) / 2, q.diff()
     total = torch.zeros((), dtype=torch.float64)
@@ -217,6 +215,5 @@ def real_baseline(
 ) -> tuple[float, float]:  # Mean and standard deviation over the pairs
     "The value of a metric between two independent sets of real data."
     require(seeds > 1, "seeds", seeds, "2 or more")
-    each = [metric(draw(2 * i), draw(2 * i + 1)) for i in range(seeds)]
-    values = torch.tensor(each, dtype=torch.float64)
+    values = torch.tensor([metric(draw(2 * i), draw(2 * i + 1)) for i in range(seeds)], dtype=torch.float64)
     return values.mean().item(), values.std().item()

@@ -47,8 +47,7 @@ class _MixtureAtTime(NamedTuple):
         linear = _times(self.precisions, self.means)
         constant = self.log_norm - 0.5 * (linear * self.means).sum(1)
         monomials = torch.cat([squares, x, torch.ones_like(x[:, :1])], 1)
-        factors = [-0.5 * self.precisions, linear, constant[:, None]]
-        return monomials @ torch.cat(factors, 1).T
+        return monomials @ torch.cat([-0.5 * self.precisions, linear, constant[:, None]], 1).T
 
     def average(self, matrices: Tensor, r: Tensor, x: Tensor) -> Tensor:
         "sum_k r_k A_k (x - M_k), `[batch, d]`: minus the score for V^-1."
@@ -73,9 +72,9 @@ class Mixture:
         means, covariances = means.double(), covariances.double()
         weights = torch.ones(len(means)) if weights is None else weights
         shape, given = tuple(means.shape), tuple(covariances.shape)
-        require(means.ndim == 2 and len(means), "shape of means", shape, "[K, d] with K >= 1")
-        fine = given in (shape[:1], (*shape, shape[1]))
-        require(fine, "shape of covariances", given, "[K, d, d], or variances [K]")
+        fine = means.ndim == 2 and len(means) and given in (shape[:1], (*shape, shape[1]))
+        allowed = "[K, d] with K >= 1, and [K, d, d] or variances [K]"
+        require(fine, "shapes of means and covariances", (shape, given), allowed)
         for name, values in (("means", means), ("covariances", covariances)):
             require(values.isfinite().all(), name, values.tolist(), "finite values")
         fine = weights.shape == shape[:1] and bool(((weights > 0) & weights.isfinite()).all())
@@ -98,8 +97,7 @@ class Mixture:
         self.members = [(labels == k).nonzero()[:, 0] for k in classes]
         empty = [k for k in classes if not len(self.members[k])]
         require(not empty, "classes without a component", empty, "none, every class from 0 upwards is present")
-        each = [self.weights[members].sum() for members in self.members]
-        self.class_weights = torch.stack(each)
+        self.class_weights = torch.stack([self.weights[members].sum() for members in self.members])
 
     @property
     def dim(self) -> int:
@@ -146,8 +144,7 @@ def _map_by_time_and_class(
         everything = slice(None)
         terms = _mixture_at(mixture, path, t, everything)
         blocks = x.double().split(max(1, 2**21 // len(terms.means)))
-        each = [fn(terms, part, t.double(), everything) for part in blocks]
-        return torch.cat(each)
+        return torch.cat([fn(terms, part, t.double(), everything) for part in blocks])
     key_t = t.reshape(-1).expand(len(x))
     key_c = torch.full((len(x),), -1) if c is None else c
     parts, order = [], []
@@ -187,8 +184,7 @@ def log_posterior(
 
     def by_class(terms: _MixtureAtTime, x: Tensor, *_: object) -> Tensor:
         joint = terms.log_joint(x)
-        each = [joint[:, m].logsumexp(1) for m in mixture.members]
-        return torch.stack(each, 1).log_softmax(1)
+        return torch.stack([joint[:, m].logsumexp(1) for m in mixture.members], 1).log_softmax(1)
 
     return _map_by_time_and_class(mixture, by_class, x, path, t, None)
 
@@ -208,8 +204,7 @@ def sample_mixture(
         if n := int(here.sum()):
             drawn = torch.multinomial(mixture.weights[members], n, replacement=True, generator=generator)
             component[here] = members[drawn]
-    shape = (len(c), mixture.dim)
-    z = torch.randn(shape, dtype=torch.float64, generator=generator)
+    z = torch.randn((len(c), mixture.dim), dtype=torch.float64, generator=generator)
     z = mixture.eigenvalues[component].reshape(len(c), -1).sqrt() * z
     if mixture.eigenvectors is not None:
         z = _times(mixture.eigenvectors[component].flatten(1), z)
@@ -227,8 +222,7 @@ class ExactDenoiser(Denoiser):
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         """Exact posterior means at noisy data `x` `[batch, d]`, in the dtype
         of `x`."""
-        given = (x, self.path, t, c)
-        both = _map_by_time_and_class(self.mixture, self._both, *given)
+        both = _map_by_time_and_class(self.mixture, self._both, x, self.path, t, c)
         return Prediction(*both.to(x.dtype).chunk(2, 1))
 
     def _both(self, terms: _MixtureAtTime, x: Tensor, t: Tensor, k: Tensor | slice) -> Tensor:
@@ -296,8 +290,7 @@ def checkerboard(size: int = 4, std: float = 0.12) -> Mixture:
     figure 2."""
     centre = (size - 1) / 2
     cells = torch.cartesian_prod(torch.arange(size), torch.arange(size))
-    variances = torch.full((len(cells),), std**2)
-    return Mixture(cells.double() - centre, variances, cells.sum(1) % 2)
+    return Mixture(cells.double() - centre, torch.full((len(cells),), std**2), cells.sum(1) % 2)
 
 # %% ../nbs/02_mixtures.ipynb #e0ef7b8c
 def mixture_of_points(x: Tensor, labels: Tensor) -> Mixture:

@@ -45,6 +45,30 @@ from .training import LossContext
 #| code-summary: "Options, and the direction"
 #| code-fold: true
 #| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
 _Negative = Literal["null", "uniform", "posterior", "contrastive"]
 
 
@@ -106,8 +130,7 @@ class _Options:
         ):
             part = getattr(self, name)
             found = part and type(part).__name__
-            allowed = f"a network if and only if {option}"
-            require((part is not None) == needed, name, found, allowed)
+            require((part is not None) == needed, name, found, f"a network if and only if {option}")
         if self.scale_range is None and not callable(self.weight):
             self.drawn_weight(math.inf)
 
@@ -132,8 +155,7 @@ class _Options:
         limit = 1 - 1 / classes if self.unconditional == "contrastive" else 1.0
         limit = math.inf if self.target == "frozen" else limit
         diverges = f"below {limit:g}, or target='frozen', for it diverges"
-        allowed = diverges if limit < math.inf else "a finite number"
-        require(-math.inf < w < limit, "weight", w, allowed)
+        require(-math.inf < w < limit, "weight", w, diverges if limit < math.inf else "a finite number")
         return float(w)
 
     def weights(
@@ -165,8 +187,7 @@ class _Options:
         "The direction where w is not 0, and 0 elsewhere."
         d, rows, ahead = torch.zeros_like(x), _guided_mask(w), None
         if context.step >= self.start_step and len(w[rows]):
-            teachers = {"online": model, "frozen": self.frozen}
-            teacher = teachers.get(self.target, context.ema)
+            teacher = {"online": model, "frozen": self.frozen}.get(self.target, context.ema)
             if self.unconditional == "contrastive":
                 ahead = context.integers(x, 1, model.num_classes)[rows]
             kind = self.unconditional, self.classifier, ahead

@@ -46,8 +46,7 @@ class MLP(nn.Module):
         self.time = nn.Linear(16, width)
         self.label = nn.Embedding(num_classes + 1, width)
         self.scale = nn.Linear(16, width, bias=False) if scale_aware else None
-        layers = [nn.Linear(width, width) for _ in range(depth)]
-        self.blocks = nn.ModuleList(layers)
+        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.read = nn.Linear(width, dim if out is None else out)
         nn.init.zeros_(self.read.weight)
         nn.init.zeros_(self.read.bias)

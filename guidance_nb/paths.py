@@ -67,8 +67,7 @@ class Path(ABC):
     @cached_property
     def _inner_times(self) -> tuple[float, float]:
         # Where noise-to-signal is 1e-3, and 1e3 if the signal ends
-        ratios = torch.tensor([1e-3, 1e3], dtype=torch.float64)
-        first, last = self.time_at(ratios).tolist()
+        first, last = self.time_at(torch.tensor([1e-3, 1e3], dtype=torch.float64)).tolist()
         return first, last if self.alpha(torch.ones(())) <= 1e-3 else math.inf
 
     def coefficients(self, name: str, compute: Functions, t: Tensor, x: Tensor) -> list[Any]:

@@ -134,8 +134,7 @@ def show_density(
         line = torch.linspace(-extent, extent, 4 * size, dtype=torch.float64)
         labels = None if c is None else torch.full((len(line),), c)
         p = log_prob(mixture, line[:, None], labels, path, t).exp().numpy()
-        grey = COLOURS["data"]
-        ax.fill_between(line.numpy(), p, color=grey, alpha=0.6, linewidth=0)
+        ax.fill_between(line.numpy(), p, color=COLOURS["data"], alpha=0.6, linewidth=0)
         return ax
     image = _density_image(mixture, c, path, t, extent, size)
     shade = torch.log1p(300 * image / image.max())
@@ -264,8 +263,7 @@ def show_digits(rows: dict[str, Tensor]) -> "Axes":
     """Show labelled `rows` of images `[columns, channels, h, w]`, one for each
     guidance scale, as wide as a page."""
     columns = len(next(iter(rows.values())))
-    size = (7.2, 6.6 / columns * len(rows))
-    ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
+    ax = _pyplot().subplots(figsize=(7.2, 6.6 / columns * len(rows)), layout="constrained")[1]
     show_images(torch.cat(list(rows.values())), columns, ax)
     ax.axis("on")
     height = ax.images[0].get_size()[0] / len(rows)

@@ -64,8 +64,7 @@ def _solve_rows(
     for _ in range(iterations):
         residual, parts = fn(value, rows)
         answers = answers or [part.clone() for part in parts]
-        size = residual.detach().flatten(1).square().mean(1).sqrt()
-        done = (size < tolerance).cpu()
+        done = (residual.detach().flatten(1).square().mean(1).sqrt() < tolerance).cpu()
         for answer, part in zip(answers, parts):
             answer[rows[done]] = part[done]
         found[rows[done]], rows = True, rows[~done]
@@ -194,8 +193,7 @@ class PredictorCorrector:
         if s == 0:
             return x
         h = self.size * _step_size(model.path, t, s)
-        chain = self.corrector, x, s, c, extra.noise, h, self.count
-        return _langevin_steps(*chain)
+        return _langevin_steps(self.corrector, x, s, c, extra.noise, h, self.count)
 
 # %% ../nbs/18_power_tilt.ipynb #f85e2cf5
 def _effective_share(weights: Tensor) -> float:
@@ -273,10 +271,8 @@ def sample_feynman_kac(
             weights = log_w.softmax(0)
             shares.append(_effective_share(weights))
             if shares[-1] < threshold:
-                offset = torch.rand((), generator=offsets).item()
-                x = x[_systematic_resample(weights, offset)]
+                x = x[_systematic_resample(weights, torch.rand((), generator=offsets).item())]
                 log_w, resamplings = torch.zeros_like(log_w), resamplings + 1
             if s > 0:
                 x = _langevin_steps(guided, x, s, labels, noise, h, count)
-    found = x, log_w.softmax(0), shares, resamplings, nfe.total / n
-    return _WeightedSamples(*found)
+    return _WeightedSamples(x, log_w.softmax(0), shares, resamplings, nfe.total / n)

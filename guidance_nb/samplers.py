@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._checks import AnyDenoiser, Count, Share, check_choice, checked, require, require_that
+from ._checks import AnyDenoiser, Count, Floats, Share, check_choice, checked, require, require_that
 from ._conditions import Condition, count, map_condition, take_rows
 from ._modes import eval_mode
 from ._random import NoiseSource
@@ -189,14 +189,10 @@ def check_request(
     """The number of samples; what `model`, `sampler`, `c`, `shape` and `times`
     cannot do together is an error."""
     if not callable(sampler):
-        names = get_args(Sampler) if model.consistent else ("ddim", "ddpm")
-        check_choice("sampler", sampler, names)
+        check_choice("sampler", sampler, get_args(Sampler) if model.consistent else ("ddim", "ddpm"))
     n = count(c) if isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim) else c
-    if type(n) is not int or n < 1:
-        allowed = "labels [n] or the number of unconditional samples, n >= 1"
-        raise ValueError(f"c = {c!r}; allowed: {allowed}")
-    sizes = shape if isinstance(shape, tuple | list) else ()
-    sized = sizes and all(isinstance(n, int) and n > 0 for n in sizes)
+    require(type(n) is int and n > 0, "c", c, "labels [n] or the number of unconditional samples, n >= 1")
+    sized = isinstance(shape, tuple | list) and shape and all(isinstance(n, int) and n > 0 for n in shape)
     require(sized, "shape", shape, "the shape of one sample, whole numbers > 0")
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
@@ -205,9 +201,8 @@ def check_request(
     one_way = rising or (moves != 0 if callable(sampler) else moves < 0).all()
     fine = len(moves) and one_way and 0 <= times.min() and times.max() <= 1
     rising_too = f"or strictly rising, for {', '.join(_REVERSIBLE)}"
-    allowed = f"two or more in [0, 1], strictly falling; {rising_too}"
-    require(fine, "times", times.tolist(), allowed)
-    return n
+    require(fine, "times", times.tolist(), f"two or more in [0, 1], strictly falling; {rising_too}")
+    return n  # type: ignore[return-value]
 
 # %% ../nbs/03_samplers.ipynb #b98a0855
 def _integrate(
@@ -278,7 +273,7 @@ def sample(
     # noise
     times: Tensor | None = None,
     # Where to start at `times[0]`, `[n, *shape]`, instead of pure noise
-    init: Tensor | None = None,
+    init: Floats | None = None,
     # Samples per batch, all at once by default; never changes a sample
     batch_size: Count | None = None,
     eta: Share = 0.0,  # Share of ancestral noise in "ddim", 0 to 1
@@ -296,18 +291,14 @@ def sample(
     times = torch.as_tensor(times).double().cpu()
     n = check_request(model, c, shape, sampler, times)
     fine = times[0] > times[1] or (init is not None and eta == 0)
-    told = f"init is {shown(init)}, eta = {eta}"
-    require_that(fine, told, "an init, and eta = 0, for rising times")
+    require_that(fine, f"init is {shown(init)}, eta = {eta}", "an init, and eta = 0, for rising times")
     batch_size = n if batch_size is None else batch_size
     real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     require(real, "dtype", dtype, "a floating-point type of torch")
     if init is not None:
-        fine, wanted = isinstance(init, Tensor), (n, *shape)
-        fine = fine and init.is_floating_point() and init.shape == wanted
-        told = f"init is {shown(init)}"
-        require_that(fine, told, f"a floating-point tensor {wanted}")
-        finite = init.isfinite().all()
-        require_that(finite, "init is not finite", "finite numbers")
+        finite, wanted = bool(init.isfinite().all()), (n, *shape)
+        told = f"init is {shown(init)}{'' if finite else ', not finite'}"
+        require_that(finite and init.shape == wanted, told, f"a floating-point tensor {wanted} of finite numbers")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total, unit = n * (len(times) - 1), " sample steps"
     bar = tqdm(total=total, disable=not progress, unit=unit, unit_scale=True)

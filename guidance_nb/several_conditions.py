@@ -84,15 +84,13 @@ class ComposedConditions(Guidance):
     def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> _Pair:
         "e_u + sum_k w_k (e_k - e_u), and e_u, or e_a in its place."
         own = [] if c is None else [c]
-        others = (*self.others, self.away)
-        asked = [None if k is None else _expand(k, x) for k in others]
+        asked = [None if k is None else _expand(k, x) for k in (*self.others, self.away)]
         found = self.model.predict_each(x, t, [*own, *asked], self.batching)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         *each, base = ([part.to(wide) for part in pair] for pair in found)
         total = base
         for weight, e in zip([1.0] * len(own) + self.weights, each):
-            parts = zip(total, e, base)
-            total = [s + weight * (a - b) for s, a, b in parts]
+            total = [s + weight * (a - b) for s, a, b in zip(total, e, base)]
         return Prediction(*total), Prediction(*base)
 
     def for_rows(self, rows: Tensor | slice) -> Denoiser:
@@ -155,8 +153,7 @@ class NormalizedAttentionGuidance(Guidance):
 
         ends = [layer.to_out[0] for layer in self.layers]
         with swapped({end: partial(mixed, end.forward) for end in ends}):
-            both = [c, _expand(self.away, x)]
-            return self.model.predict_each(x, t, both, "batched")[0]
+            return self.model.predict_each(x, t, [c, _expand(self.away, x)], "batched")[0]
 
     def for_rows(self, rows: Tensor | slice) -> Denoiser:
         "The same for some samples of a batch, each with its own condition."

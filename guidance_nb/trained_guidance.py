@@ -98,8 +98,7 @@ class _ConditionalLoss:
         scale = None if ends is None else self.draw(ends, x0, context)
         x, target = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
         y = model.output(x, t, c, drop=drop, scale=scale)
-        error = self.error(_Noisy(model, x, t, c, drop, scale), y, target)
-        return error.square().flatten(1).mean(1)
+        return self.error(_Noisy(model, x, t, c, drop, scale), y, target).square().flatten(1).mean(1)
 
 # %% ../nbs/19_trained_guidance.ipynb #093a692a
 _BELOW_1 = "a finite number below 1, where training converges"
@@ -160,8 +159,7 @@ class GuidanceFreeTrainingLoss(_ConditionalLoss):
         mixed, null = ~at.drop & (beta != 1), torch.zeros_like(target)
         if mixed.any():
             point = at.x[mixed], at.t[mixed], at.c[mixed]
-            output = _branch_outputs(at.model, *point, ["null"])[0]
-            null[mixed] = output.to(null)
+            null[mixed] = _branch_outputs(at.model, *point, ["null"])[0].to(null)
         beta = expand_time(torch.where(mixed, beta, 1), y)
         return beta * y + (1 - beta) * null - target
 

@@ -109,8 +109,7 @@ class DenoisingLoss:
         t, eps = context.times(x0), context.noise(x0)
         drop = context.drop(x0, self.dropout)
         x = check_kind("model", model).path.interpolate(x0, eps, t)
-        error = model.output(x, t, c, drop=drop) - model.target(x0, eps, t)
-        return error.square().flatten(1).mean(1)
+        return (model.output(x, t, c, drop=drop) - model.target(x0, eps, t)).square().flatten(1).mean(1)
 
 # %% ../nbs/05_training.ipynb #f5927614
 class ClassifierLoss:
@@ -174,8 +173,7 @@ def batches(
     x, c = data
     labels = size if c is None else count(c)
     require(labels == size, "labels of data", labels, f"{size}, one a sample")
-    finite = x.is_floating_point() and x.isfinite().all()
-    require(finite, "data", x.dtype, "finite floating-point numbers")
+    require(x.is_floating_point() and x.isfinite().all(), "data", x.dtype, "finite floating-point numbers")
     for indices in order:
         yield x[indices[rows]], take_rows(c, indices[rows])
 
@@ -258,10 +256,8 @@ def fit(
     with tqdm(total=steps, **shown) as bar, closing(source):
         for step, (x, c) in enumerate(source):
             model.train()
-            rate = learning_rate(step, lr, schedule, steps)
-            optimizer.param_groups[0]["lr"] = rate
-            generator = keyed_generator(seed, 0, step, device=draws)
-            context = LossContext(generator, step, steps, average)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, lr, schedule, steps)
+            context = LossContext(keyed_generator(seed, 0, step, device=draws), step, steps, average)
             context.model, context.law = model, times
             key = (seed, 4, step, 0, 0)
             with keyed_global_rng(device, *key) if dropout else nullcontext():
@@ -274,8 +270,7 @@ def fit(
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            decay = ema_decay(step, ema, ema_warmup)
-            update_ema([*average.parameters()], [*model.parameters()], decay)
+            update_ema([*average.parameters()], [*model.parameters()], ema_decay(step, ema, ema_warmup))
             for kept, new in zip(average.buffers(), model.buffers()):
                 kept.copy_(new)
             bar.set_postfix_str(f"loss {value.item():.4g}", refresh=False)

@@ -166,8 +166,7 @@ def _identity_attention(model: nn.Module, layers: Layers) -> _Block:
     def values(layer: Layer, h: Tensor, *_: object, **__: object) -> Tensor:
         out = layer.to_out[1](layer.to_out[0](layer.to_v(_tokens(layer, h))))
         out = out.mT.reshape(h.shape) if h.ndim == 4 else out
-        out = out + h if layer.residual_connection else out
-        return out / layer.rescale_output_factor
+        return (out + h if layer.residual_connection else out) / layer.rescale_output_factor
 
     chosen = choose_layers(_attention_layers(model), layers)
     return swapped({layer: partial(values, layer) for layer in chosen})
@@ -186,8 +185,7 @@ def _gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     kernel = (-0.5 * (offsets / sigma) ** 2).softmax(0)
     padded = nn.functional.pad(images, (radius,) * 4, mode="reflect")
     y, row = padded.flatten(0, 1)[:, None], kernel[None, None, None]
-    y = nn.functional.conv2d(nn.functional.conv2d(y, row.mT), row)
-    return y.view(images.shape)
+    return nn.functional.conv2d(nn.functional.conv2d(y, row.mT), row).view(images.shape)
 
 # %% ../nbs/17_weak_models.ipynb #95426f34
 def _token_grid(
@@ -296,8 +294,7 @@ class SmoothedEnergyGuidance(Autoguidance):
         cfg_scale: Scale = 1.0,
         sigma: AtLeastZeroOrInf = math.inf,  # Width of the blur in tokens
     ):
-        perturb = partial(_blurred_queries, layers=layers, sigma=sigma)
-        weak = _Perturbed(model, perturb)
+        weak = _Perturbed(model, partial(_blurred_queries, layers=layers, sigma=sigma))
         super().__init__(model, weak, scale, interval, cfg_scale)
 
 # %% ../nbs/17_weak_models.ipynb #9015e566
@@ -382,8 +379,7 @@ class SelfAttentionGuidance(WeakGuidance):
         mask = nn.functional.interpolate(mask, x.shape[2:])
         x0 = torch.lerp(own.x0, _gaussian_blur(own.x0, self.sigma), mask)
         there = self.model(self.path.interpolate(x0, own.eps, t), t, c)
-        shift = there.eps - own.eps
-        return own, shift_prediction(own, shift, self.path, t, "eps")
+        return own, shift_prediction(own, there.eps - own.eps, self.path, t, "eps")
 
 # %% ../nbs/17_weak_models.ipynb #ea22ae37
 def _annealing(t: Tensor, tau: tuple[float, float] = (0.6, 0.9)) -> Tensor:
@@ -442,8 +438,7 @@ class CADS(Denoiser):
         check_inputs(c, 0.0, c, EMBEDDINGS)
         shape = len(c), draws, *c.shape[1:]
         never = 2**32 - 1  # a step no sampler reaches
-        noise = keyed_noise(seed, start, shape, step=never)
-        return torch.cat([c[:, None], noise.to(c)], 1)
+        return torch.cat([c[:, None], keyed_noise(seed, start, shape, step=never).to(c)], 1)
 
     def question(self, c: Tensor, t: Tensor) -> Tensor:
         """The corrupted embeddings `[batch, ...]` at time t, eq. (6), from
@@ -459,8 +454,7 @@ class CADS(Denoiser):
         own, seen = (torch.std_mean(v, rest, keepdim=True) for v in (y, noisy))
         ratio = own[0] / seen[0].clamp(min=tiny)
         rescaled = (noisy - seen[1]) * ratio + own[1]
-        mixed = torch.lerp(noisy, rescaled, self.mixing)
-        return torch.where(share == 1, y, mixed)
+        return torch.where(share == 1, y, torch.lerp(noisy, rescaled, self.mixing))
 
     def forward(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
         """The prediction for the noisy condition; without a condition, the
@@ -487,8 +481,7 @@ class EmbeddedLabels(Denoiser):
 
     def embed(self, labels: Tensor) -> Tensor:
         "The embeddings `[batch, width]` of labels `[batch]`."
-        n = self.model.num_classes
-        return self.table(check_labels(labels, n, len(labels)))
+        return self.table(check_labels(labels, self.model.num_classes, len(labels)))
 
     def forward(self, x: Tensor, t: Tensor, c: _Given = None) -> Prediction:
         """The model's prediction for these embeddings; None is its own null

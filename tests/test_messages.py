@@ -178,9 +178,12 @@ def test_a_wrong_input_is_one_line(call, words):
 
 
 ASKS = [
-    (lambda: samplers.sample(MODEL, LABELS % 2, (2,), init=FIVE * NAN), "init is not finite; allowed: finite numbers"),
-    (lambda: editing.image_to_image(MODEL, LABELS % 2, FIVE * NAN), "init is not finite"),
-    (lambda: inversion.invert(MODEL, FIVE * NAN), "init is not finite"),
+    (
+        lambda: samplers.sample(MODEL, LABELS % 2, (2,), init=FIVE * NAN),
+        "not finite; allowed: a floating-point tensor (5, 2) of",
+    ),
+    (lambda: editing.image_to_image(MODEL, LABELS % 2, FIVE * NAN), "init is torch.float32 (5, 2), not finite"),
+    (lambda: inversion.invert(MODEL, FIVE * NAN), "init is torch.float32 (5, 2), not finite"),
     (lambda: inversion.invert(MODEL, FIVE.tolist()), "x is list; allowed: a floating-point tensor"),
     (lambda: editing.inpaint(MODEL, 5, FIVE * NAN, FIVE > 0), "known is not finite under mask"),
     (lambda: editing.inpaint(MODEL, 5, FIVE, [[True]]), "mask is of another shape"),

@@ -151,7 +151,7 @@ def test_stated_data_sets():
     [
         (
             lambda: Mixture(torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, dtype=torch.long)),
-            "shape of means = (0, 2)",
+            "shapes of means and covariances = ((0, 2), ",
         ),
         (lambda: Mixture(torch.full((1, 2), float("nan")), torch.ones(1), torch.tensor([0])), "finite values"),
         (lambda: Mixture(torch.zeros(1, 2), -torch.ones(1), torch.tensor([0])), "eigenvalue of covariances = -1.0"),
@@ -179,7 +179,7 @@ def test_bad_input(call, words):
             "eigenvalue of covariances = -1.0; allowed: 0 and above",
         ),
         ({"covariances": torch.tensor([float("nan")])}, "covariances = [nan]; allowed: finite"),
-        ({"covariances": torch.ones(2)}, "shape of covariances = (2,); allowed: [K, d, d]"),
+        ({"covariances": torch.ones(2)}, "(2,)); allowed: [K, d] with K >= 1, and [K, d, d]"),
         ({"weights": torch.tensor([-1.0])}, "weights = [-1.0]; allowed: positive"),
         ({"weights": torch.tensor([0.0])}, "weights = [0.0]; allowed: positive"),
         ({"weights": torch.tensor([float("nan")])}, "allowed: positive, finite numbers"),

@@ -59,8 +59,7 @@ def show_scores(
         fewer = cost[cost.data == data].astype({"scale": float})
         both = fewer[["method", "scale"]].drop_duplicates()
         rows = pd.concat([fewer, rows.merge(both, on=["method", "scale"])])
-    size = (2.8 * len(metrics), 3.2)
-    fig, axes = pyplot.subplots(1, len(metrics), figsize=size, layout="constrained")
+    fig, axes = pyplot.subplots(1, len(metrics), figsize=(2.8 * len(metrics), 3.2), layout="constrained")
     for ax, metric in zip(axes, metrics):
         show_curves(rows, "scale" if cost is None else "nfe", metric, ax=ax)
         ax.axhline(real[real.data == data][metric].mean(), color="black", ls="--", lw=0.8)

@@ -358,8 +358,7 @@ def _postprocess_command(
         _check_target(out, overwrite)
         trained = load_trained(checkpoint)
         file = load_samples(samples, size=(trained.shape[1], trained.shape[2]), channels=trained.shape[0])
-        corrected = postprocess(trained, file, steps, sampler, scale, batch_size, progress)
-        _store(out, corrected, overwrite, 10)
+        _store(out, postprocess(trained, file, steps, sampler, scale, batch_size, progress), overwrite, 10)
 
     main_only(work)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import AtLeastZero, Count, Positive, check_whole, checked, require
+from guidance_nb._checks import AtLeastZero, Count, Positive, PositiveShare, check_whole, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._random import keyed_generator
 from guidance_nb.denoisers import count_nfe
@@ -183,13 +183,12 @@ def memory_per_gpu(cost: NetworkCost, trained: float, gpus: int = 1, sharded: bo
 @checked
 def cost_sheet(
     cost: NetworkCost, nfe: LossNFE, steps: int, batch_size: int, gradient_accumulation_steps: Count = 1,
-    gpus: Sequence[int] = (1, 8), chip: str | Chip = "h100", share: float = 0.35, sharded: bool = False,
+    gpus: Sequence[int] = (1, 8), chip: str | Chip = "h100", share: PositiveShare = 0.35, sharded: bool = False,
 ) -> "pd.DataFrame":  # fmt: skip
     """GPU-hours and memory of a training run, eqs. (2) to (4), at an assumed MFU `share`, one row a number of GPUs."""
     with extra("plots"):
         import pandas as pd
 
-    require(0 < share <= 1, "share", share, "above 0, at most 1")
     found = find_chip(chip) if isinstance(chip, str) else chip
     needed = training_flops(cost, nfe)
     hours = steps * batch_size * needed / (share * found.peak) / 3600
