@@ -583,7 +583,7 @@ BAD = {
     "allowed: [batch, 1 + draws, ...], from with_noise": lambda m: CADS(Echo()).predict(
         torch.zeros(2, 1), 0.5, torch.zeros(2, 3)
     ),
-    "model has 0 label embeddings; allowed: one": lambda m: EmbeddedLabels(
+    "label embeddings of model = 0; allowed: one": lambda m: EmbeddedLabels(
         ExactDenoiser(gaussian_pair(), FlowPath())  # type: ignore[arg-type]
     ),
     "c has shape (4, 5); allowed: [batch, 16]": lambda m: EmbeddedLabels(m).predict(

@@ -466,7 +466,7 @@ def _pixels_digest(images: np.ndarray, labels: np.ndarray | None) -> str:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
-    require(path.is_file(), "path", str(path), "an .npz file, or a folder of images, that is there")
+    require(path.is_file(), "path", str(path), "an .npz file or a folder of images that is there")
     allowed = "an .npz file of numbers"
     with explained(f"{path} cannot be read", allowed, Exception), np.load(path, allow_pickle=False) as file:
         return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}

@@ -40,7 +40,8 @@ def check_pipeline(pipeline: Pipeline) -> None:
         require(there, name, None, "one, as a Stable Diffusion pipeline has")
     _check_network(pipeline.unet, pipeline.scheduler)
     channels, made = latent_channels(pipeline.unet), pipeline.vae.config.latent_channels
-    require(channels == made, "channels of the unet", channels, f"{made}; inpainting and depth models have more")
+    allowed = f"{made}, as the autoencoder makes (inpainting and depth models have more)"
+    require(channels == made, "channels of the unet", channels, allowed)
 
 
 def _add_scale_input(net: Network, width: int = 256) -> None:
