@@ -69,6 +69,38 @@ from .training import LossContext
 #| code-summary: "Options, and the direction"
 #| code-fold: true
 #| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
+#| code-fold: true
+#| code-summary: "Options, and the direction"
 _Negative = Literal["null", "uniform", "posterior", "contrastive"]
 
 

@@ -18,12 +18,12 @@ import torch
 from guidance_nb._files import clean_remnants, digest, write_file
 from guidance_nb.cli._tour import save_stage
 from guidance_nb.cli.evaluation import finish_sweep
-from guidance_nb.cli.run import write_picture
-from guidance_nb.engine.checkpoints import write_checkpoint
+from guidance_nb.cli.run import _write_picture
+from guidance_nb.engine.checkpoints import _write_checkpoint
 from guidance_nb.images.data import save_samples
 from guidance_nb.images.latents import make_shards, write_shard
 from guidance_nb.images.metrics import PROVENANCE, append_rows
-from guidance_nb.interop.grids import save_grid
+from guidance_nb.interop.grids import _save_grid
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 
@@ -39,7 +39,7 @@ def pictures(version: int, n: int = 6) -> torch.Tensor:
 def checkpoint(folder: Path, version: int) -> None:
     model = mlp_denoiser(2, FlowPath(), 3, width=16, depth=1)
     moments = {"exp_avg/net": torch.full((4000,), float(version))}
-    write_checkpoint(folder, {"step": version}, (model, model, moments))
+    _write_checkpoint(folder, {"step": version}, (model, model, moments))
 
 
 def table(folder: Path, version: int) -> None:
@@ -72,14 +72,14 @@ WRITERS = {
     "checkpoint": checkpoint,
     "samples in an archive": samples("samples.npz"),
     "samples in a folder": samples("samples"),
-    "picture": lambda folder, version: write_picture(pictures(version).float() / 255, folder / "grid.png", 3),
+    "picture": lambda folder, version: _write_picture(pictures(version).float() / 255, folder / "grid.png", 3),
     "table of metrics": table,
     "curves": curves,
     "latents": latents,
     "index": index,
     "stage of the tour": lambda folder, version: save_stage(folder / "stage", {"x": pictures(version)}, {}),
     "table or page of the tour": lambda folder, version: write_file(folder / "page.html", str(version) * 9000),
-    "grid and its table": lambda folder, version: save_grid(pictures(version)[None, None], [{"n": 1}], folder),
+    "grid and its table": lambda folder, version: _save_grid(pictures(version)[None, None], [{"n": 1}], folder),
 }
 
 

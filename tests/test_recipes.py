@@ -40,10 +40,10 @@ from guidance_nb.cli.recipe import (
 from guidance_nb.cli.run import (
     Request,
     _autocast_and_compile,
+    _complete_request,
     _read_labels,
     _read_pairs,
     _take_images,
-    complete_request,
     generate,
     load_trained,
     make_data,
@@ -321,7 +321,7 @@ def test_classifier_guidance_under_bf16(runs):
     assert low.facts["arithmetic"] == "bf16" and exact.facts["arithmetic"] == "fp32"
     assert 0 < (low.x.int() - exact.x.int()).abs().max() <= 8
     with pytest.raises(ValueError, match="is for other images, classes or noise than"):
-        complete_request(load_trained(runs / "vp"), Request(n=4), guide)
+        _complete_request(load_trained(runs / "vp"), Request(n=4), guide)
 
 
 def test_a_missing_compiler_is_bad_input(runs, monkeypatch):

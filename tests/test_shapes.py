@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import guidance_nb as gnb
 from guidance_nb.cli.app import app
 from guidance_nb.cli.recipe import FineTuning, Recipe, override, read_recipe
-from guidance_nb.cli.run import _read_generated, write_picture
+from guidance_nb.cli.run import _read_generated, _write_picture
 from guidance_nb.images.data import ImageData, _shrink, from_uint8, load_images, load_samples, save_samples, to_uint8
 from guidance_nb.images.features import extract
 from guidance_nb.images.metrics import feature_scores, image_scores, nearest_images
@@ -74,7 +74,7 @@ def test_images_of_any_shape_go_the_whole_way(shape, own, tmp_path):
     wide = shape[2] if shape[0] in (1, 3) else shape[0] * shape[2]
     assert drawn == (2 * (shape[1] + 1) + 1, 3 * (wide + 1) + 1)
     show_digits({"x": x})
-    write_picture(x, tmp_path / "x.png", 3)
+    _write_picture(x, tmp_path / "x.png", 3)
     assert Image.open(tmp_path / "x.png").size == drawn[::-1]
 
 

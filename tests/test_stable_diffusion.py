@@ -43,7 +43,7 @@ from guidance_nb.interop.stable_diffusion import (
 from guidance_nb.interop.text_denoiser import (
     TextDenoiser,
     TwoStageAlignedLoss,
-    check_pipeline,
+    _check_pipeline,
     load_text_denoiser,
     save_pipeline,
 )
@@ -477,9 +477,9 @@ def test_bad_pipelines_are_refused_in_one_line(pipeline, cached, folder, saved):
     }
     for told, bad in cases.items():
         with pytest.raises(ValueError, match=told) as error:
-            check_pipeline(bad)
+            _check_pipeline(bad)
         assert "\n" not in str(error.value)
-    check_pipeline(make_pipeline(PNDMScheduler(**SCHEDULE, skip_prk_steps=True)))  # as Stable Diffusion 1.5 has it
+    _check_pipeline(make_pipeline(PNDMScheduler(**SCHEDULE, skip_prk_steps=True)))  # as Stable Diffusion 1.5 has it
     with pytest.raises(ValueError, match=r"rank = 0\.5"):
         load_text_denoiser(pipeline, cached.null, lora_rank=0.5)
     with pytest.raises(ValueError, match="cannot be opened"):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import apart
 import guidance_nb as gnb
 import zoo
-from guidance_nb.cli.load import MODELS, load, model_names
+from guidance_nb.cli.load import MODELS, _model_names, load
 from guidance_nb.cli.recipe import override, read_recipe
 from guidance_nb.cli.run import load_trained
 from guidance_nb.engine.checkpoints import _DamagedCheckpoint
@@ -28,7 +28,7 @@ SAMPLE = [sys.executable, "-c", "from guidance_nb.cli.app import main; main()"]
 
 
 def test_all_models_are_there_and_small():
-    assert set(model_names()) == NAMES
+    assert set(_model_names()) == NAMES
     assert sum(file.stat().st_size for file in MODELS.rglob("*.*")) <= 15e6
     assert {file.name for file in MODELS.rglob("*.*") if file.is_file()} == {
         "README.md", "checkpoint.json", "ema.safetensors",

@@ -118,7 +118,7 @@ def _parse_numbers(name: str, text: str, kind: type[_N]) -> tuple[_N, ...]:
 
 def _tell(text: str) -> None:
     "Print a `text`, in the main process alone."
-    from guidance_nb.cli.run import is_main
+    from guidance_nb.cli._devices import is_main
 
     if is_main():
         typer.echo(text)
@@ -182,8 +182,9 @@ def _train_command(
 
     Example: guidance-nb train mnist-base --steps 4000 --out runs/longer
     """
+    from guidance_nb.cli._devices import main_only
     from guidance_nb.cli.recipe import Recipe, read_recipe
-    from guidance_nb.cli.run import main_only, train_recipe
+    from guidance_nb.cli.run import train_recipe
     from guidance_nb.images.latents import read_index
 
     name, flags = parse_keys([recipe, *context.args], Recipe)
@@ -215,8 +216,8 @@ def _encode_command(
 
     Example: guidance-nb encode imagenet/train latents-256 --vae stabilityai/sd-vae-ft-ema --size 256
     """
+    from guidance_nb.cli._devices import main_only
     from guidance_nb.cli.recipe import DataTable
-    from guidance_nb.cli.run import main_only
     from guidance_nb.images.latents import encode_folder
 
     sides = DataTable().changed(size=size).size or None
@@ -293,11 +294,11 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None:
     "Write samples as `out` says, a picture with so many `columns` for a .png, and tell."
-    from guidance_nb.cli.run import write_picture
+    from guidance_nb.cli.run import _write_picture
     from guidance_nb.images.data import from_uint8, save_samples
 
     if out.suffix.lower() == ".png":
-        write_picture(from_uint8(file.x), out, columns)
+        _write_picture(from_uint8(file.x), out, columns)
     else:
         save_samples(out, file.x, file.c, file.facts, overwrite=overwrite)
     rate = len(file.x) / max(file.facts["seconds"], 1e-9)
@@ -320,7 +321,8 @@ def _sample_command(
 
     Example: guidance-nb sample mnist-cfg --scale 3 --out digits.png
     """
-    from guidance_nb.cli.run import Request, generate, load_trained, main_only
+    from guidance_nb.cli._devices import main_only
+    from guidance_nb.cli.run import Request, generate, load_trained
 
     source, flags = parse_keys([checkpoint, *context.args], Request)
     request = Request().changed(**flags)
@@ -351,7 +353,8 @@ def _postprocess_command(
 
     Example: guidance-nb postprocess runs/mnist-post base.npz --out corrected.npz
     """
-    from guidance_nb.cli.run import load_trained, main_only, postprocess
+    from guidance_nb.cli._devices import main_only
+    from guidance_nb.cli.run import load_trained, postprocess
     from guidance_nb.images.data import load_samples
 
     def work() -> None:
@@ -380,8 +383,8 @@ def _evaluate_command(
 
     Example: guidance-nb evaluate base.npz --features runs/mnist-evaluation-classifier --rows rows.csv
     """
+    from guidance_nb.cli._devices import main_only
     from guidance_nb.cli.evaluation import baseline_row, extract_reference_features, find_feature_extractor, score
-    from guidance_nb.cli.run import main_only
     from guidance_nb.engine._sampling import extract_sharded
     from guidance_nb.images.data import load_samples
     from guidance_nb.images.metrics import append_rows
@@ -429,7 +432,8 @@ def _sweep_command(
     Example: guidance-nb sweep runs/mnist-base --features runs/mnist-evaluation-classifier --n 5000
     """
     from guidance_nb.cli import evaluation
-    from guidance_nb.cli.run import Request, complete_request, is_main, load_trained, main_only
+    from guidance_nb.cli._devices import is_main, main_only
+    from guidance_nb.cli.run import Request, _complete_request, load_trained
     from guidance_nb.images.metrics import column
 
     source, flags = parse_keys([checkpoint, *context.args], Request)
@@ -439,7 +443,7 @@ def _sweep_command(
     trained, extractor = load_trained(source), evaluation.find_feature_extractor(features, weights)
     guide, repair = (load_trained(name) if name else None for name in (classifier, correction))
     for point in points:
-        complete_request(trained, point, guide)
+        _complete_request(trained, point, guide)
     best = best or column("fd", extractor.name)
     real, metrics = evaluation.extract_reference_features(
         reference, split, trained.image_shape, extractor, best=best, progress=progress
@@ -463,14 +467,14 @@ def _info(
 
     Example: guidance-nb info mnist-base
     """
-    from guidance_nb.cli.load import model_names
+    from guidance_nb.cli.load import _model_names
     from guidance_nb.cli.recipe import FineTuning, Recipe, Table, describe_recipe, read_recipe, recipe_names
     from guidance_nb.cli.run import load_trained
     from guidance_nb.images.data import load_samples
     from guidance_nb.images.latents import INDEX, read_index
 
     path = Path(source)
-    unknown = not path.exists() and source not in model_names()
+    unknown = not path.exists() and source not in _model_names()
     if source in recipe_names() or path.suffix.lower() == ".toml" or unknown:
         kind: type[Table] = FineTuning if source in recipe_names(FineTuning) else Recipe
         typer.echo(describe_recipe(read_recipe(source, kind=kind)))
@@ -501,9 +505,9 @@ def _models() -> None:
 
     Example: guidance-nb models
     """
-    from guidance_nb.cli.load import MODELS, model_names
+    from guidance_nb.cli.load import MODELS, _model_names
 
-    for name in model_names():
+    for name in _model_names():
         title = json.loads((MODELS / name / "checkpoint.json").read_text())["metadata"]["recipe"]["title"]
         size = sum(file.stat().st_size for file in (MODELS / name).iterdir()) / 1e6
         typer.echo(f"{name:24} {size:4.1f} MB  {title.split(';')[0]}")

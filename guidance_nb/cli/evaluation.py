@@ -16,8 +16,9 @@ from torch import Tensor
 from guidance_nb._checks import check_choice, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
-from guidance_nb.cli.load import model_names, own_device, shuffled
-from guidance_nb.cli.run import Request, Trained, complete_request, generate, load_trained, main_only, postprocess
+from guidance_nb.cli._devices import main_only, own_device
+from guidance_nb.cli.load import _model_names, _shuffled
+from guidance_nb.cli.run import Request, Trained, _complete_request, generate, load_trained, postprocess
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.engine._hardware import choose_precision
 from guidance_nb.engine._sampling import extract_sharded
@@ -46,7 +47,7 @@ def find_feature_extractor(
     source: str, weights: str | None = None, metrics: tuple[str, ...] | None = None
 ) -> Extractor:
     "The feature extractor of a name, or of a checkpoint of an evaluation classifier."
-    if not Path(source).exists() and source not in model_names():
+    if not Path(source).exists() and source not in _model_names():
         return image_features.find_extractor(source, weights, metrics)
     trained = load_trained(source).require("evaluation_classifier", "classifier")
     device = next(trained.model.parameters()).device
@@ -111,7 +112,7 @@ def _keep_neighbours(reference: Features, n: int = 10_000) -> Features:
     if total <= n:
         return reference
     moments = {layer: reference.moment(layer) for layer in reference.rows if layer != "logits"}
-    chosen = shuffled(total)[:n]
+    chosen = _shuffled(total)[:n]
     return replace(reference, rows={layer: rows[chosen] for layer, rows in reference.rows.items()}, moments=moments)
 
 
@@ -192,12 +193,12 @@ def baseline_row(
     other, n = _baseline_size(source, reference, n)
     if other:
         data = load_images(source, other)
-        chosen = shuffled(len(data))[:n]
+        chosen = _shuffled(len(data))[:n]
         facts = {"method": "real", "labels": "as they are", "classes": list(data.classes)}
         return score(SampleFile(data.images(chosen), data.labels[chosen], facts), reference, extractor, metrics)
     if n < 4:
         return None
-    whole = shuffled(min(len(rows) for rows in reference.rows.values()))
+    whole = _shuffled(min(len(rows) for rows in reference.rows.values()))
     one, two = reference.take(whole[:n]), reference.take(whole[n : 2 * n])
     row = provenance(one, two, "", 0, math.nan, 0, "as they are") | {"method": "real"}
     return row | {"reference_checksum": reference.checksum} | feature_scores(one, two, metrics)
@@ -230,7 +231,7 @@ class _MeasuredGuidanceLoss:
         self.loss = replace(self.loss, weight=self.auto)
 
 
-def measured_loss(average: Trained, loss: ModelGuidanceLoss) -> _MeasuredGuidanceLoss:
+def _measured_loss(average: Trained, loss: ModelGuidanceLoss) -> _MeasuredGuidanceLoss:
     "A Model-guidance `loss` whose weight follows the Fréchet distance of samples of the moving `average`."
     table, shape = average.recipe.method, average.image_shape
     extractor, source = find_feature_extractor(table.auto_features), table.auto_reference or average.recipe.data.source
@@ -297,7 +298,7 @@ def sweep(
 ) -> Iterator[Json]:
     "Generate and score point after point; yields the rows as they are made, that of real images first."
     file = out / "rows.csv"
-    points = [complete_request(trained, point, classifier) for point in points]
+    points = [_complete_request(trained, point, classifier) for point in points]
 
     def lacks(wanted: Json) -> bool:  # in the main process, which alone has all of the reference
         return not main_only(lambda: _is_done(file, wanted))

@@ -11,7 +11,7 @@ from torch import nn
 
 from guidance_nb._checks import require, require_that
 from guidance_nb._files import Json
-from guidance_nb._processes import find_processes
+from guidance_nb.cli._devices import own_device
 from guidance_nb.engine.checkpoints import Checkpoint, load_weights, read_checkpoint
 from guidance_nb.flow_postprocessing import FlowPostprocessor
 from guidance_nb.images.networks import ImageClassifier, build_network, image_denoiser
@@ -32,19 +32,12 @@ PATHS: dict[str, Callable[[], NoisePath]] = {
 MODELS = Path(__file__).parent.parent / "models"  # trained models that come with the package, a folder each
 
 
-def own_device() -> torch.device:
-    "The accelerator of this process if there is one, else the CPU."
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    find_processes(device)  # where there are several, this points each at its own card
-    return device
-
-
-def shuffled(n: int) -> torch.Tensor:
+def _shuffled(n: int) -> torch.Tensor:
     "The numbers below n in an order that is random and always the same."
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
-def model_names() -> list[str]:
+def _model_names() -> list[str]:
     "Names of the trained models that come with the package."
     return sorted(path.parent.name for path in MODELS.glob("*/checkpoint.json"))
 
@@ -58,21 +51,21 @@ def make_model(recipe: "Recipe", shape: tuple[int, ...], num_classes: int) -> nn
     if method.name == "flow_postprocessing":
         net = build_network(network.name, shape, num_classes, seed=seed, **network.settings)
         return FlowPostprocessor(shape, num_classes, dropout=method.dropout, net=net)
-    options: Json = {"scale_aware": is_scale_aware(recipe), "seed": seed, **network.settings}
+    options: Json = {"scale_aware": _is_scale_aware(recipe), "seed": seed, **network.settings}
     return image_denoiser(network.name, shape, path, num_classes, network.prediction, **options)
 
 
-def is_scale_aware(recipe: "Recipe") -> bool:
+def _is_scale_aware(recipe: "Recipe") -> bool:
     "Whether a guidance scale is an input of the network of a `recipe`."
     return recipe.method.name == "model_guidance" and bool(recipe.method.scale_range)
 
 
-def open_checkpoint(
-    source: str | Path,  # A checkpoint, a folder of them, whose newest intact one is taken, or a name of model_names
+def _open_checkpoint(
+    source: str | Path,  # A checkpoint, a folder of them, whose newest intact one is taken, or a name of _model_names
 ) -> Checkpoint:  # One that holds a recipe
     "Find and check the checkpoint of a trained network."
     folder = Path(source)
-    if not folder.exists() and (names := model_names()):
+    if not folder.exists() and (names := _model_names()):
         near = difflib.get_close_matches(str(source), names, 1, 0.4) or names
         require(str(source) in names, "model", str(source), f"a folder that is there, or {', '.join(near)}")
         folder = MODELS / str(source)
@@ -82,7 +75,7 @@ def open_checkpoint(
     return saved
 
 
-def restore(saved: Checkpoint, recipe: "Recipe", ema: bool = True) -> nn.Module:
+def _restore(saved: Checkpoint, recipe: "Recipe", ema: bool = True) -> nn.Module:
     "Rebuild a trained network."
     model = make_model(recipe, tuple(saved.metadata["shape"]), len(saved.metadata["classes"]))
     load_weights(model, saved.ema if ema else saved.model, str(saved.path))
@@ -108,7 +101,7 @@ def load(
         from guidance_nb.interop.hub import open_pretrained
 
         return _ready(open_pretrained(str(source)))
-    saved = open_checkpoint(source)
+    saved = _open_checkpoint(source)
     tables = {name: part for name, part in saved.metadata["recipe"].items() if isinstance(part, dict)}
     recipe = SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in tables.items()})
-    return restore(saved, cast("Recipe", recipe), ema)
+    return _restore(saved, cast("Recipe", recipe), ema)

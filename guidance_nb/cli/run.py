@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from guidance_nb._checks import check_choice, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, check_folder, write_aside
 from guidance_nb._pictures import tile
-from guidance_nb._processes import find_processes, on_main, row_shares
+from guidance_nb._processes import find_processes, row_shares
 from guidance_nb.classifier_free_guidance import dit_channel_scales
-from guidance_nb.cli.load import PATHS, is_scale_aware, make_model, open_checkpoint, own_device, restore, shuffled
+from guidance_nb.cli._devices import is_main, main_only, own_device
+from guidance_nb.cli.load import PATHS, _is_scale_aware, _open_checkpoint, _restore, _shuffled, make_model
 from guidance_nb.cli.recipe import SEED, Denoising, Recipe, Table, find_key, key, model_guidance_loss, override
 from guidance_nb.denoisers import check_labels
 from guidance_nb.engine._hardware import Precision, choose_precision, compile_network
@@ -40,19 +41,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from pandas import DataFrame
 
-_T = TypeVar("_T")
 _Samples = ImageData | latents.LatentData
 __all__ = ["generate", "train_recipe"]
-
-
-def is_main() -> bool:
-    "Whether this is the process that writes files."
-    return find_processes(own_device())[0] == 0
-
-
-def main_only(action: Callable[[], _T]) -> _T:
-    "Let the main process do an `action`, which calls no main_only itself; every process gets its result or its error."
-    return on_main(action, *find_processes(own_device()))
 
 
 # Data
@@ -60,7 +50,7 @@ def main_only(action: Callable[[], _T]) -> _T:
 
 def _take_images(data: ImageData, n: int) -> ImageData:
     "A part of `data` for a quick trial: n images chosen at random, always the same."
-    chosen = shuffled(len(data))[:n].sort().values
+    chosen = _shuffled(len(data))[:n].sort().values
     return replace(data, pixels=lambda indices: data.images(chosen[indices]), labels=data.labels[chosen])
 
 
@@ -166,7 +156,7 @@ def recipe_cost(recipe: Recipe, gpus: tuple[int, ...] = (), chip: str = "h100", 
     table, network, at_once = recipe.training, recipe.network, recipe.training.gradient_accumulation_steps
     check_choice("method.name", recipe.method.name, get_args(Denoising))
     precision: Literal["fp32", "bf16"] = "fp32" if table.precision == "fp32" else "bf16"
-    aware, (shape, classes), again = is_scale_aware(recipe), recipe_shape(recipe), table.gradient_checkpointing
+    aware, (shape, classes), again = _is_scale_aware(recipe), recipe_shape(recipe), table.gradient_checkpointing
     cost = network_cost(network.name, shape, classes, aware, precision, again, **network.settings)
     nfe = count_loss_nfe(make_loss(recipe), steps=table.steps)
     counts = gpus or (1, 8)[: 1 if table.batch_size % (8 * at_once) else 2]
@@ -221,9 +211,9 @@ def train_recipe(
     may_change = [part for name in map(find_key, changes) for part in (f"recipe.{name}", name.split(".")[-1])]
     engine = table.engine({"folder": folder, "metadata": facts, "may_change": (*_MAY_CHANGE, *may_change)})
     if recipe.method.auto_every:
-        from guidance_nb.cli.evaluation import measured_loss
+        from guidance_nb.cli.evaluation import _measured_loss
 
-        loss = measured_loss(average, cast(gnb.ModelGuidanceLoss, loss))
+        loss = _measured_loss(average, cast(gnb.ModelGuidanceLoss, loss))
     options: Json = {"times": times, "engine": engine, "description": recipe.method.name, "progress": progress}
     for state in gnb.fit(model, loss, source, table.steps, **table.fit_options(), **options):
         if table.grid_every and state.step % table.grid_every == 0 and is_main():
@@ -255,7 +245,7 @@ class Trained:
     @property
     def scale(self) -> float:
         "The guidance scale unless asked otherwise; that of a Model-guidance network without scale input is built in."
-        built_in = self.recipe.method.name == "model_guidance" and not is_scale_aware(self.recipe)
+        built_in = self.recipe.method.name == "model_guidance" and not _is_scale_aware(self.recipe)
         return self.recipe.method.scale if built_in else self.recipe.sampling.guidance_scale
 
     def require(self, *methods: str) -> "Trained":
@@ -267,14 +257,14 @@ class Trained:
 
 def load_trained(source: str | Path, ema: bool = True) -> Trained:
     "A trained network with its recipe."
-    saved = open_checkpoint(source)
+    saved = _open_checkpoint(source)
     by = saved.record["versions"]["guidance_nb"]
     with explained(f"{saved.path} holds a recipe of another version, {by}", "those of this version", ValueError):
         recipe = override(Recipe(), saved.metadata["recipe"])
     if recipe.method.auto_every:  # the scale that its weight has reached
         reached = scale_from_mg_weight(saved.record["loss_state"]["weight"]["value"])
         recipe = override(recipe, {"method.scale": reached})
-    model, facts = restore(saved, recipe, ema), saved.metadata
+    model, facts = _restore(saved, recipe, ema), saved.metadata
     shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
     return Trained(model, recipe, shape, classes, saved.step, saved.path, ema, facts.get("latents"))
 
@@ -302,7 +292,7 @@ def build_guided(
     if free:
         by_channel = dit_channel_scales(scale, known, channels) if channels else scale
         return gnb.ClassifierFreeGuidance(trained.model, by_channel, interval)
-    if is_scale_aware(trained.recipe):
+    if _is_scale_aware(trained.recipe):
         return gnb.FixedScale(trained.model, scale)
     told = f"{method.scale:g}, which {trained.path} was trained for"
     require_that(scale == method.scale, f"scale = {scale:g}", told)
@@ -336,10 +326,10 @@ def _save_grid(trained: Trained, file: Path, rows: int = 4) -> None:
     x = gnb.sample(model, c, trained.shape, table.sampler, table.sampler_steps, seed=seed, progress=False)
     if trained.latents is not None:
         x = from_uint8(latents.decode(_find_vae(trained.recipe, trained.latents), x))
-    write_picture(x, file, classes)
+    _write_picture(x, file, classes)
 
 
-def write_picture(x: Tensor, file: Path, columns: int) -> None:
+def _write_picture(x: Tensor, file: Path, columns: int) -> None:
     "Write images in [-1, 1] as a grid of so many `columns` into a PNG `file`, completely or not at all."
     with extra("images"):
         from PIL import Image
@@ -388,7 +378,7 @@ class Request(Table):
     vae: str = key("", "For latents: the autoencoder that decodes. Default: the recipe's")
 
 
-def complete_request(trained: Trained, request: Request, classifier: Trained | None = None) -> Request:
+def _complete_request(trained: Trained, request: Request, classifier: Trained | None = None) -> Request:
     "Fill in what the recipe of `trained` says, and raise an error for what cannot be drawn with it."
     table = trained.recipe.sampling
     usual = {"scale": trained.scale, "sampler": table.sampler, "steps": table.sampler_steps}
@@ -425,7 +415,7 @@ def generate(
     progress: bool = True,  # Whether to show a progress bar
 ) -> SampleFile:  # Images `[n, ...]` uint8, classes `[n]`, and the facts of their making
     "Draw samples, on all processes if there are several; latents are decoded, their pictures are in the main process."
-    asked = complete_request(trained, request, classifier)
+    asked = _complete_request(trained, request, classifier)
     model = build_guided(trained, asked.scale, classifier, asked.interval, asked.channels or 0)
     c, start = _read_labels(asked.labels, asked.n, trained.classes), time.perf_counter()
     device = next(trained.model.parameters()).device

@@ -87,7 +87,7 @@ def _measure(path: Path) -> Json:
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
-def write_checkpoint(folder: Path, record: Json, parts: tuple[nn.Module | dict, nn.Module, dict]) -> Path:
+def _write_checkpoint(folder: Path, record: Json, parts: tuple[nn.Module | dict, nn.Module, dict]) -> Path:
     """Write model, average and moments whole or not at all; an `OSError` leaves older checkpoints as they are."""
     from safetensors.torch import save_file, save_model
 
@@ -112,7 +112,7 @@ def write_checkpoint(folder: Path, record: Json, parts: tuple[nn.Module | dict, 
     return target
 
 
-def prune_checkpoints(newest: Path, keep: int) -> None:
+def _prune_checkpoints(newest: Path, keep: int) -> None:
     """Remove all but the newest up to this one; later ones can only be damaged, or the run had gone on from them."""
     found = checkpoints_in(newest.parent)
     for path in set(found) - set(found[found.index(newest) :][:keep]):
@@ -171,7 +171,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     module.load_state_dict({name: shard_like(value, state[name]) for name, value in tensors.items()})
 
 
-def find_changes(checkpoint: Checkpoint, settings: dict, metadata: dict, may_change: tuple[str, ...]) -> list[dict]:
+def _find_changes(checkpoint: Checkpoint, settings: dict, metadata: dict, may_change: tuple[str, ...]) -> list[dict]:
     """How a run differs from its checkpoint, if all of that may change; else a `ValueError` that names the first."""
     record, changes = checkpoint.record, []
     longer = settings["schedule"] == "constant" and settings["steps"] >= checkpoint.step

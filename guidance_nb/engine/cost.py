@@ -15,7 +15,7 @@ from guidance_nb._checks import AtLeastZero, Count, Positive, PositiveShare, che
 from guidance_nb._extras import extra
 from guidance_nb._random import keyed_generator
 from guidance_nb.denoisers import count_nfe
-from guidance_nb.engine.run import checkpoint_gradients
+from guidance_nb.engine.run import _checkpoint_gradients
 from guidance_nb.images.networks import build_network
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
@@ -73,7 +73,7 @@ def _count_network(
     with FakeTensorMode():
         net = build()
         if gradient_checkpointing:
-            checkpoint_gradients(net)
+            _checkpoint_gradients(net)
         kept = []
         for n in (1, 2):
             with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 
-class StepGraph:
+class _StepGraph:
     """A step of a run, and the memory that it reads and writes; nothing is computed when it is made."""
 
     def __init__(self, run: "Run", x: Tensor, c: Condition | None):
@@ -38,14 +38,14 @@ class StepGraph:
 
     def replay(self, x: Tensor, c: Condition | None, generator: torch.Generator) -> Tensor:
         """Do the step with these data and this randomness; its loss."""
-        for kept, new in zip(tensors_of(self.x, self.c), tensors_of(x, c)):
+        for kept, new in zip(_tensors_of(self.x, self.c), _tensors_of(x, c)):
             kept.copy_(new.pin_memory() if new.device.type == "cpu" else new, non_blocking=True)
         self.generator.manual_seed(generator.initial_seed())
         self.graph.replay()
         return self.value
 
 
-def tensors_of(x: Tensor, c: Condition | None) -> list[Tensor]:
+def _tensors_of(x: Tensor, c: Condition | None) -> list[Tensor]:
     """All tensors of a batch."""
     return [x, *(c.values() if isinstance(c, Mapping) else [] if c is None else [c])]
 

@@ -24,7 +24,7 @@ from guidance_nb._random import has_dropout, keyed_generator, keyed_global_rng
 from guidance_nb.engine import _hardware as hardware
 from guidance_nb.engine import checkpoints
 from guidance_nb.engine._interrupts import stop_signals, stopped_by, uninterrupted
-from guidance_nb.engine.graphs import StepGraph, tensors_of
+from guidance_nb.engine.graphs import _StepGraph, _tensors_of
 from guidance_nb.training import Data, FetchData, LossContext, State, batches, ema_decay, learning_rate, update_ema
 
 __all__ = ["Engine"]
@@ -122,7 +122,7 @@ class Run:
         if engine.channels_last:
             model.to(memory_format=torch.channels_last)
         if engine.gradient_checkpointing:
-            checkpoint_gradients(model)
+            _checkpoint_gradients(model)
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
             model.parameters(), settings["lr"], weight_decay=engine.weight_decay, fused=True
@@ -137,7 +137,7 @@ class Run:
         self.value: _DeferredLoss | None = None  # loss of the last step
         self.shown = math.nan  # the newest loss that is known without waiting
         self.eager = 0  # steps in this call that were not replayed
-        self.graph: StepGraph | None = None
+        self.graph: _StepGraph | None = None
         self.decay: float | Tensor = 0.0  # of the average, at the coming step
         if engine.cuda_graphs:
             _check_graphs(self)
@@ -241,7 +241,7 @@ class Run:
 
     def replay(self, x: Tensor, c: Condition | None) -> Tensor:
         """The step as a CUDA graph, recorded if it is the first."""
-        self.graph = self.graph or StepGraph(self, x, c)
+        self.graph = self.graph or _StepGraph(self, x, c)
         self.whole = False
         return self.graph.replay(x, c, keyed_generator(self.settings["seed"], 0, self.step))
 
@@ -290,8 +290,8 @@ class Run:
             model, moments = ({k: v.cpu().clone() for k, v in part.items()} if main else {} for part in whole)
 
         def write() -> Path:
-            path = checkpoints.write_checkpoint(folder, record, (model, self.average, moments))
-            checkpoints.prune_checkpoints(path, self.engine.keep)
+            path = checkpoints._write_checkpoint(folder, record, (model, self.average, moments))
+            checkpoints._prune_checkpoints(path, self.engine.keep)
             return path
 
         if together:
@@ -320,7 +320,7 @@ class Run:
         found = on_main(find, self.accelerator.process_index, self.world)
         if found is None:
             return
-        changes = checkpoints.find_changes(found, self.settings, engine.metadata, engine.may_change)
+        changes = checkpoints._find_changes(found, self.settings, engine.metadata, engine.may_change)
         self.changes = found.record["changes"] + changes
         checkpoints.load_weights(self.model, found.model, f"{found.path}/model.safetensors")
         checkpoints.load_weights(self.average, found.ema, f"{found.path}/ema.safetensors")
@@ -357,10 +357,10 @@ def _describe_data(data: Data, folder: Path | None) -> Json:
         return {"size": len(data), "digest": identity}
     if callable(data):
         return {"size": None, "digest": None}
-    return {"size": [*data[0].shape], "digest": None if folder is None else digest(*tensors_of(*data))[:16]}
+    return {"size": [*data[0].shape], "digest": None if folder is None else digest(*_tensors_of(*data))[:16]}
 
 
-def checkpoint_gradients(model: nn.Module) -> None:
+def _checkpoint_gradients(model: nn.Module) -> None:
     """Let blocks keep their inputs alone and compute the rest again in the backward pass."""
     known = [getattr(part, "enable_gradient_checkpointing", None) for part in model.modules()]
     require(any(known), "gradient_checkpointing", True, "False for this network, which is none of diffusers")

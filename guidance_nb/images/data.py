@@ -464,7 +464,7 @@ def _pixels_digest(images: np.ndarray, labels: np.ndarray | None) -> str:
     return digest(images, b"" if labels is None else labels)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
     require(path.is_file(), "path", str(path), "an .npz file or a folder of images that is there")
     allowed = "an .npz file of numbers"
@@ -474,7 +474,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _load_npz(path: Path) -> SampleFile:
     "Samples in ADM's layout; whatever is wrong with the file is said in one line."
-    arrays = read_arrays(path)
+    arrays = _read_arrays(path)
     require("arr_0" in arrays, f"arrays of {path}", ", ".join(arrays) or "none", "arr_0, the images")
     x, c = arrays["arr_0"], arrays.get("arr_1")
     span = f" in [{x.min():.3g}, {x.max():.3g}]" if x.size and np.issubdtype(x.dtype, np.number) else ""

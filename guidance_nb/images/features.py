@@ -19,7 +19,7 @@ from guidance_nb._extras import extra
 from guidance_nb._files import digest, parse_json, read_text
 from guidance_nb._points import moments
 from guidance_nb.denoisers import shown
-from guidance_nb.images.data import from_uint8, read_arrays, to_uint8
+from guidance_nb.images.data import _read_arrays, from_uint8, to_uint8
 
 if TYPE_CHECKING:
     from transformers import Dinov2WithRegistersModel
@@ -102,7 +102,7 @@ def checksum(data: Tensor | Path) -> str:
 def read_reference(path: str | Path, n: int | None = None) -> Reference:
     "Read an ADM reference: mu, sigma, for sFID mu_s, sigma_s, and for neighbours arr_0 (arXiv 2105.05233)."
     path = Path(path)
-    found, known = read_arrays(path), {}
+    found, known = _read_arrays(path), {}
     needed = "mu, sigma (mu_s, sigma_s for sfid; arr_0 for kid, precision, recall)"
     require({"mu", "sigma"} <= set(found), f"keys of {path}", ", ".join(found) or "none", needed)
     for layer, f, end in (("features", 2048, ""), ("spatial", 2023, "_s")):
@@ -186,7 +186,7 @@ def find_extractor(
     return resnet_extractor(cifar_resnet(weights, 20 if extractor == "resnet20" else 56))
 
 
-def best_device() -> str:
+def _best_device() -> str:
     "CUDA where there is one."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -229,7 +229,7 @@ def _inception(weights: str | Path | None = None, layers: Collection[str] = tupl
     require(theirs, "weights", f"{path}, which are not FID's", _INCEPTION_FILE)
     wanted = {layer: theirs for layer, theirs in _INCEPTION_LAYERS.items() if layer in layers}
     options = {"cuda": False, "feature_extractor_weights_path": str(path), "verbose": False}
-    network = create_feature_extractor(INCEPTION, [*wanted.values()], **options).to(best_device())
+    network = create_feature_extractor(INCEPTION, [*wanted.values()], **options).to(_best_device())
     seen: dict[str, Tensor] = {}
     network.Mixed_6d.register_forward_hook(lambda module, args, out: seen.update(spatial=out[:, :7].flatten(1).float()))
 
@@ -239,7 +239,7 @@ def _inception(weights: str | Path | None = None, layers: Collection[str] = tupl
             found = dict(zip(wanted, network(images)))
         return {layer: seen.get(layer, rows) for layer, rows in found.items()}
 
-    return Extractor(INCEPTION, features, best_device())
+    return Extractor(INCEPTION, features, _best_device())
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # means and deviations of the channels, in [0, 1]
@@ -308,7 +308,7 @@ def cifar_resnet(
     with explained(f"{file} does not hold a ResNet-{depth}", "weights as published", Exception):
         state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    return network.eval().requires_grad_(False).to(device or best_device())
+    return network.eval().requires_grad_(False).to(device or _best_device())
 
 
 def resnet_extractor(network: CifarResNet) -> Extractor:
@@ -342,7 +342,7 @@ def _dinov2_extractor(path: str | Path | None, size: int = 224, device: str | to
     Images are resized bicubically with antialiasing to `size`, a multiple of the network's patch size, and normalised;
     register tokens take no part.
     """
-    network, device = _load_dinov2(path), device or best_device()
+    network, device = _load_dinov2(path), device or _best_device()
     patch, first = network.config.patch_size, 1 + network.config.num_register_tokens
     require(size >= 1 and size % patch == 0, "size", size, f"a multiple of the patch size {patch}")
     network = network.to(device)

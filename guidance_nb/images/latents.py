@@ -17,7 +17,7 @@ from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
 from guidance_nb.images.data import Crop, ImageData, ImageFiles, Size, from_uint8, load_images, to_uint8
-from guidance_nb.images.features import best_device
+from guidance_nb.images.features import _best_device
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -64,8 +64,8 @@ def load_vae(source: "AutoencoderKL | str | Path") -> "AutoencoderKL":
         from diffusers import AutoencoderKL
 
     if isinstance(source, str | Path):
-        find_processes(torch.device(best_device()))  # where there are several, this points each at its own card
-        return _read_vae(str(source)).to(best_device())
+        find_processes(torch.device(_best_device()))  # where there are several, this points each at its own card
+        return _read_vae(str(source)).to(_best_device())
     allowed = "a diffusers AutoencoderKL, or its folder or name"
     require_that(isinstance(source, AutoencoderKL), f"vae is a {type(source).__name__}", allowed)
     return source.eval().requires_grad_(False)
@@ -187,7 +187,7 @@ def open_shard(path: Path, verify: bool = False) -> tuple[dict[str, Tensor], obj
     return tensors, settings, promised
 
 
-def find_shard(path: Path, settings: Mapping[str, object]) -> dict[str, object] | None:
+def _find_shard(path: Path, settings: Mapping[str, object]) -> dict[str, object] | None:
     "The index entry of a shard to keep, or None; other settings are a `ValueError` that names the first."
     try:
         tensors, kept, promised = open_shard(path, verify=True)
@@ -212,7 +212,7 @@ def make_shards(
 
     def one(first: int) -> dict[str, object]:
         file, rows = path.parent / shard_name(first // size, stem), torch.arange(first, min(first + size, n))
-        if kept := find_shard(file, settings):
+        if kept := _find_shard(file, settings):
             bar.update(len(rows))
             return kept
         parts = []

@@ -29,7 +29,7 @@ from guidance_nb.images.features import (
     FeatureFunction,
     Features,
     Reference,
-    best_device,
+    _best_device,
     check_images,
     extract,
     find_extractor,
@@ -100,7 +100,7 @@ def feature_scores(
         elif metric == "kd":
             values[metric] = kernel_distance(samples.layer(layer), reference.layer(layer))
         elif metric not in values:
-            found = precision_recall(reference.layer(layer), samples.layer(layer), k, best_device())
+            found = precision_recall(reference.layer(layer), samples.layer(layer), k, _best_device())
             values["precision"], values["recall"] = found
         require(math.isfinite(values[metric]), column(metric, one), values[metric], "features with a finite score")
     return {column(metric, one): values[metric] for metric in names}
@@ -177,7 +177,7 @@ def nearest_images(images: Tensor, train: Tensor, k: int = 2) -> tuple[Tensor, T
     "Distances to the nearest training images, root mean square in grey levels, and which they are, `[n, k]` each."
     shapes = check_images("images", images).shape[1:], check_images("train", train, at_least=k).shape[1:]
     require(shapes[0] == shapes[1], "shapes of images and train", shapes, "equal shapes")
-    distance, index = nearest_neighbours(images, train, k, device=best_device())
+    distance, index = nearest_neighbours(images, train, k, device=_best_device())
     return distance / math.sqrt(images[0].numel()), index
 
 

@@ -15,8 +15,8 @@ from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, we
 from guidance_nb.images.data import Crop, ImageData, ImageFiles, Size, common_size, image_files, to_pixels
 from guidance_nb.images.latents import LatentData, encode_folder, load_latents, make_shards, open_shard
 from guidance_nb.interop._networks import Pipeline
-from guidance_nb.interop.diffusers import PipelineParts
-from guidance_nb.interop.text_denoiser import check_pipeline
+from guidance_nb.interop.diffusers import _PipelineParts
+from guidance_nb.interop.text_denoiser import _check_pipeline
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -107,7 +107,7 @@ def _texts_digest(captions: Sequence[str]) -> str:
 
 def _cache_text(pipeline: Pipeline, captions: Sequence[str], out: Path) -> None:
     "Embeddings of the null prompt and of distinct captions, computed once, on all processes if there are several."
-    texts, parts = ["", *captions], PipelineParts(pipeline.unet, pipeline)
+    texts, parts = ["", *captions], _PipelineParts(pipeline.unet, pipeline)
     settings = {"captions": _texts_digest(captions), "dtype": "float32", "shard_rows": _SHARD_ROWS}
     settings |= {"encoder": weights_digest(pipeline.text_encoder.state_dict())}
 
@@ -120,7 +120,7 @@ def _cache_text(pipeline: Pipeline, captions: Sequence[str], out: Path) -> None:
 
 
 @dataclass
-class CaptionedLatents:
+class _CaptionedLatents:
     "Latents with text embeddings as `fit` reads them: whole batches by index, posterior draws keyed."
 
     latents: LatentData  # Latents, labelled by the number of their caption
@@ -158,13 +158,13 @@ class CaptionedLatents:
 def cache_captioned(
     source: ImageData | str | Path, out: str | Path, pipeline: Pipeline, flip: bool = False, crop: Crop = "adm",
     batch_size: int = 8, progress: bool = True,
-) -> CaptionedLatents:  # fmt: skip
+) -> _CaptionedLatents:  # fmt: skip
     """Encode pictures and captions once into a folder; goes on where it was interrupted.
 
     `source` is what load_captioned gave, or a folder of captioned pictures of one size. With `flip` mirror images are
     encoded, too; they belie captions with "left" and "right".
     """
-    check_pipeline(pipeline)
+    _check_pipeline(pipeline)
     data = source if isinstance(source, ImageData) else load_captioned(source)
     encode_folder(
         data, Path(out) / "latents", pipeline.vae, flip=flip, shard_rows=_SHARD_ROWS, batch_size=batch_size, crop=crop,
@@ -174,7 +174,7 @@ def cache_captioned(
     return load_cached(out, flip)
 
 
-def load_cached(folder: str | Path, flip: bool = False) -> CaptionedLatents:
+def load_cached(folder: str | Path, flip: bool = False) -> _CaptionedLatents:
     "Latents and embeddings of a folder; missing, truncated and foreign files are named."
     latents, text = load_latents(Path(folder) / "latents", flip), Path(folder) / "text"
     advice = "a folder that `cache_captioned` has finished"
@@ -184,4 +184,4 @@ def load_cached(folder: str | Path, flip: bool = False) -> CaptionedLatents:
         files = [text / entry["file"] for entry in index["shards"]]
     same = captions == _texts_digest(latents.classes)
     require_that(same, f"{text} has embeddings of other captions than the latents", "both of one run")
-    return CaptionedLatents(latents, [open_shard(file)[0]["moments"] for file in files], rows)
+    return _CaptionedLatents(latents, [open_shard(file)[0]["moments"] for file in files], rows)

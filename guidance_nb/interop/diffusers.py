@@ -28,21 +28,21 @@ __all__ = ["from_diffusers"]
 
 
 @contextmanager
-def opening(name: str, source: str | Path) -> Iterator[None]:
+def _opening(name: str, source: str | Path) -> Iterator[None]:
     "Put into one line what another library says of something that it cannot open."
     kinds = OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError
     with explained(f"{name} = {str(source)!r} cannot be opened", "a folder or name", *kinds):
         yield
 
 
-def open_pipeline(source: Pipeline | str | Path) -> Pipeline:
+def _open_pipeline(source: Pipeline | str | Path) -> Pipeline:
     "A pipeline of `diffusers`; one that cannot be opened is a `ValueError`."
     if not isinstance(source, str | Path):
         return source
     with extra("diffusers"):
         from diffusers import DiffusionPipeline
 
-    with opening("pipeline", source):
+    with _opening("pipeline", source):
         return DiffusionPipeline.from_pretrained(str(source))
 
 
@@ -52,7 +52,7 @@ def _has_encoder(pipeline: Pipeline) -> bool:
 
 
 @dataclass(frozen=True)
-class PipelineParts:
+class _PipelineParts:
     "What surrounds a network: encoders, decoder, sizes. Copies of a model share it."
 
     net: Network  # The network
@@ -60,7 +60,7 @@ class PipelineParts:
     size: Size | None = None  # Side of the images in pixels, or height and width; None for the pipeline's own
     options: Json = field(default_factory=dict)  # Further arguments of the pipeline's `encode_prompt`
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "PipelineParts":
+    def __deepcopy__(self, memo: dict[int, object]) -> "_PipelineParts":
         return self
 
     @property
@@ -144,7 +144,7 @@ class DiffusersDenoiser(NetworkDenoiser):
 
     def __init__(
         self,
-        parts: PipelineParts,
+        parts: _PipelineParts,
         facts: SchedulerFacts,
         null: int | Condition | None = None,  # What stands for no condition: a label, or a condition `[1, ...]`
         guidance: float | None = None,  # Fixed scale for a network that takes one; None makes it scale-aware
@@ -203,10 +203,10 @@ def from_diffusers(
     **options: object,  # Further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`
 ) -> DiffusersDenoiser:  # With `shape`, `encode(prompts)`, `decode_latents(latents)`
     "A model of diffusers as a denoiser: with path, prediction and time of its scheduler, for any guidance."
-    pipeline = None if isinstance(source, nn.Module) else open_pipeline(source)
+    pipeline = None if isinstance(source, nn.Module) else _open_pipeline(source)
     net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", source)
     require(isinstance(net, nn.Module), "pipeline", type(pipeline).__name__, "one with a unet or a transformer")
-    parts = PipelineParts(net, pipeline, size, options)
+    parts = _PipelineParts(net, pipeline, size, options)
     scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
     facts = scheduler if isinstance(scheduler, SchedulerFacts) else path_from_scheduler(scheduler)
     if isinstance(null, str):

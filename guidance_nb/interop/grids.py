@@ -16,7 +16,7 @@ from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
 from guidance_nb.images.data import Size, to_uint8
 from guidance_nb.interop._networks import Pipeline
-from guidance_nb.interop.diffusers import from_diffusers, opening
+from guidance_nb.interop.diffusers import _opening, from_diffusers
 from guidance_nb.interop.schedulers import scheduler_times
 from guidance_nb.model_guidance import FixedScale
 from guidance_nb.samplers import sample
@@ -44,7 +44,7 @@ def clip_score(
         with extra("sd"):
             from transformers import CLIPModel, CLIPProcessor
 
-        with opening("clip", clip):
+        with _opening("clip", clip):
             clip = CLIPModel.from_pretrained(str(clip)).eval(), CLIPProcessor.from_pretrained(str(clip))
     model, processor = clip
     levels, scores = images if images.dtype == torch.uint8 else to_uint8(images.cpu().clamp(-1, 1)), []
@@ -85,7 +85,7 @@ def compare_scales(
     return torch.stack(pictures).unflatten(0, (len(models), len(scales))), rows
 
 
-def save_grid(pictures: Tensor, table: list[Json], out: Path) -> None:
+def _save_grid(pictures: Tensor, table: list[Json], out: Path) -> None:
     "Write a grid, one row for each model and scale and one column for each prompt, and its table."
     with write_aside(out / "grid.csv") as aside, open(aside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]))

@@ -104,9 +104,9 @@ def open_pretrained(source: str) -> Denoiser:
     with extra("diffusers"):
         from huggingface_hub.errors import EntryNotFoundError
 
-    from guidance_nb.interop.diffusers import from_diffusers, opening
+    from guidance_nb.interop.diffusers import _opening, from_diffusers
 
-    with opening("model", source):
+    with _opening("model", source):
         try:
             return HubDenoiser.from_pretrained(source)
         except (OSError, TypeError, EntryNotFoundError):  # nothing of that name, or another kind of model

@@ -13,9 +13,9 @@ from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.cli.recipe import FineTuning, model_guidance_loss
 from guidance_nb.interop import text_denoiser
-from guidance_nb.interop.captions import CaptionedLatents, cache_captioned, load_captioned
-from guidance_nb.interop.diffusers import open_pipeline
-from guidance_nb.interop.grids import compare_scales, save_grid
+from guidance_nb.interop.captions import _CaptionedLatents, cache_captioned, load_captioned
+from guidance_nb.interop.diffusers import _open_pipeline
+from guidance_nb.interop.grids import _save_grid, compare_scales
 from guidance_nb.training import DenoisingLoss, State, fit
 
 __all__ = ["finetune"]
@@ -51,13 +51,13 @@ def add_memory_hint(recipe: FineTuning) -> Iterator[None]:
         raise torch.OutOfMemoryError(f"{reason}; of the recipe: {', '.join([*keys, 'a smaller size'])}") from None
 
 
-def _prepare_data(recipe: FineTuning, folder: str | Path, progress: bool = True) -> CaptionedLatents:
+def _prepare_data(recipe: FineTuning, folder: str | Path, progress: bool = True) -> _CaptionedLatents:
     "Latents and embeddings of a recipe; the pipeline that makes them is gone afterwards."
     data = recipe.data
     require(recipe.pipeline.name, "pipeline", "", "a folder or name, as --pipeline FOLDER")
     require(data.source, "data", "", "a folder of captioned pictures, as --data FOLDER")
     pictures = load_captioned(data.source, data.size or None, data.crop, data.column)
-    pipeline = open_pipeline(recipe.pipeline.name).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = _open_pipeline(recipe.pipeline.name).to("cuda" if torch.cuda.is_available() else "cpu")
     return cache_captioned(pictures, folder, pipeline, flip=data.flip, crop=data.crop, progress=progress)
 
 
@@ -88,7 +88,7 @@ def _finish(recipe: FineTuning, out: Path, model: text_denoiser.TextDenoiser, nu
     device, grid = next(model.parameters()).device, recipe.grid
     if find_processes(device)[0]:
         return
-    pipeline, name = open_pipeline(recipe.pipeline.name), recipe.method.name
+    pipeline, name = _open_pipeline(recipe.pipeline.name), recipe.method.name
     card = text_denoiser.pipeline_card(
         "scale-aware" if model.scale_aware else name, steps=recipe.training.steps,
         samples=recipe.training.steps * recipe.training.batch_size, base=recipe.pipeline.name,
@@ -106,4 +106,4 @@ def _finish(recipe: FineTuning, out: Path, model: text_denoiser.TextDenoiser, nu
         models, grid.prompts, pipeline, grid.grid_scales, clip=grid.clip_model or None, steps=grid.grid_steps,
         seed=recipe.training.seed, size=recipe.data.size or None, progress=progress,
     )  # fmt: skip
-    save_grid(pictures, table, out)
+    _save_grid(pictures, table, out)

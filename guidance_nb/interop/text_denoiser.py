@@ -17,7 +17,7 @@ from guidance_nb._random import keyed_global_rng
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.interop._networks import Network, Pipeline, Scheduler, condition_names, latent_channels
-from guidance_nb.interop.diffusers import DiffusersDenoiser, PipelineParts, open_pipeline, opening
+from guidance_nb.interop.diffusers import DiffusersDenoiser, _open_pipeline, _opening, _PipelineParts
 from guidance_nb.interop.schedulers import path_from_scheduler
 from guidance_nb.training import LossContext
 
@@ -33,7 +33,7 @@ def _check_network(net: Network, scheduler: Scheduler) -> None:
     require(path_from_scheduler(scheduler).clock, "scheduler", type(scheduler).__name__, "any but those of EDM")
 
 
-def check_pipeline(pipeline: Pipeline) -> None:
+def _check_pipeline(pipeline: Pipeline) -> None:
     "Raise a one-line error for a pipeline that cannot be fine-tuned."
     for part in ("unet", "vae", "text_encoder", "tokenizer"):
         there, name = getattr(pipeline, part, None) is not None, f"{part} of {type(pipeline).__name__}"
@@ -76,7 +76,7 @@ class TextDenoiser(DiffusersDenoiser):
     def __init__(self, net: Network, scheduler: Scheduler, null: Tensor):  # `null` is that of `load_text_denoiser`
         width = net.config.cross_attention_dim
         require(null.shape[-1] == width, "shape of null", tuple(null.shape), f"width {width}, as the network takes")
-        super().__init__(PipelineParts(net), path_from_scheduler(scheduler), null)
+        super().__init__(_PipelineParts(net), path_from_scheduler(scheduler), null)
         self.frozen = frozenset(name for name, p in self.named_parameters() if not p.requires_grad)
         self.register_state_dict_post_hook(_leave_out_frozen)
         self.register_load_state_dict_post_hook(_miss_no_frozen)
@@ -126,7 +126,7 @@ def _read_parts(source: str) -> tuple[Network, Scheduler]:
     with extra("diffusers"):
         import diffusers
 
-    with opening("pipeline", source):
+    with _opening("pipeline", source):
         kinds = diffusers.DiffusionPipeline.load_config(source)
         net, scheduler = (
             getattr(diffusers, kinds[part][1]).from_pretrained(source, subfolder=part) for part in ("unet", "scheduler")
@@ -178,7 +178,7 @@ def merged_network(model: TextDenoiser) -> Network:
 
 def save_pipeline(model: TextDenoiser, source: Pipeline | str | Path, folder: str | Path, card: str = "") -> None:
     "Write an ordinary pipeline of `diffusers`, completely or not at all."
-    pipeline, folder = open_pipeline(source), Path(folder)
+    pipeline, folder = _open_pipeline(source), Path(folder)
     free = not folder.exists() or (folder / "model_index.json").is_file()
     require(free, "folder", str(folder), "a new one, or one that holds a pipeline")
     old = pipeline.unet
