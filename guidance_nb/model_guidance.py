@@ -39,68 +39,6 @@ from .training import LossContext
 # %% ../nbs/13_model_guidance.ipynb #c13d1108
 #| code-fold: true
 #| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
-#| code-fold: true
-#| code-summary: "Options, and the direction"
 _Negative = Literal["null", "uniform", "posterior", "contrastive"]
 
 

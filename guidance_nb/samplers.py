@@ -181,17 +181,16 @@ class Trajectory(NamedTuple):
 # %% ../nbs/03_samplers.ipynb #121cad9a
 # `callback(step, t, x)`, see `sample`
 _Callback: TypeAlias = Callable[[int, Tensor, Tensor], None]
+_Stepping: TypeAlias = Sampler | Callable[..., Tensor]  # A sampler, or a step
 
 
-def check_request(
-    model: Denoiser, c: Condition | int, shape: tuple[int, ...], sampler: Sampler | Callable[..., Tensor], times: Tensor
-) -> int:
+def check_request(model: Denoiser, c: Condition | int, shape: tuple[int, ...], sampler: _Stepping, times: Tensor) -> int:
     """The number of samples; what `model`, `sampler`, `c`, `shape` and `times`
     cannot do together is an error."""
     if not callable(sampler):
         check_choice("sampler", sampler, get_args(Sampler) if model.consistent else ("ddim", "ddpm"))
     n = count(c) if isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim) else c
-    require(type(n) is int and n > 0, "c", c, "labels [n] or the number of unconditional samples, n >= 1")
+    require_that(type(n) is int and n > 0, f"c = {c!r}", "labels [n] or the number of unconditional samples, n >= 1")
     sized = isinstance(shape, tuple | list) and shape and all(isinstance(n, int) and n > 0 for n in shape)
     require(sized, "shape", shape, "the shape of one sample, whole numbers > 0")
     if not isinstance(c, int):

@@ -588,7 +588,7 @@ GOOD = pictures(10, 0)
     ("call", "message"),
     [
         (lambda: im.image_scores(GOOD.float(), GOOD, QUARTERS), "samples is torch.float32 .*; allowed: torch.uint8"),
-        (lambda: im.image_scores(GOOD, GOOD.numpy(), QUARTERS), "reference = 'uint8 .*; allowed"),
+        (lambda: im.image_scores(GOOD, GOOD.numpy(), QUARTERS), "reference is ndarray; allowed: torch.uint8"),
         (lambda: im.image_scores(GOOD[:, :2], GOOD, QUARTERS), "shapes of samples .*, and equal channels"),
         (lambda: im.image_scores(GOOD[0], GOOD, QUARTERS), r"samples is torch.uint8 \(3, 32, 32\)"),
         (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), r"samples is torch.uint8 \(0, .*n >= 1 "),

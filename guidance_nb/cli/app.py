@@ -279,19 +279,6 @@ def _finetune_command(
     _train(finetune(chosen, folder, progress, cpu), f"the pipeline is in {folder / 'pipeline'}")
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    "Raise an error, before any work, for a name `out` that cannot be written or must not be overwritten."
-    from guidance_nb.images.data import may_replace
-
-    kind = out.suffix.lower()
-    other = kind in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors")
-    require(not other, "out", str(out), "a name that ends in .npz or .png, or a folder")
-    ours = out.is_file() if kind == ".png" else out.is_dir() != (kind == ".npz") and may_replace(out, True)
-    free = not out.exists() or (overwrite and ours)
-    require_that(free, f"out = {str(out)!r} is there already", "another name, or --overwrite, for samples alone")
-    check_folder("out", out.parent)
-
-
 def _store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None:
     "Write samples as `out` says, a picture with so many `columns` for a .png, and tell."
     from guidance_nb.cli.run import _write_picture
@@ -322,7 +309,7 @@ def _sample_command(
     Example: guidance-nb sample mnist-cfg --scale 3 --out digits.png
     """
     from guidance_nb.cli._devices import main_only
-    from guidance_nb.cli.run import Request, generate, load_trained
+    from guidance_nb.cli.run import Request, _check_target, generate, load_trained
 
     source, flags = parse_keys([checkpoint, *context.args], Request)
     request = Request().changed(**flags)
@@ -354,7 +341,7 @@ def _postprocess_command(
     Example: guidance-nb postprocess runs/mnist-post base.npz --out corrected.npz
     """
     from guidance_nb.cli._devices import main_only
-    from guidance_nb.cli.run import load_trained, postprocess
+    from guidance_nb.cli.run import _check_target, load_trained, postprocess
     from guidance_nb.images.data import load_samples
 
     def work() -> None:

@@ -108,9 +108,10 @@ def _prepare_sharding(accelerator: "Accelerator", engine: "Engine") -> None:
         found = f"{kind}{' with fsdp_version = 1' if kind == 'FSDP' else ''}"
         raise RuntimeError(f"distributed_type = {found}; allowed: data parallelism, or FSDP with fsdp_version = 2")
     if accelerator.is_fsdp2:
-        require(accelerator.mixed_precision != "fp16", "precision", "fp16", "'fp32', 'bf16' with FSDP2")
-        for name in ("channels_last", "compile"):
-            require(not getattr(engine, name), name, True, "False with FSDP2")
+        allowed = {"precision": "'fp32', 'bf16'", "channels_last": "False", "compile": "False"}
+        wrong = accelerator.mixed_precision == "fp16", engine.channels_last, engine.compile
+        for name, bad in zip(allowed, wrong):
+            require(not bad, name, getattr(engine, name), f"{allowed[name]} with FSDP2")
         plugin = state.fsdp_plugin
         plugin.mixed_precision_policy, plugin.cpu_ram_efficient_loading = MixedPrecisionPolicy(), False
 

@@ -110,12 +110,16 @@ class SchedulerFacts(NamedTuple):
     sign: float = 1.0  # Sign of the output; -1 for EDM networks of type `v_prediction`
 
 
-def path_from_scheduler(scheduler: Scheduler) -> SchedulerFacts:
-    "Read path, prediction and time from a scheduler's configuration, eq. (1); raises `ValueError` for any other."
+def path_from_scheduler(scheduler: Scheduler, numbered: bool = False) -> SchedulerFacts:
+    """Read path, prediction and time from a scheduler's configuration, eq. (1); raises `ValueError` for any other.
+
+    Where timesteps must be `numbered`, EDM's are an error.
+    """
     name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
     kind, steps = config.get("prediction_type"), config.get("num_train_timesteps", 1000)
     told = f"prediction_type of {name}"
     if name.startswith("EDM"):
+        require(not numbered, "scheduler", name, "any but those of EDM")
         sign = 1.0 if check_choice(told, kind, ("epsilon", "v_prediction")) == "epsilon" else -1.0
         return SchedulerFacts(EDMPath(config["sigma_max"]), "edm", None, config["sigma_data"], sign)
     if (name.startswith("FlowMatch") and not config.get("invert_sigmas")) or kind == "flow_prediction":
