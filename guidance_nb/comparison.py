@@ -15,13 +15,7 @@ from torch import Tensor
 
 from . import metrics
 from ._checks import check_choice
-from guidance_nb.mixtures import (
-    Mixture,
-    digits,
-    fractal,
-    mixture_of_points,
-    sample_mixture,
-)
+from .mixtures import Mixture, digits, fractal, mixture_of_points, sample_mixture
 
 # %% ../nbs/20_comparison.ipynb #91ae22c5
 @dataclass

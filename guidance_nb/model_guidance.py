@@ -14,24 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import (
-    AnyDenoiser,
-    Interval,
-    ScaleRange,
-    Share,
-    Whole,
-    check_number,
-    checked,
-    require,
-)
+from ._checks import AnyDenoiser, Interval, ScaleRange, Share, Whole, check_number, checked, require
 from ._conditions import check_conditional, output_pair, take_rows
 from ._modes import eval_mode
-from guidance_nb.denoisers import (
-    EMBEDDINGS,
-    Denoiser,
-    NetworkDenoiser,
-    Prediction,
-)
+from .denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction
 from .guidance import Scale
 from .paths import expand_time
 from .training import LossContext
