@@ -66,7 +66,7 @@ def drop_rows(c: Condition, drop: Tensor, null: Condition | None) -> Condition:
 def null_rows(null: Condition | None, batch: int, device: torch.device) -> Condition:
     """The null condition for a whole batch."""
     require_that(null is not None, "null is None", "a null condition, given when the denoiser was made, for no c")
-    return map_condition(lambda part: part.to(device).expand(batch, *part.shape[1:]), null)  # type: ignore[arg-type]
+    return map_condition(lambda part: part.to(device).expand(batch, *part.shape[1:]), null)  # type: ignore[return-value]
 
 
 def check_conditional(model: "NetworkDenoiser", c: object, scale_range: object = None) -> None:

@@ -226,6 +226,7 @@ def check_labels(c: C, num_classes: int, batch: int, name: str = "c") -> C:
         return c
     fine = isinstance(c, Tensor) and c.dtype in (torch.int64, torch.int32) and c.shape == (batch,)
     require_that(fine, f"{name} is {shown(c)}", f"a LongTensor [batch] = [{batch}] of class indices, or None")
+    assert isinstance(c, Tensor)
     if (bad := (c < 0) | (c >= num_classes)).any():
         allowed = f"0 to {num_classes - 1}" if num_classes else "None, for the model has no classes"
         raise ValueError(f"{name} contains {c[bad][0]}; allowed: {allowed}")

@@ -181,10 +181,10 @@ class Trajectory(NamedTuple):
 # %% ../nbs/03_samplers.ipynb #121cad9a
 # `callback(step, t, x)`, see `sample`
 _Callback: TypeAlias = Callable[[int, Tensor, Tensor], None]
-_Stepping: TypeAlias = Sampler | Callable[..., Tensor]  # A sampler, or a step
+_Stepper: TypeAlias = Sampler | Callable[..., Tensor]  # A sampler, or a step
 
 
-def check_request(model: Denoiser, c: Condition | int, shape: tuple[int, ...], sampler: _Stepping, times: Tensor) -> int:
+def check_request(model: Denoiser, c: Condition | int, shape: tuple[int, ...], sampler: _Stepper, times: Tensor) -> int:
     """The number of samples; what `model`, `sampler`, `c`, `shape` and `times`
     cannot do together is an error."""
     if not callable(sampler):

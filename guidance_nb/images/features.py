@@ -322,7 +322,7 @@ def _load_dinov2(path: str | Path | None) -> "Dinov2WithRegistersModel":
     allowed = "a folder with config.json and model.safetensors"
     kinds = ValueError, AttributeError, TypeError
     with explained(f"path = {path} has no config.json that can be read", allowed, *kinds):
-        kind = parse_json(read_text(Path(path) / "config.json")).get("model_type")
+        kind = parse_json(read_text(Path(path) / "config.json")).get("model_type")  # type: ignore[arg-type]
     require(kind == "dinov2_with_registers", f"model in {path}", kind, f"{allowed} of a 'dinov2_with_registers'")
     with extra("dinov2"):
         from safetensors import SafetensorError
