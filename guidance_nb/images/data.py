@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import Count, check_choice, check_whole, checked, explained, require, require_that
+from guidance_nb._checks import check_choice, check_whole, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, digest, parse_json, read_text, write_aside
 
@@ -524,17 +524,16 @@ def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Json)
     return SampleFile(x, c, facts)
 
 
-@checked
 def load_samples(
     path: str | Path,  # An .npz file in ADM's layout, or a folder of images
     size: Size | None = None,  # Wanted side, or height and width: folders made elsewhere are resized, others have it
-    channels: Count | None = None,  # Channels wanted; 1 or 3 for a folder
+    channels: int | None = None,  # Channels wanted; 1 or 3 for a folder
 ) -> SampleFile:  # uint8 images, labels if there are any, facts if there are any
     "Samples from an .npz file or a folder, written by `save_samples` or made elsewhere."
     path = Path(path)
     kept = channels if channels in (1, 3) else None  # of the channels that image files have
     found = _load_folder(path, size, kept) if path.is_dir() else _load_npz(path)
     _, stored, *sides = found.x.shape
-    wanted = (channels or stored, *(sides if size is None else find_sides(size)))
+    wanted = (stored if channels is None else channels, *(sides if size is None else find_sides(size)))
     require((stored, *sides) == wanted, f"shape of the images of {path}", (stored, *sides), f"{wanted}, as asked for")
     return found
