@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args, get_origin
@@ -107,7 +107,8 @@ def check_denoiser(name: str, model: "Denoiser") -> "Denoiser":
 
 def check_range(name: str, ends: Iterable[float], allowed: str, low: float = 0.0, high: float = 1e308) -> Ends:
     """Two numbers in order, from `low` to `high`."""
-    with explained(f"{name} = {ends}", allowed, TypeError, ValueError):
+    first = last = math.nan
+    with suppress(TypeError, ValueError):
         first, last = map(float, ends)
     require(low <= first <= last <= high, name, ends, allowed)
     return first, last

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from ._checks import require
 from ._extras import extra
 
 Layer: TypeAlias = Any  # A layer of diffusers
@@ -19,9 +20,8 @@ def choose_layers(found: Mapping[str, Layer], layers: Layers) -> list[Layer]:
             hits = [name for name in names if wanted in name]
         else:
             hits = names[wanted : wanted + 1] if isinstance(wanted, int) and wanted >= 0 else []
-        if not hits:
-            there = f"0 to {len(names) - 1}, or part of a name: {', '.join(names)}" if names else "no layer is there"
-            raise ValueError(f"layers = {wanted!r}; allowed: {there}")
+        there = f"0 to {len(names) - 1}, or part of a name: {', '.join(names)}" if names else "no layer is there"
+        require(hits, "layers", wanted, there)
         chosen += hits
     return [found[name] for name in dict.fromkeys(chosen)]
 
