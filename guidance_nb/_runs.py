@@ -1,6 +1,6 @@
 """What a run of `sample` computes once: functions of its times, and what follows from its conditions alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ class _Run:
         self.grid, self.times = times, times.unbind()
         self.places = {id(t): place for place, t in enumerate(self.times)}
         self.known: dict[int, object] = {id(None): None, id(c): c}  # conditions, and what was made of them
-        self.tables: dict[tuple, tuple[object, list[list[Any]]]] = {}
+        self.tables: dict[tuple, tuple[object, Sequence[Any]]] = {}
         self.kept: dict[tuple, tuple[object, Any]] = {}
 
 
@@ -47,17 +47,17 @@ def is_of_run(t: Tensor, c: Condition | None) -> bool:
     return run is not None and id(t) in run.places and id(c) in run.known
 
 
-def at_time(owner: object, name: str, compute: Functions, t: Tensor) -> list[Any] | None:
-    """Functions of time as numbers for a time of a run, computed for all its times together.
+def at_time(owner: object, name: object, compute: Callable[[Tensor], Sequence[Any]], t: Tensor) -> Any:
+    """What belongs to a time of a run; `compute` gives it for all times of the run together.
 
-    They are known by their `owner` and a `name`; None for a time that is of no run.
+    It is known by its `owner` and a `name`; None for a time that is of no run.
     """
     run = _this_run()
     if run is None or id(t) not in run.places:
         return None
     key = (id(owner), name)
     if key not in run.tables:
-        run.tables[key] = owner, torch.stack(compute(run.grid)).T.tolist()
+        run.tables[key] = owner, compute(run.grid)
     return run.tables[key][1][run.places[id(t)]]
 
 

@@ -11,7 +11,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -90,8 +89,7 @@ def to_prediction(
         determinant = alpha * b - sigma * a
         return tuple(torch.stack([a, b, alpha, sigma]) / determinant)
 
-    name = f"{prediction} {sigma_data}"
-    a, b, alpha, sigma = path.coefficients(name, solve, t, x)
+    a, b, alpha, sigma = path.coefficients((prediction, sigma_data), solve, t, x)
     return Prediction(b * x - sigma * y, alpha * y - a * x)
 
 # %% ../nbs/01_denoisers.ipynb #e60ca5ab
@@ -106,7 +104,10 @@ def guide(
     """Extrapolate from the reference through the conditional prediction, eq.
     (4)."""
     pairs = zip(conditional, reference)
-    return Prediction(*(r + scale * (c - r) for c, r in pairs))
+    if isinstance(scale, Tensor) or conditional.x0.dtype != reference.x0.dtype:
+        return Prediction(*(r + scale * (c - r) for c, r in pairs))
+    # The same in one operation
+    return Prediction(*(torch.lerp(r, c, scale) for c, r in pairs))
 
 # %% ../nbs/01_denoisers.ipynb #84871184
 # Two predictions by one pass of twice the rows, or by two
@@ -316,11 +317,11 @@ class NetworkDenoiser(Denoiser):
         x = x.to(once(None, precision, self))
         # 16 bits would round the time
         wide = torch.promote_types(x.dtype, torch.float32)
-        known = at_time(self, "time", lambda t: (t,), t)
+        known = at_time(self, "time", Tensor.tolist, t)
         if known is None:
             time = t.to(x.device, wide).expand(len(x))
         else:
-            time = torch.full([len(x)], known[0], dtype=wide, device=x.device)
+            time = torch.full([len(x)], known, dtype=wide, device=x.device)
         if self.prediction != "edm":
             return x, time
         total = (self.path.sigma(time) ** 2 + (self.path.alpha(time) * self.sigma_data) ** 2).sqrt()
@@ -329,14 +330,13 @@ class NetworkDenoiser(Denoiser):
     def network_condition(self, c: Condition | None, drop: Tensor | None, x: Tensor) -> Condition:
         """The condition with what stands for none of it in the rows `drop`, or
         in all rows."""
-        if self.num_classes != EMBEDDINGS:
-            null = partial(torch.full, (len(x),), self.num_classes, device=x.device)
-            if c is None or drop is None:
-                return null() if c is None else c
-            return once(c, lambda: torch.where(drop, null(), c), self, drop)  # type: ignore
+        if c is not None and drop is None:
+            return c
+        if self.num_classes == EMBEDDINGS:
+            return null_rows(self.null, len(x), x.device) if c is None else drop_rows(c, drop, self.null)  # type: ignore
         if c is None:
-            return null_rows(self.null, len(x), x.device)
-        return c if drop is None else drop_rows(c, drop, self.null)
+            return torch.full((len(x),), self.num_classes, device=x.device)
+        return once(c, lambda: torch.where(drop, self.num_classes, c), self, drop)  # type: ignore
 
     def output(
         self,
@@ -350,7 +350,7 @@ class NetworkDenoiser(Denoiser):
     ) -> Tensor:
         "Raw network output, shape and dtype of `x`."
         t = check_inputs(x, t, c, self.num_classes)
-        if self.prediction == "eps" and at_time(self, "late", lambda t: (t > clamp_time(self.path, t),), t) != [False]:
+        if self.prediction == "eps" and not at_time(self, "eps", lambda t: (t <= clamp_time(self.path, t)).tolist(), t):
             asked, t = t, clamp_time(self.path, t)
             if t.device.type == "cpu" and not torch.compiler.is_compiling() and (asked > t).any():
                 told = "prediction = 'eps' says nothing about data at t = 1 of"
@@ -364,7 +364,7 @@ class NetworkDenoiser(Denoiser):
             inputs = (*inputs, torch.where(blank.bool(), torch.zeros_like(asked), asked))  # type: ignore
         record_nfe(x.shape[0])
         try:
-            return self.net(*inputs).to(x.dtype)
+            return self.net(*inputs).to(x)
         except IndexError as error:
             null = self.num_classes
             rows = f"{null + 1} rows, label {null} being the null label"

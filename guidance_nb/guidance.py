@@ -118,9 +118,9 @@ class Guidance(Denoiser):
         t = check_inputs(x, t, c, self.num_classes)
         if c is None and self.claims.needs_condition:
             return self.unguided(x, t, None)
-        acts = at_time(self, "acts", lambda t: (self.acts_at(t),), t)
+        acts = at_time(self, "acts", lambda t: self.acts_at(t).tolist(), t)
         if acts is not None:
-            return self.guided(x, t, c) if acts[0] else self.unguided(x, t, c)
+            return self.guided(x, t, c) if acts else self.unguided(x, t, c)
         guided, plain = type(self).guided, type(self).unguided
         return predict_where(self.acts_at(t), self, guided, plain, x, t, c)
 

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -70,15 +70,17 @@ class Path(ABC):
         first, last = self.time_at(torch.tensor([1e-3, 1e3], dtype=torch.float64)).tolist()
         return first, last if self.alpha(torch.ones(())) <= 1e-3 else math.inf
 
-    def coefficients(self, name: str, compute: Functions, t: Tensor, x: Tensor) -> list[Any]:
+    def coefficients(self, name: object, compute: Functions, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """Functions of time, which `compute` gives and which `name` stands for,
-        at `t`, scalar or `[batch]`: tensors, or numbers, ready to multiply `x`
-        `[batch, ...]`. While `sample` runs they are computed once, for all its
-        times."""
-        numbers = at_time(self, name, compute, t)
-        if numbers is not None:
-            return numbers
-        return [expand_time(k, x) for k in torch.stack(compute(t)).to(x)]
+        at `t`, scalar or `[batch]`: tensors ready to multiply `x` `[batch,
+        ...]`. While `sample` runs they are computed once, for all its times."""
+
+        def every(times: Tensor) -> list[tuple[Tensor, ...]]:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return list(zip(*(k.to(wide).unbind() for k in compute(times))))
+
+        known = at_time(self, (name, x.dtype), every, t)
+        return known or tuple(expand_time(k, x) for k in torch.stack(compute(t)).to(x))
 
     def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         "The point x_t of eq. (1), same shape as `x0`."

@@ -195,10 +195,10 @@ def check_request(model: Denoiser, c: Condition | int, shape: tuple[int, ...], s
     require(sized, "shape", shape, "the shape of one sample, whole numbers > 0")
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
-    moves = times.diff() if times.ndim == 1 else times[:0]
-    rising = (moves > 0).all() and sampler in _REVERSIBLE
-    one_way = rising or (moves != 0 if callable(sampler) else moves < 0).all()
-    fine = len(moves) and one_way and 0 <= times.min() and times.max() <= 1
+    moves = times.diff().tolist() if times.ndim == 1 else []
+    rising = sampler in _REVERSIBLE and all(move > 0 for move in moves)
+    one_way = rising or all(move if callable(sampler) else move < 0 for move in moves)
+    fine = moves and one_way and all(0 <= t <= 1 for t in times.tolist())
     rising_too = f"or strictly rising, for {', '.join(_REVERSIBLE)}"
     require(fine, "times", times.tolist(), f"two or more in [0, 1], strictly falling; {rising_too}")
     return n  # type: ignore[return-value]
