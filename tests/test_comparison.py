@@ -15,6 +15,7 @@ from guidance_nb.cli._tables import METHODS, METRICS
 from guidance_nb.cli._tour import (
     NETWORKS,
     SCALES,
+    SCORING,
     SECONDS,
     Job,
     Stage,
@@ -25,6 +26,7 @@ from guidance_nb.cli._tour import (
     make_network,
     plan,
     run_jobs,
+    sample_method,
     save_stage,
     training_stage,
 )
@@ -87,9 +89,30 @@ def test_other_scales_train_nothing_again_but_the_network_that_takes_a_scale():
 def test_every_method_needs_only_networks_that_exist():
     assert set(NETWORKS) == set(METHODS)
     for method in METHODS:
-        for need in Stage("fractal", 0, "sample", method, (2.0,), QUICK).needs:
+        stage = Stage("fractal", 0, "sample", method, (2.0,), QUICK)
+        drawn = {replace(stage, name="classifier_free_guidance")} if method == "flow_postprocessing" else set()
+        assert {need for need in stage.needs if need.kind == "sample"} == drawn
+        for need in {*stage.needs} - drawn:
             assert need.kind == "train" and all(n.name == "base" for n in need.needs)
             assert need.name in SECONDS["fractal"] and need.name in SECONDS["digits"]
+
+
+def test_postprocessing_moves_the_samples_of_guidance_and_counts_what_both_cost(tmp_path, fractal):
+    stage = Stage("fractal", 0, "sample", "flow_postprocessing", (1.0, 2.0), QUICK)
+    network, guidance = stage.needs
+    post, c = make_network(network, fractal), stage.labels(fractal)
+    torch.nn.init.normal_(post.net.read.weight, std=0.1)
+    drawn = {f"{scale:g} {steps}": torch.randn(len(c), 2) for scale, steps in guidance.jobs}
+    save_stage(tmp_path / network.file, post.state_dict(), {})
+    facts = {which: [30.0, 1000.0] for which in drawn}
+    save_stage(tmp_path / guidance.file, {f"x {which}": x for which, x in drawn.items()}, facts)
+    tensors, info = sample_method(stage, fractal, tmp_path)
+    with count_nfe() as counted:
+        post(drawn["2 8"], c)
+    for which, x in drawn.items():
+        assert_close(tensors[f"x {which}"], post(x, c), rtol=0, atol=0)
+        assert_close(tensors[f"paths {which}"], torch.stack([x[:60], post(x, c)[:60]]), rtol=0, atol=0)
+        assert info[which][0] == 30 + counted.total / len(c) > 30 and 1000 < info[which][1] < 1100
 
 
 def test_a_stage_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
@@ -115,7 +138,7 @@ def test_damaged_stages_are_reported(tmp_path, damage):
 @pytest.mark.parametrize("data", METRICS)
 def test_real_samples_score_better_than_noise(data):
     problem = load_problem(data)
-    real = baseline_rows(problem, 300, seeds=1)[0]
+    real = baseline_rows(data, 300, seeds=1)[0]
     c = torch.arange(300) % problem.mixture.num_classes
     x = torch.randn(300, problem.x.shape[1], generator=torch.Generator().manual_seed(0))
     noise = score_samples(x, c, problem)
@@ -146,6 +169,13 @@ def test_the_bar_counts_a_job_in_full_only_when_it_is_done():
         assert run_jobs(jobs, pool, 2, bar) == [None, 2]
     assert all(0.1 <= n <= 0.1 + 0.95 * 0.2 + 1e-9 for n in bar.seen[:-1]) and len(bar.seen) > 2
     assert bar.seen == sorted(bar.seen) and bar.seen[-1] == pytest.approx(0.3)
+
+
+def test_the_bar_expects_of_a_job_what_those_before_it_took():
+    jobs = [Job(time.sleep, (0.5,), 10), Job(time.sleep, (1.7,), 10)]
+    with ThreadPoolExecutor(1) as pool, Bar(total=20, disable=False, file=io.StringIO()) as bar:
+        run_jobs(jobs, pool, 1, bar)
+    assert max(bar.seen[:-1]) == pytest.approx(10 + 0.95 * 10) and bar.seen == sorted(bar.seen)
 
 
 def test_a_job_begins_as_soon_as_a_worker_is_free_and_what_it_needs_is_there():
@@ -180,12 +210,18 @@ def test_the_plan_waits_for_networks_and_reuses_files(tmp_path):
     for job in jobs[: -len(stages)]:
         (tmp_path / job.arguments[0].file).touch()
     again = plan(stages, tmp_path)
-    assert [job.arguments[0] for job in again] == stages and not any(job.after for job in again)
+    assert [job.arguments[0] for job in again] == stages
+    for job in again:
+        drawn = [need for need in job.arguments[0].needs if need.kind == "sample"]
+        assert [again[n].arguments[0] for n in job.after] == drawn
+    for stage in stages:
+        (tmp_path / stage.file).touch()
+    assert {job.seconds for job in plan(stages, tmp_path)} == {SCORING}
 
 
 @pytest.mark.parametrize("data", METRICS)
 def test_sampling_and_scoring_have_their_share_of_the_bar(data):
     stages = [Stage(data, 0, "sample", method, SCALES, budget_for(data)) for method in METHODS]
-    training = {need: need.seconds for stage in stages for need in stage.needs}
+    training = {need: need.seconds for stage in stages for need in stage.needs if need.kind == "train"}
     last = sum(stage.seconds for stage in stages)
     assert 0.1 < last / (last + sum(training.values())) < 0.4

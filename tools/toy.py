@@ -1,11 +1,12 @@
 """Make nbs/results/toy_samples.npz, which method pages draw: `python tools/toy.py FOLDER`.
 
-Samples of the fractal at a few scales, with the networks and the noise of `guidance-nb tour`, seed 0. Networks
-that FOLDER does not hold are trained into it, in some minutes. Coordinates are stored as whole numbers of 1/8192.
+Samples of the fractal at a few scales, with the noise of `guidance-nb tour`, seed 0, and its networks, trained longer.
+Those that FOLDER does not hold are trained into it, in some minutes. Coordinates are stored as whole numbers of 1/8192.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for the networks")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    budget, problem, saved = budget_for("fractal"), load_problem("fractal"), {}
+    budget = replace(budget_for("fractal"), train_steps=4000, batch=1024, lr=3e-3, ema=0.998)
+    problem, saved = load_problem("fractal"), {}
     for method, scales in STORED.items():
         stage = Stage("fractal", 0, "sample", method, scales, budget)
         for need in stage.needs:

@@ -41,20 +41,20 @@ if TYPE_CHECKING:
 Row = dict[str, object]
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 MATCHED = 2.0  # Scale of the aligned loss, and of the Model-guidance network that takes none
-NETWORKS = {  # What each method samples from; base learned with label dropout, post from samples of it under CFG
+NETWORKS = {  # What each method evaluates; base learned with label dropout, post from samples of it under CFG
     "none": ("base",),
     "exact": (),
     "classifier_guidance": ("base", "classifier"),
     "classifier_free_guidance": ("base",),
     "aligned_loss": ("aligned",),
     "model_guidance": ("mg", "mg_aware"),
-    "flow_postprocessing": ("base", "post"),
+    "flow_postprocessing": ("post",),
 }
-SECONDS = {  # Of training each network, and of sampling from the exact model, on one core, as measured
-    "fractal": {"base": 40, "classifier": 38, "aligned": 69, "mg": 63, "mg_aware": 57, "post": 52, "exact": 18},
-    "digits": {"base": 31, "classifier": 25, "aligned": 35, "mg": 37, "mg_aware": 34, "post": 38, "exact": 18},
+SECONDS = {  # Of training each network, and of sampling from the exact model, on one slow core; the bar corrects them
+    "fractal": {"base": 26, "classifier": 24, "aligned": 39, "mg": 38, "mg_aware": 36, "post": 36, "exact": 19},
+    "digits": {"base": 33, "classifier": 23, "aligned": 39, "mg": 41, "mg_aware": 35, "post": 39, "exact": 15},
 }
-SAMPLING, SCORING = 5, 2  # Of any other method
+SAMPLING, SCORING = 4, 2  # Of any other method
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,13 @@ class Budget:
 
 
 def budget_for(data: str, quick: bool = False) -> Budget:
-    "A few minutes on two cores for both data sets; `quick`: everything in miniature."
+    "Less than five minutes on two cores for both data sets; `quick`: everything in miniature."
     if quick:
         return Budget()
-    same = replace(Budget(), train_steps=4000, ema=0.998, steps=32, cost_steps=(4, 8, 16))
+    number = 3000 if data == "fractal" else 4000
+    same = replace(Budget(), train_steps=number, ema=1 - 8 / number, steps=32, cost_steps=(4, 8, 16))
     if data == "fractal":
-        return replace(same, width=128, depth=4, octaves=6, batch=1024, lr=3e-3, samples=2000, pairs=8000)
+        return replace(same, width=128, depth=4, octaves=6, batch=512, lr=5e-3, samples=2000, pairs=8000)
     return replace(same, width=256, depth=3, batch=128, lr=2e-3, samples=1000, pairs=2000)
 
 
@@ -101,9 +102,10 @@ class Stage:
 
     @property
     def needs(self) -> tuple["Stage", ...]:
-        "The training stages whose networks this one uses."
+        "The training stages whose networks this one uses, and the stage whose samples it corrects."
         names = NETWORKS[self.name] if self.kind == "sample" else ("base",) if self.name == "post" else ()
-        return tuple(training_stage(self.data, self.seed, name, self.scales, self.budget) for name in names)
+        drawn = (replace(self, name="classifier_free_guidance"),) if self.name == "flow_postprocessing" else ()
+        return *(training_stage(self.data, self.seed, name, self.scales, self.budget) for name in names), *drawn
 
     @property
     def file(self) -> str:
@@ -114,8 +116,8 @@ class Stage:
     @property
     def seconds(self) -> float:
         "How long it is expected to take, for the progress bar."
-        scoring = SCORING if self.kind == "sample" else 0
-        return (SECONDS[self.data].get(self.name, SAMPLING) + scoring) * self.budget.train_steps / 4000
+        seconds = SECONDS[self.data].get(self.name, SAMPLING) + (SCORING if self.kind == "sample" else 0)
+        return seconds * self.budget.train_steps / budget_for(self.data).train_steps
 
     @property
     def own_scales(self) -> tuple[float, ...]:
@@ -189,10 +191,8 @@ def train_network(stage: Stage, problem: Problem, folder: Path) -> tuple[dict[st
     if stage.name == "post":
         return train_post(stage, problem, folder).state_dict(), {}
     budget, model, loss, data = stage.budget, make_network(stage, problem), make_loss(stage), (problem.x, problem.c)
-    state = gnb.train(
-        model, loss, data, budget.train_steps, budget.batch, budget.lr,
-        ema=budget.ema, seed=stage.seed, progress=False,
-    )  # fmt: skip
+    size = budget.train_steps, budget.batch, budget.lr
+    state = gnb.train(model, loss, data, *size, ema=budget.ema, seed=stage.seed, progress=False)
     return state.ema.state_dict(), {}
 
 
@@ -207,8 +207,8 @@ def train_post(stage: Stage, problem: Problem, folder: Path) -> gnb.FlowPostproc
         generated.append(x)
     return gnb.FlowPostprocessor.fit(
         torch.cat(generated), problem.x[:20_000], labels.repeat(len(generated)), problem.c[:20_000],
-        steps=budget.train_steps, batch_size=budget.batch, lr=budget.lr, seed=stage.seed, progress=False,
-        width=budget.width, depth=budget.depth, octaves=budget.octaves,
+        steps=budget.train_steps, batch_size=budget.batch, lr=budget.lr, ema=budget.ema, seed=stage.seed,
+        progress=False, width=budget.width, depth=budget.depth, octaves=budget.octaves,
     )  # fmt: skip
 
 
@@ -236,22 +236,25 @@ def guided_model(method: str, networks: dict[str, Any], problem: Problem, scale:
 
 
 def sample_method(stage: Stage, problem: Problem, folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    "Samples and some trajectories by scale and steps; NFE and seconds beside them."
-    networks = {need.name: load_network(need, problem, folder) for need in stage.needs}
+    """Samples and some trajectories by scale and steps; NFE and seconds beside them. Post-processing begins with the
+    samples of CFG as they are, and their cost is part of its own."""
+    networks = {need.name: load_network(need, problem, folder) for need in stage.needs if need.kind == "train"}
+    earlier = [load_stage(folder / need.file) for need in stage.needs if need.kind == "sample"]
+    drawn, costs = earlier[0] if earlier else ({}, {})
     tensors: dict[str, Tensor] = {}
     info: dict[str, list[float]] = {}
     shape, c = tuple(problem.x.shape[1:]), stage.labels(problem)
     for scale, steps in stage.jobs:
-        model = guided_model(stage.name, networks, problem, scale)
-        begin = time.perf_counter()
+        which, begin = f"{scale:g} {steps}", time.perf_counter()
         with gnb.count_nfe() as nfe:
-            run = gnb.sample_trajectory(model, c, shape, steps=steps, seed=stage.seed, progress=False)
-            x, paths = run.x, run.points[:, :60]
-            if stage.name == "flow_postprocessing":
-                x = networks["post"](x, c)
-                paths = torch.stack([run.x[:60], x[:60]])
-        info[f"{scale:g} {steps}"] = [nfe.total / len(c), time.perf_counter() - begin]
-        tensors |= {f"x {scale:g} {steps}": x, f"paths {scale:g} {steps}": paths}
+            if drawn:
+                points = torch.stack([drawn[f"x {which}"], networks["post"](drawn[f"x {which}"], c)])
+            else:
+                model = guided_model(stage.name, networks, problem, scale)
+                points = gnb.sample_trajectory(model, c, shape, steps=steps, seed=stage.seed, progress=False).points
+        own = nfe.total / len(c), time.perf_counter() - begin
+        info[which] = [before + more for before, more in zip(costs.get(which, (0.0, 0.0)), own)]
+        tensors |= {f"x {which}": points[-1], f"paths {which}": points[:, :60]}
     return tensors, info
 
 
@@ -264,9 +267,8 @@ def score_stage(stage: Stage, folder: Path) -> list[Row]:
     tensors, info = load_stage(folder / stage.file)
     rows, c = [], stage.labels(problem)
     for scale, steps in stage.jobs:
-        variant = f"trained at {MATCHED:g}" if stage.name == "aligned_loss" else ""
-        if stage.name == "model_guidance":
-            variant = f"weight {mg_weight_from_scale(scale):g}" if scale == MATCHED else "scale-aware"
+        weight = f"weight {mg_weight_from_scale(scale):g}" if scale == MATCHED else "scale-aware"
+        variant = {"aligned_loss": f"trained at {MATCHED:g}", "model_guidance": weight}.get(stage.name, "")
         row: Row = {"data": stage.data, "method": stage.name, "scale": scale, "seed": stage.seed, "variant": variant}
         row |= {"sampler": "heun", "steps": steps, "samples": stage.budget.samples}
         row |= dict(zip(("nfe", "seconds"), info[f"{scale:g} {steps}"]))
@@ -274,17 +276,17 @@ def score_stage(stage: Stage, folder: Path) -> list[Row]:
     return rows
 
 
-def baseline_rows(problem: Problem, samples: int, seeds: int = 3) -> list[Row]:
+def baseline_rows(data: str, samples: int, seeds: int = 3) -> list[Row]:
     "Real samples scored in place of generated ones: what a perfect model would get."
-    rows = []
+    problem, rows = problem_of(data), []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(100 + seed)
-        if problem.name == "fractal":
+        if data == "fractal":
             x, c = sample_mixture(problem.mixture, torch.arange(samples) % 2, generator)
         else:
             chosen = torch.randperm(len(problem.x), generator=generator)[:samples]
             x, c = problem.x[chosen], problem.c[chosen]
-        rows.append({"data": problem.name, "method": "real", "seed": seed, **score_samples(x, c, problem)})
+        rows.append({"data": data, "method": "real", "seed": seed, **score_samples(x, c, problem)})
     return rows
 
 
@@ -343,39 +345,42 @@ class Job(NamedTuple):
 
 
 def run_jobs(jobs: list[Job], pool: Executor, workers: int, bar: tqdm) -> list[list[Row]]:
-    "Results of jobs, the first that can begin first; the bar counts a job in full once it is done, never before."
+    """Results of jobs, the first that can begin first. The bar counts a job in full once it is done, never before, and
+    until then by how fast those before it were."""
     done: dict[int, list[Row]] = {}
     running: dict[Future[list[Row]], tuple[int, float]] = {}
-    waiting, finished = list(range(len(jobs))), bar.n
+    waiting, expected, passed = list(range(len(jobs))), 0.0, 0.0  # seconds of what is done
     while waiting or running:
         for number in [n for n in waiting if jobs[n].after <= done.keys()][: workers - len(running)]:
             waiting.remove(number)
             running[pool.submit(jobs[number].call, *jobs[number].arguments)] = (number, time.monotonic())
         for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-            number = running.pop(future)[0]
+            number, start = running.pop(future)
             done[number] = future.result()
-            finished += jobs[number].seconds
-        now = time.monotonic()
-        partly = sum(min(now - start, 0.95 * jobs[number].seconds) for number, start in running.values())
-        bar.update(finished + partly - bar.n)
+            expected, passed = expected + jobs[number].seconds, passed + time.monotonic() - start
+        now, speed = time.monotonic(), expected / passed if passed else 1
+        partly = sum(min(speed * (now - start), 0.95 * jobs[number].seconds) for number, start in running.values())
+        bar.update(max(0, expected + partly - bar.n))
     return [done[number] for number in range(len(jobs))]
 
 
 def plan(stages: list[Stage], folder: Path) -> list[Job]:
     "Train networks, those that others wait for first, sample as soon as they are there, and score; files are reused."
-    needs = dict.fromkeys(need for stage in stages for need in stage.needs if not (folder / need.file).exists())
-    work = [*sorted(needs, key=lambda need: (need.name != "base", need.name != "post")), *stages]
+    missing = (need for stage in stages for need in stage.needs if not (folder / need.file).exists())
+    needs = dict.fromkeys(need for need in missing if need.kind == "train")
+    work = [*sorted(needs, key=lambda need: (need.name != "base", need.name != "post", -need.seconds)), *stages]
     number = {stage: n for n, stage in enumerate(work)}
     after = [frozenset(number[need] for need in stage.needs if need in number) for stage in work]
-    return [Job(run_stage, (stage, folder), stage.seconds, each) for stage, each in zip(work, after)]
+    seconds = [SCORING if (folder / stage.file).exists() else stage.seconds for stage in work]
+    return [Job(run_stage, (stage, folder), long, each) for stage, long, each in zip(work, seconds, after)]
 
 
-def finish(stages: list[Stage], folder: Path, progress: bool = True, workers: int = 2) -> list[Row]:
-    "All stages, and their rows."
-    jobs, style = plan(stages, folder), "{percentage:3.0f} % |{bar}| {elapsed} passed, about {remaining} left"
+def finish(jobs: list[Job], progress: bool = True, workers: int = 2) -> list[list[Row]]:
+    "All jobs, and the rows of each."
+    style = "{percentage:3.0f} % |{bar}| {elapsed} passed, about {remaining} left"
     total = sum(job.seconds for job in jobs)
     with worker_pool(workers) as pool, tqdm(total=total, bar_format=style, smoothing=0, disable=not progress) as bar:
-        return [row for rows in run_jobs(jobs, pool, workers, bar) for row in rows]
+        return run_jobs(jobs, pool, workers, bar)
 
 
 # The tour
@@ -396,19 +401,19 @@ def run_tour(
     scales = tuple(sorted({float(scale) for scale in scales}))
     require(scales and all(0 < scale < 100 for scale in scales), "scales", scales, "numbers above 0 and below 100")
     check_whole("seeds", seeds, 1)
-    problems = {name: load_problem(name) for name in data}
+    budgets = {problem_of(name).name: budget_for(name, quick) for name in data}  # an unknown name ends here
     folder = check_folder("out", Path(out)) / "stages"
     folder.mkdir(exist_ok=True)
     clean_remnants(folder)
-    budgets = {name: budget_for(name, quick) for name in data}
     stages = [Stage(d, seed, "sample", m, scales, budgets[d]) for d in data for seed in range(seeds) for m in METHODS]
-    rows = pd.DataFrame(finish(stages, folder, progress, min(2, os.cpu_count() or 1)))
-    real = pd.DataFrame([row for d in data for row in baseline_rows(problems[d], budgets[d].samples)])
+    work, last = plan(stages, folder), [Job(baseline_rows, (name, budgets[name].samples), SCORING) for name in data]
+    done = finish([*work, *last], progress, min(4, os.cpu_count() or 1))
+    rows, real = (pd.DataFrame([row for job in part for row in job]) for part in (done[: len(work)], done[len(work) :]))
     full = rows.steps == rows.data.map({name: budget.steps for name, budget in budgets.items()})
     table, cost = rows[full].reset_index(drop=True), rows[~full].reset_index(drop=True)
     for name, frame in (("comparison.csv", table), ("cost.csv", cost), ("baseline.csv", real)):
         write_file(Path(out) / name, frame.to_csv(index=False, float_format="%.6g"))
-    write_page(table, cost, real, stages, problems, Path(out))
+    write_page(table, cost, real, stages, Path(out))
     return table, real
 
 
@@ -454,8 +459,6 @@ def draw_gallery(stages: list[Stage], folder: Path, problem: Problem, trajectori
         show_samples(problem.real, problem.real_c, problem, axes.flat[-1])
     for ax in axes.flat:
         ax.axis("off")
-        if problem.name == "fractal":
-            ax.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
     return fig
 
 
@@ -483,16 +486,15 @@ def write_page(
     cost: "DataFrame",  # Rows with fewer steps
     real: "DataFrame",  # Rows of real samples
     stages: list[Stage],  # Finished sampling stages
-    problems: dict[str, Problem],  # Data by name
     out: Path,  # Folder to write to
 ) -> None:
     "Draw the figures, and write them with the table into one index.html."
     sections = []
-    for data, problem in problems.items():
+    for data in table.data.unique():
         first = [stage for stage in stages if stage.data == data and stage.seed == 0]
-        figures = {"samples": draw_gallery(first, out / "stages", problem)}
+        figures = {"samples": draw_gallery(first, out / "stages", problem_of(data))}
         if data == "fractal":
-            figures["trajectories"] = draw_gallery(first, out / "stages", problem, trajectories=True)
+            figures["trajectories"] = draw_gallery(first, out / "stages", problem_of(data), trajectories=True)
         figures["scale"] = show_scores(table, real, data)
         figures["cost"] = show_scores(table, real, data, cost)
         captions = CAPTIONS | ({"samples": "Samples of every class."} if data == "digits" else {})
