@@ -331,7 +331,7 @@ def run_stage(stage: Stage, folder: Path) -> list[Row]:
     problem, file = problem_of(stage.data), folder / stage.file
     if not file.exists():
         make = train_network if stage.kind == "train" else sample_method
-    save_stage(file, *make(stage, problem, folder))
+        save_stage(file, *make(stage, problem, folder))
     return score_stage(stage, folder) if stage.kind == "sample" else []
 
 
