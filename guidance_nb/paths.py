@@ -76,8 +76,7 @@ class Path(ABC):
         ...]`. While `sample` runs they are computed once, for all its times."""
 
         def every(times: Tensor) -> list[tuple[Tensor, ...]]:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return list(zip(*(k.to(wide).unbind() for k in compute(times))))
+            return list(zip(*(k.to(torch.promote_types(x.dtype, torch.float32)).unbind() for k in compute(times))))
 
         known = at_time(self, (name, x.dtype), every, t)
         return known or tuple(expand_time(k, x) for k in torch.stack(compute(t)).to(x))
