@@ -39,9 +39,8 @@ def _check_pipeline(pipeline: Pipeline) -> None:
         there, name = getattr(pipeline, part, None) is not None, f"{part} of {type(pipeline).__name__}"
         require(there, name, None, "one, as a Stable Diffusion pipeline has")
     _check_network(pipeline.unet, pipeline.scheduler)
-    channels, made = latent_channels(pipeline.unet), pipeline.vae.config.latent_channels
-    allowed = f"{made}, as the autoencoder makes (inpainting and depth models have more)"
-    require(channels == made, "channels of the unet", channels, allowed)
+    found, made = latent_channels(pipeline.unet), pipeline.vae.config.latent_channels
+    require(found == made, "channels of the unet", found, f"{made}, as the autoencoder makes; inpainting has more")
 
 
 def _add_scale_input(net: Network, width: int = 256) -> None:
