@@ -328,7 +328,8 @@ def test_a_missing_compiler_is_bad_input(runs, monkeypatch):
     def fails() -> None:
         raise ValueError("compile = True; allowed: False, for torch.compile does not work here (no g++)")
 
-    monkeypatch.setattr("guidance_nb.engine._hardware.check_compiler", fails)
+    for module in ("cli.run", "engine._hardware"):
+        monkeypatch.setattr(f"guidance_nb.{module}.check_compiler", fails)
     with (
         pytest.raises(ValueError, match="compile = True"),
         _autocast_and_compile(load_trained(runs / "base"), "fp32", True),

@@ -23,7 +23,7 @@ from guidance_nb.cli._devices import is_main, main_only, own_device
 from guidance_nb.cli.load import PATHS, _is_scale_aware, _open_checkpoint, _restore, _shuffled, make_model
 from guidance_nb.cli.recipe import SEED, Denoising, Recipe, Table, find_key, key, model_guidance_loss, override
 from guidance_nb.denoisers import check_labels
-from guidance_nb.engine._hardware import Precision, choose_precision, compile_network
+from guidance_nb.engine._hardware import Precision, check_compiler, choose_precision, compile_network
 from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine.graphs import recorded
@@ -413,6 +413,7 @@ def _autocast_and_compile(
     low = choose_precision(precision, device) == "bf16"
     net = getattr(trained.model, "net", trained.model)
     if compile and not any(part._compiled_call_impl for part in net.modules()):
+        check_compiler()
         compile_network(net)
     graphs = recorded(trained.model) if cuda_graphs else nullcontext()
     with graphs, torch.autocast(device.type, torch.bfloat16) if low else nullcontext():

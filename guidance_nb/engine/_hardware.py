@@ -53,7 +53,6 @@ def _outer_lists(model: nn.Module) -> list[list[nn.Module]]:
 
 def compile_network(net: nn.Module) -> None:
     """Compile in place: the blocks of a network of equal ones, the first of which serves all; others as a whole."""
-    check_compiler()
 
     def equal(blocks: list[nn.Module]) -> bool:
         kinds = {(type(block), *(p.shape for p in block.parameters())) for block in blocks}

@@ -105,6 +105,8 @@ class Run:
         self.engine, self.model, self.loss = engine, model, loss
         self.folder = None if engine.folder is None else Path(engine.folder)
         self.accelerator = hardware.open_accelerator(engine)
+        if engine.compile:
+            hardware.check_compiler()
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.sharded, self.scaler = self.accelerator.is_fsdp2, self.accelerator.scaler
         passes, size, steps = engine.gradient_accumulation_steps, settings["batch_size"], settings["steps"]
