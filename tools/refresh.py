@@ -44,11 +44,11 @@ def merge_streams(outputs: list[dict]) -> list[dict]:
     return merged
 
 
-def smaller(png: str) -> str:
+def smaller(png: str, optimize: bool = True) -> str:
     "A figure with a palette of its own, in base64 as before."
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=optimize)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -76,8 +76,8 @@ def execute(path: Path, flagged: bool, check: bool = False) -> tuple[dict, str]:
     for number, cell in enumerate(clean["cells"], 1):
         if cell["cell_type"] == "code":
             cell["outputs"] = merge_streams(cell["outputs"])
-            for data in (out["data"] for out in cell["outputs"] if "image/png" in out.get("data", {}) and not check):
-                data["image/png"] = smaller(text(data["image/png"]))
+            for data in (out["data"] for out in cell["outputs"] if "image/png" in out.get("data", {})):
+                data["image/png"] = smaller(text(data["image/png"]), not check)
             errors = [text(o["text"]) for o in cell["outputs"] if o.get("name") == "stderr"]
             if errors:  # a warning carries paths of this machine, and the reader would stumble over it
                 return clean, f"{os.path.relpath(path, ROOT)}: cell #{number} wrote to stderr:\n{errors[0]}"
