@@ -62,10 +62,10 @@ def host(pipeline, parts, model, c, times, shape, **call):
         size = {"num_inference_steps": STEPS, "output": "latents", "latents": start.clone()}
         return pipeline(**{**size, **call, **more})
 
-    def own(guided):
+    def own(guided, start=start):
         return gnb.sample(guided, c, shape, "ddim", times=times, init=start, progress=False)
 
-    return SimpleNamespace(pipeline=pipeline, run=run, own=own, model=model, call=call)
+    return SimpleNamespace(pipeline=pipeline, run=run, own=own, model=model, call=call, start=start)
 
 
 def text_host(blocks, parts, network, **options):
@@ -125,7 +125,12 @@ def equal(kind, guider, guided, extra=0):
         latents = made(kind).run(guider)
     with gnb.count_nfe() as here:
         ours = made(kind).own(guided)
-    assert_close(latents, ours, rtol=0, atol=1e-5 * ours.abs().max().item())
+    bound = 1e-5 * ours.abs().max().item()
+    if (latents - ours).abs().max() > bound:  # it is the network that makes roundings larger, on some processors
+        moved = [made(kind).own(guided, made(kind).start * (1 + sign * 2**-23)) - ours for sign in (1, -1)]
+        bound = 2 * torch.stack(moved).abs().max().item()
+        assert bound < 4e-5 * ours.abs().max()
+    assert_close(latents, ours, rtol=0, atol=bound)
     assert there.total == here.total + extra
     return latents, there.total
 
