@@ -46,7 +46,8 @@ def dit_channel_scales(
     guided: int = 3,  # How many of them are guided, from the first
 ) -> Tensor:  # A scale for each, `[1, channels, 1, 1]`
     "The scale on the first latent channels, 1 on the others (DiT, SiT)."
-    return torch.where(torch.arange(channels)[None, :, None, None] < guided, float(scale), 1.0)
+    first = torch.arange(channels)[None, :, None, None] < guided
+    return torch.where(first, float(scale), 1.0)
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #700af9b9
 @checked
@@ -57,7 +58,8 @@ def tilt_variance(
 ) -> float:  # Its variance
     "Variance of the sharpened density p_u^(1 - scale) p_c^scale, eq. (7)."
     precision = scale / v_c + (1 - scale) / v_u
-    require(precision > 0, "scale", scale, "scale / v_c + (1 - scale) / v_u > 0")
+    exists = "scale / v_c + (1 - scale) / v_u > 0"
+    require(precision > 0, "scale", scale, exists)
     return 1 / precision
 
 

@@ -53,7 +53,8 @@ class ClassifierGuidance(Guidance):
         self.conditional_base = base == "conditional"
         n = getattr(classifier, "num_classes", model.num_classes)
         known = model.num_classes or (0 if self.conditional_base else n)
-        require(n == known, "classifier.num_classes", n, f"{known}, as the model has")
+        told = f"{known}, as the model has"
+        require(n == known, "classifier.num_classes", n, told)
         self.num_classes = n
 
     def unguided(self, x: Tensor, t: Tensor, c: Tensor | None) -> Prediction:

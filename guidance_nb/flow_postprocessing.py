@@ -55,7 +55,8 @@ def _to_features(x: Tensor, space: _Space) -> Tensor:
     known, allowed = callable(space) or space == "pixels", "'pixels' or a "
     require(known, "space", space, allowed + "function, see `feature_space`")
     features = space(x) if callable(space) else x
-    require(len(features) == len(x), "number of features", len(features), f"{len(x)}, as samples")
+    n, told = len(features), f"{len(x)}, as samples"
+    require(n == len(x), "number of features", n, told)
     return features
 
 # %% ../nbs/14_flow_postprocessing.ipynb #261eba8e
@@ -71,12 +72,14 @@ def _neighbours(
 ) -> Tensor:  # Indices into `real`, nearest first, `[n, k]`, on the CPU
     "The k nearest real points of the same class, eq. (1); exact search."
     features = _to_features(generated, space), _to_features(real, space)
-    found = nearest_neighbours(*features, k, labels, real_labels, device or generated.device)[1]
+    device = device or generated.device
+    found = nearest_neighbours(*features, k, labels, real_labels, device)[1]
     few = (found < 0).any(1).nonzero()[:, 0]
     if len(few):  # the search returns -1 where a class has fewer
         label = 0 if labels is None else labels[few[0]].item()
         there = (found[few[0]] >= 0).sum().item()
-        raise ValueError(f"k = {k} with {there} real points in class {label}; allowed: 1 to {there}")
+        told = f"k = {k} with {there} real points in class {label}"
+        raise ValueError(f"{told}; allowed: 1 to {there}")
     return found
 
 # %% ../nbs/14_flow_postprocessing.ipynb #3feef19d
@@ -141,7 +144,8 @@ def pair_data(
     """Find the pairs of eq. (1) once; the result is the data of `fit` with a
     `PairLoss`."""
     shape, found = list(real.shape[1:]), list(generated.shape[1:])
-    require(found == shape, "shape of a generated sample", found, f"{shape}, that of a real one")
+    told = "shape of a generated sample"
+    require(found == shape, told, found, f"{shape}, that of a real one")
     near = _neighbours(generated, real, k, labels, real_labels, space, device)
     classes = None if real_labels is None else int(real_labels.max()) + 1
     return PairDraws(generated, real, near, labels, classes)
@@ -164,7 +168,8 @@ def integrate_flow(
         return velocity(z, tau.to(z).expand(len(z)))
 
     if sampler == "dopri5":
-        return solve_adaptively(lambda tau, z: at(z, tau), z, clock[[0, -1]])[-1]
+        ends = clock[[0, -1]]
+        return solve_adaptively(lambda tau, z: at(z, tau), z, ends)[-1]
     field = cast(Denoiser, SimpleNamespace(velocity=at))
     step = euler_step if sampler == "euler" else heun_step
     for tau, later in zip(clock, clock[1:]):
@@ -270,8 +275,10 @@ class FlowPostprocessor(nn.Module):
         """Raise an error for samples, labels or a scale that the correction
         was not trained for."""
         n, shape, kind = self.num_classes, samples.shape, samples.dtype
-        allowed = f"floating-point values [n, *{list(self.shape)}], images in [-1, 1]"
-        require_that(kind.is_floating_point and shape[1:] == self.shape, f"samples is {shown(samples)}", allowed)
+        values = f"floating-point values [n, *{list(self.shape)}]"
+        fine = kind.is_floating_point and shape[1:] == self.shape
+        told = f"samples is {shown(samples)}"
+        require_that(fine, told, f"{values}, images in [-1, 1]")
         allowed = f"labels [n] of {n} classes" if n else "None, no classes"
         require((labels is None) == (n == 0), "labels", labels, allowed)
         if labels is not None:

@@ -86,7 +86,8 @@ class _Options:
         ):
             part = getattr(self, name)
             found = part and type(part).__name__
-            require((part is not None) == needed, name, found, f"a network if and only if {option}")
+            only = f"a network if and only if {option}"
+            require((part is not None) == needed, name, found, only)
         if self.scale_range is None and not callable(self.weight):
             self.drawn_weight(math.inf)
 
@@ -99,7 +100,8 @@ class _Options:
         "Whether the options fit a network."
         check_conditional(model, c, self.scale_range)
         fine = model.num_classes != EMBEDDINGS or self.unconditional == "null"
-        require(fine, "unconditional", self.unconditional, "'null', for a model without classes")
+        allowed = "'null', for a model without classes"
+        require(fine, "unconditional", self.unconditional, allowed)
         if self.frozen is not None:
             own = model.prediction, model.path
             found = self.frozen.prediction, self.frozen.path
@@ -110,8 +112,9 @@ class _Options:
         w = self.weight() if callable(self.weight) else self.weight
         limit = 1 - 1 / classes if self.unconditional == "contrastive" else 1.0
         limit = math.inf if self.target == "frozen" else limit
-        diverges = f"below {limit:g}, or target='frozen', for it diverges"
-        require(-math.inf < w < limit, "weight", w, diverges if limit < math.inf else "a finite number")
+        allowed = f"below {limit:g}, or target='frozen', for it diverges"
+        allowed = allowed if limit < math.inf else "a finite number"
+        require(-math.inf < w < limit, "weight", w, allowed)
         return float(w)
 
     def weights(
@@ -143,7 +146,8 @@ class _Options:
         "The direction where w is not 0, and 0 elsewhere."
         d, rows, ahead = torch.zeros_like(x), _guided_mask(w), None
         if context.step >= self.start_step and len(w[rows]):
-            teacher = {"online": model, "frozen": self.frozen}.get(self.target, context.ema)
+            networks = {"online": model, "frozen": self.frozen}
+            teacher = networks.get(self.target, context.ema)
             if self.unconditional == "contrastive":
                 ahead = context.integers(x, 1, model.num_classes)[rows]
             kind = self.unconditional, self.classifier, ahead
@@ -233,7 +237,8 @@ class AutoWeight:
 
     def __post_init__(self) -> None:
         fine = 0 <= self.value <= self.limit < 1
-        require(fine, "value, limit", (self.value, self.limit), "0 <= value <= limit < 1")
+        given = self.value, self.limit
+        require(fine, "value, limit", given, "0 <= value <= limit < 1")
 
     def __call__(self) -> float:
         "The weight to train with now."
