@@ -62,10 +62,10 @@ def host(pipeline, parts, model, c, times, shape, **call):
         size = {"num_inference_steps": STEPS, "output": "latents", "latents": start.clone()}
         return pipeline(**{**size, **call, **more})
 
-    def own(guided, start=start):
+    def own(guided):
         return gnb.sample(guided, c, shape, "ddim", times=times, init=start, progress=False)
 
-    return SimpleNamespace(pipeline=pipeline, run=run, own=own, model=model, call=call, start=start)
+    return SimpleNamespace(pipeline=pipeline, run=run, own=own, model=model, call=call)
 
 
 def text_host(blocks, parts, network, **options):
@@ -125,12 +125,7 @@ def equal(kind, guider, guided, extra=0):
         latents = made(kind).run(guider)
     with gnb.count_nfe() as here:
         ours = made(kind).own(guided)
-    bound = 1e-5 * ours.abs().max().item()
-    if (latents - ours).abs().max() > bound:  # it is the network that makes roundings larger, on some processors
-        moved = [made(kind).own(guided, made(kind).start * (1 + sign * 2**-23)) - ours for sign in (1, -1)]
-        bound = 2 * torch.stack(moved).abs().max().item()
-        assert bound < 4e-5 * ours.abs().max()
-    assert_close(latents, ours, rtol=0, atol=bound)
+    assert_close(latents, ours, rtol=0, atol=1e-5 * ours.abs().max().item())
     assert there.total == here.total + extra
     return latents, there.total
 
@@ -144,7 +139,9 @@ def test_every_method_of_one_pair_draws_in_a_pipeline_what_it_draws_in_our_sampl
     for name in names:
         method, settings = METHODS[name]
         still = 2 if name == "zero star" and kind != "sdxl" else 0  # a pipeline cannot skip a step, at time 1
-        drawn[name] = equal(kind, DiffusersGuider(method, it.pipeline, **settings), method(it.model, **settings), still)
+        guided = method(it.model, **settings)
+        guided.batching = "sequential"  # as pipelines do: a batch of both rounds otherwise, and the network enlarges it
+        drawn[name] = equal(kind, DiffusersGuider(method, it.pipeline, **settings), guided, still)
     plain = drawn["plain"][0]
     assert drawn["plain"][1] == 2 * STEPS * gnb.ClassifierFreeGuidance.claims.nfe
     assert drawn["one"][1] == drawn["zero"][1] == 2 * STEPS < drawn["interval"][1] < drawn["plain"][1]
