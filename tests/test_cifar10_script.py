@@ -252,13 +252,31 @@ def test_a_call_may_train_some_runs_alone(tmp_path, monkeypatch, capsys):
     plan = cifar10.Plan(8, 16, {}, 20, 20, dict.fromkeys(RUNS_16, 1.0))
     trained = []
     monkeypatch.setattr(cifar10, "read_plan", lambda study: plan)
-    monkeypatch.setattr(cifar10, "train_run", lambda study, plan, name: trained.append(name))
+    monkeypatch.setattr(cifar10, "make_pairs", lambda study, plan, source: (f"samples of {source}",))
+    monkeypatch.setattr(cifar10, "train_run", lambda study, plan, name, samples: trained.append((name, *samples)))
     words = ["--size", "16", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--train"]
-    cifar10.main([*words, "mg-2,base"])
-    assert trained == ["mg-2", "base"] and not (tmp_path / "out" / "cifar10.csv").exists()
+    cifar10.main([*words, "mg-2,base,post-few"])
+    assert trained == [("mg-2",), ("base",), ("post-few", "samples of few")]
+    assert not (tmp_path / "out" / "cifar10.csv").exists()
     with pytest.raises(SystemExit):
-        cifar10.main([*words, "post-pixels-20"])
-    assert "--train post-pixels-20; allowed: of evaluation, base" in capsys.readouterr().err
+        cifar10.main([*words, "posts"])
+    assert "--train posts; allowed: of evaluation, base" in capsys.readouterr().err
+
+
+def test_given_steps_are_taken_without_timing(tmp_path, monkeypatch, capsys):
+    "As a plan that a later call finds again; the budget does not count."
+    plans = []
+    monkeypatch.setattr(cifar10, "time_engines", lambda *given: 1 / 0)
+    monkeypatch.setattr(cifar10, "train_run", lambda study, plan, name, samples: plans.append(plan))
+    words = ["--size", "16", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--train", "base", "--steps"]
+    cifar10.main([*words, "80", "--budget", "1e-9"])
+    cifar10.main([*words, "80", "--budget", "1e-9"])
+    first, again = plans
+    assert first == again and (first.steps, first.samples) == (80, 5_000) and {*first.seconds} > {*RUNS_16}
+    assert cifar10.run_recipe("base", small_size("cifar10", 1e-3, False), first).training.save_every == 10
+    with pytest.raises(SystemExit):
+        cifar10.main([*words, "7"])
+    assert "--steps 7; allowed: 8 or more" in capsys.readouterr().err
 
 
 def test_a_short_budget_leaves_out_what_is_needed_least(tmp_path, monkeypatch, capsys):
@@ -275,5 +293,5 @@ def test_a_short_budget_leaves_out_what_is_needed_least(tmp_path, monkeypatch, c
     assert cifar10.run_recipe("base", size, plan).network.settings["widths"] == (96, 128)
     assert cifar10.run_recipe("few", size, plan).data.limit == 5_000
     slow = small_size("cifar10", 1e-3, False, gpu=False)
-    assert cifar10.run_recipe("base", slow, plan).network.settings["widths"] == (64, 96)
+    assert cifar10.run_recipe("base", slow, plan).network.settings["widths"] == (48, 72)
     assert cifar10.run_recipe("evaluation", slow, plan).network.settings["widths"] == (32, 64, 96)

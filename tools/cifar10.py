@@ -108,15 +108,15 @@ VP_RUNS = {
 PLAIN = {"compile": False}
 FEW = {"limit": 5_000}
 RUNS_16 = {  # a second seed of training for the headline; what is needed least stands last
-    "evaluation": Run("cifar10-evaluation-classifier"),
+    "evaluation": Run("cifar10-evaluation-classifier", length=1.5),
     "base": Run("cifar10-base", checkpoints=8),
     "aligned": Run("cifar10-aligned", {"scale": 2.0}, checkpoints=8),
     "mg-2": Run("cifar10-mg", {"scale": 2.0}, checkpoints=8),
     "classifier": Run("cifar10-classifier", PLAIN, 0.5),
-    "post-pixels-20": correction("pixels", 20, 0.5),
-    "post-classifier-20": correction("classifier", 20, 0.5),
-    "post-pixels-40": correction("pixels", 40, 0.5),
-    "post-classifier-40": correction("classifier", 40, 0.5),
+    "post-pixels-20": correction("pixels", 20, 0.3),
+    "post-classifier-20": correction("classifier", 20, 0.3),
+    "post-pixels-40": correction("pixels", 40, 0.3),
+    "post-classifier-40": correction("classifier", 40, 0.3),
     "base-1": Run("cifar10-base", {"seed": 1}),
     "mg-2-1": Run("cifar10-mg", {"scale": 2.0, "seed": 1}),
     "few": Run("cifar10-base", FEW, 0.5),
@@ -159,35 +159,32 @@ def points_16(runs: Collection[str]) -> list[Point]:
     "The same for images of 16 x 16: with three seeds of sampling, and with scales at which CFG may spoil a base."
     scales, posts = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), tuple(name for name in runs if name.startswith("post-"))
     pixels = (*(name for name in posts if name != "post-few"), *[NEIGHBOURS] * bool(posts))
+    followed = (("base", 1.0), ("mg-2", 2.0), ("base", 2.0), ("aligned", 2.0))
+    limited, again = Point("base", 2.0, until=0.75), (1, 2)
     wanted = [
-        *(Point("base", scale, corrections=pixels) for scale in scales),
-        Point("base", 2.0, precision="fp32"),
-        *(Point(name, 2.0) for name in ("mg-2", "mg-2-1")),
-        *(Point("base-1", scale) for scale in scales),
-        *(Point("base", 2.0, until=0.75, seed=seed) for seed in range(3)),
-        *(Point("aligned", scale, steps) for steps in STEPS for scale in (2.0, 4.0)),
-        *(Point("base", scale, steps) for steps in STEPS for scale in (1.0, 2.0)),
-        *(Point(name, 2.0, portion=part / 8) for part in (1, 2, 4, 6) for name in ("base", "mg-2", "aligned")),
-        *(Point("base", 1.0, portion=part / 8) for part in (1, 2, 4, 6)),
-        *(Point("mg-aware", scale) for scale in (1.0, 1.5, 2.0, 3.0, 4.0)),
-        *(Point("base", scale, classifier="classifier") for scale in (1.0, 2.0, 4.0, 8.0)),
+        *(Point(name, scale) for name, scale in followed),
+        limited,
+        *(Point(name, scale, 5) for name, scale in (("base", 1.0), ("aligned", 2.0), ("base", 2.0))),
+        *(Point(name, scale, portion=part / 8) for part in (1, 2, 4, 6) for name, scale in followed),
+        *(Point("base", scale) for scale in scales),
+        *(Point("aligned", scale, steps) for steps in (5, 20) for scale in scales),
+        *(Point("base", scale, 5) for scale in scales),
         *(Point("aligned", scale, steps, portion=0.5) for steps in (5, 20) for scale in (2.0, 4.0)),
+        *(Point(name, scale, 10) for scale in (1.0, 2.0, 4.0) for name in ("base", "aligned")),
+        *(Point("mg-2", 2.0, steps) for steps in (5, 10)),
+        *(replace(point, seed=seed) for point in (*(Point(*each) for each in followed), limited) for seed in again),
+        *(Point(name, scale, 5, seed=seed) for name, scale in (("aligned", 2.0), ("base", 1.0)) for seed in again),
+        *(Point("mg-2-1", 2.0, seed=seed) for seed in range(3)),
+        *(Point("base-1", 2.0, until=until, seed=seed) for until in (1.0, 0.75) for seed in range(3)),
+        *(Point("base", scale, corrections=pixels) for scale in scales),
+        *(Point("base", scale, classifier="classifier") for scale in (1.0, 2.0, 4.0, 8.0)),
+        *(Point("base-1", scale) for scale in scales),
+        Point("base", 2.0, precision="fp32"),
+        *(Point("base", scale, seed=seed) for seed in again for scale in scales),
         *(Point("few", scale, corrections=("post-few",)) for scale in (1.0, 2.0, 4.0)),
-        *(Point("mg-2", 2.0, steps) for steps in STEPS),
+        *(Point("mg-aware", scale) for scale in (1.0, 1.5, 2.0, 3.0, 4.0)),
         *(Point(name, scale, steps) for steps in STEPS for name in ("base", "aligned") for scale in scales),
-        *(
-            Point(name, scale, steps, seed=seed)
-            for seed in (1, 2)
-            for name, scale, steps in (
-                *(("base", scale, 20) for scale in scales),
-                *(("base", 1.0, 5), ("aligned", 2.0, 5), ("aligned", 2.0, 20), ("mg-2", 2.0, 20), ("mg-2-1", 2.0, 20)),
-            )
-        ),
-        *(
-            Point("base", scale, corrections=pixels[:-1], seed=seed)
-            for seed in (1, 2)
-            for scale in (1.0, 2.0, 4.0, 8.0)
-        ),
+        *(Point("base", scale, corrections=pixels[:-1], seed=seed) for seed in again for scale in (1.0, 2.0, 4.0, 8.0)),
     ]
     return [point for point in dict.fromkeys(wanted) if point.run in runs]
 
@@ -238,7 +235,8 @@ class Size:
     paired: int = 7_680  # samples at each scale of PAIRED
     rows: int = 2560  # samples in one call of the network
     timed: int = 20  # steps
-    bare: int = 0  # of the plan: steps of the base run when they are not to be planned
+    bare: int = 0  # of a rehearsal: steps of the base run
+    steps: int = 0  # of the base run, if they are given and not planned
     limit: int | None = None  # real images to compare with
 
     @property
@@ -275,10 +273,9 @@ def small_size(data: str, lr: float, rehearse: bool, gpu: bool = True) -> Size:
 
 
 def processor_size(size: Size) -> Size:
-    "The same in hours on a CPU: 1.9 M weights, and smaller batches for more steps of as many images."
-    evaluation = replace(size.runs["evaluation"], length=0.5)  # its network costs twice as much an image
-    changes = size.changes | {"settings.widths": "[64, 96]"}
-    return replace(size, changes=changes, runs=size.runs | {"evaluation": evaluation}, batch_size=128, rows=512)
+    "The same in hours on a CPU: 1.06 M weights, and smaller batches for more steps of as many images."
+    changes = size.changes | {"settings.widths": "[48, 72]"}
+    return replace(size, changes=changes, batch_size=128, rows=512, paired=6_000)
 
 
 @dataclass(frozen=True)
@@ -462,9 +459,19 @@ def sampling_engine(engine: dict[str, Any]) -> dict[str, Any]:
     return {"precision": engine["precision"], "compile": engine["compile"]}
 
 
+def given_plan(size: Size, compiled: bool) -> Plan:
+    "The plan of given steps: nothing is timed, nothing left out, and every checkpoint kept that a run may keep."
+    engine = {"precision": choose_precision("auto", own_device()), "channels_last": True, "compile": compiled}
+    seconds = dict.fromkeys(size.runs, 1_000.0) | {"sampling": 0.0}
+    pairs = min(size.paired, size.most * 2)
+    return Plan(size.steps, size.batch_size, engine | {"cuda_graphs": False}, size.most, pairs, seconds)
+
+
 def make_plan(study: Study) -> Plan:
     "Time every loss, then divide the budget."
     size, runs = study.size, study.size.runs
+    if size.steps:
+        return given_plan(size, study.compiled)
     engine, speeds = time_engines(size, study.compiled)
     budget, seconds, warm = 60 * study.minutes, dict[str, float](), dict[str, float]()
     alike = dict[str, str]()  # what a step does -> a run of such steps
@@ -542,8 +549,9 @@ def train_run(study: Study, plan: Plan, name: str, samples: tuple[str, ...] = ()
     if checkpoints_in(folder) and read_checkpoint(folder).path.name == f"step-{steps:08d}":
         return
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
-    planned = plan.seconds[name]
-    print(f"{name}: {steps} steps of {recipe.training.batch_size} images, about {planned:.0f} s", flush=True)
+    planned = math.inf if study.size.steps else plan.seconds[name]
+    about = f", about {planned:.0f} s" if planned < math.inf else ""
+    print(f"{name}: {steps} steps of {recipe.training.batch_size} images{about}", flush=True)
     for state in train_recipe(recipe, folder, progress=False):
         if state.step > 1 and (state.step - 1) % recipe.training.save_every == 0:  # a checkpoint was just written
             clock.write_text(json.dumps(before + time.monotonic() - start))
@@ -792,6 +800,12 @@ def export_weights(study: Study, names: Iterable[str]) -> None:
             (folder / "recipe.json").write_text(json.dumps(trained.recipe.model_dump(mode="json"), indent=1) + "\n")
 
 
+def train_one(study: Study, plan: Plan, name: str) -> None:
+    "One run; a post-processing flow learns from samples of its source, which is trained before."
+    source = study.size.runs[name].source
+    train_run(study, plan, name, make_pairs(study, plan, source) if source else ())
+
+
 def train_all(study: Study, plan: Plan) -> None:
     "Every run of the plan, the post-processing flows last, for they learn from samples; what cannot end is left out."
     names = [name for name in plan.seconds if name != "sampling"]
@@ -802,9 +816,7 @@ def train_all(study: Study, plan: Plan) -> None:
             continue
 
         def train(name: str = name) -> Iterator[None]:
-            source = study.size.runs[name].source
-            train_run(study, plan, name, make_pairs(study, plan, source) if source else ())
-            yield
+            yield train_one(study, plan, name)
 
         list(guarded(train()))
 
@@ -823,7 +835,7 @@ def carry_out(study: Study) -> None:
         print("fewer than 5,000 samples a point fit into this budget; distances of few samples are biased upwards")
     if study.only:
         for name in study.only:
-            train_run(study, plan, name)
+            train_one(study, plan, name)
         return
     train_all(study, plan)
     try:
@@ -879,6 +891,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--pack", type=Path, help="write the images of 16 x 16 into this folder, and do no more")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of every run")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the base run, instead of a plan from the budget")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -894,7 +907,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--train",
         default="",
-        help="train only these runs, as 'base,aligned'; such calls may share --out",
+        help="train only these runs, as 'base,aligned'; such calls may share --out; a flow needs its base",
     )
     parser.add_argument("--rehearse", action="store_true", help="a tiny network and 200 images")
     asked = parser.parse_args(arguments)
@@ -904,6 +917,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if not 0 < asked.lr < math.inf:
         parser.error(f"--lr {asked.lr:g}; allowed: a positive number")
+    if asked.steps and asked.steps < 8:
+        parser.error(f"--steps {asked.steps}; allowed: 8 or more, or 0 for a plan from the budget")
     if asked.pack:
         return pack_images(asked.pack, 16)
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -912,14 +927,14 @@ def main(arguments: list[str] | None = None) -> None:
         size = replace(size, runs=RUNS | VP_RUNS)
     if asked.size == 16:
         size = small_size(asked.data, asked.lr, asked.rehearse, torch.cuda.is_available())
-        minutes = min(asked.stop_after, asked.budget)
+        minutes = asked.stop_after if asked.steps else min(asked.stop_after, asked.budget)
+    size = replace(size, steps=asked.steps)
     deadline = time.monotonic() + 60 * minutes
     remember_noise()
     try:
         only = tuple(asked.train.split(",")) if asked.train else ()
-        alone = [name for name, run in size.runs.items() if not run.source]
-        if not {*only} <= {*alone}:
-            parser.error(f"--train {asked.train}; allowed: of {', '.join(alone)}")
+        if not {*only} <= {*size.runs}:
+            parser.error(f"--train {asked.train}; allowed: of {', '.join(size.runs)}")
         carry_out(Study(asked.out, size, asked.budget, deadline, asked.compile, asked.classifiers, only))
         print("missing: nothing")
     except OutOfTime:
