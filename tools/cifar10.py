@@ -564,7 +564,7 @@ def train_run(study: Study, plan: Plan, name: str, samples: tuple[str, ...] = ()
 
 def make_pairs(study: Study, plan: Plan, source: str) -> tuple[str, ...]:
     "Samples of a run for the post-processing flows, a third from each scale."
-    trained, files = load_trained(study.out / "train" / source), []
+    trained, files = read_run(study.out / "train" / source, 1.0), []
     for scale in PAIRED:
         file = study.out / "pairs" / f"{source}-{scale:g}.npz"
         files.append(str(file))
@@ -582,7 +582,10 @@ def read_run(folder: Path, portion: float) -> Trained:
     "A trained network, perhaps as it was after a part of its training; read once."
     last = read_checkpoint(folder).path
     steps = int(last.name.removeprefix("step-"))
-    return load_trained(last if portion == 1 else folder / f"step-{round(steps * portion):08d}")
+    trained = load_trained(last if portion == 1 else folder / f"step-{round(steps * portion):08d}")
+    if trained.recipe.training.channels_last:  # on a CPU with bf16, samples take two thirds of the time
+        trained.model.to(memory_format=torch.channels_last)
+    return trained
 
 
 Draw = Callable[[Any, list[dict[str, Any]]], Iterator[tuple[SampleFile, dict[str, Any]]]]
