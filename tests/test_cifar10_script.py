@@ -269,9 +269,10 @@ def test_given_steps_are_taken_without_timing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cifar10, "time_engines", lambda *given: 1 / 0)
     monkeypatch.setattr(cifar10, "train_run", lambda study, plan, name, samples: plans.append(plan))
     words = ["--size", "16", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--train", "base", "--steps"]
-    cifar10.main([*words, "80", "--budget", "1e-9"])
-    cifar10.main([*words, "80", "--budget", "1e-9"])
+    for _ in range(2):
+        cifar10.main([*words, "80", "--budget", "1e-9", "--precision", "bf16"])
     first, again = plans
+    assert first.engine["precision"] == "bf16" and first.engine["channels_last"]
     assert first == again and (first.steps, first.samples) == (80, 5_000) and {*first.seconds} > {*RUNS_16}
     assert cifar10.run_recipe("base", small_size("cifar10", 1e-3, False), first).training.save_every == 10
     with pytest.raises(SystemExit):

@@ -237,6 +237,7 @@ class Size:
     timed: int = 20  # steps
     bare: int = 0  # of a rehearsal: steps of the base run
     steps: int = 0  # of the base run, if they are given and not planned
+    precision: str = "auto"  # of a plan of given steps; another plan times what there is
     limit: int | None = None  # real images to compare with
 
     @property
@@ -461,7 +462,8 @@ def sampling_engine(engine: dict[str, Any]) -> dict[str, Any]:
 
 def given_plan(size: Size, compiled: bool) -> Plan:
     "The plan of given steps: nothing is timed, nothing left out, and every checkpoint kept that a run may keep."
-    engine = {"precision": choose_precision("auto", own_device()), "channels_last": True, "compile": compiled}
+    precision = choose_precision(size.precision, own_device())  # type: ignore[arg-type]
+    engine = {"precision": precision, "channels_last": True, "compile": compiled}
     seconds = dict.fromkeys(size.runs, 1_000.0) | {"sampling": 0.0}
     pairs = min(size.paired, size.most * 2)
     return Plan(size.steps, size.batch_size, engine | {"cuda_graphs": False}, size.most, pairs, seconds)
@@ -895,6 +897,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pack", type=Path, help="write the images of 16 x 16 into this folder, and do no more")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of every run")
     parser.add_argument("--steps", type=int, default=0, help="steps of the base run, instead of a plan from the budget")
+    how = "with --steps: arithmetic of networks; auto is bf16 where the hardware is made for it"
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=how)
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -931,7 +935,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.size == 16:
         size = small_size(asked.data, asked.lr, asked.rehearse, torch.cuda.is_available())
         minutes = asked.stop_after if asked.steps else min(asked.stop_after, asked.budget)
-    size = replace(size, steps=asked.steps)
+    size = replace(size, steps=asked.steps, precision=asked.precision)
     deadline = time.monotonic() + 60 * minutes
     remember_noise()
     try:
