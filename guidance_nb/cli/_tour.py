@@ -76,7 +76,7 @@ class Budget:
 
 
 def budget_for(data: str, quick: bool = False) -> Budget:
-    "Four to seven minutes on two cores for both data sets; `quick`: everything in miniature."
+    "Three to seven minutes on two cores for both data sets; `quick`: everything in miniature."
     if quick:
         return Budget()
     number = 3000 if data == "fractal" else 4000
