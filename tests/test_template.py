@@ -137,7 +137,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 def test_contributing_names_what_exists():
     "Files, make targets and tests."
-    own = {"nbs/21_my_idea.ipynb", "nbs/NAME.ipynb"}  # examples
+    own = {"nbs/40_my_idea.ipynb", "nbs/NAME.ipynb"}  # examples
     quoted = re.findall(r"[`=(]((?:nbs|tools|tests|guidance_nb)/[\w/.]*)", CONTRIBUTING)
     assert len(quoted) > 10 and [name for name in quoted if name not in own and not (ROOT / name).exists()] == []
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
