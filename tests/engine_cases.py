@@ -153,9 +153,9 @@ def die() -> None:
 
 
 def in_turn(folder: Path, steps: str, every: str, *names: str) -> None:
-    "Several runs, a step of each in turn, until somebody kills this process."
+    "Several runs, a step of each in turn, until somebody kills this process; on no machine do they reach their end."
     runs = [start(name, folder, int(every), steps=int(steps)) for name in names]
-    for _ in range(int(steps)):
+    for _ in range(int(steps) - 1):
         for run in runs:
             next(run)
     signal.pause()
@@ -210,8 +210,8 @@ def killed_while_writing(folder: Path) -> None:
 def killed_in_a_row(folder: Path, kills: str, seed: str, steps: str) -> None:
     """A run that is killed and started again, so many times, and what was kept before and after each of its lives.
 
-    Every other life ends inside the writing of a checkpoint, at a call of the system chosen at random; the others when
-    the time has come.
+    Every other life ends inside the writing of a checkpoint, at a call of the system chosen at random; the others some
+    time after a number of steps. No life makes more than 25, so that the run isn't finished however fast a machine is.
     """
     import safetensors.torch
 
@@ -220,7 +220,8 @@ def killed_in_a_row(folder: Path, kills: str, seed: str, steps: str) -> None:
     calls = [(os, "fsync", 16), (os, "replace", 3), (safetensors.torch, "save_file", 3)]
     newest = lambda: read_checkpoint(run).step if checkpoints_in(run) else 0  # noqa: E731
     for life in range(int(kills)):
-        before, length, delay = newest(), log.stat().st_size if log.exists() else 0, chance.uniform(0.0, 0.2)
+        before, length = newest(), log.stat().st_size if log.exists() else 0
+        first, delay = chance.randint(1, 15), chance.uniform(0.0, 0.04)
         module, call, most = chance.choice(calls)
         number = chance.randint(1, most) if life % 2 else 0  # 0: never
         if not (pid := os.fork()):
@@ -228,9 +229,11 @@ def killed_in_a_row(folder: Path, kills: str, seed: str, steps: str) -> None:
             with open(log, "ab", buffering=0) as told:
                 for state in start("drop", folder, every=2, steps=int(steps)):
                     told.write(f"{state.step} {state.loss!r}\n".encode())
+                    if state.step == before + 25:
+                        signal.pause()
             os._exit(0)
-        while not number and log.exists() and log.stat().st_size == length:
-            time.sleep(0.002)  # until it has made a step
+        while not number and (not log.exists() or log.read_bytes()[length:].count(b"\n") < first):
+            time.sleep(0.002)
         if not number:
             time.sleep(delay)
             os.kill(pid, signal.SIGKILL)

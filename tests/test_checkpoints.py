@@ -99,7 +99,7 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, whole):
 def test_killed_many_times_in_a_row(tmp_path):
     "24 lives, or GUIDANCE_NB_KILLS of them: none loses what was written, and the end is that of the unbroken run."
     kills, seed = int(os.environ.get("GUIDANCE_NB_KILLS", "24")), random.randrange(10**6)
-    steps = 20 * kills
+    steps = 25 * kills
     (tmp_path / "killed").mkdir()
     process = child("killed_in_a_row", tmp_path / "killed", kills, seed, steps)
     lives = [json.loads(line) for line in process.communicate()[0].splitlines()]
