@@ -178,13 +178,22 @@ def batches(
         yield x[indices[rows]], take_rows(c, indices[rows])
 
 # %% ../nbs/05_training.ipynb #ca321074
-def learning_rate(step: int, lr: float, schedule: Literal["cosine", "constant"], steps: int, warmup: int = 0) -> float:
+def learning_rate(
+    step: int,
+    lr: float,
+    schedule: Literal["cosine", "constant"],
+    steps: int,
+    warmup: int = 0,
+    hold: int = 0,
+) -> float:
     """The learning rate of a `step` from 0 of `steps`: after a linear rise of
-    `warmup` steps it is `lr`, and falls to zero by the `schedule` "cosine"."""
+    `warmup` steps it is `lr`, and after `hold` steps more falls to zero by the
+    `schedule` "cosine"."""
     if step < warmup:
         return lr * (step + 1) / warmup
-    done, all_steps = step - warmup, steps - warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * done / all_steps))
+    begin = warmup + hold
+    done, fall = max(0, step - begin), steps - begin
+    cosine = 0.5 * (1 + math.cos(math.pi * done / fall))
     return lr * (cosine if schedule == "cosine" else 1.0)
 
 # %% ../nbs/05_training.ipynb #5e1a7c03

@@ -262,6 +262,18 @@ def test_a_constant_schedule_may_go_on_longer(tmp_path):
         next(start("teacher", tmp_path, steps=8))
 
 
+def test_a_constant_schedule_may_fall_in_the_end(tmp_path):
+    "A run at a constant rate, continued with a cosine, is the run that was to be held and to fall from the start."
+    falling = lambda hold, *folder: start(  # noqa: E731
+        "plain", *folder, steps=16, schedule="cosine", engine=Engine(precision="fp32", cpu=True, hold=hold)
+    )
+    whole = finish(falling(12))[0]
+    assert finish(start("plain", tmp_path, schedule="constant"))[0] == whole[:12]
+    with pytest.raises(ValueError, match="has hold = 0, this run 10"):  # its twelfth step would have had a lower rate
+        next(falling(10, tmp_path))
+    assert finish(falling(12, tmp_path))[0] == whole[12:] != whole[:4]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

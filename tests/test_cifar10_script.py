@@ -275,9 +275,24 @@ def test_given_steps_are_taken_without_timing(tmp_path, monkeypatch, capsys):
     assert first.engine["precision"] == "bf16" and first.engine["channels_last"]
     assert first == again and (first.steps, first.samples) == (80, 5_000) and {*first.seconds} > {*RUNS_16}
     assert cifar10.run_recipe("base", small_size("cifar10", 1e-3, False), first).training.save_every == 10
-    with pytest.raises(SystemExit):
-        cifar10.main([*words, "7"])
-    assert "--steps 7; allowed: 8 or more" in capsys.readouterr().err
+    for arguments, told in ((("7",), "--steps 7; allowed: 8 or more"), (("80", "--anneal", "-8"), "--anneal -8; ")):
+        with pytest.raises(SystemExit):
+            cifar10.main([*words, *arguments])
+        assert told in capsys.readouterr().err
+
+
+def test_further_steps_let_the_learning_rate_fall():
+    "After as many at the full rate; a classifier, and a flow on samples of the whole, do without."
+    size = small_size("cifar10", 1e-3, False)
+    plan = cifar10.given_plan(replace(size, steps=80, anneal=48), False)
+    base = cifar10.run_recipe("base", size, plan).training
+    assert (base.steps, base.schedule, base.warmup, base.hold) == (128, "cosine", 4, 76)
+    assert (base.save_every, base.keep) == (16, 8)
+    few = cifar10.run_recipe("few", size, plan).training
+    assert (few.steps, few.warmup + few.hold) == (64, 40)
+    for name in ("evaluation", "classifier", "post-pixels-20", "post-few"):
+        flat = cifar10.run_recipe(name, size, replace(plan, anneal=0)).training
+        assert cifar10.run_recipe(name, size, plan).training == flat, name
 
 
 def test_a_short_budget_leaves_out_what_is_needed_least(tmp_path, monkeypatch, capsys):

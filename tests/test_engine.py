@@ -360,6 +360,8 @@ def test_clipping_warm_up_and_weight_decay():
     ramp, fall = [0.1 * n / 4 for n in (1, 2, 3, 4)], [0.05 * (1 + math.cos(math.pi * n / 6)) for n in range(6)]
     assert_close([rate(n) for n in range(10)], ramp + fall)
     assert [learning_rate(n, 0.1, "constant", 10, 2) for n in range(4)] == [0.05, 0.1, 0.1, 0.1]
+    held = [learning_rate(n, 0.1, "cosine", 13, 4, 3) for n in range(13)]
+    assert_close(held, ramp + [0.1] * 3 + fall)
     norms = []
 
     def watch(model, x0, c, context):

@@ -75,14 +75,19 @@ class Run:
     length: float = 1.0
     checkpoints: int = 1  # how many are needed; four show how quality grows with training
     source: str = ""  # for a post-processing flow: the run whose samples it learns to correct
+    annealed: bool = True  # whether the plan's further steps, with a falling learning rate, follow
 
     def __hash__(self) -> int:
         return hash((self.recipe, str(self.changes)))
 
+    def share(self, steps: int) -> int:
+        "Of a number of steps of the base run, as a multiple of eight for the checkpoints."
+        return round(steps * self.length / 8) * 8
+
 
 def correction(space: str, neighbours: int, length: float = 0.2, source: str = "base", **changes: Any) -> Run:
     "A post-processing flow for all scales, on samples of the base run."
-    return Run("cifar10-post", {"space": space, "neighbours": neighbours} | changes, length, source=source)
+    return Run("cifar10-post", {"space": space, "neighbours": neighbours} | changes, length, 1, source, False)
 
 
 RUNS = {
@@ -108,11 +113,11 @@ VP_RUNS = {
 PLAIN = {"compile": False}
 FEW = {"limit": 5_000}
 RUNS_16 = {  # a second seed of training for the headline; what is needed least stands last
-    "evaluation": Run("cifar10-evaluation-classifier", length=1.5),
+    "evaluation": Run("cifar10-evaluation-classifier", length=1.5, annealed=False),
     "base": Run("cifar10-base", checkpoints=8),
     "aligned": Run("cifar10-aligned", {"scale": 2.0}, checkpoints=8),
     "mg-2": Run("cifar10-mg", {"scale": 2.0}, checkpoints=8),
-    "classifier": Run("cifar10-classifier", PLAIN, 0.5),
+    "classifier": Run("cifar10-classifier", PLAIN, 0.5, annealed=False),
     "post-pixels-20": correction("pixels", 20, 0.3),
     "post-classifier-20": correction("classifier", 20, 0.3),
     "post-pixels-40": correction("pixels", 40, 0.3),
@@ -220,6 +225,7 @@ class Plan:
     samples: int  # a point
     pairs: int  # samples for the post-processing flows, at each of their scales
     seconds: dict[str, float]  # expected, by run and for "sampling"
+    anneal: int = 0  # further steps of the base run, while the learning rate falls to zero
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,7 @@ class Size:
     timed: int = 20  # steps
     bare: int = 0  # of a rehearsal: steps of the base run
     steps: int = 0  # of the base run, if they are given and not planned
+    anneal: int = 0  # with them: further steps, while the learning rate falls to zero
     precision: str = "auto"  # of a plan of given steps; another plan times what there is
     limit: int | None = None  # real images to compare with
 
@@ -314,13 +321,15 @@ def run_recipe(name: str, size: Size, plan: Plan | None = None, samples: tuple[s
         changes["neighbours"] //= 10  # a rehearsal has 20 images of a class
     changes["batch_size"] = times * (plan.batch_size if plan else size.batch_size)
     if plan is not None:
-        steps = max(8, round(plan.steps * run.length / 8) * 8)
+        steps, anneal = max(8, run.share(plan.steps)), run.share(plan.anneal) * run.annealed
         parts = next(n for n in (1, 2, 4, 8) if n == 8 or n >= max(run.checkpoints, plan.seconds.get(name, 0) / 60))
         kept = {
-            "save_every": steps // parts,
+            "save_every": (steps + anneal) // parts,
             "keep": parts if run.checkpoints > 1 else 2,
         }  # one a minute, at most eight
-        changes = plan.engine | {"steps": steps, "grid_every": 0} | kept | changes
+        changes = plan.engine | {"steps": steps + anneal, "grid_every": 0} | kept | changes
+        if anneal:
+            changes |= {"schedule": "cosine", "hold": steps - steps // 20}
         changes |= {"warmup": steps // 20, "ema": max(0.5, 1 - 20 / steps)}  # the average spans a twentieth of the run
     if samples:
         changes["samples"] = ",".join(samples)
@@ -466,7 +475,8 @@ def given_plan(size: Size, compiled: bool) -> Plan:
     engine = {"precision": precision, "channels_last": True, "compile": compiled}
     seconds = dict.fromkeys(size.runs, 1_000.0) | {"sampling": 0.0}
     pairs = min(size.paired, size.most * 2)
-    return Plan(size.steps, size.batch_size, engine | {"cuda_graphs": False}, size.most, pairs, seconds)
+    engine["cuda_graphs"] = False
+    return Plan(size.steps, size.batch_size, engine, size.most, pairs, seconds, size.anneal)
 
 
 def make_plan(study: Study) -> Plan:
@@ -897,6 +907,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pack", type=Path, help="write the images of 16 x 16 into this folder, and do no more")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of every run")
     parser.add_argument("--steps", type=int, default=0, help="steps of the base run, instead of a plan from the budget")
+    how = "with --steps: as many further steps, while the learning rate falls to zero"
+    parser.add_argument("--anneal", type=int, default=0, help=how)
     how = "with --steps: arithmetic of networks; auto is bf16 where the hardware is made for it"
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=how)
     parser.add_argument(
@@ -926,6 +938,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--lr {asked.lr:g}; allowed: a positive number")
     if asked.steps and asked.steps < 8:
         parser.error(f"--steps {asked.steps}; allowed: 8 or more, or 0 for a plan from the budget")
+    if asked.anneal and (asked.anneal < 8 or not asked.steps):
+        parser.error(f"--anneal {asked.anneal}; allowed: 8 or more and with --steps, or 0")
     if asked.pack:
         return pack_images(asked.pack, 16)
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -935,7 +949,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.size == 16:
         size = small_size(asked.data, asked.lr, asked.rehearse, torch.cuda.is_available())
         minutes = asked.stop_after if asked.steps else min(asked.stop_after, asked.budget)
-    size = replace(size, steps=asked.steps, precision=asked.precision)
+    size = replace(size, steps=asked.steps, anneal=asked.anneal, precision=asked.precision)
     deadline = time.monotonic() + 60 * minutes
     remember_noise()
     try:

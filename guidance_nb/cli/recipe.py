@@ -195,6 +195,7 @@ class _LoopTable(Table):
     lr: float = key(1e-3, "Peak learning rate of AdamW", gt=0, le=1)
     schedule: Literal["cosine", "constant"] = key("cosine", "Decay of the learning rate")
     warmup: int = key(0, "Steps of linear warm-up", ge=0)
+    hold: int = key(0, "Steps at the peak learning rate after it, before a cosine falls", ge=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW", ge=0)
     clip: float = key(0.0, "Largest norm of the gradient; 0 does not clip", ge=0)
     ema: float = key(0.999, "Decay of the moving average of the weights", ge=0, lt=1)

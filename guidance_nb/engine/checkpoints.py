@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from guidance_nb._checks import require_that
 from guidance_nb._files import Json, differences, digest, parse_json, remove, write_aside
+from guidance_nb.training import learning_rate
 
 __all__ = ["read_checkpoint"]
 
@@ -171,13 +172,23 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     module.load_state_dict({name: shard_like(value, state[name]) for name, value in tensors.items()})
 
 
+_RATE = ("steps", "schedule", "hold")  # A run may go on with others if these change no learning rate it had
+
+
+def _rates_before(step: int, settings: dict) -> list[float]:
+    """The learning rate of every step before `step`."""
+    lr, schedule, steps = (settings[name] for name in ("lr", "schedule", "steps"))
+    return [learning_rate(n, lr, schedule, steps, settings["warmup"], settings.get("hold", 0)) for n in range(step)]
+
+
 def _find_changes(checkpoint: Checkpoint, settings: dict, metadata: dict, may_change: tuple[str, ...]) -> list[dict]:
     """How a run differs from its checkpoint, if all of that may change; else a `ValueError` that names the first."""
     record, changes = checkpoint.record, []
-    longer = settings["schedule"] == "constant" and settings["steps"] >= checkpoint.step
+    rates = [_rates_before(checkpoint.step, each) for each in (record["settings"], settings)]
+    free = _RATE if settings["steps"] >= checkpoint.step and rates[0] == rates[1] else ()
     for old, new in ((record["settings"], settings), (record["metadata"], metadata)):
         for key, was, now in differences(old, json.loads(json.dumps(new))):
-            fine = (key == "steps" and longer) or any(f"{key}.".startswith(f"{name}.") for name in may_change)
+            fine = key in free or any(f"{key}.".startswith(f"{name}.") for name in may_change)
             told = f"{checkpoint.path} has {key} = {was!r}, this run {now!r}"
             require_that(fine, told, f"{was!r}, another folder, or {key!r} in may_change")
             changes.append({"step": checkpoint.step, "key": key, "was": was, "now": now})

@@ -53,6 +53,7 @@ class Engine:
     cuda_graphs: bool = False  # Whether a step is recorded once as a CUDA graph and replayed
     clip: Positive | None = None  # Largest norm of the gradient; None for no clipping
     warmup: Whole = 0  # Steps of linear warm-up of the learning rate
+    hold: Whole = 0  # Steps at the full learning rate after it, before a cosine falls
     weight_decay: AtLeastZero = 0.0  # Decoupled weight decay
     tracker: str | None = None  # An Accelerate tracker, such as "tensorboard", that logs into the folder
     log_every: Count = 50  # Steps between two logs
@@ -113,7 +114,8 @@ class Run:
         shares = f"a multiple of {self.world} processes x {passes} passes"
         require(size % (self.world * passes) == 0, "batch_size", size, shares)
         check_whole("warmup", engine.warmup, 0, steps - 1)
-        extra = {name: getattr(engine, name) for name in ("clip", "warmup", "weight_decay")}
+        check_whole("hold", engine.hold, 0, steps - 1 - engine.warmup)
+        extra = {name: getattr(engine, name) for name in ("clip", "warmup", "hold", "weight_decay")}
         self.law = settings.get("times")
         settings = settings | ({"times": repr(self.law)} if self.law else {})
         self.settings = settings | extra | {"loss": _describe_loss(loss), "data": _describe_data(data, self.folder)}
@@ -126,9 +128,8 @@ class Run:
         if engine.gradient_checkpointing:
             _checkpoint_gradients(model)
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), settings["lr"], weight_decay=engine.weight_decay, fused=True
-        )
+        lr, decay = settings["lr"], engine.weight_decay
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=True)
         self.module, self.stepper = self.accelerator.prepare(hardware.LossModule(model, loss), self.optimizer)
         self.weights: list[Tensor] = [*model.parameters()]
         self.kept: list[Tensor] = [*self.average.parameters()]
@@ -192,7 +193,7 @@ class Run:
     def set_rates(self) -> None:
         """Set learning rate and decay of the coming step; a recorded step reads them from the device."""
         s = self.settings
-        rate = learning_rate(self.step, s["lr"], s["schedule"], s["steps"], self.engine.warmup)
+        rate = learning_rate(self.step, s["lr"], s["schedule"], s["steps"], s["warmup"], s["hold"])
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         decay = ema_decay(self.step, s["ema"], s["ema_warmup"])
