@@ -123,6 +123,7 @@ RUNS_16 = {  # a second seed of training for the headline; what is needed least 
     "post-pixels-40": correction("pixels", 40, 0.3),
     "post-classifier-40": correction("classifier", 40, 0.3),
     "base-1": Run("cifar10-base", {"seed": 1}),
+    "base-half": Run("cifar10-base", length=0.5),  # what twice the training is worth
     "mg-2-1": Run("cifar10-mg", {"scale": 2.0, "seed": 1}),
     "few": Run("cifar10-base", FEW, 0.5),
     "post-few": correction("pixels", 20, 0.5, "few", **FEW),
@@ -175,6 +176,7 @@ def points_16(runs: Collection[str]) -> list[Point]:
         *(Point("aligned", scale, steps) for steps in (5, 20) for scale in scales),
         *(Point("base", scale, 5) for scale in scales),
         *(Point("aligned", scale, steps, portion=0.5) for steps in (5, 20) for scale in (2.0, 4.0)),
+        *(Point(name, scale, 5, portion=part) for name, scale, part in (("aligned", 2.0, 0.25), ("base", 1.0, 0.5))),
         *(Point(name, scale, 10) for scale in (1.0, 2.0, 4.0) for name in ("base", "aligned")),
         *(Point("mg-2", 2.0, steps) for steps in (5, 10)),
         *(replace(point, seed=seed) for point in (*(Point(*each) for each in followed), limited) for seed in again),
@@ -183,6 +185,7 @@ def points_16(runs: Collection[str]) -> list[Point]:
         *(Point("base-1", 2.0, until=until, seed=seed) for until in (1.0, 0.75) for seed in range(3)),
         *(Point("base", scale, corrections=pixels) for scale in scales),
         *(Point("base", scale, classifier="classifier") for scale in (1.0, 2.0, 4.0, 8.0)),
+        *(Point("base-half", scale) for scale in (1.0, 2.0)),
         *(Point("base-1", scale) for scale in scales),
         Point("base", 2.0, precision="fp32"),
         *(Point("base", scale, seed=seed) for seed in again for scale in scales),
