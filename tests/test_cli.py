@@ -471,6 +471,12 @@ def test_the_session_of_the_page_is_made_of_words_that_exist():
     assert seen >= {"train", "info", "sample", "evaluate", "postprocess", "sweep"} and len(lines) >= 12
 
 
+def test_help_says_what_is_drawn_by_default():
+    told = " ".join(done("sample", "--help").split())
+    assert "ten of each class for a .png. Default: 1000." in told and "Sampler. Default: the recipe's." in told
+    assert "Default: ." not in told and "Default: None" not in told
+
+
 def test_help_lists_the_recipes():
     told = done("train", "--help")
     assert all(name in told for name in recipe_names()) and "MNIST with label dropout" in told

@@ -372,7 +372,7 @@ def _read_labels(text: str, n: int, classes: tuple[str, ...]) -> Tensor:
 class Request(Table):
     "What to draw from a trained model; together with the model it decides every sample."
 
-    n: int = key(1000, "Number of samples", ge=1)
+    n: int = key(1000, "Number of samples; the command draws ten of each class for a .png", ge=1)
     labels: str = key("balanced", "balanced, or classes separated by commas, in turn")
     scale: float | None = key(None, "Guidance scale; 1 is none. Default: the recipe's")
     sampler: Sampler | None = key(None, "Sampler. Default: the recipe's")
