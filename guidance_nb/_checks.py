@@ -6,7 +6,6 @@ A rule about one argument alone stands in its type: `@checked` reads `Share`, `C
 import difflib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
@@ -21,14 +20,13 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., object])
 Ends = tuple[float, float]
-_MOST = sys.float_info.max
+_MOST = math.nextafter(math.inf, 0)
 
 
 def require(fine: object, name: str, value: object, allowed: str) -> None:
     """Raise the error about `value` unless `fine`."""
     if not fine:
-        shown = repr(value) if isinstance(value, str | bytes | list | dict) else value
-        raise ValueError(f"{name} = {shown}; allowed: {allowed}")
+        raise ValueError(f"{name} = {repr(value) if isinstance(value, str) else value}; allowed: {allowed}")
 
 
 def require_that(fine: object, problem: str, allowed: str) -> None:
