@@ -220,14 +220,12 @@ def check_labels(c: C, num_classes: int, batch: int, name: str = "c") -> C:
     `name` for a wrong type, shape or range."""
     if num_classes == EMBEDDINGS:
         parts = [*c.values()] if isinstance(c, Mapping) else [c]
-        sizes = [part.shape[:1] for part in parts if isinstance(part, Tensor)]
         flat = isinstance(c, Tensor) and (c.ndim < 2 or not c.is_floating_point())
-        fine = parts and not flat and sizes == [(batch,)] * len(parts)
+        fine = parts and not flat and all(isinstance(k, Tensor) and k.shape[:1] == (batch,) for k in parts)
         require_that(fine, f"{name} is {shown(c)}", f"embeddings [batch, ...] with batch = {batch}, or None")
         return c
-    fine = isinstance(c, Tensor) and c.dtype in (torch.int64, torch.int32) and c.shape == (batch,)
-    require_that(fine, f"{name} is {shown(c)}", f"a LongTensor [batch] = [{batch}] of class indices, or None")
-    assert isinstance(c, Tensor)
+    if not isinstance(c, Tensor) or c.dtype not in (torch.int64, torch.int32) or c.shape != (batch,):
+        raise ValueError(f"{name} is {shown(c)}; allowed: a LongTensor [batch] = [{batch}] of class indices, or None")
     if (bad := (c < 0) | (c >= num_classes)).any():
         allowed = f"0 to {num_classes - 1}" if num_classes else "None, for the model has no classes"
         raise ValueError(f"{name} contains {c[bad][0]}; allowed: {allowed}")
@@ -243,8 +241,7 @@ def check_inputs(x: Tensor, t: Tensor | float, c: Condition | None, num_classes:
         raise ValueError(f"x is {shown(x)}; allowed: a floating-point tensor [batch, ...]")
     t = check_time(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
-        allowed = f"a scalar or [batch] = [{len(x)}]"
-        raise ValueError(f"t has shape {tuple(t.shape)}; allowed: {allowed}")
+        raise ValueError(f"t has shape {tuple(t.shape)}; allowed: a scalar or [batch] = [{len(x)}]")
     unread = isinstance(c, Tensor) and c.device.type != "cpu"
     if c is not None and not unread and not torch.compiler.is_compiling():
         check_labels(c, num_classes, len(x))
