@@ -196,10 +196,9 @@ def check_request(model: Denoiser, c: Condition | int, shape: tuple[int, ...], s
     require(sized, "shape", shape, "the shape of one sample, whole numbers > 0")
     if not isinstance(c, int):
         check_labels(c, model.num_classes, count(c))
-    moves = times.diff().tolist() if times.ndim == 1 else []
-    rising = sampler in _REVERSIBLE and all(move > 0 for move in moves)
-    one_way = rising or all(move if callable(sampler) else move < 0 for move in moves)
-    fine = moves and one_way and all(0 <= t <= 1 for t in times.tolist())
+    moves = times.diff() if times.ndim == 1 and times.clamp(0, 1).equal(times) else torch.zeros(0)
+    rises = sampler in _REVERSIBLE and (moves > 0).all()
+    fine = len(moves) and (rises or (moves if callable(sampler) else moves < 0).all())
     rising_too = f"or strictly rising, for {', '.join(_REVERSIBLE)}"
     require(fine, "times", times.tolist(), f"two or more in [0, 1], strictly falling; {rising_too}")
     return n
