@@ -21,6 +21,8 @@ class AlignedLoss:
     `scale` is the training scale w, not 0; `anchor` is the weight a, 0 in
     arXiv 2311.00938."""
 
+    outputs = staticmethod(output_pair)  # with the condition, and without
+
     def __init__(self, scale: NonZero = 2.0, anchor: AtLeastZero = 0.0):
         self.scale, self.anchor = scale, anchor
 
@@ -35,7 +37,7 @@ class AlignedLoss:
         check_conditional(model, c)
         t, eps = context.times(x0), context.noise(x0)
         x, y = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
-        e_c, e_u = output_pair(model, x, t, c)
+        e_c, e_u = self.outputs(model, x, t, c)
         guided = e_u + self.scale * (e_c - e_u)
         error = (y - guided).square() + self.anchor * (y - e_u).square()
         return error.flatten(1).mean(1)

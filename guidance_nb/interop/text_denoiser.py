@@ -11,6 +11,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.checkpoint import checkpoint
 
 from guidance_nb._checks import Whole, checked, require
+from guidance_nb._conditions import Condition
 from guidance_nb._extras import extra
 from guidance_nb._files import write_aside
 from guidance_nb._random import keyed_global_rng
@@ -19,7 +20,6 @@ from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.interop._networks import Network, Pipeline, Scheduler, condition_names, latent_channels
 from guidance_nb.interop.diffusers import DiffusersDenoiser, _open_pipeline, _opening, _PipelineParts
 from guidance_nb.interop.schedulers import path_from_scheduler
-from guidance_nb.training import LossContext
 
 __all__: list[str] = []
 
@@ -133,18 +133,16 @@ def _read_parts(source: str) -> tuple[Network, Scheduler]:
     return net, scheduler
 
 
+def _two_stage_pair(model: NetworkDenoiser, x: Tensor, t: Tensor, c: Condition) -> tuple[Tensor, Tensor]:
+    "Raw outputs with and without the condition, from two passes, one of them repeated on the way back."
+    e_u: Tensor = checkpoint(model.output, x, t, use_reentrant=False)  # first, so its turn backward comes last
+    return model.output(x, t, c), e_u
+
+
 class TwoStageAlignedLoss(AlignedLoss):
     "`AlignedLoss` in two backward stages, eq. (3): same value and gradient, the activations of one branch at a time."
 
-    def __call__(self, model: NetworkDenoiser, x0: Tensor, c: Tensor, context: LossContext) -> Tensor:
-        "Per-sample losses `[batch]`, from two passes, one of them repeated on the way back."
-        require(c is not None, "c", None, "one condition per sample")
-        t, eps = context.times(x0), context.noise(x0)
-        x, y = model.path.interpolate(x0, eps, t), model.target(x0, eps, t)
-        e_u: Tensor = checkpoint(model.output, x, t, use_reentrant=False)  # first, so its turn backward comes last
-        e_c = model.output(x, t, c)
-        error = (y - (e_u + self.scale * (e_c - e_u))).square() + self.anchor * (y - e_u).square()
-        return error.flatten(1).mean(1)
+    outputs = staticmethod(_two_stage_pair)
 
 
 _CARD = (Path(__file__).parent / "cards" / "pipeline.txt").read_text(encoding="utf-8")
