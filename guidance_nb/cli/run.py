@@ -48,8 +48,7 @@ __all__ = ["generate", "train_recipe"]
 def _check_target(out: Path, overwrite: bool) -> None:
     "Raise an error, before any work, for a name `out` that cannot be written or must not be overwritten."
     kind = out.suffix.lower()
-    other = kind in (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors")
-    require(not other, "out", str(out), "a name that ends in .npz or .png, or a folder")
+    require(kind not in image_data.OTHER_KINDS, "out", str(out), "a name that ends in .npz or .png, or a folder")
     ours = out.is_file() if kind == ".png" else out.is_dir() != (kind == ".npz") and image_data.may_replace(out, True)
     told = f"out = {str(out)!r} is there already"
     require_that(not out.exists() or (overwrite and ours), told, "another name, or --overwrite, for samples alone")

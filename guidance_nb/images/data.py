@@ -377,6 +377,7 @@ class SampleFile(NamedTuple):
     facts: Json  # What is known of them
 
 
+OTHER_KINDS = (".npy", ".pt", ".zip", ".jpg", ".jpeg", ".webp", ".safetensors")  # of files that none of ours is
 _FORMAT = "guidance_nb samples 1"
 _FACTS = "facts.json"
 
@@ -413,7 +414,7 @@ def save_samples(
 ) -> Path:  # `path`
     "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders; signals as float32."
     path = Path(path)
-    other = path.suffix.lower() in (".npy", ".pt", ".zip", ".png", ".jpg", ".jpeg", ".webp", ".safetensors")
+    other = path.suffix.lower() in (*OTHER_KINDS, ".png")
     require(not other, "path", str(path), "a name that ends in .npz, or a folder")
     packed, signals = path.suffix.lower() == ".npz", x.ndim in (2, 3) and x.is_floating_point()
     fine = x.numel() and (x.ndim == 4 or signals) and (packed or (x.ndim == 4 and x.shape[1] in (1, 3)))
