@@ -44,8 +44,7 @@ class Problem:
 def load_problem(data: str) -> Problem:
     """The `data` of one comparison, "fractal" or "digits": the same on every
     call."""
-    check_choice("data", data, ("fractal", "digits"))
-    if data == "digits":
+    if check_choice("data", data, ("fractal", "digits")) == "digits":
         x, c = digits("train")
         return Problem(data, x, c, *digits("test"), mixture_of_points(x, c))
     mixture, generator = fractal(), torch.Generator().manual_seed(0)

@@ -305,11 +305,10 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
     with extra("images"):
         from sklearn.datasets import load_digits
 
-    check_choice("split", split, ("train", "test", "all"))
     raw = load_digits()
     x = torch.tensor(raw.data, dtype=torch.float32) / 8 - 1
     c = torch.tensor(raw.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    parts = {"train": order[:1437], "test": order[1437:]}
-    rows = parts.get(split, torch.arange(len(x)))
+    parts = {"train": order[:1437], "test": order[1437:], "all": torch.arange(len(x))}
+    rows = parts[check_choice("split", split, parts)]
     return x[rows], c[rows]

@@ -223,13 +223,12 @@ def show_images(
     shape: tuple[int, int] = (8, 8),  # Height and width of flat images
 ) -> "Axes":  # The axes
     "Show images as a grid; values outside [-1, 1] are clipped."
-    check_whole("columns", columns, 1)
     kept = tuple(x.shape[1:]) if x.ndim == 4 else (1, *shape)
     fine = math.prod(kept) == x[0].numel()
     require(fine, "shape of x", tuple(x.shape), f"[n, {math.prod(shape)}] or [n, channels, h, w]")
     images = ((x.detach().cpu().float() + 1) / 2).clamp(0, 1).reshape(-1, *kept)
+    grid = tile(images, check_whole("columns", columns, 1), line=1.0).expand(3, -1, -1)
     ax = _axes(ax)
-    grid = tile(images, columns, line=1.0).expand(3, -1, -1)
     ax.imshow(grid.permute(1, 2, 0).numpy())
     ax.axis("off")
     return ax

@@ -137,10 +137,9 @@ class Scene:
 
     def model(self, method: str, settings: Settings, model: Denoiser | None = None) -> Denoiser:
         """The guided denoiser of a method, eq. (4): of the exact model, or of a model of your own."""
-        check_choice("method", method, METHOD_CONTROLS)
         s, exact = settings, ExactDenoiser(self.mixture, FlowPath()) if model is None else model
         plain = OptimalDenoiser(exact) if model is None else model
-        if method == "classifier_guidance":
+        if check_choice("method", method, METHOD_CONTROLS) == "classifier_guidance":
             classifier = Tempered(ExactClassifier(self.mixture, exact.path), s["sharpness"])
             return ClassifierGuidance(plain, classifier, s["scale"])
         if method == "aligned_loss":

@@ -127,13 +127,12 @@ def path_from_scheduler(scheduler: Scheduler, numbered: bool = False) -> Schedul
     table: Tensor = getattr(scheduler, "alphas_cumprod", None)  # type: ignore[assignment]
     known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
     require(table is not None, "scheduler", name, known)
-    check_choice(told, kind, _SCHEDULER_PREDICTIONS)
     way_out = "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing"
     signal = table[-1] > 0 and not config.get("rescale_betas_zero_snr")  # some leave 2^-24 of it even so
     require(signal or kind != "epsilon", f"{told} with zero terminal SNR", kind, way_out)
     angles = torch.atan2((1 - table.double()).sqrt(), table.double().sqrt())
     path, clock = TablePath(tuple(angles.tolist())), _Clock(len(angles), 1)
-    return SchedulerFacts(path, _SCHEDULER_PREDICTIONS[str(kind)], clock)
+    return SchedulerFacts(path, _SCHEDULER_PREDICTIONS[str(check_choice(told, kind, _SCHEDULER_PREDICTIONS))], clock)
 
 
 def scheduler_times(
