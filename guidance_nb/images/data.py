@@ -246,7 +246,7 @@ def to_pixels(file: Image.Image, channels: int, size: Size | None = None, crop: 
     if "A" in file.getbands() or "transparency" in file.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB" if channels == 3 else "L")
-    array = np.array(image if size is None else CROPS[crop](image, size))
+    array = np.array(image if size is None else CROPS[check_choice("crop", crop, CROPS)](image, size))
     return torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1).contiguous()
 
 
