@@ -154,7 +154,6 @@ _ADVICE = {
 }
 
 
-@checked
 def pipeline_card(
     method: Literal["plain", "aligned_loss", "model_guidance", "scale-aware"] = "plain", *, steps: int = 0,
     samples: int = 0, base: str = "a pipeline", data: str = "", scale: float = 1.0,
