@@ -459,7 +459,8 @@ def postprocess(
     progress: bool = True,  # Whether to show a progress bar
 ) -> SampleFile:  # Corrected samples, with the facts of both makings
     "Move samples to where real ones are, with a trained correction."
-    start, labels = time.perf_counter(), file.c if trained.require("flow_postprocessing").model.num_classes else None
+    trained.require("flow_postprocessing")
+    start, labels = time.perf_counter(), file.c if trained.model.num_classes else None
     with gnb.count_nfe() as count:
         x = trained.model(from_uint8(file.x), labels, steps, sampler, scale, batch_size, progress and is_main())
     before = {name: file.facts.get(name, 0.0) for name in ("nfe", "seconds")}
