@@ -56,7 +56,7 @@ class Path(ABC):
         `noise_to_signal`."""
 
     def training_time(self, u: Tensor) -> Tensor:
-        "Time of a training sample at a uniform number; uniform on most paths."
+        "Times of training samples for uniform numbers `u`: on most paths `u`."
         return u
 
     def noise_to_signal(self, t: Tensor) -> Tensor:
