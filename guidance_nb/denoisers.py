@@ -233,8 +233,8 @@ def check_labels(c: C, num_classes: int, batch: int, name: str = "c") -> C:
 
 # %% ../nbs/01_denoisers.ipynb #7dadd7b8
 def check_inputs(x: Tensor, t: Tensor | float, c: Condition | None, num_classes: int) -> Tensor:
-    """Check `x`, `t`, and `c` for `num_classes`, and give `t` as a tensor; on
-    an accelerator only shapes are looked at."""
+    """Check `x`, `t`, and `c` for `num_classes`, and give `t` as a tensor;
+    times and labels on an accelerator are not read."""
     if isinstance(t, Tensor) and is_of_run(t, c):
         return t
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
@@ -305,8 +305,8 @@ class NetworkDenoiser(Denoiser):
             self.null = null
 
     def network_inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Data and time `[batch]` as the network sees them; EDM's have unit
-        variance and are a quarter of log sigma."""
+        """Data and time `[batch]` as the network sees them; with EDM data of unit
+        variance, and a quarter of log sigma in place of time."""
 
         def precision() -> torch.dtype:
             return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
