@@ -305,8 +305,8 @@ class NetworkDenoiser(Denoiser):
             self.null = null
 
     def network_inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Data and time `[batch]` as the network sees them; with EDM data of unit
-        variance, and a quarter of log sigma in place of time."""
+        """Data and time `[batch]` as the network sees them; for `edm` the data
+        has unit variance, and a quarter of log sigma stands for the time."""
 
         def precision() -> torch.dtype:
             return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
