@@ -80,7 +80,7 @@ class _KeyCommand(_Command):
         kind = kinds.get(str(self.name), Recipe)
         names = recipe_names(kind) if kind is not Request else []
         known = [f"{name}: {dict(read_recipe(name, kind=kind))['title']}." for name in names]
-        usual = {name: f" Default: {value}." for name, value in Request() if kind is Request and value not in (None, "")}
+        usual = {n: f" Default: {value}." for n, value in Request() if kind is Request and value not in (None, "")}
         keys = [f"--{n.replace('_', '-')}: {what}.{usual.get(n, '')}" for n, what in recipe_keys(kind).items()]
         self.epilog = "\n\n".join([*(known and ["Recipes:", *known]), "Keys, which are flags, too:", *keys])
         return super().get_help(ctx)

@@ -121,9 +121,9 @@ def recipe_shape(recipe: Recipe) -> tuple[tuple[int, ...], int]:
 # Training
 
 
-_FREE = (  # in the table of training; whether more steps may follow, and at which rate, is for `fit` to say
-    *("steps", "schedule", "hold", "grid_every", "tracker", "save_every", "keep", "precision", "compile", "cuda_graphs", "channels_last"),
-    *("gradient_accumulation_steps", "gradient_checkpointing"),
+_FREE = (  # in the table of training; whether steps may follow, and at which rate, is for `fit` to say
+    *("steps", "schedule", "hold", "grid_every", "tracker", "save_every", "keep", "precision", "compile"),
+    *("cuda_graphs", "channels_last", "gradient_accumulation_steps", "gradient_checkpointing"),
 )
 _MAY_CHANGE = ("recipe.title", "recipe.sampling", "recipe.data.vae", *(f"recipe.training.{name}" for name in _FREE))
 

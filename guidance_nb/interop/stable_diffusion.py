@@ -22,8 +22,8 @@ __all__ = ["finetune"]
 
 _MAY_CHANGE = (  # at a resume
     "recipe.title", "recipe.data.source", "recipe.pipeline.name", "recipe.grid", "recipe.training.steps",
-    "recipe.training.schedule", "recipe.training.hold", "recipe.training.precision", "recipe.training.gradient_accumulation_steps",
-    "recipe.training.gradient_checkpointing", "recipe.training.save_every", "recipe.training.keep",
+    "recipe.training.schedule", "recipe.training.hold", "recipe.training.precision", "recipe.training.save_every",
+    "recipe.training.gradient_accumulation_steps", "recipe.training.gradient_checkpointing", "recipe.training.keep",
 )  # fmt: skip
 
 
