@@ -176,9 +176,9 @@ _RATE = ("steps", "schedule", "hold")  # A run may go on with others if these ch
 
 
 def _rates_before(step: int, settings: dict) -> list[float]:
-    """The learning rate of every step before `step`."""
-    lr, schedule, steps = (settings[name] for name in ("lr", "schedule", "steps"))
-    return [learning_rate(n, lr, schedule, steps, settings["warmup"], settings.get("hold", 0)) for n in range(step)]
+    """The learning rate of every step before `step`, as a part of the largest."""
+    schedule, steps, warmup = (settings[name] for name in ("schedule", "steps", "warmup"))
+    return [learning_rate(n, 1.0, schedule, steps, warmup, settings.get("hold", 0)) for n in range(step)]
 
 
 def _find_changes(checkpoint: Checkpoint, settings: dict, metadata: dict, may_change: tuple[str, ...]) -> list[dict]:
