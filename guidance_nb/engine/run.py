@@ -193,7 +193,7 @@ class Run:
     def set_rates(self) -> None:
         """Set learning rate and decay of the coming step; a recorded step reads them from the device."""
         s = self.settings
-        rate = learning_rate(self.step, s["lr"], s["schedule"], s["steps"], s["warmup"], s["hold"])
+        rate = learning_rate(self.step, s["lr"], s["schedule"], s["steps"], self.engine.warmup, self.engine.hold)
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         decay = ema_decay(self.step, s["ema"], s["ema_warmup"])
