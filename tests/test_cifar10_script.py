@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -236,6 +237,9 @@ def test_the_study_of_small_images_from_a_folder_and_past_a_failure(tmp_path, mo
     assert {row["reference"] for row in rows} == {"cifar10 train at 16 x 16"}
     (weights,) = (tmp_path / "weights").glob("*/*.safetensors")
     assert weights.parent.name == "evaluation"
+    pictures = np.load(tmp_path / "samples.npz")  # of the runs that there are
+    assert list(pictures) == ["no guidance", "CFG 2", "CFG 4", "CFG 8", "MG 2"]
+    assert all(each.shape == (10, 3, 16, 16) and each.dtype == np.uint8 for each in pictures.values())
 
 
 def test_every_point_of_small_images_is_of_a_run_that_is_there():

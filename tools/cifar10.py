@@ -795,6 +795,27 @@ def keep_samples(study: Study, drawn: SampleFile, point: Point) -> None:
         save_image(drawn.x[:80].float() / 255, file, nrow=10, padding=1)
 
 
+SHOWN = {
+    "no guidance": Point("base", 1.0),
+    **{f"CFG {scale:g}": Point("base", scale) for scale in (2.0, 4.0, 8.0)},
+    "post-processed 8": Point("base", 8.0, corrections=("post-classifier-40",)),
+    "MG 2": Point("mg-2", 2.0),
+    **{f"aligned at {scale:g}": Point("aligned", scale) for scale in (2.0, 4.0)},
+}
+
+
+def save_shown(study: Study, plan: Plan) -> None:
+    "Ten samples from the same noise, one of each class, by each of the main models: a figure's rows, in samples.npz."
+    draw, rows = drawing(study, plan), {}
+    for label, point in SHOWN.items():
+        if {point.run, *point.corrections} <= {*plan.seconds}:
+            drawn = generate(draw.find(point.run, 1.0), draw.request(point, 80), progress=False)
+            for name in point.corrections:
+                drawn = draw.correct(name, drawn)
+            rows[label] = drawn.x[:10].numpy()
+    np.savez_compressed(study.out / "samples.npz", **rows)
+
+
 def show_table(study: Study, plan: Plan) -> None:
     "The headline points and the real-data baseline."
     rows = read_rows(study.out / "cifar10.csv")[1]
@@ -867,7 +888,7 @@ def carry_out(study: Study) -> None:
             export_weights(study, ["evaluation"])
     show_table(study, plan)
     if study.size.small:
-        return
+        return save_shown(study, plan)
     export_weights(study, [name for name in plan.seconds if name != "sampling"])
     print("FID needs the weights of Inception; with them, for each file in samples/:")
     print(f"  guidance-nb evaluate {study.out}/samples/base-1.npz --reference cifar10 --weights FILE --rows fid.csv")
