@@ -275,8 +275,11 @@ def test_given_steps_are_taken_without_timing(tmp_path, monkeypatch, capsys):
     words = ["--size", "16", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--train", "base", "--steps"]
     for _ in range(2):
         cifar10.main([*words, "80", "--budget", "1e-9", "--precision", "bf16"])
-    first, again = plans
+    first, again = plans[:2]
     assert first.engine["precision"] == "bf16" and first.engine["channels_last"]
+    assert "base-half" not in first.seconds
+    cifar10.main([*words, "80", "--anneal", "40", "--out", str(tmp_path / "falling")])
+    assert plans[2].anneal == 40 and "base-half" in plans[2].seconds
     assert first == again and (first.steps, first.samples) == (80, 5_000) and {*first.seconds} > {*RUNS_16}
     assert cifar10.run_recipe("base", small_size("cifar10", 1e-3, False), first).training.save_every == 10
     for arguments, told in ((("7",), "--steps 7; allowed: 8 or more"), (("80", "--anneal", "-8"), "--anneal -8; ")):

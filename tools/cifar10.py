@@ -123,12 +123,12 @@ RUNS_16 = {  # a second seed of training for the headline; what is needed least 
     "post-pixels-40": correction("pixels", 40, 0.3),
     "post-classifier-40": correction("classifier", 40, 0.3),
     "base-1": Run("cifar10-base", {"seed": 1}),
-    "base-half": Run("cifar10-base", length=0.5),  # what twice the training is worth
     "mg-2-1": Run("cifar10-mg", {"scale": 2.0, "seed": 1}),
     "few": Run("cifar10-base", FEW, 0.5),
     "post-few": correction("pixels", 20, 0.5, "few", **FEW),
     "mg-aware": Run("cifar10-mg-aware", {"scale_range": "1,4"}),
 }
+HALF = {"base-half": Run("cifar10-base", length=0.5)}  # of a falling rate: what twice the training is worth
 NEIGHBOURS = "neighbours"  # instead of a flow: what a perfect one would give
 OPTIONAL = tuple(RUNS_16)[-4:]  # left out, the last first, if the base would see each image less than sixteen times
 PAIRED = (1.0, 2.0, 3.0)  # scales of the samples that the post-processing flows learn from
@@ -973,6 +973,8 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.size == 16:
         size = small_size(asked.data, asked.lr, asked.rehearse, torch.cuda.is_available())
         minutes = asked.stop_after if asked.steps else min(asked.stop_after, asked.budget)
+    if asked.anneal:  # without it, half of the base's own training tells the same
+        size = replace(size, runs=size.runs | HALF)
     size = replace(size, steps=asked.steps, anneal=asked.anneal, precision=asked.precision)
     deadline = time.monotonic() + 60 * minutes
     remember_noise()

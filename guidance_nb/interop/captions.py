@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, explained, require, require_that
+from guidance_nb._checks import check_choice, checked, explained, require, require_that
 from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, weights_digest
 from guidance_nb.images.data import Crop, ImageData, ImageFiles, Size, common_size, image_files, to_pixels
 from guidance_nb.images.latents import LatentData, encode_folder, load_latents, make_shards, open_shard
@@ -77,6 +77,7 @@ def _dataset_pictures(
         return torch.stack(found)
 
 
+@checked
 def load_captioned(
     source: "Dataset | str | Path", size: Size | None = None, crop: Crop = "adm", column: str = "text",
     pictures: str = "image",
