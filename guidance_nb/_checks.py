@@ -129,14 +129,15 @@ def checked(made: _F) -> _F:
     if isinstance(made, type):
         made.__init__ = checked(made.__init__)  # type: ignore[misc]
         return made
-    signature = inspect.signature(made)
-    rules = {name: rule for name, part in signature.parameters.items() if (rule := _rule(part.annotation))}
+    parts = inspect.signature(made).parameters
+    rules = {name: rule for name, part in parts.items() if (rule := _rule(part.annotation))}
+    order = [name for name, part in parts.items() if part.kind in (part.POSITIONAL_ONLY, part.POSITIONAL_OR_KEYWORD)]
 
     @wraps(made)
     def call(*args: object, **options: object) -> object:
-        given = signature.bind(*args, **options)
-        given.arguments |= {name: rules[name](name, value) for name, value in given.arguments.items() if name in rules}
-        return made(*given.args, **given.kwargs)
+        fixed = [rules[name](name, value) if name in rules else value for name, value in zip(order, args)]
+        named = {name: rules[name](name, value) if name in rules else value for name, value in options.items()}
+        return made(*fixed, *args[len(fixed) :], **named)
 
     return call  # type: ignore[return-value]
 

@@ -260,6 +260,7 @@ def fit(
     draws = device if device.type == "cuda" else "cpu"  # where noise is drawn
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
     average = copy.deepcopy(model).requires_grad_(False).eval()
+    weights, averaged = [*model.parameters()], [*average.parameters()]
     source = batches(data, batch_size, seed, steps)
     shown = {"desc": description, "unit": " steps", "disable": not progress}
     with tqdm(total=steps, **shown) as bar, closing(source):
@@ -279,7 +280,7 @@ def fit(
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            update_ema([*average.parameters()], [*model.parameters()], ema_decay(step, ema, ema_warmup))
+            update_ema(averaged, weights, ema_decay(step, ema, ema_warmup))
             for kept, new in zip(average.buffers(), model.buffers()):
                 kept.copy_(new)
             bar.set_postfix_str(f"loss {value.item():.4g}", refresh=False)

@@ -504,7 +504,17 @@ def throughput(sizes: Sizes) -> Iterator[Pair]:
         ours, other = (sizes.batch * sizes.train_steps / median(each) for each in (timing.ours, timing.other))
         return f"floor 1: equal rows; {ours:.0f} and {other:.0f} images/s; noisy data and targets: {same}"
 
+    alone = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    given = [part.to(device) for part in (xt, t, c[: sizes.batch], velocity)]
+
+    def passes() -> None:
+        for _ in range(sizes.train_steps):
+            alone.zero_grad()
+            (alone(*given[:3]) - given[3]).square().mean().backward()
+
     yield Pair("fit/torchcfm loop, speed", run, loop, 1.1, at_least=True, note=note)
+    told = "the floor of the row above: forward and backward passes, no data, no optimizer, no average"
+    yield Pair("its passes/torchcfm loop, speed", passes, loop, at_least=True, note=told)
 
 
 def search(sizes: Sizes) -> Iterator[Pair]:
