@@ -123,3 +123,14 @@ def test_models_are_trained_followed_and_shipped(data, tmp_path, capsys):
     x, c = torch.randn(2, 1, 28, 28), torch.tensor([3, 4])
     shipped, trained = load(tmp_path / "models" / "mnist-cfg"), load(tmp_path / "mnist-cfg")
     assert_close(shipped(x, 0.5, c).x0, trained(x, 0.5, c).x0, atol=5e-3, rtol=5e-3)
+
+
+def test_a_long_training_falls_to_zero_and_is_followed_by_the_shipped_classifier(data, tmp_path):
+    changes = {"network": "unet-tiny", "limit": 200, "warmup": 2, "compile": False, "precision": "fp32"}
+    zoo.train_one(tmp_path, "mnist-cfg", zoo.lengthened(16) | changes, 1e9)
+    table = load_trained(tmp_path / "mnist-cfg").recipe.training
+    assert (table.batch_size, table.steps, table.hold, table.schedule) == (128, 16, 8, "cosine")
+    rows = list(zoo.follow(tmp_path, 40, (8,), "test"))
+    assert [(row["run"], row.get("images_seen")) for row in rows] == [
+        ("real", None), ("mnist-cfg", 2048), ("mnist-cfg", 2048),
+    ]  # fmt: skip

@@ -3,6 +3,7 @@
     python tools/zoo.py train --out runs/zoo --workers 1      # goes on from the last checkpoints
     python tools/zoo.py curve --out runs/zoo --samples 5000   # metrics against images seen, in runs/zoo/curve.csv
     python tools/zoo.py ship --out runs/zoo                   # into guidance_nb/models
+    python tools/zoo.py train mnist-cfg --long 14000 --out runs/long   # longer, small batches, a falling rate
 
 On two cores of a CPU a model takes some hours; on a GPU, with `--cuda-graphs`, half a minute.
 """
@@ -48,6 +49,7 @@ NAMES = (*FIRST, "mnist-post", "mnist-classifier-linear", "mnist-aligned-anchore
 SECOND = ("mnist-cfg", "mnist-mg", "mnist-aligned")  # trained with a second seed, too, in NAME-1
 COST = {"mnist-mg": 1.5, "mnist-mg-aware": 1.5, "mnist-aligned": 2.0, "mnist-aligned-anchored": 2.0}  # of a plain step
 COST |= {"mnist-evaluation": 0.2, "mnist-classifier": 0.4, "mnist-classifier-linear": 0.2}  # and shorter
+LONG = {"batch_size": 128, "schedule": "cosine", "precision": "bf16", "compile": True}
 PAIRED = (1.0, 2.0, 3.0)  # scales of the samples that the post-processing flow learns from
 METRICS = ("fd", "precision", "recall")
 
@@ -73,6 +75,11 @@ def train_one(out: Path, name: str, changes: dict[str, Any], seconds: float) -> 
     spent = time.monotonic() - start
     images = (recipe.training.steps - done) * recipe.training.batch_size
     print(f"{name}: {images} images in {spent:.0f} s, loss {float(state.loss):.4f}", flush=True)
+
+
+def lengthened(steps: int) -> dict[str, Any]:
+    "Changes of a recipe for a long training: the full rate for half of the steps, which then falls to zero."
+    return LONG | {"steps": steps, "hold": steps // 2, "save_every": steps // 8}
 
 
 def make_samples(out: Path, n: int = 10_000) -> list[str]:
@@ -132,7 +139,8 @@ def train_all(out: Path, names: list[str], extra: list[str], workers: int, secon
 
 def follow(out: Path, samples: int, portions: tuple[int, ...], split: str = "train") -> Iterator[dict[str, Any]]:
     "Rows of metrics along the training of each model, eighths of it, of real images first; a `split` is compared with."
-    file, extractor = out / "curve.csv", find_feature_extractor(str(out / "mnist-evaluation"))
+    classifier = next(place / "mnist-evaluation" for place in (out, MODELS) if (place / "mnist-evaluation").exists())
+    file, extractor = out / "curve.csv", find_feature_extractor(str(classifier))
     rows = read_rows(file)[1] if file.exists() else []
     real, metrics = extract_reference_features("mnist", split, (1, 28, 28), extractor, METRICS, progress=False)
     if not any(_has_facts(row, {"run": "real", "n": samples}) for row in rows):
@@ -244,6 +252,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.0, help="seconds for all trainings; 0 for the whole")
     parser.add_argument("--samples", type=int, default=5000, help="samples of a point of the curve")
     parser.add_argument("--portions", default="1,2,3,4,6,8", help="eighths of the training at which they are drawn")
+    parser.add_argument("--long", type=int, default=0, help="steps of 128 images, in place of the recipes' training")
     parser.add_argument("--cuda-graphs", action="store_true", help="record the steps as CUDA graphs")
     parser.add_argument("--changes", default="{}", help="of the recipes, as JSON, for a rehearsal")
     parser.add_argument("--target", type=Path, default=MODELS, help="where models are written")
@@ -251,6 +260,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.action == "train":
         names, changes = asked.names or [*NAMES, *(f"{name}-1" for name in SECOND)], json.loads(asked.changes)
+        changes |= lengthened(asked.long) if asked.long else {}
         if asked.budget:
             graphs = {"cuda_graphs": True} if asked.cuda_graphs else {}
             changes |= plan_steps(asked.out, names, changes | graphs, asked.budget)
