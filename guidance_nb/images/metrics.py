@@ -37,7 +37,7 @@ from guidance_nb.images.features import (
 )
 from guidance_nb.metrics import frechet, nearest_neighbours, precision_recall
 
-__all__ = ["class_agreement", "copy_share", "image_baseline", "image_scores"]
+__all__ = ["class_agreement", "copy_share", "image_baseline", "image_scores", "nearest_images"]
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
@@ -174,7 +174,12 @@ def class_agreement(
 
 
 def nearest_images(images: Tensor, train: Tensor, k: int = 2) -> tuple[Tensor, Tensor]:
-    "Distances to the nearest training images, root mean square in grey levels, and which they are, `[n, k]` each."
+    """Distances to the k nearest training images, and which they are: `[n, k]` each, the nearest first.
+
+    Images are uint8, `images` `[n, channels, h, w]` and `train` `[m, channels, h, w]` with m >= k; other shapes or types
+    are a `ValueError`. A distance is the root of the mean squared difference of the values, in grey levels. The search
+    is exact.
+    """
     shapes = check_images("images", images).shape[1:], check_images("train", train, at_least=k).shape[1:]
     require(shapes[0] == shapes[1], "shapes of images and train", shapes, "equal shapes")
     distance, index = nearest_neighbours(images, train, k, device=_best_device())
