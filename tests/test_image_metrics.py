@@ -358,6 +358,7 @@ def test_reference_files_images_give_neighbours(tmp_path, weights, monkeypatch):
     ("changes", "message"),
     [
         ({"mu": None}, "keys of .*ref.npz = .sigma, mu_s, sigma_s, arr_0.; allowed: mu, sigma"),
+        (dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s")), "keys of .*ref.npz = .arr_0.; allowed: mu, sigma"),
         ({"mu": np.zeros(64)}, r"mu, sigma of .* = \(\(64,\), \(2048, 2048\)\); allowed: \[2048\]"),
         ({"sigma_s": np.eye(5)}, r"mu_s, sigma_s of .* = \(\(2023,\), \(5, 5\)\); allowed: \[2023\]"),
         ({"mu": np.full(2048, np.nan)}, "allowed: .* finite"),
