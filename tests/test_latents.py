@@ -32,6 +32,7 @@ from guidance_nb.images.data import _resize_crop, crop_image, load_images, load_
 from guidance_nb.images.latents import (
     INDEX,
     decode,
+    decode_all,
     decode_floats,
     describe_vae,
     draw_latents,
@@ -40,6 +41,7 @@ from guidance_nb.images.latents import (
     load_latents,
     load_vae,
     open_shard,
+    read_index,
     shard_name,
     write_shard,
 )
@@ -140,6 +142,7 @@ def test_draws_and_decoding_by_hand():
     with torch.no_grad():
         x = vae.decode(z / 0.4 + -0.2).sample
     assert torch.equal(decode(vae, z), (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
+    assert torch.equal(decode_all(vae, z, 2, progress=False), decode(vae, z, 2))
 
 
 @pytest.mark.parametrize("constants", [{}, {"shift_factor": -0.2}, {"mean": True}, {"mean": True, "shift_factor": 3.0}])
@@ -331,6 +334,52 @@ def test_any_flipped_byte_is_noticed_and_any_truncation_at_once(place, tmp_path)
             open_shard(file)
 
 
+def test_a_shard_gives_back_what_was_written(tmp_path):
+    file, moments = tmp_path / shard_name(0), torch.randn(6, 2, 2, 4, 8, 8)
+    entry = write_shard(file, moments, torch.arange(6), {"size": 16})
+    tensors, settings, promised = open_shard(file, verify=True)
+    assert (settings, promised) == ({"size": 16}, entry["sha256"])
+    assert torch.equal(tensors["moments"], moments) and tensors["labels"].tolist() == [*range(6)]
+    whole = file.read_bytes()
+    for damaged, words in ((whole[:-100], r" \("), (whole[:-100] + bytes(100), ": SHA-256")):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"shard-00000\.safetensors is damaged{words}"):
+            open_shard(file, verify=True)
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing; allowed"):
+        open_shard(tmp_path / shard_name(1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: file.unlink(), r"shard-00003\.safetensors is missing; allowed: start the encoding again"),
+        (lambda file: file.write_bytes(file.read_bytes()[:5000]), r"shard-00003\.safetensors is damaged \("),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9] + b"damaged!!"), "is damaged: SHA-256"),
+        (
+            lambda file: write_shard(file, torch.randn(6, 2, 2, 4, 8, 8), torch.arange(6), {}),
+            "belongs to another encoding",
+        ),
+    ],
+)
+def test_a_shard_that_is_not_the_encodings_is_named(place, tmp_path, damage, words):
+    for path in (place / "whole").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    damage(tmp_path / shard_name(3))
+    with pytest.raises(ValueError, match=words):
+        load_latents(tmp_path, verify=True)
+
+
+def test_a_missing_shard_is_made_anew_and_an_index_comes_last(place, tmp_path):
+    for path in (place / "whole").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / shard_name(3)).unlink()
+    encode_folder(place / "pictures", tmp_path, place / "vae", 16, shard_rows=5, progress=False)
+    assert read_index(tmp_path) == read_index(place / "whole")
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(ValueError, match="holds an unfinished encoding: start it again"):
+        load_latents(tmp_path)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="pipes")
 @pytest.mark.parametrize("name", [INDEX, shard_name(1)])
 @pytest.mark.parametrize("kind", ["empty", "foreign", "pipe", "folder", "Latin-1", "order mark"])
@@ -389,9 +438,11 @@ def test_wrong_pictures_and_autoencoders_are_refused(place, tmp_path):
     assert not out.exists()
 
 
-def test_the_digest_sees_every_weight():
+def test_the_digest_sees_every_weight(tmp_path):
     one, two = make_vae(), make_vae()
     assert describe_vae(one) == describe_vae(two)
+    one.save_pretrained(tmp_path)
+    assert describe_vae(load_vae(tmp_path)) == describe_vae(one)
     with torch.no_grad():
         two.decoder.conv_out.bias[0] += 1e-6
     assert describe_vae(one)["sha256"] != describe_vae(two)["sha256"]

@@ -176,9 +176,9 @@ def class_agreement(
 def nearest_images(images: Tensor, train: Tensor, k: int = 2) -> tuple[Tensor, Tensor]:
     """Distances to the k nearest training images, and which they are: `[n, k]` each, the nearest first.
 
-    Images are uint8, `images` `[n, channels, h, w]` and `train` `[m, channels, h, w]` with m >= k; other shapes or types
-    are a `ValueError`. A distance is the root of the mean squared difference of the values, in grey levels. The search
-    is exact.
+    Images are uint8, `images` `[n, channels, h, w]` and `train` `[m, channels, h, w]` with m >= k; other types or
+    shapes are a `ValueError`. A distance is the root of the mean squared difference of values, in grey levels. The
+    search is exact.
     """
     shapes = check_images("images", images).shape[1:], check_images("train", train, at_least=k).shape[1:]
     require(shapes[0] == shapes[1], "shapes of images and train", shapes, "equal shapes")
