@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from ._checks import Count, Share, checked, require, require_that
 from ._modes import eval_mode
 from .denoisers import Denoiser, check_labels, record_nfe, shown
-from .images.networks import build_network
+from .images.networks import image_denoiser
 from .metrics import nearest_neighbours
 from .networks import MLP
-from .paths import expand_time
+from .paths import FlowPath, expand_time
 from .samplers import euler_step, heun_step, solve_adaptively
 from .training import LossContext, train
 
@@ -210,7 +210,7 @@ class FlowPostprocessor(nn.Module):
                 torch.manual_seed(seed)
                 net = MLP(dim, num_classes, width, depth, octaves=octaves)
         elif isinstance(net, str):
-            net = build_network(net, tuple(self.shape), num_classes, seed=seed)
+            net = image_denoiser(net, tuple(self.shape), FlowPath(), num_classes, seed=seed).net
         self.net = net
         self.register_buffer("dropout", torch.tensor(float(dropout)))
         # the unit s of the velocity, set by `from_pairs`
