@@ -32,7 +32,7 @@ from guidance_nb.training import LossContext
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["score"]
+__all__ = ["score", "sweep"]
 
 _METRICS = ("fd", "sfd", "kd", "score", "fid", "sfid", "kid", "is", "precision", "recall", "agreement")
 _HIGHER = ("precision", "recall", "agreement", "is", "score")  # better if higher; all others are distances
@@ -286,17 +286,22 @@ def _point_facts(trained: Trained, point: Request, reference: Features, classifi
 
 def sweep(
     trained: Trained,  # A trained denoiser
-    points: list[Request],  # See sweep_points
-    reference: Features,  # Features of the real images; see extract_reference_features
+    points: list[Request],  # What to draw, point by point
+    reference: Features,  # Features of the real images, of `extract`
     extractor: Extractor,  # The feature extractor
     out: Path,  # Folder for rows.csv; finished points in it are kept
     classifier: Trained | None = None,  # Guide by this classifier
     correction: Trained | None = None,  # Score the corrected samples, too
     progress: bool = True,  # Whether to show progress bars
-    source: str = "",  # Where the reference came from, for baseline_row
+    source: str = "",  # "mnist" or "cifar10" where that is the reference: its other split gives the row of real images
     metrics: tuple[str, ...] | None = None,  # As for score
-) -> Iterator[Json]:
-    "Generate and score point after point; yields the rows as they are made, that of real images first."
+) -> Iterator[Json]:  # Rows of the table, each as from `score`
+    """Generate and score point after point; yields the rows as they are made, that of real images first.
+
+    A row that is in the table is not made again, so a sweep that was stopped goes on. With a `correction` each point
+    has two rows. What `trained` cannot draw, such as a scale that a network was not trained for, is a `ValueError`
+    when the first row is asked for, before any sample is drawn.
+    """
     file = out / "rows.csv"
     points = [_complete_request(trained, point, classifier) for point in points]
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _Samples = ImageData | latents.LatentData
-__all__ = ["generate", "train_recipe"]
+__all__ = ["Request", "generate", "load_trained", "train_recipe"]
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -266,7 +266,14 @@ class Trained:
 
 
 def load_trained(source: str | Path, ema: bool = True) -> Trained:
-    "A trained network with its recipe."
+    """A trained network together with the recipe it was trained from, as `generate` and `sweep` take it.
+
+    `source` is a checkpoint, the folder of a run, whose newest intact checkpoint is taken, or the name of a model of
+    the package, such as "mnist-cfg". Its weights are their moving average, with `ema=False` those of the last step.
+    The result holds `model`, `recipe`, the `shape` of one sample, `classes`, `step` and `path`. A folder without a
+    checkpoint is a `FileNotFoundError`; a checkpoint without a recipe, a damaged one, or one with a recipe that this
+    version cannot read is a `ValueError`.
+    """
     saved = _open_checkpoint(source)
     by = saved.record["versions"]["guidance_nb"]
     with explained(f"{saved.path} holds a recipe of another version, {by}", "those of this version", ValueError):
@@ -369,7 +376,11 @@ def _read_labels(text: str, n: int, classes: tuple[str, ...]) -> Tensor:
 
 
 class Request(Table):
-    "What to draw from a trained model; together with the model it decides every sample."
+    """What to draw from a trained model; together with the model it decides every sample.
+
+    A value of the wrong type or out of range is a `ValueError` of one line. `request.changed(n=4)` is a copy with
+    other values.
+    """
 
     n: int = key(1000, "Number of samples; the command draws ten of each class for a .png", ge=1)
     labels: str = key("balanced", "balanced, or classes separated by commas, in turn")
