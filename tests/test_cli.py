@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import apart
 from guidance_nb.cli._tables import METHODS, METRICS
-from guidance_nb.cli.app import app, main
+from guidance_nb.cli.app import app, main, parse_keys
 from guidance_nb.cli.recipe import FineTuning, Recipe, find_key, override, read_recipe, recipe_names
 from guidance_nb.cli.run import Request, _take_images, train_recipe
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
@@ -439,6 +439,17 @@ def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path)
         ("evaluate nowhere.npz --metrics=", "--metrics = ''; allowed: a value"),
         ("train mnist-base --out /proc/run", "out = '/proc/run' cannot be written"),
         ("train --lr 2 mnist-base", "training.lr = '2'; allowed: a number, above 0, at most 1"),
+        ("train mnist-base --steps many", "training.steps = 'many'; allowed: a whole number"),
+        ("train sit-b2-mg --source latents:nowhere", "nowhere holds no latents; allowed: a folder that"),
+        ("tour --scales 1,nan", "scales = (1.0, nan); allowed"),
+        ("sample nowhere", "model = 'nowhere'; allowed: a folder that is there, or"),
+        ("sample nowhere --interval 0", "interval = ['0']; allowed: a list of 2 numbers"),
+        ("sweep nowhere --samplers heum", "sampler = 'heum'; allowed: 'ddim'"),
+        ("evaluate nowhere.npz", "path = 'nowhere.npz'; allowed: an .npz file or a folder of images"),
+        ("encode nowhere out --vae nowhere", "cannot be loaded"),
+        ("cost mnist-evaluation-classifier", "method.name = 'evaluation_classifier'; allowed: 'plain', 'aligned"),
+        ("cost sit-b2-mg --gpus some", "gpus = 'some'; allowed: whole numbers separated by commas"),
+        ("info mnist-bsae", "allowed: a TOML file, or a name such as mnist-base"),
         ("sweep nowhere --steps 1.5", "steps = '1.5'; allowed: whole numbers separated by commas"),
     ],
 )
@@ -469,6 +480,35 @@ def test_the_session_of_the_page_is_made_of_words_that_exist():
         assert name not in names or words[0] in names[name]
         seen.add(name)
     assert seen >= {"train", "info", "sample", "evaluate", "postprocess", "sweep"} and len(lines) >= 12
+
+
+def test_a_correction_without_samples_is_refused(data, tmp_path):
+    result = here("train", "mnist-post", "--out", str(tmp_path / "run"))
+    assert isinstance(result.exception, ValueError)
+    assert "method.samples = (); allowed: sample files" in str(result.exception)
+
+
+def test_flags_are_read_by_key():
+    "In full or by the last part, with = or without; a switch is on, or with no- off."
+    read = lambda *words: parse_keys(["mnist-base", *words], Recipe)[1]  # noqa: E731
+    assert read("--steps", "10", "--method.scale=1.5") == {"training.steps": "10", "method.scale": "1.5"}
+    assert read("--flip", "--no-compile") == {"data.flip": "true", "training.compile": "false"}
+    for words, message in (
+        (("--lr", "--flip"), "--lr has no value; allowed: --lr value"),
+        (("--lr", "1", "--training.lr", "2"), "allowed: once, and '1' was given before"),
+        (("--stepz", "10"), "unknown key 'stepz'; did you mean training.steps?"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            read(*words)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(get_command(app).commands))
+def test_the_help_of_a_command_names_every_option_and_an_example(name):
+    told = done(name, "--help")
+    known = {word for p in get_command(app).commands[name].params for word in (*p.opts, *p.secondary_opts)}
+    assert all(word in told for word in known if word.startswith("--"))
+    assert name == "tour" or f"Example: guidance-nb {name} " in told
 
 
 def test_help_says_what_is_drawn_by_default():

@@ -26,7 +26,16 @@ from guidance_nb._processes import destroy_process_group
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
 from guidance_nb.cli.app import app
 from guidance_nb.cli.recipe import Recipe, override, read_recipe
-from guidance_nb.cli.run import Request, generate, load_trained, make_data, make_loss, recipe_shape, train_recipe
+from guidance_nb.cli.run import (
+    Request,
+    build_guided,
+    generate,
+    load_trained,
+    make_data,
+    make_loss,
+    recipe_shape,
+    train_recipe,
+)
 from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images.data import _resize_crop, crop_image, load_images, load_samples
 from guidance_nb.images.latents import (
@@ -518,6 +527,20 @@ def test_the_variants_are_flags(place, tmp_path):
         assert getattr(loss, "guided_share", 0.2) == (0.5 if number == 1 else 0.2)
     assert done("sample", run, "--channels", 3, "--n", 2, "--out", tmp_path / "3.npz", "--no-progress")
     assert load_samples(tmp_path / "3.npz").facts["channels"] == 3
+
+
+def test_a_run_on_latents_draws_pictures_and_guides_the_channels_asked_for(place, tmp_path):
+    small = {"settings.width": 16, "settings.depth": 1, "settings.heads": 2, "steps": 2, "batch_size": 8}
+    small |= {"source": f"latents:{place / 'whole'}", "grid_every": 2, "sampler_steps": 2}
+    for _ in train_recipe(override(read_recipe("latents-tiny"), small), tmp_path, progress=False):
+        pass
+    assert Image.open(tmp_path / "grid-00000002.png").size == (2 * 17 + 1, 4 * 17 + 1)
+    seen, draws = load_trained(tmp_path), torch.Generator().manual_seed(0)
+    point = torch.randn(2, 4, 8, 8, generator=draws), torch.tensor(0.5), torch.tensor([0, 1])
+    asked = ((2.0, 0), (2.0, 3), (1.0, 0))
+    four, three, none = (build_guided(seen, s, channels=n).predict(*point).x0 for s, n in asked)
+    assert torch.equal(three[:, :3], four[:, :3]) and not torch.equal(three[:, 3], four[:, 3])
+    assert torch.equal(three[:, 3], none[:, 3])
 
 
 def test_what_does_not_fit_latents_is_refused(place, tmp_path):

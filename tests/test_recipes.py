@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,13 @@ from guidance_nb.cli.run import (
     _read_labels,
     _read_pairs,
     _take_images,
+    build_guided,
     generate,
     load_trained,
     make_data,
+    make_loss,
     postprocess,
+    recipe_cost,
     recipe_shape,
     train_recipe,
 )
@@ -114,8 +118,11 @@ def test_a_shipped_recipe_says_what_it_is_and_builds(name):
     assert name.split("/")[-1].startswith(recipe.data.source) or recipe.data.source.startswith("latents:")
     with torch.device("meta"):
         model = make_model(recipe, *recipe_shape(recipe))
+        assert callable(make_loss(recipe))
     least = 5_000 if recipe.network.name == "linear" else 10_000
     assert sum(p.numel() for p in model.parameters()) > least
+    assert override(Recipe(), json.loads(json.dumps(recipe.model_dump()))) == recipe
+    assert override(Recipe(), tomli.loads(describe_recipe(recipe))) == recipe
 
 
 @pytest.mark.parametrize("name", recipe_names(FineTuning))
@@ -144,9 +151,75 @@ def test_every_key_has_a_meaning_that_is_printed(kind):
         assert keys <= set(recipe_keys(kind))
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("training.lr", "training.lr"),
+        ("batch-size", "training.batch_size"),
+        ("data", "data.source"),
+        ("network", "network.name"),
+        ("method", "method.name"),
+        ("settings.dropout", "network.settings.dropout"),
+    ],
+)
+def test_a_key_is_found_by_its_last_part_and_a_table_is_its_first_key(name, key):
+    assert find_key(name) == key
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("learning_rate", Recipe, "unknown key 'learning_rate'"),
+        ("batchsize", Recipe, "did you mean training.batch_size?"),
+        ("batchsize", FineTuning, "did you mean training.batch_size?"),
+        ("data.lr", Recipe, "did you mean training.lr?"),
+    ],
+)
+def test_an_unknown_key_is_told_the_nearest(name, kind, words):
+    assert find_key("lora-rank", FineTuning) == "pipeline.lora_rank"
+    with pytest.raises(ValueError) as caught:
+        find_key(name, kind)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_values_come_to_the_type_of_their_key():
+    "Text as of flags, whole numbers for others, and all that was not named stays."
+    assert override(Recipe(), {"interval": "0,0.75"}).method.interval == (0.0, 0.75)
+    for value, lr in (("1e-4", 1e-4), (1, 1.0), (0.5, 0.5)):
+        assert override(Recipe(), {"lr": value}).training.lr == lr
+    for value, flip in (("true", True), ("false", False), (True, True)):
+        assert override(Recipe(), {"flip": value}).data.flip is flip
+    flags = {"steps": "4000", "network": "unet-tiny", "settings.dropout": "0.2", "samples": "a.npz,b.npz"}
+    changed = override(Recipe(), flags)
+    assert (changed.training.steps, changed.network.name) == (4000, "unet-tiny")
+    assert changed.network.settings == {"dropout": 0.2}
+    assert (changed.method.samples, changed.data) == (("a.npz", "b.npz"), Recipe().data)
+    assert override(Recipe(), tomli.loads(describe_recipe(changed))) == changed
+
+
+def test_the_loss_and_the_cost_of_a_recipe():
+    assert make_loss(read_recipe("mnist-aligned")).scale == 2.0
+    for name, hours in (("sit-b2-mg", 15), ("sit-xl2-256-base", 1023), ("sit-xl2-256-mg", 1477)):
+        assert round(recipe_cost(read_recipe(name)).iloc[-1].gpu_hours) == hours
+    with pytest.raises(ValueError, match="allowed: a multiple of 3 GPUs"):
+        recipe_cost(read_recipe("sit-b2-mg"), (3,))
+    with pytest.raises(ValueError, match="allowed: 'plain', 'aligned_loss'"):
+        recipe_cost(read_recipe("mnist-evaluation-classifier"))
+
+
 BAD = {
     ("steps", 0): "training.steps = 0; allowed: a whole number, 1 or more",
     ("steps", True): "training.steps = True; allowed: a whole number",
+    ("steps", 2.5): "training.steps = 2.5; allowed: a whole number, 1 or more",
+    ("steps", "many"): "training.steps = 'many'; allowed: a whole number, 1 or more",
+    ("limit", -1): "data.limit = -1; allowed: a whole number, 0 or more",
+    ("data", 3): "data.source = 3; allowed: text",
+    ("samples", 3): "method.samples = 3; allowed: a list of texts",
+    ("dropout", 1.5): "dropout = 1.5; allowed: a number, 0 or more",
+    ("precision", "fp8"): "precision = 'fp8'; allowed: 'fp32'",
+    ("guided_channels", -1): "sampling.guided_channels = -1; allowed: a whole number, 0 or more",
+    ("unconditional", "nul"): "method.unconditional = 'nul'; allowed: 'null'",
+    ("lr", True): "training.lr = True; allowed: a number, above 0, at most 1",
     ("steps", "2.5"): "training.steps = '2.5'; allowed: a whole number",
     ("lr", "nan"): "training.lr = 'nan'; allowed: a number, above 0, at most 1",
     ("lr", "inf"): "training.lr = 'inf'; allowed",
@@ -208,6 +281,9 @@ def test_contradictions_are_refused():
         (b"\xef\xbb\xbfsteps = 7", None),
         (b"steps = [", "is not TOML"),
         (b"\xff\xfe", "is not TOML"),
+        (b"[training]\nsteps = 1.5", "training.steps = 1.5; allowed: a whole"),
+        (b"[training]\nstep = 1", "did you mean training.steps?"),
+        (b"[network]\nsettings = 3", "a table"),
         (b"title = " + b"[" * 500 + b"]" * 500, ""),
         (b"title = " + b"[" * 50_000, "is not TOML"),
     ],
@@ -240,6 +316,8 @@ def test_classes_named_by_numbers_are_names(classes, labels, expected):
 def test_an_index_that_may_be_a_name_is_refused():
     with pytest.raises(ValueError, match="labels = '0'; allowed: 'balanced', 1, 2, 3"):
         _read_labels("0,1", 6, ("1", "2", "3"))
+    with pytest.raises(ValueError, match="labels = 'cat'; allowed: 'balanced', 0 to 1, or lying, standing"):
+        _read_labels("cat", 6, ("lying", "standing"))
 
 
 @pytest.mark.parametrize("names", [["cat", "truck"], ["truck"], ["cat", "dog", "truck"]])
@@ -410,8 +488,11 @@ def test_the_best_point(tmp_path, best, scale):
     )
     assert finish_sweep(tmp_path, best, {"checkpoint": "a"})["scale"] == scale
     assert finish_sweep(tmp_path, best)["scale"] == 9.0
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="no row of this sweep"):
         finish_sweep(tmp_path, best, {"checkpoint": "c"})
+    with pytest.raises(ValueError, match="best = 'fid'; allowed: 'fd_seen'"):
+        finish_sweep(tmp_path, "fid")
 
 
 def test_the_baseline_is_as_large_as_there_are_images():
@@ -428,6 +509,98 @@ def test_points_of_a_sweep():
     assert [(p.scale, p.steps, p.sampler, p.n) for p in points] == [
         (1.0, 4, "ddim", 5), (2.0, 4, "ddim", 5), (1.0, 8, "ddim", 5), (2.0, 8, "ddim", 5)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (((),), r"scales = \(\); allowed: one or more, each once"),
+        (((1.0, 1.0),), r"scales = \(1.0, 1.0\); allowed: one or more, each once"),
+        (((1.0,), (0,)), "steps = 0; allowed: a whole number, 1 or more"),
+    ],
+)
+def test_points_that_are_none_or_twice_are_refused(asked, words):
+    with pytest.raises(ValueError, match=words):
+        sweep_points(Request(), *asked)
+
+
+@pytest.fixture(scope="module")
+def guided(runs) -> tuple:
+    "A network with label dropout, one with its scale built in, a scale-aware one, and two classifiers."
+    for name, changes in (("mg", {"scale": 2.0}), ("aware", {"scale_range": "1,3"})):
+        recipe = override(load_trained(runs / "base").recipe, {"method": "model_guidance"} | changes)
+        for _ in train_recipe(recipe, runs / name, progress=False):
+            pass
+    return tuple(load_trained(runs / name) for name in ("base", "mg", "aware", "classifier", "evaluation"))
+
+
+def test_the_method_of_a_checkpoint_says_how_it_is_guided(guided):
+    plain, mg, aware, classifier, _ = guided
+    views = [(plain, 3, None), (mg, None, None), (aware, 3, None), (plain, 3, classifier)]
+    kinds = [type(build_guided(*view)).__name__ for view in views]
+    assert kinds == ["ClassifierFreeGuidance", "NetworkDenoiser", "FixedScale", "ClassifierGuidance"]
+    draw = lambda model, scale, by: generate(model, Request(n=2, steps=4, scale=scale), by, False)  # noqa: E731
+    assert [draw(*view).facts["nfe"] for view in views[:3]] == [14, 7, 7]
+
+
+def test_guidance_that_a_network_was_not_trained_for_is_refused(guided, runs):
+    plain, mg, aware, classifier, evaluation = guided
+    foreign = replace(classifier, classes=("cat", "dog"))
+    for call, words in (
+        (partial(build_guided, evaluation), "was trained by method 'evaluation_classifier'; allowed: 'plain'"),
+        (partial(build_guided, mg, 3.0), "scale = 3; allowed: 2, which"),
+        (partial(build_guided, plain, 2.0, evaluation), "allowed: 'classifier'"),
+        (partial(build_guided, plain, float("nan")), "scale = nan; allowed: a finite number"),
+        (partial(build_guided, aware, 2.0, None, (0, 0.5)), "only classifier-free guidance can pause"),
+        (partial(build_guided, plain, 2.0, foreign), "is for other images, classes"),
+        (partial(load_trained, runs / "images"), "holds no checkpoint"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            call()
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": "cat"}, "labels = 'cat'; allowed: 'balanced', 0000, 0001"),
+        ({"sampler": "heum"}, "sampler = 'heum'; allowed: 'ddim'"),
+        ({"steps": -1}, "steps = -1; allowed: a whole number, 1 or more"),
+        ({"seed": 2**64}, "seed = 18446744073709551616; allowed: a whole number, 0 or more"),
+        ({"precision": "fp16"}, "precision = 'fp16'; allowed: 'fp32'"),
+        ({"interval": (0.5, 0.2)}, "interval = (0.5, 0.2); allowed: two times, 0 <= first"),
+        ({"vae": "vae"}, "base/step-00000002 was trained on pictures"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(runs, change, words):
+    with pytest.raises(ValueError) as caught:
+        generate(load_trained(runs / "base"), Request(n=2).changed(**change), progress=False)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sample_is_that_of_its_number_and_seed(runs):
+    base, ask = load_trained(runs / "base"), Request(n=4, batch_size=3)
+    x = generate(base, ask, progress=False).x
+    assert torch.equal(x[:2], generate(base, ask.changed(n=2), progress=False).x)
+    assert not torch.equal(x, generate(base, ask.changed(seed=1), progress=False).x)
+
+
+def test_images_of_another_size_are_neither_scored_nor_corrected(runs, tmp_path):
+    small = SampleFile(load_samples(runs / "samples.npz").x[:, :, :4, :4], None, {})
+    extractor = find_feature_extractor(str(runs / "evaluation"))
+    real = extract(load_samples(runs / "images").x, extractor)
+    with pytest.raises(ValueError, match=r"\(\(4, 4\), \(8, 8\)\); allowed: one size"):
+        score(small, real, extractor)
+    with pytest.raises(ValueError, match=r"\(8, 3, 4, 4\); allowed: floating-point values \[n, \*\[3, 8, 8\]\]"):
+        postprocess(load_trained(runs / "correction"), small)
+    with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'flow_postprocessing'"):
+        postprocess(load_trained(runs / "base"), small)
+    save_samples(tmp_path / "small.npz", small.x)
+    with pytest.raises(ValueError, match="allowed: one size"):
+        load_real(str(tmp_path / "small.npz"), "train", (3, 8, 10))
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(2048))
+    with pytest.raises(ValueError, match="mu, sigma"):
+        load_real(str(tmp_path / "bad.npz"))
 
 
 def test_load_gives_a_ready_denoiser(runs):
