@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from guidance_nb._random import keyed_noise
+from guidance_nb.classifier_guidance import class_gradient
 from guidance_nb.explorer import _PROGRAM, Scene, _checked_runs, example_scenes, explore, explorer_page
 from guidance_nb.explorer._assets import program as read_program
-from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, settings_of, true_scale
-from guidance_nb.mixtures import ExactDenoiser, Mixture, gaussian_pair, log_prob
+from guidance_nb.explorer._scenes import CONTROLS, METHOD_CONTROLS, Tempered, settings_of, true_scale
+from guidance_nb.metrics import outlier_rate
+from guidance_nb.mixtures import ExactClassifier, ExactDenoiser, Mixture, gaussian_pair, log_posterior, log_prob
 from guidance_nb.paths import FlowPath, VPPath
 from guidance_nb.plots import _density_image
 from notebooks import ROOT, cells, text
@@ -121,6 +124,52 @@ def test_stored_page_is_the_one_the_package_makes():
 def test_page_stands_alone_and_is_small():
     assert 10_000 < len(STORED.encode()) < 150_000
     assert not re.search(r"(src|href)\s*=|@import|url\(|import\(|fetch\(|XMLHttp", STORED)
+    assert STORED.count("</script>") == 1
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_scene_starts_from_the_noise_of_the_samplers(name):
+    scene, dim = SCENES[name], SCENES[name].mixture.dim
+    assert scene.noise.shape == (256, dim)
+    assert_close(scene.noise[100:110], keyed_noise(0, 100, (10, dim)))
+    real = torch.cat(scene.real)
+    assert outlier_rate(real, torch.arange(len(real)) // 256, scene.mixture, scene.threshold) < 0.01
+
+
+def test_sliders_that_are_not_given_stand_where_they_begin():
+    assert settings_of("classifier_free_guidance", first=0.4, last=0.2)["last"] == 0.4
+    assert true_scale("aligned_loss", settings_of("aligned_loss", sampling=4, training=2)) == 2
+    assert true_scale("model_guidance", settings_of("model_guidance", weight=0.5)) == 2
+    scene = Scene("pair", gaussian_pair(), 2.6, n=16)
+    for method in METHOD_CONTROLS:
+        assert torch.equal(scene.run(1, method, {}).x, scene.run(1, method, settings_of(method)).x)
+
+
+def test_one_velocity_at_one_true_scale():
+    "Eq. (3) against autograd; eq. (4) at a true scale of 2, where four methods with numbers of their own agree."
+    scene, c = SCENES["fractal"], torch.ones(256, dtype=torch.long)
+    x, t = scene.noise.double(), torch.tensor(0.4, dtype=torch.float64)
+    exact, classifier = ExactDenoiser(scene.mixture, FlowPath()), ExactClassifier(scene.mixture, FlowPath())
+    s_0, s_1 = (exact.score(x, t, torch.full((256,), k)) for k in range(2))
+    for tau in (0.5, 1.0, 3.0):
+        p = (tau * log_posterior(scene.mixture, x, t=t)).softmax(1)
+        ours = tau * (s_1 - p[:, :1] * s_0 - p[:, 1:] * s_1)
+        assert_close(ours, class_gradient(Tempered(classifier, tau), x, t, c), rtol=1e-7, atol=1e-7)
+
+    def velocity(method, **own):
+        return scene.model(method, own).velocity(x, t, c)
+
+    guided = velocity("classifier_free_guidance", scale=2)
+    for method, own in {
+        "classifier_guidance": {"scale": 2},
+        "aligned_loss": {"sampling": 4, "training": 2},
+        "model_guidance": {"weight": 0.5},
+    }.items():
+        assert_close(velocity(method, **own), guided, rtol=1e-7, atol=1e-7)
+    assert (velocity("classifier_guidance", scale=2, sharpness=2) - guided).abs().max() > 0.1
+    assert (velocity("aligned_loss", sampling=4, anchored=0) - guided).abs().max() > 0.1
+    plain = velocity("aligned_loss", sampling=2, anchored=0)
+    assert_close(plain, exact.velocity(x, t, c), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -474,9 +523,13 @@ def test_bad_requests_are_one_line(monkeypatch):
     for call, words in (
         (lambda: settings_of("magic"), "method = 'magic'; allowed: 'classifier_free_guidance'"),
         (lambda: settings_of("model_guidance", weight=2), "weight = 2; allowed: 0 to 0.85"),
+        (lambda: settings_of("model_guidance", weight=1.5), "weight = 1.5; allowed: 0 to 0.85"),
+        (lambda: settings_of("model_guidance", scale=2), "control = 'scale'; allowed: 'weight'"),
+        (lambda: scene.run(1, "model_guidance", {"scale": 2}), "control = 'scale'; allowed: 'weight'"),
         (lambda: scene.run(1, "model_guidance", {"weight": 0.5}, "ddim"), "sampler = 'ddim'; allowed: 'heun'"),
         (lambda: scene.run(5, "model_guidance", {"weight": 0.5}), "c contains 5; allowed: 0 to 1"),
         (lambda: Scene("deep", gaussian_pair(dim=5), 1.0), "dimension of the mixture = 5; allowed: 1 or 2"),
+        (lambda: Scene("box", gaussian_pair(dim=3), 2.0), "dimension of the mixture = 3; allowed: 1 or 2"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             call()

@@ -137,9 +137,9 @@ class Scene:
 
     def model(self, method: str, settings: Settings, model: Denoiser | None = None) -> Denoiser:
         """The guided denoiser of a method, eq. (4): of the exact model, or of a model of your own."""
-        s, exact = settings, ExactDenoiser(self.mixture, FlowPath()) if model is None else model
+        s, exact = settings_of(method, **settings), ExactDenoiser(self.mixture, FlowPath()) if model is None else model
         plain = OptimalDenoiser(exact) if model is None else model
-        if check_choice("method", method, METHOD_CONTROLS) == "classifier_guidance":
+        if method == "classifier_guidance":
             classifier = Tempered(ExactClassifier(self.mixture, exact.path), s["sharpness"])
             return ClassifierGuidance(plain, classifier, s["scale"])
         if method == "aligned_loss":
@@ -154,8 +154,8 @@ class Scene:
     def run(
         self,
         c: int,  # The class to sample
-        method: str,  # A key of `METHOD_CONTROLS`
-        settings: Settings,  # From settings_of
+        method: str,  # Such as "model_guidance"
+        settings: Settings,  # Its sliders by name, such as {"scale": 3}; those that are missing stand where they begin
         sampler: Solver = "heun",
         steps: int = 32,  # Number of steps
         model: Denoiser | None = None,  # A model of your own instead of the exact one
@@ -171,7 +171,7 @@ class Scene:
         if method == "flow_postprocessing":  # sample i goes to number i mod k of its k nearest real points
             own, i = self.real[c].double(), torch.arange(len(self.noise))
             distance = own.square().sum(1) - 2 * points[-1].float().double() @ own.T  # up to |x|^2
-            nearest = distance.argsort(dim=1, stable=True)[i, i % int(settings["neighbours"])]
+            nearest = distance.argsort(dim=1, stable=True)[i, i % int(settings_of(method, **settings)["neighbours"])]
             points, times = torch.cat([points, own[nearest][None]]), torch.cat([times, times[-1:]])
         return Trajectory(points, times, nfe)
 
