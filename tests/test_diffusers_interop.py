@@ -116,6 +116,24 @@ def test_a_table_path_is_a_path_like_any_other():
         assert (path.time_at(path.noise_to_signal(t)) == 1).all() and path.sigma(t).dtype == t.dtype
 
 
+@pytest.mark.parametrize("settings", [
+    {}, cases.STABLE_DIFFUSION, {"beta_schedule": "squaredcos_cap_v2"},
+    {**cases.STABLE_DIFFUSION, "rescale_betas_zero_snr": True, **V},
+])  # fmt: skip
+def test_our_paths_hold_the_points_of_their_schedulers(settings):
+    scheduler, steps = diffusers.DDIMScheduler(**settings), torch.arange(1000)
+    facts, x0, eps = path_from_scheduler(scheduler), torch.randn(1000, 3), torch.randn(1000, 3)
+    t = facts.clock.time(steps)
+    assert_close(facts.path.alpha(t).square().float(), scheduler.alphas_cumprod, rtol=0, atol=1e-7)
+    assert_close(facts.path.interpolate(x0, eps, t), scheduler.add_noise(x0, eps, steps), rtol=0, atol=2e-6)
+    assert_close(facts.clock(t), steps.float())
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    facts = path_from_scheduler(flow)
+    ours = facts.path.interpolate(x0, eps, facts.clock.time(flow.timesteps))
+    assert_close(ours, flow.scale_noise(x0, flow.timesteps, eps), rtol=0, atol=2e-6)
+    refuse(lambda: TablePath((0.2, 0.1)), "rising, from above 0")
+
+
 def test_time_is_told_exactly_and_in_single_precision():
     "Half precision cannot hold a timestep: 999 would become 1000."
     seen = []
@@ -134,6 +152,7 @@ def test_time_is_told_exactly_and_in_single_precision():
     (diffusers.ScoreSdeVeScheduler(), "scheduler = 'ScoreSdeVeScheduler'"),
     (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "scheduler = 'FlowMatchEulerDiscreteScheduler'"),
     (diffusers.EDMEulerScheduler(prediction_type="sample"), "prediction_type of EDMEulerScheduler = 'sample'"),
+    (object(), "scheduler = 'object'; allowed: one with alphas_cumprod"),
     (diffusers.UnCLIPScheduler(prediction_type="score"), "prediction_type of UnCLIPScheduler = 'score'; allowed: 'eps"),
 ])  # fmt: skip
 def test_schedulers_that_are_refused(bad, words):
@@ -563,6 +582,12 @@ def test_a_hub_folder_is_the_model_and_its_card_runs(tmp_path):
     guided = ClassifierFreeGuidance(model, 2.0)
     expected = sample(guided, torch.arange(4) % 3, (1, 8, 8), "ddim", 3, progress=False)
     assert_close(scope["images"], expected)
+
+
+def test_facts_of_a_card_may_be_given_by_name(tmp_path):
+    facts = {"method": "plain", "steps": 300, "scale": 2.0}
+    HubDenoiser.from_denoiser(hub_model(), "unet-tiny", (1, 8, 8), {"widths": [8, 16]}, facts).save_pretrained(tmp_path)
+    assert HubDenoiser.from_pretrained(tmp_path).facts == TrainingFacts("plain", 300, scale=2.0)
 
 
 def test_a_hub_folder_with_other_weights_is_refused(tmp_path):

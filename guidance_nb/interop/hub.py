@@ -19,7 +19,7 @@ with extra("diffusers"):
 
 __all__ = ["HubDenoiser"]
 
-_PATHS: dict[str, type[GaussianPath]] = {kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)}
+_PATHS: dict[str, type[GaussianPath]] = {k.__name__.lstrip("_"): k for k in (FlowPath, VPPath, EDMPath, TablePath)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainingFacts:
 
 def path_to_json(path: GaussianPath) -> Json:
     "A path as plain values."
-    return {"kind": check_choice("path", type(path).__name__, _PATHS), **asdict(path)}
+    return {"kind": check_choice("path", type(path).__name__.lstrip("_"), _PATHS), **asdict(path)}
 
 
 def path_from_json(values: Json) -> GaussianPath:
@@ -73,12 +73,15 @@ class HubDenoiser(NetworkDenoiser, PyTorchModelHubMixin):
     @classmethod
     def from_denoiser(
         cls, model: NetworkDenoiser, network: str, shape: Sequence[int], settings: Json | None = None,
-        facts: TrainingFacts = TrainingFacts(),
+        facts: TrainingFacts | Json = TrainingFacts(),
     ) -> "HubDenoiser":  # fmt: skip
-        "A trained network of that name, shape and settings, ready for `save_pretrained(folder)` with a card of facts."
+        """A trained network of that name, shape and settings, ready for `save_pretrained(folder)` with a card of facts.
+
+        `facts` are by name: method, steps, samples, data, scale, guidance, imports, sampler, sampler_steps.
+        """
         new = cls(
-            network, list(shape), model.num_classes, path_to_json(model.path), model.prediction,
-            scale_aware=model.scale_aware, settings=settings, facts=asdict(facts), sigma_data=model.sigma_data,
+            network, list(shape), model.num_classes, path_to_json(model.path), model.prediction, model.scale_aware,
+            settings, facts if isinstance(facts, dict) else asdict(facts), model.sigma_data,
         )  # fmt: skip
         new.load_state_dict(model.state_dict())
         return new.eval()
