@@ -26,11 +26,12 @@ from guidance_nb.engine.cost import (
     training_flops,
 )
 from guidance_nb.flow_postprocessing import FlowPostprocessor, PairLoss
-from guidance_nb.images.features import Extractor, extract
+from guidance_nb.images.features import CifarResNet, Extractor, extract, resnet_extractor
+from guidance_nb.images.networks import build_network
 from guidance_nb.model_guidance import ModelGuidanceLoss
-from guidance_nb.networks import mlp_denoiser
+from guidance_nb.networks import NoisyClassifier, mlp_denoiser
 from guidance_nb.paths import FlowPath
-from guidance_nb.training import DenoisingLoss
+from guidance_nb.training import ClassifierLoss, DenoisingLoss
 
 LARGE = NetworkCost(675_000_000, 237e9, 474e9, 333e6, 1.35e9)
 PLAIN = LossNFE(1.0, 0.0)
@@ -64,6 +65,40 @@ def test_transformers_by_their_matrices(side, width, depth, heads):
     assert cost.forward < cost.backward < 2 * cost.forward  # nothing flows back to the image and the clock
 
 
+@pytest.mark.parametrize(("name", "d", "depth"), [("dit-b/2", 768, 12), ("dit-xl/2", 1152, 28)])
+def test_networks_of_the_papers_by_the_formula(name, d, depth):
+    "Eq. (1) exactly; backward two products for each one, none for the very first layer."
+    cost, n = network_cost(name, (4, 32, 32), 1000), 256
+    blocks = depth * (12 * n * d**2 + 2 * n**2 * d + 6 * d**2)
+    assert cost.forward == 2 * (blocks + 2 * n * 16 * d + 3 * d**2 + 256 * d)
+    assert abs(cost.backward / cost.forward - 2) < 1e-3
+
+
+def test_a_unet_by_the_shapes_its_layers_see():
+    total = []
+
+    def note(layer, args, y):
+        total.append(2 * layer.weight[0].numel() * y.numel())
+
+    with torch.device("meta"):
+        net = build_network("unet-tiny", (3, 32, 32), 10)
+        for layer in net.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.register_forward_hook(note)
+        net(torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    assert network_cost("unet-tiny", (3, 32, 32), 10).forward == sum(total)
+
+
+def test_half_precision_and_gradient_checkpointing_need_less():
+    whole, low = (network_cost("dit-b/2", precision=precision) for precision in ("fp32", "bf16"))
+    thrifty = network_cost("dit-b/2", gradient_checkpointing=True)
+    assert 0.45 < low.activations / whole.activations < 0.6
+    assert thrifty.activations < 0.1 * low.activations
+    assert whole.copies < 1e6 and abs(low.copies / (2 * low.weights) - 1) < 0.02
+    assert_close(training_flops(thrifty, PLAIN) / training_flops(low, PLAIN), 4 / 3, atol=1e-3, rtol=0)
+    assert training_flops(low, PLAIN) == low.forward + low.backward
+
+
 def test_published_count_of_the_largest():
     "118.6 'Gflops' at 256 and 524.6 at 512 (arXiv 2212.09748) are multiply-adds."
     assert abs(network_cost("dit-xl/2", (4, 32, 32), 1000).forward / 2e9 / 118.6 - 1) < 1e-3
@@ -92,6 +127,19 @@ def test_rows_of_losses(loss, trained, asked):
     rows = count_loss_nfe(loss, steps=1000)
     assert rows.trained == trained
     assert_close(rows.asked, float(asked), rtol=0, atol=0.02)
+
+
+def test_rows_of_the_losses_of_the_page():
+    for loss, asked in (
+        (ModelGuidanceLoss(0.45), 1.35),
+        (ModelGuidanceLoss(0.45, start_step=500), 0.675),
+        (ModelGuidanceLoss(scale_range=(1.0, 4.0)), 0.675),
+    ):
+        found = count_loss_nfe(loss, steps=1000)
+        assert found.trained == 1
+        assert_close(found.asked, asked, atol=0.01, rtol=0)
+    classifier = NoisyClassifier(2, 10, FlowPath(), width=4, depth=1)
+    assert count_loss_nfe(ClassifierLoss(FlowPath()), classifier) == LossNFE(1, 0)
 
 
 def test_rows_of_a_loss_on_its_own_model():
@@ -127,7 +175,6 @@ def test_memory_by_hand():
 def test_the_estimate_of_memory_is_what_a_real_pass_keeps():
     "Bytes kept by real tensors on the CPU, for two numbers of rows, beside those counted on fakes."
     from guidance_nb.engine.cost import _kept_bytes
-    from guidance_nb.images.networks import build_network
 
     settings = {"width": 32, "depth": 2, "heads": 2}
     cost = network_cost("dit-s/2", (4, 8, 8), 10, precision="fp32", **settings)
@@ -147,6 +194,23 @@ def test_a_sheet_by_hand():
     assert_close(sheet.memory_gb.tolist(), [(20 * 0.675 + 1.35 + 0.333 * n) for n in (32, 8)])
     tight = cost_sheet(LARGE, PLAIN, 1, 64, gpus=(1,), chip=Chip(1e12, 30e9, 1e12, 1e11))
     assert tight.fits.tolist() == [False]
+    eight = cost_sheet(LARGE, PLAIN, 1000, 256, gpus=(1, 8), share=0.5)
+    assert eight.fits.tolist() == [False, True] and eight.gpu_hours[0] == eight.gpu_hours[1]
+    passes = cost_sheet(LARGE, PLAIN, 1000, 256, gradient_accumulation_steps=8, gpus=(1,))
+    assert_close(passes.memory_gb[0], eight.memory_gb[1])  # a pass of an eighth, as on eight machines
+    shared = cost_sheet(LARGE, PLAIN, 1000, 256, gpus=(8,), sharded=True)
+    assert_close(eight.memory_gb[1] - shared.memory_gb[0], 16 * 0.675 * 7 / 8)
+
+
+def test_a_sheet_of_a_name_and_a_loss():
+    "What is counted by name, and what is given, make the same sheet; a chip may be four numbers."
+    settings = {"shape": (3, 8, 8), "num_classes": 10, "precision": "fp32", "width": 32, "depth": 2, "heads": 2}
+    loss, chip = AlignedLoss(2.0), (312e12, 80e9, 2.039e12, 300e9)
+    ours = cost_sheet("dit-s/2", loss, 100, 8, chip=chip, **settings)
+    cost, nfe = network_cost("dit-s/2", **settings), count_loss_nfe(loss, steps=100)
+    assert ours.equals(cost_sheet(cost, nfe, 100, 8, chip="a100")) and nfe == (2, 0)
+    wider = cost_sheet("dit-s/2", loss, 100, 8, **settings | {"width": 64})
+    assert wider.tflop_per_sample[0] > 3 * ours.tflop_per_sample[0]
 
 
 def test_mfu_of_a_chip_at_its_peak_is_one():
@@ -154,6 +218,8 @@ def test_mfu_of_a_chip_at_its_peak_is_one():
     assert mfu(chip.peak / 711e9, 711e9, chip.peak) == pytest.approx(1.0)
     assert mfu(0, 711e9, chip.peak) == 0
     assert mfu(800, 711e9, chip.peak, gpus=8) == pytest.approx(mfu(100, 711e9, chip.peak))
+    assert mfu(500, 711e9, chip.peak) == pytest.approx(500 * 711e9 / 989e12)
+    assert find_chip("NVIDIA H100 80GB HBM3") == chip
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -162,6 +228,27 @@ def test_shares_are_whole_batches(n, world):
     shares = row_shares(n, 64, world)
     ends = torch.tensor(shares).cumsum(0).tolist()
     assert len(shares) == world and ends[-1] == n and all(end % 64 == 0 or end == n for end in ends)
+    assert max(shares) <= 64 * -(-n // (64 * world)) and min(shares) >= 0
+
+
+@pytest.mark.parametrize(("n", "size", "world"), [(50_000, 256, 7), (5, 1, 5)])
+def test_shares_of_other_batches(n, size, world):
+    shares = row_shares(n, size, world)
+    ends = torch.tensor(shares).cumsum(0).tolist()
+    assert ends[-1] == n and all(end % size == 0 or end == n for end in ends)
+    assert max(shares) <= size * -(-n // (size * world)) and min(shares) >= 0
+    assert row_shares(10, 4, 2) == [4, 6]
+
+
+def test_two_processes_extract_what_one_does():
+    "Bit for bit, since they compute the batches that one would."
+    look = resnet_extractor(CifarResNet(20).eval())
+    seen = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    one, here = (find(seen, look, batch_size=4) for find in (extract, extract_sharded))
+    parts = [extract(part, look, batch_size=4) for part in seen.split(row_shares(10, 4, 2))]
+    for layer, rows in one.rows.items():
+        assert torch.equal(rows, torch.cat([part.rows[layer] for part in parts]))
+        assert torch.equal(rows, here.rows[layer])
 
 
 def test_one_process_extracts_as_ever():
@@ -183,10 +270,16 @@ def test_one_process_extracts_as_ever():
             lambda: network_cost("dit-s/2", (4, 32, 32), 9, precision="fp8"),
             "precision = 'fp8'; allowed: 'fp32', 'bf16'",
         ),
-        (lambda: find_chip("H100 PCIe"), "chip = 'H100 PCIe'; allowed: 'a100', 'h100', 'h200', or a `Chip`"),
+        (lambda: find_chip("H100 PCIe"), "chip = 'H100 PCIe'; allowed: 'a100', 'h100', 'h200', or four numbers"),
         (lambda: mfu(-1, 1, 1), "images_per_second = -1; allowed: a number, 0 or more"),
         (lambda: mfu(1, 1, 0), "peak = 0; allowed: a positive, finite number"),
-        (lambda: mfu(2, 1, 1), "mfu = 2.0; allowed: at most 1"),
+        (lambda: mfu(2, 1, 1), "mfu = 2.0; allowed: at most 1, so the count, the time or the peak is wrong"),
+        (lambda: mfu(float("nan"), 1e12, 1e15), "images_per_second = nan; allowed: a number, 0 or more"),
+        (lambda: find_chip("abacus"), "chip = 'abacus'; allowed: 'a100', 'h100', 'h200'"),
+        (lambda: cost_sheet(LARGE, PLAIN, 1, 256, gpus=(3,)), "a multiple of 3 GPUs x 1 passes"),
+        (lambda: cost_sheet(LARGE, PLAIN, 1, 256, gpus=(0,)), "gpus = 0; allowed: "),
+        (lambda: cost_sheet(LARGE, PLAIN, 1, 256, share=0), "share = 0; allowed: above 0, at most 1"),
+        (lambda: launch_file("ddp"), "name = 'ddp'; allowed: 'ddp-1node', 'ddp-multinode', 'fsdp2'"),
         (lambda: cost_sheet(LARGE, PLAIN, 1, 8, share=1.5), "share = 1.5; allowed: above 0, at most 1"),
         (lambda: cost_sheet(LARGE, PLAIN, 1, 8, 2, (8,)), "batch_size = 8; allowed: a multiple of 8 GPUs x 2 passes"),
         (lambda: launch_file("tpu"), "name = 'tpu'; allowed: 'ddp-1node', 'ddp-multinode', 'fsdp2'"),

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -45,6 +46,8 @@ from guidance_nb.interop.text_denoiser import (
     TwoStageAlignedLoss,
     _check_pipeline,
     load_text_denoiser,
+    merged_network,
+    save_lora,
     save_pipeline,
 )
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
@@ -171,6 +174,45 @@ def test_bad_folders_are_named(tmp_path):
         load_captioned(tmp_path / "none")
 
 
+def test_three_styles_of_a_folder_agree(folder, tmp_path):
+    "A table of either kind, or a text beside each picture; what is missing or unlike is named."
+    for style in ("csv", "txt"):
+        shutil.copytree(folder, tmp_path / style)
+        (tmp_path / style / "metadata.jsonl").unlink()
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    table = "".join(f"{row['file_name']},{row['text']}\n" for row in rows)
+    (tmp_path / "csv" / "metadata.csv").write_text("file_name,text\n" + table)
+    for row in rows:
+        (tmp_path / "txt" / row["file_name"]).with_suffix(".txt").write_text(row["text"] + "\n")
+    data = load_captioned(folder)
+    for style in ("csv", "txt"):
+        same = load_captioned(tmp_path / style)
+        assert torch.equal(same.images(torch.arange(9)), data.images(torch.arange(9)))
+        assert (same.classes, same.labels.tolist()) == (data.classes, data.labels.tolist())
+    (tmp_path / "txt" / "5.txt").unlink()
+    broken = tmp_path / "csv" / "5.png"
+    for source, told in (
+        (tmp_path / "txt", r"5\.png has no caption; allowed: 5\.txt"),
+        (tmp_path / "none", r"cannot be read \(No such file or directory\); allowed: a folder"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_captioned(source)
+    with pytest.raises(ValueError, match=r"0\.png has no caption; allowed: a row of metadata"):
+        load_captioned(folder, column="label")
+    broken.unlink()
+    with pytest.raises(ValueError, match=r"5\.png is in"):
+        load_captioned(tmp_path / "csv")
+    broken.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"5\.png cannot be read"):
+        load_captioned(tmp_path / "csv")
+    with pytest.raises(ValueError, match=r"5\.png cannot be read"):
+        load_captioned(tmp_path / "csv", 8).images(torch.arange(9))
+    Image.new("RGB", (24, 24)).save(broken)
+    with pytest.raises(ValueError, match=r"5\.png is 24x24; allowed: images of one size, or give size"):
+        load_captioned(tmp_path / "csv")
+    assert load_captioned(tmp_path / "csv", 8).images(torch.arange(9)).shape == (9, 3, 8, 8)
+
+
 def test_captions_of_other_programs_are_read_or_named(tmp_path):
     "A byte order mark is no part of a caption; Latin-1 is said to be none of UTF-8."
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
@@ -196,6 +238,36 @@ def test_cache_holds_what_the_encoders_say(pipeline, folder, cached):
     x, c = cached.fetch(torch.tensor([8, 1, 4]), keyed_generator(0))
     assert_close(x, 0.7 * moments.mean[[8, 1, 4]], rtol=1e-4, atol=1e-5)
     assert_close(c, text[[3, 2, 2]])
+    assert (len(cached), cached.shape, tuple(cached.null.shape)) == (9, (4, 8, 8), (1, 10, 16))
+    assert_close(cached.rows(torch.arange(4)), text)
+
+
+def test_part_of_a_batch_is_that_part_of_the_whole(cached):
+    "Posterior draws included."
+    indices = torch.tensor([3, 0, 7, 5])
+    x, _ = cached.fetch(indices, keyed_generator(1))
+    assert torch.equal(x[1:3], cached.fetch(indices, keyed_generator(1), slice(1, 3))[0])
+
+
+def test_caches_of_other_pipelines_and_pictures_are_refused(pipeline, folder, tmp_path):
+    mute = copy.copy(pipeline)
+    mute.text_encoder = None
+    for bad, told in (
+        (mute, "text_encoder of StableDiffusionPipeline = None"),
+        (make_pipeline(channels=9), "channels of the unet = 9; allowed: 4, as the autoencoder makes"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            cache_captioned(folder, tmp_path / "no", bad)
+    with pytest.raises(ValueError, match="allowed: a folder that"):
+        load_cached(tmp_path / "no")
+    cache_captioned(folder, tmp_path / "cache", pipeline, progress=False)
+    shutil.copytree(folder, tmp_path / "others")
+    table = tmp_path / "others" / "metadata.jsonl"
+    table.write_text("\n".join(table.read_text().splitlines()[:6]))
+    for k in (6, 7, 8):
+        (tmp_path / "others" / f"{k}.png").unlink()
+    with pytest.raises(ValueError, match="was made with"):
+        cache_captioned(tmp_path / "others", tmp_path / "cache", pipeline, progress=False)
 
 
 def test_cache_goes_on_and_tells_damage(pipeline, folder, tmp_path):
@@ -301,6 +373,19 @@ def test_two_stages_are_two_backward_passes(pipeline, cached, anchor):
             assert_close(p.grad, g, rtol=1e-6, atol=1e-12)
 
 
+def test_two_stages_have_the_gradient_of_one(pipeline, cached):
+    "To rounding in double precision, as the norm of the difference."
+    model, found = load_text_denoiser(pipeline, cached.null).double().train(), []
+    x0, c = torch.randn(4, 4, 8, 8).double(), cached.rows(torch.tensor([1, 2, 3, 1])).double()
+    for loss in (AlignedLoss(3.0), TwoStageAlignedLoss(3.0)):
+        model.zero_grad()
+        value = loss(model, x0, c, context(3)).mean()
+        value.backward()
+        found.append((value.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (one, whole), (two, parts) = found
+    assert (parts - whole).norm() / whole.norm() < 1e-10 and abs(two / one - 1) < 1e-12
+
+
 def test_two_stages_train_the_same_network(pipeline, cached):
     "Through fit, with micro-batches, lower precision and LoRA."
     for options in ({"precision": "fp32", "gradient_accumulation_steps": 2}, {"precision": "bf16"}):
@@ -328,6 +413,55 @@ def test_memory_of_one_branch(pipeline, cached):
         del model
     assert peaks["one"] > 1.85 * peaks["plain"]
     assert peaks["two"] < 1.03 * peaks["plain"] + gradients
+
+
+def test_lora_and_a_scale_input_change_nothing_at_the_start(pipeline, cached, saved):
+    x, t, c = torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.4, 0.95]), cached.rows(torch.tensor([1, 2, 3]))
+    plain = load_text_denoiser(pipeline, cached.null)
+    lora = load_text_denoiser(pipeline, cached.null, lora_rank=4)
+    aware = load_text_denoiser(pipeline, cached.null, scale_aware=True)
+    with torch.no_grad():
+        for model in (lora, aware):
+            assert torch.equal(model.output(x, t, c), plain.output(x, t, c))
+        assert torch.equal(aware.output(x, t, c, scale=5.0), plain.output(x, t, c))
+    twin = copy.deepcopy(lora)
+    shared = {p.data_ptr() for p in lora.parameters()} & {p.data_ptr() for p in twin.parameters()}
+    assert len(shared) == len(lora.frozen)
+    assert all("lora" in name or name == "null" for name in lora.state_dict())
+    for options, told in (
+        ({"lora_rank": 4, "scale_aware": True}, "lora_rank = 4; allowed: 0"),
+        ({"lora_rank": 4, "lora_layers": ("to_x",)}, "layer = 'to_x'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_text_denoiser(pipeline, cached.null, **options)
+    with pytest.raises(ValueError, match="cannot be opened"):
+        load_text_denoiser(str(saved.parent), cached.null)
+    with pytest.raises(ValueError, match="allowed: width 16"):
+        load_text_denoiser(pipeline, torch.zeros(1, 10, 5))
+
+
+def test_merged_lora_is_what_was_trained(pipeline, cached, folder, tmp_path):
+    model = load_text_denoiser(pipeline, cached.null, lora_rank=4)
+    how = {"batch_size": 6, "lr": 1e-2, "ema": 0.5, "progress": False}
+    tuned = train(model, TwoStageAlignedLoss(2.0), cached, 3, engine=Engine(cpu=True, precision="fp32"), **how).ema
+    key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    assert (merged_network(tuned).state_dict()[key] - pipeline.unet.state_dict()[key]).abs().max() > 1e-3
+    save_pipeline(tuned, pipeline, tmp_path / "merged")
+    save_pipeline(load_text_denoiser(pipeline, cached.null), pipeline, tmp_path / "base")
+    save_lora(tuned, tmp_path / "lora")
+    noise, images = torch.randn(2, 4, 8, 8), []
+    for part in ("merged", "base"):
+        there = StableDiffusionPipeline.from_pretrained(str(tmp_path / part))
+        there.set_progress_bar_config(disable=True)
+        if part == "base":
+            there.load_lora_weights(tmp_path / "lora")
+        call = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise, "output_type": "pt"}
+        images.append(there(["red cat", "blue dog"], **call).images)
+    assert_close(images[1], images[0], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="allowed: a network trained with lora_rank"):
+        save_lora(load_text_denoiser(pipeline, cached.null), tmp_path / "x")
+    with pytest.raises(ValueError, match="allowed: a new one, or one that holds a pipeline"):
+        save_pipeline(tuned, pipeline, folder)
 
 
 def test_lora_is_shared_and_small(pipeline, cached, saved):
@@ -393,6 +527,11 @@ def test_clip_score_is_the_clipped_cosine(pipeline, cached, tmp_path):
     assert (cosine < 0).any() and (cosine > 0).any()
     scores = clip_score(images, prompts, (model, processor), batch_size=5)
     assert_close(scores, 100 * cosine.clamp(min=0), rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="2 for 12 images"):
+        clip_score(images, prompts[:2], (model, processor))
+    model.visual_projection.weight.data.neg_()  # every cosine changes its sign
+    assert torch.equal(clip_score(images, prompts, (model, processor)) > 0, cosine < 0)
+    model.visual_projection.weight.data.neg_()
     model.save_pretrained(str(tmp_path))
     processor.save_pretrained(str(tmp_path))
     assert_close(clip_score(images, prompts, str(tmp_path)), scores)
@@ -505,6 +644,10 @@ def test_too_little_memory_names_the_knobs(folder, saved, tmp_path, monkeypatch)
     ):
         assert knob in told
     assert "\n" not in told
+    costly = override(small, {"two_stage": False, "lora_rank": 0, "gradient_checkpointing": False})
+    keys = "two_stage = true, lora_rank = 16, gradient_checkpointing = true, a smaller size"
+    with pytest.raises(torch.OutOfMemoryError, match=keys), add_memory_hint(costly):
+        raise torch.OutOfMemoryError("out of memory at step 0; allowed: accumulate = 4")
     with pytest.raises(RuntimeError, match=r"^other$"), add_memory_hint(small):
         raise RuntimeError("other")
 
@@ -523,6 +666,17 @@ def test_recipes_are_read_strictly(tmp_path):
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(ValueError, match=told):
             read_recipe(tmp_path / "bad.toml", kind=FineTuning)
+    for name, flags, told in (
+        ("sd15-none", {}, "allowed: a TOML file, or a name such as sd15-"),
+        ("sd15-mg", {"lora_rnk": 1}, r"unknown key 'lora_rnk'; did you mean pipeline\.lora_rank\?"),
+        ("sd15-mg", {"steps": "many"}, "steps = 'many'; allowed: a whole number"),
+        ("sd15-mg", {"method": "dpo"}, r"method\.name = 'dpo'; allowed: 'plain'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            read_recipe(name, flags, FineTuning)
+    with pytest.raises(ValueError, match="pipeline = ''; allowed: a folder or name"):
+        next(finetune(FineTuning(), tmp_path / "x"))
+    assert recipe_names(FineTuning) == ["sd15-aligned", "sd15-aligned-lora", "sd15-mg", "sd15-mg-aware", "sd15-plain"]
     aware = recipe("x", "y", method="model_guidance", scale_range=[1])
     with pytest.raises(ValueError, match=r"scale_range = \(1.0,\); allowed: "):
         next(finetune(aware, tmp_path / "run"))

@@ -24,7 +24,7 @@ from guidance_nb.training import LossContext
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["launch_file"]
+__all__ = ["cost_sheet", "launch_file"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _count_network(
 
 @checked
 def network_cost(
-    name: str, shape: Sequence[int], num_classes: int, scale_aware: bool = False,
+    name: str, shape: Sequence[int] = (4, 32, 32), num_classes: int = 1000, scale_aware: bool = False,
     precision: Literal["fp32", "bf16"] = "bf16", gradient_checkpointing: bool = False, **changes: object,
 ) -> NetworkCost:  # fmt: skip
     """Cost of one of `IMAGE_NETWORKS` by name, for images or latents of `shape`."""
@@ -107,8 +107,7 @@ class LossNFE(NamedTuple):
 
 @torch.enable_grad()
 def count_loss_nfe(
-    loss: Callable[..., Tensor], model: nn.Module | None = None, data: tuple[Tensor, Tensor] | None = None,
-    steps: int = 1,
+    loss: Callable[..., Tensor], model: nn.Module | None = None, data: tuple[Tensor, ...] | None = None, steps: int = 1
 ) -> LossNFE:  # fmt: skip
     """Count the evaluations that a loss takes by calling it on a tiny model, at 64 of the steps of a run.
 
@@ -160,7 +159,7 @@ CHIPS = {  # NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, spars
 def find_chip(name: str) -> Chip:
     """One of `CHIPS`, also by what a GPU calls itself."""
     found = [key for key in CHIPS if key in name.lower() and "pcie" not in name.lower()]
-    require(len(found) == 1, "chip", name, f"{', '.join(map(repr, CHIPS))}, or a `Chip` of your own")
+    require(len(found) == 1, "chip", name, f"{', '.join(map(repr, CHIPS))}, or four numbers of a data sheet")
     return CHIPS[found[0]]
 
 
@@ -182,22 +181,35 @@ def memory_per_gpu(cost: NetworkCost, trained: float, gpus: int = 1, sharded: bo
 
 @checked
 def cost_sheet(
-    cost: NetworkCost, nfe: LossNFE, steps: int, batch_size: int, gradient_accumulation_steps: Count = 1,
-    gpus: Sequence[int] = (1, 8), chip: str | Chip = "h100", share: PositiveShare = 0.35, sharded: bool = False,
+    network: str | NetworkCost, loss: Callable[..., Tensor] | LossNFE, steps: int, batch_size: int,
+    gradient_accumulation_steps: Count = 1, gpus: Sequence[int] = (1, 8), chip: str | Sequence[float] = "h100",
+    share: PositiveShare = 0.35, sharded: bool = False, **settings: object,
 ) -> "pd.DataFrame":  # fmt: skip
-    """GPU-hours and memory of a training run, eqs. (2) to (4), at an assumed MFU `share`, one row a number of GPUs."""
+    """GPU-hours and memory of a training run, eqs. (2) to (4), at an assumed MFU `share`, one row a number of GPUs.
+
+    `network` is a name of `IMAGE_NETWORKS`, and `settings` are `shape` of a sample, (4, 32, 32) unless given,
+    `num_classes`, 1000, `scale_aware`, `precision`, "bf16" or "fp32", `gradient_checkpointing`, and what differs from
+    the network of that name, such as `width`. `loss` is one that `fit` takes. A step has `batch_size` samples, divided
+    among `gpus` and passes. `chip` is "a100", "h100" or "h200", or four numbers of a data sheet: FLOP/s of dense bf16
+    products, bytes of memory, bytes/s between it and the chip, bytes/s to the machine's other chips. If `sharded`,
+    FSDP2 divides weights, gradients and moments.
+
+    Columns: `gpus`; `samples_at_once`, of a GPU in a pass; `tflop_per_sample`, 10^12 FLOPs; `eflop`, 10^18 FLOPs of the
+    run; `gpu_hours`; `hours`; `memory_gb`, 10^9 bytes of a GPU; `fits`, at most 90 % of the chip's memory. A network or
+    chip that is not known, a `share` above 1, and a batch that GPUs and passes do not divide raise `ValueError`.
+    """
     with extra("plots"):
         import pandas as pd
 
-    found = find_chip(chip) if isinstance(chip, str) else chip
+    found = find_chip(chip) if isinstance(chip, str) else Chip(*chip)
+    cost = network_cost(network, **settings) if isinstance(network, str) else network  # type: ignore[arg-type]
+    nfe = loss if isinstance(loss, LossNFE) else count_loss_nfe(loss, steps=steps)
     needed = training_flops(cost, nfe)
     hours = steps * batch_size * needed / (share * found.peak) / 3600
     table = []
     for n in gpus:
-        passes = check_whole("gpus", n, 1) * gradient_accumulation_steps
-        allowed = f"a multiple of {n} GPUs x {gradient_accumulation_steps} passes"
-        require(batch_size % passes == 0, "batch_size", batch_size, allowed)
-        at_once = batch_size // passes
+        at_once, rest = divmod(batch_size, check_whole("gpus", n, 1) * gradient_accumulation_steps)
+        require(rest == 0, "batch_size", batch_size, f"a multiple of {n} GPUs x {gradient_accumulation_steps} passes")
         memory = sum(memory_per_gpu(cost, nfe.trained * at_once, n, sharded).values())
         row = {"gpus": n, "samples_at_once": at_once, "tflop_per_sample": needed / 1e12}
         row |= {"eflop": steps * batch_size * needed / 1e18, "gpu_hours": hours, "hours": hours / n}

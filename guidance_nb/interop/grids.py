@@ -28,7 +28,7 @@ with extra("images"):
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
-__all__: list[str] = []
+__all__ = ["compare_scales"]
 
 
 @torch.no_grad()
@@ -64,9 +64,15 @@ def compare_scales(
 ) -> tuple[Tensor, list[Json]]:  # fmt: skip
     """Pictures of several networks over guidance scales, and a table with NFE and, given `clip`, CLIP score.
 
-    Pictures are `[models, scales, prompts, 3, height, width]`, uint8, by so many steps of DDIM on the times of the
-    pipeline's scheduler; picture i depends on (seed, i) alone, and not on model and scale. `size` is a side in pixels,
-    or height and width; None for the pipeline's own.
+    `models` are denoisers of the latents of `pipeline`, by name. A scale of 1 is the conditional model; a network that
+    has the scale as an input is told it, and any other is guided by classifier-free guidance. `size` is a side in
+    pixels, or height and width; None for the pipeline's own. `clip` is a CLIP model and its processor, or their folder.
+
+    Pictures are `[models, scales, prompts, 3, height, width]`, uint8, by so many `steps` of DDIM on the times of the
+    pipeline's scheduler; picture i depends on (`seed`, i) alone, and not on model and scale. A row of the table has
+    `model`, `scale`, `steps`, `seed`, `n`, the number of prompts, `nfe`, evaluations per picture, and `clip_score`,
+    the mean of eq. (4) from 0 to 100 (arXiv 2104.08718). A size that the pipeline cannot draw, and a `clip` that cannot
+    be opened, raise `ValueError`.
     """
     around = from_diffusers(pipeline, null=None, size=size)
     conditions, times = around.encode(prompts), scheduler_times(pipeline.scheduler, steps)
