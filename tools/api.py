@@ -21,7 +21,8 @@ HOW_TO = {  # machinery -> the page that shows how to use it; the longest beginn
     "engine": "38_engine", "engine.cost": "37_scaling", "images.data": "32_image_data",
     "images": "33_image_metrics",
     "images.latents": "34_latents", "interop": "35_diffusers_interop",
-    "interop.stable_diffusion": "36_stable_diffusion", "cli": "31_recipes", "cli.app": "30_cli",
+    "interop.grids": "36_stable_diffusion", "interop.stable_diffusion": "36_stable_diffusion",
+    "cli": "31_recipes", "cli.app": "30_cli",
     "explorer": "28_explorer",
 }  # fmt: skip
 PARTS = {
