@@ -349,7 +349,7 @@ def _loss_state(loss: Callable) -> object:
 def _describe_loss(loss: Callable) -> Json:
     """Name and plain settings of a loss, for the comparison at a resume."""
     plain = {k: v for k, v in getattr(loss, "__dict__", {}).items() if isinstance(v, bool | int | float | str | tuple)}
-    name = getattr(loss, "__qualname__", type(loss).__qualname__).lstrip("_")
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
     return json.loads(json.dumps({"name": name, **plain}, default=repr))
 
 

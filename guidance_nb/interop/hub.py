@@ -19,7 +19,7 @@ with extra("diffusers"):
 
 __all__ = ["HubDenoiser"]
 
-_PATHS: dict[str, type[GaussianPath]] = {k.__name__.lstrip("_"): k for k in (FlowPath, VPPath, EDMPath, TablePath)}
+_PATHS: dict[str, type[GaussianPath]] = {kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainingFacts:
 
 def path_to_json(path: GaussianPath) -> Json:
     "A path as plain values."
-    return {"kind": check_choice("path", type(path).__name__.lstrip("_"), _PATHS), **asdict(path)}
+    return {"kind": check_choice("path", type(path).__name__, _PATHS), **asdict(path)}
 
 
 def path_from_json(values: Json) -> GaussianPath:
