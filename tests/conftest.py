@@ -46,12 +46,12 @@ def data() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def published_files_are_hashed_once():
     "The real MNIST and CIFAR-10, which are checked twice whenever they are loaded: each file once, unless it changes."
-    if "guidance_nb.images.data" not in sys.modules:  # these tests load none
+    if "guidance_nb.images._data" not in sys.modules:  # these tests load none
         yield
         return
     from torchvision.datasets import cifar
 
-    from guidance_nb.images import data
+    from guidance_nb.images import _data as data
 
     check, check_again = data._missing_files, cifar.check_integrity
 

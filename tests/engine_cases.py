@@ -20,10 +20,10 @@ from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.engine._hardware import open_accelerator
 from guidance_nb.engine._sampling import sample_sharded
-from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
-from guidance_nb.engine.run import Engine
+from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.engine._run import Engine
 from guidance_nb.flow_postprocessing import FlowPostprocessor, PairDraws, PairLoss
-from guidance_nb.images.networks import image_denoiser
+from guidance_nb.images._networks import image_denoiser
 from guidance_nb.mixtures import checkerboard, sample_mixture
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser

@@ -19,9 +19,9 @@ from engine_cases import BATCH, STEPS, case, finish, kept, start
 from torch.testing import assert_close
 
 import apart
-from guidance_nb.engine import run as engine_run
-from guidance_nb.engine.checkpoints import _DamagedCheckpoint, _seal_record, checkpoints_in, read_checkpoint
-from guidance_nb.engine.run import Engine
+from guidance_nb.engine import _run as engine_run
+from guidance_nb.engine._checkpoints import _DamagedCheckpoint, _seal_record, checkpoints_in, read_checkpoint
+from guidance_nb.engine._run import Engine
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.training import DenoisingLoss, fit, train

@@ -28,10 +28,10 @@ from cifar10 import (
     full_size,
     small_size,
 )
-from guidance_nb.cli.run import Request, generate, load_trained
+from guidance_nb.cli._run import Request, generate, load_trained
 from guidance_nb.denoisers import count_nfe
-from guidance_nb.images.data import ImageData, SampleFile, save_samples
-from guidance_nb.images.metrics import read_rows
+from guidance_nb.images._data import ImageData, SampleFile, save_samples
+from guidance_nb.images._metrics import read_rows
 
 needs_data = pytest.mark.skipif(
     "GUIDANCE_NB_DATA" not in os.environ, reason="needs CIFAR-10 and its classifiers in GUIDANCE_NB_DATA"

@@ -8,11 +8,11 @@ import torch
 
 import claims
 from claims import Grid, Models, all_points
-from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import _take_images, generate, train_recipe
+from guidance_nb.cli._recipe import override, read_recipe
+from guidance_nb.cli._run import _take_images, generate, train_recipe
 from guidance_nb.denoisers import count_nfe
-from guidance_nb.images.data import load_images, save_samples
-from guidance_nb.images.metrics import read_rows
+from guidance_nb.images._data import load_images, save_samples
+from guidance_nb.images._metrics import read_rows
 
 needs_data = pytest.mark.skipif("GUIDANCE_NB_DATA" not in os.environ, reason="needs MNIST in GUIDANCE_NB_DATA")
 RECIPES = {

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 import apart
 from guidance_nb.cli._tables import METHODS, METRICS
-from guidance_nb.cli.app import app, main, parse_keys
-from guidance_nb.cli.recipe import FineTuning, Recipe, find_key, override, read_recipe, recipe_names
-from guidance_nb.cli.run import Request, _take_images, train_recipe
-from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
-from guidance_nb.images.data import load_images, load_samples, save_samples
+from guidance_nb.cli._app import app, main, parse_keys
+from guidance_nb.cli._recipe import FineTuning, Recipe, find_key, override, read_recipe, recipe_names
+from guidance_nb.cli._run import Request, _take_images, train_recipe
+from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.images._data import load_images, load_samples, save_samples
 from notebooks import ROOT, cells, text
 
 SCALES = ["--scales", "1,2"]
@@ -31,7 +31,7 @@ EVALUATION, SEEN = "mnist-evaluation-classifier", "evaluation_classifier"
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from guidance_nb.cli.app import main; main()", *arguments]
+    return [sys.executable, "-c", "from guidance_nb.cli._app import main; main()", *arguments]
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -41,7 +41,7 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess:
 def run_tour(*arguments: str) -> subprocess.CompletedProcess:
     "With workers that begin with their imports, too; how the tour makes its own is held where it is stopped."
     code = "import multiprocessing, apart; made = apart.context(); multiprocessing.get_context = lambda kind: made; "
-    tour = [sys.executable, "-c", code + "from guidance_nb.cli.app import main; main()", "tour", "--quick"]
+    tour = [sys.executable, "-c", code + "from guidance_nb.cli._app import main; main()", "tour", "--quick"]
     return apart.run([*tour, *arguments], capture_output=True, text=True, timeout=1800)
 
 

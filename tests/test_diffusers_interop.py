@@ -21,15 +21,15 @@ from guidance_nb._conditions import take_rows
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe, to_prediction
-from guidance_nb.engine.run import Engine
+from guidance_nb.engine._run import Engine
 from guidance_nb.guidance_variants import AdaptiveProjectedGuidance
-from guidance_nb.images.networks import image_denoiser
+from guidance_nb.images._networks import image_denoiser
 from guidance_nb.interop._networks import to_patches
-from guidance_nb.interop.diffusers import DiffusersDenoiser, from_diffusers
-from guidance_nb.interop.functions import from_callable, from_torchcfm
-from guidance_nb.interop.guider import DiffusersGuider, PipelineDenoiser
-from guidance_nb.interop.hub import HubDenoiser, TrainingFacts, path_from_json, path_to_json
-from guidance_nb.interop.schedulers import SchedulerFacts, TablePath, _Clock, path_from_scheduler, scheduler_times
+from guidance_nb.interop._diffusers import DiffusersDenoiser, from_diffusers
+from guidance_nb.interop._functions import from_callable, from_torchcfm
+from guidance_nb.interop._guider import DiffusersGuider, PipelineDenoiser
+from guidance_nb.interop._hub import HubDenoiser, TrainingFacts, path_from_json, path_to_json
+from guidance_nb.interop._schedulers import SchedulerFacts, TablePath, _Clock, path_from_scheduler, scheduler_times
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path
 from guidance_nb.samplers import sample
@@ -615,9 +615,9 @@ def test_every_path_survives_json():
 
 def test_a_trained_recipe_becomes_a_hub_folder(tmp_path):
     "By the call that the notebook gives."
-    from guidance_nb.cli.recipe import Recipe, override
-    from guidance_nb.cli.run import load_trained, train_recipe
-    from guidance_nb.images.data import save_samples
+    from guidance_nb.cli._recipe import Recipe, override
+    from guidance_nb.cli._run import load_trained, train_recipe
+    from guidance_nb.images._data import save_samples
 
     x = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
     save_samples(tmp_path / "images", x, torch.arange(16) % 2)

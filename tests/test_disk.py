@@ -17,13 +17,13 @@ import torch
 
 from guidance_nb._files import clean_remnants, digest, write_file
 from guidance_nb.cli._tour import save_stage
-from guidance_nb.cli.evaluation import finish_sweep
-from guidance_nb.cli.run import _write_picture
-from guidance_nb.engine.checkpoints import _write_checkpoint
-from guidance_nb.images.data import save_samples
-from guidance_nb.images.latents import make_shards, write_shard
-from guidance_nb.images.metrics import PROVENANCE, append_rows
-from guidance_nb.interop.grids import _save_grid
+from guidance_nb.cli._evaluation import finish_sweep
+from guidance_nb.cli._run import _write_picture
+from guidance_nb.engine._checkpoints import _write_checkpoint
+from guidance_nb.images._data import save_samples
+from guidance_nb.images._latents import make_shards, write_shard
+from guidance_nb.images._metrics import PROVENANCE, append_rows
+from guidance_nb.interop._grids import _save_grid
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 
@@ -207,9 +207,9 @@ def test_every_file_is_written_aside():
     assert found == {
         ("cli/_tour.py", "embed", "savefig"),  # into memory
         ("explorer/_live.py", "draw", "savefig"),  # into memory
-        ("images/data.py", "_download_files", "replace"),  # of a file that was checked
-        ("images/data.py", "_write_folder", "write_text"),  # into the folder aside that it is given
-        ("images/data.py", "write", "save"),  # the same
+        ("images/_data.py", "_download_files", "replace"),  # of a file that was checked
+        ("images/_data.py", "_write_folder", "write_text"),  # into the folder aside that it is given
+        ("images/_data.py", "write", "save"),  # the same
     }
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from weights import stir
 
-from guidance_nb.images.data import from_uint8
-from guidance_nb.images.features import _dinov2_extractor, _load_dinov2, cifar_resnet, extract, feature_space
+from guidance_nb.images._data import from_uint8
+from guidance_nb.images._features import _dinov2_extractor, _load_dinov2, cifar_resnet, extract, feature_space
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from guidance_nb.flow_postprocessing import (
     memorisation_report,
     pair_data,
 )
-from guidance_nb.images.networks import build_network
+from guidance_nb.images._networks import build_network
 from guidance_nb.networks import MLP
 from guidance_nb.training import LossContext, train
 

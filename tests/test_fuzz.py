@@ -25,12 +25,12 @@ from PIL import Image
 from safetensors.torch import save
 
 from guidance_nb.cli._tour import load_stage
-from guidance_nb.cli.app import main
-from guidance_nb.cli.recipe import FineTuning, Recipe, _fields, _Settings, override, read_recipe
-from guidance_nb.cli.run import Request, train_recipe
-from guidance_nb.images.data import _read_header, load_samples, read_image, save_samples
-from guidance_nb.images.features import read_reference
-from guidance_nb.images.latents import open_shard, write_shard
+from guidance_nb.cli._app import main
+from guidance_nb.cli._recipe import FineTuning, Recipe, _fields, _Settings, override, read_recipe
+from guidance_nb.cli._run import Request, train_recipe
+from guidance_nb.images._data import _read_header, load_samples, read_image, save_samples
+from guidance_nb.images._features import read_reference
+from guidance_nb.images._latents import open_shard, write_shard
 
 MANY = int(os.environ.get("GUIDANCE_NB_FUZZ", "0"))
 TINY = {

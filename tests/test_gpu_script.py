@@ -5,7 +5,7 @@ import torch
 
 import dit_speed
 import gpu
-from guidance_nb.engine.cost import network_cost
+from guidance_nb.engine._cost import network_cost
 
 ROWS = "import sys; folder = __import__('pathlib').Path(sys.argv[sys.argv.index('--out') + 1]); folder.mkdir(); "
 

@@ -13,9 +13,9 @@ import guidance_nb as gnb
 from guidance_nb import model_guidance
 from guidance_nb._random import keyed_generator
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.engine import graphs
-from guidance_nb.engine.run import Engine, Run, _check_graphs
+from guidance_nb.cli._recipe import override, read_recipe
+from guidance_nb.engine import _graphs as graphs
+from guidance_nb.engine._run import Engine, Run, _check_graphs
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath

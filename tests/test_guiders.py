@@ -16,9 +16,9 @@ import guidance_nb as gnb
 from guidance_nb.denoisers import EMBEDDINGS
 from guidance_nb.guidance import linear_schedule
 from guidance_nb.guidance_variants import cfgpp_scales
-from guidance_nb.interop.functions import from_callable
-from guidance_nb.interop.guider import DiffusersGuider
-from guidance_nb.interop.schedulers import scheduler_times
+from guidance_nb.interop._functions import from_callable
+from guidance_nb.interop._guider import DiffusersGuider
+from guidance_nb.interop._schedulers import scheduler_times
 from guidance_nb.weak_models import (
     Autoguidance,
     PerturbedAttentionGuidance,

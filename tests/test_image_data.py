@@ -26,8 +26,8 @@ from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 
 import apart
 from guidance_nb._random import keyed_generator
-from guidance_nb.images import data as image_data
-from guidance_nb.images.data import (
+from guidance_nb.images import _data as image_data
+from guidance_nb.images._data import (
     FILES,
     ImageData,
     crop_image,
@@ -475,8 +475,8 @@ KINDS += [] if os.geteuid() == 0 else ["forbidden"]
 def test_every_reader_names_what_it_cannot_read(folder, kind, reader):
     "In one line, at once, and never by waiting for a pipe."
     from guidance_nb._files import read_text
-    from guidance_nb.images.features import read_reference
-    from guidance_nb.images.metrics import read_rows
+    from guidance_nb.images._features import read_reference
+    from guidance_nb.images._metrics import read_rows
 
     path = folder / "a" / {"npz": "1.npz", "reference": "1.npz", "rows": "1.csv", "text": "1.txt"}.get(reader, "1.png")
     spoil(path, kind)
@@ -710,7 +710,7 @@ def test_a_failed_write_leaves_the_old_samples(tmp_path, monkeypatch, name, fail
 
 WRITER = """
 import sys, torch
-from guidance_nb.images.data import save_samples
+from guidance_nb.images._data import save_samples
 for i in range(10**6):
     save_samples(sys.argv[1], torch.full((40, 1, 4, 4), i % 256, dtype=torch.uint8), None, {"i": i})
     print(i, flush=True)

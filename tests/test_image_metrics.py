@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 import apart
-from guidance_nb.images import features as fx
-from guidance_nb.images import metrics as im
+from guidance_nb.images import _features as fx
+from guidance_nb.images import _metrics as im
 from guidance_nb.metrics import frechet
 
 INCEPTION = "inception-v3-compat"

@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 import apart
 from guidance_nb._processes import destroy_process_group
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance, dit_channel_scales
-from guidance_nb.cli.app import app
-from guidance_nb.cli.recipe import Recipe, override, read_recipe
-from guidance_nb.cli.run import (
+from guidance_nb.cli._app import app
+from guidance_nb.cli._recipe import Recipe, override, read_recipe
+from guidance_nb.cli._run import (
     Request,
     build_guided,
     generate,
@@ -36,9 +36,9 @@ from guidance_nb.cli.run import (
     recipe_shape,
     train_recipe,
 )
-from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
-from guidance_nb.images.data import _resize_crop, crop_image, load_images, load_samples
-from guidance_nb.images.latents import (
+from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.images._data import _resize_crop, crop_image, load_images, load_samples
+from guidance_nb.images._latents import (
     INDEX,
     decode,
     decode_all,
@@ -54,7 +54,7 @@ from guidance_nb.images.latents import (
     shard_name,
     write_shard,
 )
-from guidance_nb.images.networks import image_denoiser
+from guidance_nb.images._networks import image_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.training import DenoisingLoss, fit
 
@@ -91,7 +91,7 @@ def done(*words: object) -> str:
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, "-c", "from guidance_nb.cli.app import main; main()", *map(str, words)]
+    return [sys.executable, "-c", "from guidance_nb.cli._app import main; main()", *map(str, words)]
 
 
 # The crop
@@ -298,7 +298,7 @@ def test_views_and_noise_by_hand(place):
 
 
 def test_training_reads_them_and_is_the_same_in_two_passes(place):
-    from guidance_nb.engine.run import Engine
+    from guidance_nb.engine._run import Engine
 
     losses = []
     for accumulate in (1, 2):

@@ -9,7 +9,7 @@ from weights import stir
 
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, Prediction, count_nfe
-from guidance_nb.images.networks import image_denoiser
+from guidance_nb.images._networks import image_denoiser
 from guidance_nb.loss_guidance import LossGuidance, _recomputed, pigdm_scale
 from guidance_nb.mixtures import ExactDenoiser, Mixture, log_prob
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time

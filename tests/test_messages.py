@@ -51,7 +51,7 @@ TELL = denoisers.NetworkDenoiser(Tell(), FLOW, num_classes=3)
 
 @cache
 def dit():
-    from guidance_nb.images.networks import image_denoiser
+    from guidance_nb.images._networks import image_denoiser
 
     return image_denoiser("dit-s/2", (1, 8, 8), FLOW, 3, width=16, depth=3, heads=2)
 

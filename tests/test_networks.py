@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from weights import stir
 
-from guidance_nb.images.networks import IMAGE_NETWORKS, ImageClassifier, build_network, image_denoiser
+from guidance_nb.images._networks import IMAGE_NETWORKS, ImageClassifier, build_network, image_denoiser
 from guidance_nb.networks import MLP, LinearClassifier, NoisyClassifier, fourier_features
 from guidance_nb.paths import FlowPath, VPPath
 

@@ -153,7 +153,7 @@ def fresh(code: str) -> str:
 def test_help_imports_nothing_heavy():
     code = """
 import sys
-from guidance_nb.cli.app import main
+from guidance_nb.cli._app import main
 sys.argv = ["guidance-nb", "--help"]
 try:
     main()
@@ -183,7 +183,7 @@ def test_a_trained_model_draws_a_picture_without_heavy_imports(tmp_path):
     "Whatever takes seconds to import and is not needed for it: the names, since times depend on the machine."
     code = f"""
 import sys
-from guidance_nb.cli.app import main
+from guidance_nb.cli._app import main
 sys.argv = "guidance-nb sample mnist-cfg --scale 3 --n 2 --steps 1 --no-progress --out {tmp_path / "x.png"}".split()
 try:
     main()

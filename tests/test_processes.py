@@ -16,15 +16,15 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 import apart
-from guidance_nb.cli.app import app
-from guidance_nb.cli.recipe import Recipe, describe_recipe, override
-from guidance_nb.cli.run import train_recipe
+from guidance_nb.cli._app import app
+from guidance_nb.cli._recipe import Recipe, describe_recipe, override
+from guidance_nb.cli._run import train_recipe
 from guidance_nb.engine._sampling import sample_sharded
-from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
-from guidance_nb.engine.cost import launch_file
-from guidance_nb.engine.run import Engine
-from guidance_nb.images.data import save_samples
-from guidance_nb.images.metrics import read_rows
+from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.engine._cost import launch_file
+from guidance_nb.engine._run import Engine
+from guidance_nb.images._data import save_samples
+from guidance_nb.images._metrics import read_rows
 from guidance_nb.samplers import sample
 from guidance_nb.training import batches
 

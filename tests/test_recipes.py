@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guidance_nb.cli import evaluation
-from guidance_nb.cli import run as run_module
-from guidance_nb.cli.evaluation import (
+from guidance_nb.cli import _evaluation as evaluation
+from guidance_nb.cli import _run as run_module
+from guidance_nb.cli._evaluation import (
     _baseline_size,
     _is_done,
     _match_labels,
@@ -26,8 +26,8 @@ from guidance_nb.cli.evaluation import (
     score,
     sweep_points,
 )
-from guidance_nb.cli.load import load, make_model
-from guidance_nb.cli.recipe import (
+from guidance_nb.cli._load import load, make_model
+from guidance_nb.cli._recipe import (
     _FOLDERS,
     FineTuning,
     Recipe,
@@ -38,7 +38,7 @@ from guidance_nb.cli.recipe import (
     recipe_keys,
     recipe_names,
 )
-from guidance_nb.cli.run import (
+from guidance_nb.cli._run import (
     Request,
     _autocast_and_compile,
     _complete_request,
@@ -56,10 +56,10 @@ from guidance_nb.cli.run import (
     train_recipe,
 )
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
-from guidance_nb.engine.checkpoints import _seal_record, read_checkpoint
-from guidance_nb.images.data import ImageData, SampleFile, from_uint8, load_samples, save_samples
-from guidance_nb.images.features import INCEPTION, Extractor, Features, extract, read_reference
-from guidance_nb.images.metrics import PROVENANCE, append_rows
+from guidance_nb.engine._checkpoints import _seal_record, read_checkpoint
+from guidance_nb.images._data import ImageData, SampleFile, from_uint8, load_samples, save_samples
+from guidance_nb.images._features import INCEPTION, Extractor, Features, extract, read_reference
+from guidance_nb.images._metrics import PROVENANCE, append_rows
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath

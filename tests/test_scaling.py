@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from guidance_nb._processes import row_shares
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.engine._sampling import extract_sharded
-from guidance_nb.engine.cost import (
+from guidance_nb.engine._cost import (
     CHIPS,
     Chip,
     LossNFE,
@@ -26,8 +26,8 @@ from guidance_nb.engine.cost import (
     training_flops,
 )
 from guidance_nb.flow_postprocessing import FlowPostprocessor, PairLoss
-from guidance_nb.images.features import CifarResNet, Extractor, extract, resnet_extractor
-from guidance_nb.images.networks import build_network
+from guidance_nb.images._features import CifarResNet, Extractor, extract, resnet_extractor
+from guidance_nb.images._networks import build_network
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import NoisyClassifier, mlp_denoiser
 from guidance_nb.paths import FlowPath
@@ -174,7 +174,7 @@ def test_memory_by_hand():
 
 def test_the_estimate_of_memory_is_what_a_real_pass_keeps():
     "Bytes kept by real tensors on the CPU, for two numbers of rows, beside those counted on fakes."
-    from guidance_nb.engine.cost import _kept_bytes
+    from guidance_nb.engine._cost import _kept_bytes
 
     settings = {"width": 32, "depth": 2, "heads": 2}
     cost = network_cost("dit-s/2", (4, 8, 8), 10, precision="fp32", **settings)

@@ -11,13 +11,13 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 import guidance_nb as gnb
-from guidance_nb.cli.app import app
-from guidance_nb.cli.recipe import FineTuning, Recipe, override, read_recipe
-from guidance_nb.cli.run import _read_generated, _write_picture
-from guidance_nb.images.data import ImageData, _shrink, from_uint8, load_images, load_samples, save_samples, to_uint8
-from guidance_nb.images.features import extract
-from guidance_nb.images.metrics import feature_scores, image_scores, nearest_images
-from guidance_nb.images.networks import ImageClassifier
+from guidance_nb.cli._app import app
+from guidance_nb.cli._recipe import FineTuning, Recipe, override, read_recipe
+from guidance_nb.cli._run import _read_generated, _write_picture
+from guidance_nb.images._data import ImageData, _shrink, from_uint8, load_images, load_samples, save_samples, to_uint8
+from guidance_nb.images._features import extract
+from guidance_nb.images._metrics import feature_scores, image_scores, nearest_images
+from guidance_nb.images._networks import ImageClassifier
 from guidance_nb.metrics import frechet, precision_recall
 from guidance_nb.plots import show_digits, show_images
 from guidance_nb.training import DenoisingLoss

@@ -30,18 +30,18 @@ from typer.testing import CliRunner
 from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.cli.app import app
-from guidance_nb.cli.recipe import FineTuning, override, read_recipe, recipe_names
+from guidance_nb.cli._app import app
+from guidance_nb.cli._recipe import FineTuning, override, read_recipe, recipe_names
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, count_nfe
-from guidance_nb.engine.run import Engine
-from guidance_nb.interop.captions import cache_captioned, load_cached, load_captioned
-from guidance_nb.interop.grids import clip_score, compare_scales
-from guidance_nb.interop.schedulers import scheduler_times
-from guidance_nb.interop.stable_diffusion import (
+from guidance_nb.engine._run import Engine
+from guidance_nb.interop._captions import cache_captioned, load_cached, load_captioned
+from guidance_nb.interop._grids import clip_score, compare_scales
+from guidance_nb.interop._schedulers import scheduler_times
+from guidance_nb.interop._stable_diffusion import (
     add_memory_hint,
     finetune,
 )
-from guidance_nb.interop.text_denoiser import (
+from guidance_nb.interop._text_denoiser import (
     TextDenoiser,
     TwoStageAlignedLoss,
     _check_pipeline,

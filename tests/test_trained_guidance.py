@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from guidance_nb._random import keyed_generator
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, OnPath, Prediction, count_nfe
-from guidance_nb.engine.run import Engine
+from guidance_nb.engine._run import Engine
 from guidance_nb.model_guidance import FixedScale, ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, expand_time

@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import _make_times
+from guidance_nb.cli._recipe import override, read_recipe
+from guidance_nb.cli._run import _make_times
 from guidance_nb.denoisers import NetworkDenoiser
-from guidance_nb.engine.run import Engine
+from guidance_nb.engine._run import Engine
 from guidance_nb.mixtures import gaussian_pair, sample_mixture
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser

@@ -14,7 +14,7 @@ from guidance_nb._modes import swapped
 from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, OnPath, Prediction, count_nfe
-from guidance_nb.images.networks import image_denoiser
+from guidance_nb.images._networks import image_denoiser
 from guidance_nb.mixtures import ExactDenoiser, Mixture, gaussian_pair
 from guidance_nb.networks import NoisyClassifier, mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath

@@ -11,12 +11,12 @@ from torch.testing import assert_close
 import apart
 import guidance_nb as gnb
 import zoo
-from guidance_nb.cli.load import MODELS, _model_names, load
-from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import load_trained
-from guidance_nb.engine.checkpoints import _DamagedCheckpoint
-from guidance_nb.images.data import from_uint8, load_images
-from guidance_nb.interop.hub import HubDenoiser
+from guidance_nb.cli._load import MODELS, _model_names, load
+from guidance_nb.cli._recipe import override, read_recipe
+from guidance_nb.cli._run import load_trained
+from guidance_nb.engine._checkpoints import _DamagedCheckpoint
+from guidance_nb.images._data import from_uint8, load_images
+from guidance_nb.interop._hub import HubDenoiser
 
 NAMES = {
     "mnist-aligned", "mnist-aligned-anchored", "mnist-cfg", "mnist-classifier", "mnist-classifier-linear",
@@ -24,7 +24,7 @@ NAMES = {
 }  # fmt: skip
 DENOISERS = sorted(name for name in NAMES if load_trained(name).recipe.method.name in
                    ("plain", "aligned_loss", "model_guidance"))  # fmt: skip
-SAMPLE = [sys.executable, "-c", "from guidance_nb.cli.app import main; main()"]
+SAMPLE = [sys.executable, "-c", "from guidance_nb.cli._app import main; main()"]
 
 
 def test_all_models_are_there_and_small():

@@ -25,7 +25,7 @@ from notebooks import ROOT
 FORKS = "forkserver" in mp.get_all_start_methods()
 COMMON = """torch matplotlib.pyplot pandas seaborn scipy.stats scipy.optimize sklearn.neighbors torchvision torchdiffeq
 execnb.shell nbdev.clean safetensors.torch accelerate transformers diffusers.models diffusers.loaders peft typer.testing
-guidance_nb.cli.app guidance_nb.cli.recipe guidance_nb.cli.run guidance_nb.cli._tour guidance_nb.interop settle"""
+guidance_nb.cli._app guidance_nb.cli._recipe guidance_nb.cli._run guidance_nb.cli._tour guidance_nb.interop settle"""
 
 
 @functools.cache

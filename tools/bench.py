@@ -36,10 +36,10 @@ from guidance_nb._runs import one_run
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, _one_pass, count_nfe
-from guidance_nb.engine.run import Engine
-from guidance_nb.images.features import CifarResNet, extract, resnet_extractor
-from guidance_nb.images.metrics import image_scores
-from guidance_nb.images.networks import image_denoiser
+from guidance_nb.engine._run import Engine
+from guidance_nb.images._features import CifarResNet, extract, resnet_extractor
+from guidance_nb.images._metrics import image_scores
+from guidance_nb.images._networks import image_denoiser
 from guidance_nb.metrics import nearest_neighbours
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.networks import mlp_denoiser

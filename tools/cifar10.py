@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from guidance_nb import _random
-from guidance_nb.cli.evaluation import _has_facts, _keep_neighbours, find_feature_extractor, score
-from guidance_nb.cli.recipe import DataTable, Recipe, override, read_recipe
-from guidance_nb.cli.run import (
+from guidance_nb.cli._evaluation import _has_facts, _keep_neighbours, find_feature_extractor, score
+from guidance_nb.cli._recipe import DataTable, Recipe, override, read_recipe
+from guidance_nb.cli._run import (
     Request,
     Trained,
     _autocast_and_compile,
@@ -47,11 +47,11 @@ from guidance_nb.cli.run import (
     train_recipe,
 )
 from guidance_nb.engine._hardware import choose_precision
-from guidance_nb.engine.checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.flow_postprocessing import pair_data
-from guidance_nb.images.data import ImageData, SampleFile, from_uint8, load_images, save_samples
-from guidance_nb.images.features import Extractor, Features, cifar_resnet, extract, resnet_extractor
-from guidance_nb.images.metrics import append_rows, read_rows
+from guidance_nb.images._data import ImageData, SampleFile, from_uint8, load_images, save_samples
+from guidance_nb.images._features import Extractor, Features, cifar_resnet, extract, resnet_extractor
+from guidance_nb.images._metrics import append_rows, read_rows
 from guidance_nb.training import fit
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)

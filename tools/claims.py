@@ -31,11 +31,11 @@ from cifar10 import (
     remember_noise,
     synchronize,
 )
-from guidance_nb.cli.evaluation import find_feature_extractor
-from guidance_nb.cli.load import MODELS
-from guidance_nb.cli.run import Trained, _take_images, generate, load_trained
-from guidance_nb.engine.checkpoints import checkpoints_in
-from guidance_nb.images.data import ImageData, load_images
+from guidance_nb.cli._evaluation import find_feature_extractor
+from guidance_nb.cli._load import MODELS
+from guidance_nb.cli._run import Trained, _take_images, generate, load_trained
+from guidance_nb.engine._checkpoints import checkpoints_in
+from guidance_nb.images._data import ImageData, load_images
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 STEPS = (5, 10, 20, 50)

@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant("_files.py", "    finally:\n        remove(aside)", "    finally:\n        pass", "disk no_room"),
     Mutant("_files.py", "os.replace(aside, path)\n", "shutil.copytree(aside, path) if aside.is_dir() else "
            "path.write_bytes(aside.read_bytes())\n", "checkpoints middle"),
-    Mutant("cli/evaluation.py", 'with write_aside(out / "curves.png") as aside:', 'with open(out / "curves.png", "wb") '
+    Mutant("cli/_evaluation.py", 'with write_aside(out / "curves.png") as aside:', 'with open(out / "curves.png", "wb") '
            "as aside:", "disk no_room"),
     # training
     Mutant("training.py", "                kept.copy_(new)", "                pass", "training ema or average"),
@@ -101,18 +101,18 @@ MUTANTS = [
            "engine bits"),
     Mutant("training.py", "0.5 * (1 + math.cos", "0.5 * (1 - math.cos", "training adam"),
     # the engine
-    Mutant("engine/run.py", "        if run.whole:\n            run.save", "        if True:\n            run.save",
+    Mutant("engine/_run.py", "        if run.whole:\n            run.save", "        if True:\n            run.save",
            "checkpoints caught_between"),
-    Mutant("engine/run.py", "        for kept, new in zip(self.average.buffers(), self.model.buffers()):\n"
+    Mutant("engine/_run.py", "        for kept, new in zip(self.average.buffers(), self.model.buffers()):\n"
            "            kept.copy_(new)", "", "engine the_buffers"),
-    Mutant("engine/run.py", 'held.enter_context(locked(folder / ".lock", wait=False))',
+    Mutant("engine/_run.py", 'held.enter_context(locked(folder / ".lock", wait=False))',
            'locked(folder / ".lock", wait=False)', "checkpoints two_trainings"),
-    Mutant("engine/run.py", 'clean_remnants(folder, "step-*")', "pass", "checkpoints middle"),
-    Mutant("engine/run.py", "self.changes = found.record[\"changes\"] + changes", "self.changes = changes",
+    Mutant("engine/_run.py", 'clean_remnants(folder, "step-*")', "pass", "checkpoints middle"),
+    Mutant("engine/_run.py", "self.changes = found.record[\"changes\"] + changes", "self.changes = changes",
            "checkpoints stated"),
-    Mutant("engine/checkpoints.py", '_measure(path / name) != written:', "False:",
+    Mutant("engine/_checkpoints.py", '_measure(path / name) != written:', "False:",
            "checkpoints damaged"),
-    Mutant("engine/checkpoints.py", "[found.index(newest) :][:keep]", "[:keep]", "checkpoints past_a_damaged"),
+    Mutant("engine/_checkpoints.py", "[found.index(newest) :][:keep]", "[:keep]", "checkpoints past_a_damaged"),
     Mutant("engine/_interrupts.py", "raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)",
            "raise KeyboardInterrupt", "checkpoints signals"),
     # guidance
@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant("model_guidance.py", "return y[0] - y[1]", "return y[1] - y[0]", "model_guidance contrastive"),
     Mutant("model_guidance.py", "return s, (s - 1) * guided", "return s, s * guided", "model_guidance by_hand"),
     Mutant("model_guidance.py", "self.step *= -self.shrink", "self.step *= self.shrink", "model_guidance auto_weight"),
-    Mutant("cli/evaluation.py", "self.every == 0 and step > self.moved_at", "self.every == 0", "recipes moves"),
+    Mutant("cli/_evaluation.py", "self.every == 0 and step > self.moved_at", "self.every == 0", "recipes moves"),
     Mutant("flow_postprocessing.py", "with eval_mode(self), tqdm(", "with tqdm(", "flow_postprocessing modes"),
     Mutant("flow_postprocessing.py", "(error / model.spread).square()", "error.square()",
            "flow_postprocessing in_the_unit"),
@@ -165,13 +165,13 @@ MUTANTS = [
            "the bound of the rounding error finds what an offset hides: slower, and as exact"),
     Mutant("_points.py", "if size < len(y) and len(unsure):", "if False:", "metrics exact"),
     Mutant("networks.py", "fourier_features(scale / 8)", "fourier_features(scale)", "networks scale or training"),
-    Mutant("images/networks.py", "fourier_features(scale / 8)", "fourier_features(scale)", "networks slow_period"),
-    Mutant("images/data.py", "image = ImageOps.exif_transpose(file)", "image = file", "image_data upright"),
-    Mutant("images/data.py", '"white"), image', '"black"), image', "image_data white"),
-    Mutant("images/data.py", "[rows] < 0.5", " < 0.5", "image_data processes"),
-    Mutant("images/data.py", "file.stat().st_mtime_ns", "0", "image_data other_data"),
-    Mutant("cli/run.py", "({} if numbered else", "({} if False else", "recipes numbers or index"),
-    Mutant("cli/evaluation.py", "return torch.tensor([extractor.classes.index(name) for name in known])[file.c]",
+    Mutant("images/_networks.py", "fourier_features(scale / 8)", "fourier_features(scale)", "networks slow_period"),
+    Mutant("images/_data.py", "image = ImageOps.exif_transpose(file)", "image = file", "image_data upright"),
+    Mutant("images/_data.py", '"white"), image', '"black"), image', "image_data white"),
+    Mutant("images/_data.py", "[rows] < 0.5", " < 0.5", "image_data processes"),
+    Mutant("images/_data.py", "file.stat().st_mtime_ns", "0", "image_data other_data"),
+    Mutant("cli/_run.py", "({} if numbered else", "({} if False else", "recipes numbers or index"),
+    Mutant("cli/_evaluation.py", "return torch.tensor([extractor.classes.index(name) for name in known])[file.c]",
            "return file.c", "recipes matched"),
 ]  # fmt: skip
 

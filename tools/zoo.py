@@ -23,19 +23,19 @@ import torch
 from safetensors.torch import save_file
 
 from guidance_nb._files import write_aside
-from guidance_nb.cli.evaluation import (
+from guidance_nb.cli._evaluation import (
     _has_facts,
     baseline_row,
     extract_reference_features,
     find_feature_extractor,
     score,
 )
-from guidance_nb.cli.load import MODELS
-from guidance_nb.cli.recipe import override, read_recipe
-from guidance_nb.cli.run import Request, _take_images, generate, load_trained, train_recipe
-from guidance_nb.engine.checkpoints import _NAMES, Checkpoint, _measure, _seal_record, checkpoints_in, read_checkpoint
-from guidance_nb.images.data import from_uint8, load_images, save_samples
-from guidance_nb.images.metrics import append_rows, read_rows
+from guidance_nb.cli._load import MODELS
+from guidance_nb.cli._recipe import override, read_recipe
+from guidance_nb.cli._run import Request, _take_images, generate, load_trained, train_recipe
+from guidance_nb.engine._checkpoints import _NAMES, Checkpoint, _measure, _seal_record, checkpoints_in, read_checkpoint
+from guidance_nb.images._data import from_uint8, load_images, save_samples
+from guidance_nb.images._metrics import append_rows, read_rows
 
 SCALES = {  # what is sampled of a model along its training
     "mnist-cfg": (1.0, 2.0),

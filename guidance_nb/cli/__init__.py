@@ -6,7 +6,7 @@ import sys
 def _main() -> None:
     "The command `guidance-nb`; what it cannot import, without an extra or without memory, is one line."
     try:
-        from guidance_nb.cli.app import main
+        from guidance_nb.cli._app import main
     except (ImportError, MemoryError, OSError) as error:
         message = " ".join(str(error).split()) or "out of memory while loading"
         print(f"guidance-nb: {message}", file=sys.stderr)

@@ -18,7 +18,7 @@ from guidance_nb.training import LossContext
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from guidance_nb.engine.run import Engine
+    from guidance_nb.engine._run import Engine
 
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 

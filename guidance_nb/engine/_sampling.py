@@ -11,7 +11,7 @@ from guidance_nb.denoisers import Denoiser
 from guidance_nb.samplers import sample
 
 if TYPE_CHECKING:
-    from guidance_nb.images.features import Extractor, Features
+    from guidance_nb.images._features import Extractor, Features
 
 __all__: list[str] = []
 
@@ -34,7 +34,7 @@ def extract_sharded(
     images: Tensor, extractor: "Extractor", name: str = "images", batch_size: int = 64, progress: bool = False
 ) -> "Features":
     """`extract`, divided among the processes of a launch in whole batches; the result is in all of them, on the CPU."""
-    from guidance_nb.images.features import Features, check_images, checksum, extract
+    from guidance_nb.images._features import Features, check_images, checksum, extract
 
     device = torch.device(extractor.device)
     progress = progress and find_processes(device)[0] == 0

@@ -12,16 +12,14 @@ from torch import nn
 from guidance_nb._checks import require, require_that
 from guidance_nb._files import Json
 from guidance_nb.cli._devices import own_device
-from guidance_nb.engine.checkpoints import Checkpoint, load_weights, read_checkpoint
+from guidance_nb.engine._checkpoints import Checkpoint, load_weights, read_checkpoint
 from guidance_nb.flow_postprocessing import FlowPostprocessor
-from guidance_nb.images.networks import ImageClassifier, build_network, image_denoiser
+from guidance_nb.images._networks import ImageClassifier, build_network, image_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.paths import Path as NoisePath
 
 if TYPE_CHECKING:  # to open a model needs no pydantic
-    from guidance_nb.cli.recipe import Recipe
-
-__all__ = ["load"]
+    from guidance_nb.cli._recipe import Recipe
 
 PATHS: dict[str, Callable[[], NoisePath]] = {
     "flow": FlowPath,
@@ -94,11 +92,11 @@ def load(
     "A trained network by name or folder, ready to be guided and sampled from; nothing is unpickled."
     folder = Path(source)
     if (folder / "model_index.json").is_file():
-        from guidance_nb.interop.diffusers import from_diffusers
+        from guidance_nb.interop._diffusers import from_diffusers
 
         return _ready(from_diffusers(folder))
     if (folder / "config.json").is_file() or (not folder.exists() and str(source).count("/") == 1):
-        from guidance_nb.interop.hub import open_pretrained
+        from guidance_nb.interop._hub import open_pretrained
 
         return _ready(open_pretrained(str(source)))
     saved = _open_checkpoint(source)

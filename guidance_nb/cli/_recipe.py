@@ -13,17 +13,15 @@ from guidance_nb._checks import explained, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.engine._hardware import Precision
-from guidance_nb.engine.run import Engine
-from guidance_nb.images.features import Space
-from guidance_nb.images.networks import IMAGE_NETWORKS, change_settings
+from guidance_nb.engine._run import Engine
+from guidance_nb.images._features import Space
+from guidance_nb.images._networks import IMAGE_NETWORKS, change_settings
 from guidance_nb.model_guidance import ModelGuidanceLoss, mg_weight_from_scale
 from guidance_nb.samplers import Sampler
 
 with extra("cli"):
     import pydantic
     import tomli
-
-__all__ = ["FineTuning", "Recipe", "read_recipe"]
 
 _R = TypeVar("_R", bound="Table")
 

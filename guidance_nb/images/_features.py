@@ -19,12 +19,10 @@ from guidance_nb._extras import extra
 from guidance_nb._files import digest, parse_json, read_text
 from guidance_nb._points import moments
 from guidance_nb.denoisers import shown
-from guidance_nb.images.data import _read_arrays, from_uint8, to_uint8
+from guidance_nb.images._data import _read_arrays, from_uint8, to_uint8
 
 if TYPE_CHECKING:
     from transformers import Dinov2WithRegistersModel
-
-__all__ = ["Extractor", "extract", "feature_space"]
 
 INCEPTION = "inception-v3-compat"
 _NETWORKS = INCEPTION, "resnet20", "resnet56"  # of images with three channels; grey ones are repeated

@@ -18,8 +18,6 @@ from guidance_nb._checks import require_that
 from guidance_nb._files import Json, differences, digest, parse_json, remove, write_aside
 from guidance_nb.training import learning_rate
 
-__all__ = ["read_checkpoint"]
-
 _FORMAT = 2  # Version of the layout of a checkpoint
 _NAMES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 

@@ -20,18 +20,18 @@ from guidance_nb._pictures import tile
 from guidance_nb._processes import find_processes, row_shares
 from guidance_nb.classifier_free_guidance import dit_channel_scales
 from guidance_nb.cli._devices import is_main, main_only, own_device
-from guidance_nb.cli.load import PATHS, _is_scale_aware, _open_checkpoint, _restore, _shuffled, make_model
-from guidance_nb.cli.recipe import SEED, Denoising, Recipe, Table, find_key, key, model_guidance_loss, override
+from guidance_nb.cli._load import PATHS, _is_scale_aware, _open_checkpoint, _restore, _shuffled, make_model
+from guidance_nb.cli._recipe import SEED, Denoising, Recipe, Table, find_key, key, model_guidance_loss, override
 from guidance_nb.denoisers import check_labels
 from guidance_nb.engine._hardware import Precision, check_compiler, choose_precision, compile_network
 from guidance_nb.engine._sampling import sample_sharded
-from guidance_nb.engine.cost import cost_sheet, count_loss_nfe, network_cost
-from guidance_nb.engine.graphs import recorded
+from guidance_nb.engine._cost import cost_sheet, count_loss_nfe, network_cost
+from guidance_nb.engine._graphs import recorded
 from guidance_nb.flow_postprocessing import PairDraws, PairLoss, pair_data
-from guidance_nb.images import data as image_data
-from guidance_nb.images import latents
-from guidance_nb.images.data import ImageData, SampleFile, from_uint8, to_uint8
-from guidance_nb.images.features import feature_space
+from guidance_nb.images import _data as image_data
+from guidance_nb.images import _latents as latents
+from guidance_nb.images._data import ImageData, SampleFile, from_uint8, to_uint8
+from guidance_nb.images._features import feature_space
 from guidance_nb.model_guidance import scale_from_mg_weight
 from guidance_nb.samplers import Sampler, time_grid
 from guidance_nb.training import Data, LossContext, State
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _Samples = ImageData | latents.LatentData
-__all__ = ["Request", "generate", "load_trained", "train_recipe"]
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -94,7 +93,7 @@ def _read_generated(files: tuple[str, ...], shape: tuple[int, ...], num_classes:
 
 def _read_pairs(recipe: Recipe, data: ImageData) -> PairDraws:
     "Samples of a `recipe` of post-processing, each with its nearest images of `data`."
-    from guidance_nb.cli.evaluation import find_feature_extractor
+    from guidance_nb.cli._evaluation import find_feature_extractor
 
     method = recipe.method
     x, c = _read_generated(method.samples, data.shape, data.num_classes)
@@ -221,7 +220,7 @@ def train_recipe(
     may_change = [part for name in map(find_key, changes) for part in (f"recipe.{name}", name.split(".")[-1])]
     engine = table.engine({"folder": folder, "metadata": facts, "may_change": (*_MAY_CHANGE, *may_change)})
     if recipe.method.auto_every:
-        from guidance_nb.cli.evaluation import _measured_loss
+        from guidance_nb.cli._evaluation import _measured_loss
 
         loss = _measured_loss(average, cast(gnb.ModelGuidanceLoss, loss))
     options: Json = {"times": times, "engine": engine, "description": recipe.method.name, "progress": progress}

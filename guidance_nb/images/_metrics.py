@@ -20,7 +20,7 @@ from guidance_nb._checks import Share, checked, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, locked, read_csv, write_file
 from guidance_nb._points import as_labels
-from guidance_nb.images.features import (
+from guidance_nb.images._features import (
     INCEPTION,
     LAYERS,
     PIXELS,
@@ -36,8 +36,6 @@ from guidance_nb.images.features import (
     metric_names,
 )
 from guidance_nb.metrics import frechet, nearest_neighbours, precision_recall
-
-__all__ = ["class_agreement", "copy_share", "image_baseline", "image_scores", "nearest_images"]
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

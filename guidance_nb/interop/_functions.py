@@ -9,8 +9,6 @@ from guidance_nb._conditions import Condition, take_rows
 from guidance_nb.denoisers import NetworkDenoiser, check_inputs, record_nfe
 from guidance_nb.paths import FlowPath, Path
 
-__all__ = ["from_callable", "from_torchcfm"]
-
 
 class _TorchCFMNet(nn.Module):
     "A network of torchcfm in this package's convention, eq. (3): `net(x, time, labels)`."

@@ -15,8 +15,6 @@ from guidance_nb.images._unet import Blocks, UNetBody
 from guidance_nb.networks import fourier_features
 from guidance_nb.paths import Path, expand_time
 
-__all__ = ["ImageClassifier", "image_denoiser"]
-
 
 class Conditioning(nn.Module):
     "What is asked of an image network as one vector: the label's and, if scale-aware, the scale's (arXiv 2502.12154)."

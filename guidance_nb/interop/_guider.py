@@ -14,14 +14,12 @@ from guidance_nb._extras import extra
 from guidance_nb._modes import swapped
 from guidance_nb.denoisers import EMBEDDINGS, Denoiser, Prediction, record_nfe, target_coefficients, to_prediction
 from guidance_nb.interop._networks import Network, Pipeline, Scheduler
-from guidance_nb.interop.schedulers import path_from_scheduler
+from guidance_nb.interop._schedulers import path_from_scheduler
 from guidance_nb.paths import Path, expand_time
 
 with extra("diffusers"):
     from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
     from diffusers.modular_pipelines.modular_pipeline import BlockState
-
-__all__ = ["DiffusersGuider"]
 
 _Layers: TypeAlias = dict[nn.Module, Callable[..., object]]  # Layers that compute something else, and what
 _Request: TypeAlias = tuple[bool, frozenset[nn.Module]]  # Whether with the condition, and which layers are changed

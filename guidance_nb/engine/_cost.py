@@ -15,16 +15,14 @@ from guidance_nb._checks import AtLeastZero, Count, Positive, PositiveShare, che
 from guidance_nb._extras import extra
 from guidance_nb._random import keyed_generator
 from guidance_nb.denoisers import count_nfe
-from guidance_nb.engine.run import _checkpoint_gradients
-from guidance_nb.images.networks import build_network
+from guidance_nb.engine._run import _checkpoint_gradients
+from guidance_nb.images._networks import build_network
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import FlowPath
 from guidance_nb.training import LossContext
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["cost_sheet", "launch_file"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from guidance_nb.denoisers import Parametrisation
 from guidance_nb.interop._networks import Scheduler
 from guidance_nb.paths import EDMPath, FlowPath, Path
 
-__all__ = ["scheduler_times"]
-
 _SCHEDULER_PREDICTIONS: dict[str, Parametrisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 

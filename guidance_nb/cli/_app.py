@@ -17,11 +17,9 @@ with extra("cli"):
     from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from guidance_nb.cli.recipe import Recipe, Table
-    from guidance_nb.images.data import SampleFile
+    from guidance_nb.cli._recipe import Recipe, Table
+    from guidance_nb.images._data import SampleFile
     from guidance_nb.training import State
-
-__all__: list[str] = []
 
 _N = TypeVar("_N", int, float)
 
@@ -33,7 +31,7 @@ def parse_keys(
     kind: "type[Table]",  # Whose keys the flags name
 ) -> tuple[str, dict[str, str]]:  # The place, and values by key
     "Read flags that name keys, each of them once."
-    from guidance_nb.cli.recipe import find_key, is_switch
+    from guidance_nb.cli._recipe import find_key, is_switch
 
     places, flags, rest = list[str](), dict[str, str](), deque(words)
     while rest:
@@ -73,8 +71,8 @@ class _KeyCommand(_Command):
 
     def get_help(self, ctx: typer.Context) -> str:
         "The help."
-        from guidance_nb.cli.recipe import FineTuning, Recipe, Table, read_recipe, recipe_keys, recipe_names
-        from guidance_nb.cli.run import Request
+        from guidance_nb.cli._recipe import FineTuning, Recipe, Table, read_recipe, recipe_keys, recipe_names
+        from guidance_nb.cli._run import Request
 
         kinds: dict[str, type[Table]] = {"sample": Request, "sweep": Request, "finetune": FineTuning}
         kind = kinds.get(str(self.name), Recipe)
@@ -184,9 +182,9 @@ def _train_command(
     Example: guidance-nb train mnist-base --steps 4000 --out runs/longer
     """
     from guidance_nb.cli._devices import main_only
-    from guidance_nb.cli.recipe import Recipe, read_recipe
-    from guidance_nb.cli.run import train_recipe
-    from guidance_nb.images.latents import read_index
+    from guidance_nb.cli._recipe import Recipe, read_recipe
+    from guidance_nb.cli._run import train_recipe
+    from guidance_nb.images._latents import read_index
 
     name, flags = parse_keys([recipe, *context.args], Recipe)
     chosen: Recipe = read_recipe(name, flags)
@@ -218,8 +216,8 @@ def _encode_command(
     Example: guidance-nb encode imagenet/train latents-256 --vae stabilityai/sd-vae-ft-ema --size 256
     """
     from guidance_nb.cli._devices import main_only
-    from guidance_nb.cli.recipe import DataTable
-    from guidance_nb.images.latents import encode_folder
+    from guidance_nb.cli._recipe import DataTable
+    from guidance_nb.images._latents import encode_folder
 
     sides = DataTable().changed(size=size).size or None
     main_only(lambda: str(check_folder("out", out if out.exists() else out.parent)))
@@ -230,7 +228,7 @@ def _encode_command(
 
 def _show_cost(recipe: "Recipe", gpus: tuple[int, ...], chip: str, share: float) -> None:
     "Print what a `recipe` will take on so many `gpus` of a kind `chip`, at an assumed `share` of their peak."
-    from guidance_nb.cli.run import recipe_cost
+    from guidance_nb.cli._run import recipe_cost
 
     sheet = recipe_cost(recipe, gpus, chip, share)
     typer.echo(f"an estimate, at {share:.0%} of the peak of {chip} GPUs:")
@@ -251,7 +249,7 @@ def _cost(
 
     Example: guidance-nb cost sit-xl2-256-mg --gpus 8,64
     """
-    from guidance_nb.cli.recipe import Recipe, read_recipe
+    from guidance_nb.cli._recipe import Recipe, read_recipe
 
     name, flags = parse_keys([recipe, *context.args], Recipe)
     _show_cost(read_recipe(name, flags), _parse_numbers("gpus", gpus, int), chip, share)
@@ -271,8 +269,8 @@ def _finetune_command(
 
     Example: guidance-nb finetune sd15-aligned --data my-pictures --pipeline my-pipeline
     """
-    from guidance_nb.cli.recipe import FineTuning, read_recipe
-    from guidance_nb.interop.stable_diffusion import finetune
+    from guidance_nb.cli._recipe import FineTuning, read_recipe
+    from guidance_nb.interop._stable_diffusion import finetune
 
     name, flags = parse_keys([recipe, *context.args], FineTuning)
     folder = out or Path("runs") / Path(name).stem
@@ -282,8 +280,8 @@ def _finetune_command(
 
 def _store(out: Path, file: "SampleFile", overwrite: bool, columns: int) -> None:
     "Write samples as `out` says, a picture with so many `columns` for a .png, and tell."
-    from guidance_nb.cli.run import _write_picture
-    from guidance_nb.images.data import from_uint8, save_samples
+    from guidance_nb.cli._run import _write_picture
+    from guidance_nb.images._data import from_uint8, save_samples
 
     if out.suffix.lower() == ".png":
         _write_picture(from_uint8(file.x), out, columns)
@@ -310,7 +308,7 @@ def _sample_command(
     Example: guidance-nb sample mnist-cfg --scale 3 --out digits.png
     """
     from guidance_nb.cli._devices import main_only
-    from guidance_nb.cli.run import Request, _check_target, generate, load_trained
+    from guidance_nb.cli._run import Request, _check_target, generate, load_trained
 
     source, flags = parse_keys([checkpoint, *context.args], Request)
     request = Request().changed(**flags)
@@ -342,8 +340,8 @@ def _postprocess_command(
     Example: guidance-nb postprocess runs/mnist-post base.npz --out corrected.npz
     """
     from guidance_nb.cli._devices import main_only
-    from guidance_nb.cli.run import _check_target, load_trained, postprocess
-    from guidance_nb.images.data import load_samples
+    from guidance_nb.cli._run import _check_target, load_trained, postprocess
+    from guidance_nb.images._data import load_samples
 
     def work() -> None:
         _check_target(out, overwrite)
@@ -372,10 +370,10 @@ def _evaluate_command(
     Example: guidance-nb evaluate base.npz --features runs/mnist-evaluation-classifier --rows rows.csv
     """
     from guidance_nb.cli._devices import main_only
-    from guidance_nb.cli.evaluation import baseline_row, extract_reference_features, find_feature_extractor, score
+    from guidance_nb.cli._evaluation import baseline_row, extract_reference_features, find_feature_extractor, score
     from guidance_nb.engine._sampling import extract_sharded
-    from guidance_nb.images.data import load_samples
-    from guidance_nb.images.metrics import append_rows
+    from guidance_nb.images._data import load_samples
+    from guidance_nb.images._metrics import append_rows
 
     wanted = _split(metrics) or None
     if rows is not None:
@@ -419,10 +417,10 @@ def _sweep_command(
 
     Example: guidance-nb sweep runs/mnist-base --features runs/mnist-evaluation-classifier --n 5000
     """
-    from guidance_nb.cli import evaluation
+    from guidance_nb.cli import _evaluation as evaluation
     from guidance_nb.cli._devices import is_main, main_only
-    from guidance_nb.cli.run import Request, _complete_request, load_trained
-    from guidance_nb.images.metrics import column
+    from guidance_nb.cli._run import Request, _complete_request, load_trained
+    from guidance_nb.images._metrics import column
 
     source, flags = parse_keys([checkpoint, *context.args], Request)
     asked = _parse_numbers("scales", scales, float), _parse_numbers("steps", steps, int), _split(samplers)
@@ -455,11 +453,11 @@ def _info(
 
     Example: guidance-nb info mnist-base
     """
-    from guidance_nb.cli.load import _model_names
-    from guidance_nb.cli.recipe import FineTuning, Recipe, Table, describe_recipe, read_recipe, recipe_names
-    from guidance_nb.cli.run import load_trained
-    from guidance_nb.images.data import load_samples
-    from guidance_nb.images.latents import INDEX, read_index
+    from guidance_nb.cli._load import _model_names
+    from guidance_nb.cli._recipe import FineTuning, Recipe, Table, describe_recipe, read_recipe, recipe_names
+    from guidance_nb.cli._run import load_trained
+    from guidance_nb.images._data import load_samples
+    from guidance_nb.images._latents import INDEX, read_index
 
     path = Path(source)
     unknown = not path.exists() and source not in _model_names()
@@ -493,7 +491,7 @@ def _models() -> None:
 
     Example: guidance-nb models
     """
-    from guidance_nb.cli.load import MODELS, _model_names
+    from guidance_nb.cli._load import MODELS, _model_names
 
     for name in _model_names():
         title = json.loads((MODELS / name / "checkpoint.json").read_text())["metadata"]["recipe"]["title"]
@@ -503,7 +501,7 @@ def _models() -> None:
 
 def _show_row(row: Json) -> None:
     "Print the metrics of a `row` of a table, and what it takes to read them, in the main process."
-    from guidance_nb.cli.evaluation import is_metric
+    from guidance_nb.cli._evaluation import is_metric
 
     keys = ("method", "scale", "sampler", "steps", "n", "reference", "nfe", "correction")
     shown = {key: row[key] for key in keys if row.get(key) not in (None, "", 0) and row[key] == row[key]}

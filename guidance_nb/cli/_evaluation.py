@@ -17,22 +17,20 @@ from guidance_nb._checks import check_choice, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
 from guidance_nb.cli._devices import main_only, own_device
-from guidance_nb.cli.load import _model_names, _shuffled
-from guidance_nb.cli.run import Request, Trained, _complete_request, generate, load_trained, postprocess
+from guidance_nb.cli._load import _model_names, _shuffled
+from guidance_nb.cli._run import Request, Trained, _complete_request, generate, load_trained, postprocess
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.engine._hardware import choose_precision
 from guidance_nb.engine._sampling import extract_sharded
-from guidance_nb.images import features as image_features
-from guidance_nb.images.data import FILES, SampleFile, from_uint8, load_images, load_samples
-from guidance_nb.images.features import INCEPTION, Extractor, Features, Reference
-from guidance_nb.images.metrics import append_rows, column, feature_scores, provenance, read_rows
+from guidance_nb.images import _features as image_features
+from guidance_nb.images._data import FILES, SampleFile, from_uint8, load_images, load_samples
+from guidance_nb.images._features import INCEPTION, Extractor, Features, Reference
+from guidance_nb.images._metrics import append_rows, column, feature_scores, provenance, read_rows
 from guidance_nb.model_guidance import AutoWeight, ModelGuidanceLoss
 from guidance_nb.training import LossContext
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-__all__ = ["score", "sweep"]
 
 _METRICS = ("fd", "sfd", "kd", "score", "fid", "sfid", "kid", "is", "precision", "recall", "agreement")
 _HIGHER = ("precision", "recall", "agreement", "is", "score")  # better if higher; all others are distances

@@ -14,10 +14,10 @@ from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
-from guidance_nb.images.data import Size, to_uint8
+from guidance_nb.images._data import Size, to_uint8
 from guidance_nb.interop._networks import Pipeline
-from guidance_nb.interop.diffusers import _opening, from_diffusers
-from guidance_nb.interop.schedulers import scheduler_times
+from guidance_nb.interop._diffusers import _opening, from_diffusers
+from guidance_nb.interop._schedulers import scheduler_times
 from guidance_nb.model_guidance import FixedScale
 from guidance_nb.samplers import sample
 
@@ -27,8 +27,6 @@ with extra("images"):
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
-
-__all__ = ["compare_scales"]
 
 
 @torch.no_grad()

@@ -14,17 +14,15 @@ from guidance_nb._conditions import Condition, drop_rows, null_rows
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import EMBEDDINGS, NetworkDenoiser, check_inputs, record_nfe
-from guidance_nb.images.data import Size, find_sides
-from guidance_nb.images.latents import decode_floats
+from guidance_nb.images._data import Size, find_sides
+from guidance_nb.images._latents import decode_floats
 from guidance_nb.interop import _networks as networks
 from guidance_nb.interop._networks import Network, Pipeline, Scheduler
-from guidance_nb.interop.schedulers import SchedulerFacts, path_from_scheduler
+from guidance_nb.interop._schedulers import SchedulerFacts, path_from_scheduler
 from guidance_nb.paths import clamp_time
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-__all__ = ["from_diffusers"]
 
 
 @contextmanager

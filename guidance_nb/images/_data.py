@@ -26,8 +26,6 @@ from guidance_nb._files import Json, digest, parse_json, read_text, write_aside
 with extra("images"):
     from PIL import Image, ImageOps
 
-__all__ = ["ImageData", "from_uint8", "load_images", "load_samples", "save_samples", "to_uint8"]
-
 Crop = Literal["adm", "torchvision"]
 Size = int | tuple[int, int]  # Side of a square, or height and width
 

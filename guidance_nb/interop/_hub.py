@@ -9,15 +9,13 @@ from guidance_nb._checks import check_choice
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb.denoisers import Denoiser, NetworkDenoiser, Parametrisation
-from guidance_nb.images.networks import build_network
-from guidance_nb.interop.schedulers import TablePath
+from guidance_nb.images._networks import build_network
+from guidance_nb.interop._schedulers import TablePath
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.paths import Path as GaussianPath
 
 with extra("diffusers"):
     from huggingface_hub import ModelCard, PyTorchModelHubMixin
-
-__all__ = ["HubDenoiser"]
 
 _PATHS: dict[str, type[GaussianPath]] = {kind.__name__: kind for kind in (FlowPath, VPPath, EDMPath, TablePath)}
 
@@ -107,7 +105,7 @@ def open_pretrained(source: str) -> Denoiser:
     with extra("diffusers"):
         from huggingface_hub.errors import EntryNotFoundError
 
-    from guidance_nb.interop.diffusers import _opening, from_diffusers
+    from guidance_nb.interop._diffusers import _opening, from_diffusers
 
     with _opening("model", source):
         try:

@@ -16,13 +16,11 @@ from guidance_nb._checks import Count, checked, explained, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
-from guidance_nb.images.data import Crop, ImageData, ImageFiles, Size, from_uint8, load_images, to_uint8
-from guidance_nb.images.features import _best_device
+from guidance_nb.images._data import Crop, ImageData, ImageFiles, Size, from_uint8, load_images, to_uint8
+from guidance_nb.images._features import _best_device
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-__all__ = ["decode", "encode_folder", "load_latents"]
 
 _Constant = float | list[float]  # one number, or one for each channel
 

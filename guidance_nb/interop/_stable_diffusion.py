@@ -11,14 +11,12 @@ from guidance_nb._checks import require
 from guidance_nb._files import weights_digest
 from guidance_nb._processes import find_processes
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.cli.recipe import FineTuning, model_guidance_loss
-from guidance_nb.interop import text_denoiser
-from guidance_nb.interop.captions import _CaptionedLatents, cache_captioned, load_captioned
-from guidance_nb.interop.diffusers import _open_pipeline
-from guidance_nb.interop.grids import _save_grid, compare_scales
+from guidance_nb.cli._recipe import FineTuning, model_guidance_loss
+from guidance_nb.interop import _text_denoiser as text_denoiser
+from guidance_nb.interop._captions import _CaptionedLatents, cache_captioned, load_captioned
+from guidance_nb.interop._diffusers import _open_pipeline
+from guidance_nb.interop._grids import _save_grid, compare_scales
 from guidance_nb.training import DenoisingLoss, State, fit
-
-__all__ = ["finetune"]
 
 _MAY_CHANGE = (  # at a resume
     "recipe.title", "recipe.data.source", "recipe.pipeline.name", "recipe.grid", "recipe.training.steps",

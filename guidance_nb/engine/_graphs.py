@@ -13,9 +13,7 @@ from guidance_nb._modes import swapped
 from guidance_nb.denoisers import NetworkDenoiser
 
 if TYPE_CHECKING:
-    from guidance_nb.engine.run import Run
-
-__all__: list[str] = []
+    from guidance_nb.engine._run import Run
 
 
 class _StepGraph:

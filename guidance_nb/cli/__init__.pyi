@@ -1,0 +1,10 @@
+from ._evaluation import score as score
+from ._evaluation import sweep as sweep
+from ._load import load as load
+from ._recipe import FineTuning as FineTuning
+from ._recipe import Recipe as Recipe
+from ._recipe import read_recipe as read_recipe
+from ._run import Request as Request
+from ._run import generate as generate
+from ._run import load_trained as load_trained
+from ._run import train_recipe as train_recipe
