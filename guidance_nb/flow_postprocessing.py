@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ._checks import Count, Share, checked, require, require_that
 from ._modes import eval_mode
 from .denoisers import Denoiser, check_labels, record_nfe, shown
-from .images.networks import image_denoiser
+from .images import image_denoiser
 from .metrics import nearest_neighbours
 from .networks import MLP
 from .paths import FlowPath, expand_time

@@ -260,7 +260,8 @@ def fit(
     draws = device if device.type == "cuda" else "cpu"  # where noise is drawn
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
     average = copy.deepcopy(model).requires_grad_(False).eval()
-    weights, averaged = [*model.parameters()], [*average.parameters()]
+    weights: list[Tensor] = [*model.parameters()]
+    averaged: list[Tensor] = [*average.parameters()]
     source = batches(data, batch_size, seed, steps)
     shown = {"desc": description, "unit": " steps", "disable": not progress}
     with tqdm(total=steps, **shown) as bar, closing(source):

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from guidance_nb._processes import destroy_process_group, on_main
 from guidance_nb._random import keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.engine._hardware import open_accelerator
-from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.engine._hardware import open_accelerator
 from guidance_nb.engine._run import Engine
+from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.flow_postprocessing import FlowPostprocessor, PairDraws, PairLoss
 from guidance_nb.images._networks import image_denoiser
 from guidance_nb.mixtures import checkerboard, sample_mixture

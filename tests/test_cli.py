@@ -18,10 +18,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import apart
-from guidance_nb.cli._tables import METHODS, METRICS
 from guidance_nb.cli._app import app, main, parse_keys
 from guidance_nb.cli._recipe import FineTuning, Recipe, find_key, override, read_recipe, recipe_names
 from guidance_nb.cli._run import Request, _take_images, train_recipe
+from guidance_nb.cli._tables import METHODS, METRICS
 from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.images._data import load_images, load_samples, save_samples
 from notebooks import ROOT, cells, text

@@ -24,11 +24,11 @@ from guidance_nb.denoisers import EMBEDDINGS, Denoiser, NetworkDenoiser, OnPath,
 from guidance_nb.engine._run import Engine
 from guidance_nb.guidance_variants import AdaptiveProjectedGuidance
 from guidance_nb.images._networks import image_denoiser
-from guidance_nb.interop._networks import to_patches
 from guidance_nb.interop._diffusers import DiffusersDenoiser, from_diffusers
 from guidance_nb.interop._functions import from_callable, from_torchcfm
 from guidance_nb.interop._guider import DiffusersGuider, PipelineDenoiser
 from guidance_nb.interop._hub import HubDenoiser, TrainingFacts, path_from_json, path_to_json
+from guidance_nb.interop._networks import to_patches
 from guidance_nb.interop._schedulers import SchedulerFacts, TablePath, _Clock, path_from_scheduler, scheduler_times
 from guidance_nb.model_guidance import ModelGuidanceLoss
 from guidance_nb.paths import EDMPath, FlowPath, VPPath, change_path

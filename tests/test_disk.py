@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from guidance_nb._files import clean_remnants, digest, write_file
-from guidance_nb.cli._tour import save_stage
 from guidance_nb.cli._evaluation import finish_sweep
 from guidance_nb.cli._run import _write_picture
+from guidance_nb.cli._tour import save_stage
 from guidance_nb.engine._checkpoints import _write_checkpoint
 from guidance_nb.images._data import save_samples
 from guidance_nb.images._latents import make_shards, write_shard

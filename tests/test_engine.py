@@ -18,8 +18,8 @@ from weights import stir
 from guidance_nb._processes import prefetch
 from guidance_nb._random import has_dropout, keyed_generator, keyed_global_rng
 from guidance_nb.denoisers import NetworkDenoiser
-from guidance_nb.engine._hardware import check_compiler, choose_precision, compile_network
 from guidance_nb.engine._checkpoints import read_checkpoint
+from guidance_nb.engine._hardware import check_compiler, choose_precision, compile_network
 from guidance_nb.engine._run import Engine
 from guidance_nb.images._networks import build_network
 from guidance_nb.networks import mlp_denoiser

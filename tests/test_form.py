@@ -110,7 +110,7 @@ def test_badly_stored_notebooks_are_found(tmp_path):
     ],
 )
 def test_imports_are_found_where_they_stand(source, places):
-    found = lint.imports(ast.parse(source), "engine.cost", False)
+    found = lint.imports(ast.parse(source), "engine._cost", False)
     assert [(target, where) for _, target, _, where in found] == places
 
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from guidance_nb.cli._tour import load_stage
 from guidance_nb.cli._app import main
 from guidance_nb.cli._recipe import FineTuning, Recipe, _fields, _Settings, override, read_recipe
 from guidance_nb.cli._run import Request, train_recipe
+from guidance_nb.cli._tour import load_stage
 from guidance_nb.images._data import _read_header, load_samples, read_image, save_samples
 from guidance_nb.images._features import read_reference
 from guidance_nb.images._latents import open_shard, write_shard

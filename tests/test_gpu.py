@@ -11,9 +11,9 @@ from weights import stir
 from guidance_nb._random import NoiseSource, keyed_generator
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
-from guidance_nb.engine._hardware import compile_network
 from guidance_nb.engine._checkpoints import read_checkpoint
 from guidance_nb.engine._graphs import recorded
+from guidance_nb.engine._hardware import compile_network
 from guidance_nb.engine._run import Engine
 from guidance_nb.flow_postprocessing import FlowPostprocessor, _neighbours
 from guidance_nb.images._networks import image_denoiser

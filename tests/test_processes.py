@@ -19,10 +19,10 @@ import apart
 from guidance_nb.cli._app import app
 from guidance_nb.cli._recipe import Recipe, describe_recipe, override
 from guidance_nb.cli._run import train_recipe
-from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
 from guidance_nb.engine._cost import launch_file
 from guidance_nb.engine._run import Engine
+from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.images._data import save_samples
 from guidance_nb.images._metrics import read_rows
 from guidance_nb.samplers import sample

@@ -406,7 +406,7 @@ def test_a_missing_compiler_is_bad_input(runs, monkeypatch):
     def fails() -> None:
         raise ValueError("compile = True; allowed: False, for torch.compile does not work here (no g++)")
 
-    for module in ("cli.run", "engine._hardware"):
+    for module in ("cli._run", "engine._hardware"):
         monkeypatch.setattr(f"guidance_nb.{module}.check_compiler", fails)
     with (
         pytest.raises(ValueError, match="compile = True"),

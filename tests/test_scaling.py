@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from guidance_nb._processes import row_shares
 from guidance_nb.aligned_loss import AlignedLoss
-from guidance_nb.engine._sampling import extract_sharded
 from guidance_nb.engine._cost import (
     CHIPS,
     Chip,
@@ -25,6 +24,7 @@ from guidance_nb.engine._cost import (
     network_cost,
     training_flops,
 )
+from guidance_nb.engine._sampling import extract_sharded
 from guidance_nb.flow_postprocessing import FlowPostprocessor, PairLoss
 from guidance_nb.images._features import CifarResNet, Extractor, extract, resnet_extractor
 from guidance_nb.images._networks import build_network

@@ -11,20 +11,20 @@ import inspect
 import json
 import os
 import re
+from pathlib import Path
 from types import ModuleType
 
-from counts import is_private, modules
+from counts import is_private, modules, stub_names
 from notebooks import NOTEBOOKS, ROOT, module_of, settings, store, text
 
 TARGET = ROOT / "nbs" / "92_api.ipynb"
-HOW_TO = {  # machinery -> the page that shows how to use it; the longest beginning counts
-    "engine": "38_engine", "engine.cost": "37_scaling", "images.data": "32_image_data",
-    "images": "33_image_metrics",
-    "images.latents": "34_latents", "interop": "35_diffusers_interop",
-    "interop.grids": "36_stable_diffusion", "interop.stable_diffusion": "36_stable_diffusion",
-    "cli": "31_recipes", "cli.app": "30_cli",
-    "explorer": "28_explorer",
-}  # fmt: skip
+HOW_TO = {  # machinery -> the pages that show how to use it
+    "engine": ("38_engine", "37_scaling"),
+    "images": ("32_image_data", "33_image_metrics", "34_latents"),
+    "interop": ("35_diffusers_interop", "36_stable_diffusion"),
+    "cli": ("30_cli", "31_recipes"),
+    "explorer": ("28_explorer",),
+}
 PARTS = {
     "Foundations": range(0, 8), "Guidance": range(8, 15), "Family": (*range(15, 20), 21, 25, 27, 39),
     "Evidence": range(20, 30),
@@ -33,13 +33,22 @@ STEMS = [path.stem for path in NOTEBOOKS]
 TAUGHT = {module: path.stem for path in NOTEBOOKS if (module := module_of(path))}
 
 
-def page_of(module: str) -> str:
-    "The page of a module, taught or shown; empty where there is none yet."
-    if module in TAUGHT:
-        return TAUGHT[module]
-    known = [name for name in HOW_TO if f"{module}.".startswith(f"{name}.")]
-    stem = HOW_TO[max(known, key=len)] if known else ""
-    return stem if stem in STEMS else ""
+def pages_of(module: str) -> list[str]:
+    "The pages of a module, taught or shown, that are there."
+    stems = (TAUGHT[module],) if module in TAUGHT else HOW_TO.get(module, ())
+    return [stem for stem in stems if stem in STEMS]
+
+
+def home(module: ModuleType, name: str) -> str:
+    "The module that holds a public name: of a package one of its private modules."
+    short, file = module.__name__.partition(".")[2], Path(module.__file__ or "")
+    return f"{short}.{stub_names(file)[name]}" if file.with_suffix(".pyi").exists() else short
+
+
+def top_names() -> dict[str, str]:
+    "The names at the top, and the public modules they are listed in."
+    homes = stub_names(ROOT / "guidance_nb" / "__init__.py")
+    return {name: module.partition("._")[0] for name, module in homes.items()}
 
 
 def part_of(module: str) -> str:
@@ -80,7 +89,8 @@ def value_in_words(value: object) -> str:
 
 
 def is_own(module: ModuleType, name: str) -> bool:
-    return getattr(getattr(module, name), "__module__", None) == module.__name__
+    "Whether a name is made where it is public, and not a constant or another's."
+    return getattr(getattr(module, name), "__module__", None) == f"guidance_nb.{home(module, name)}"
 
 
 def meaning(module: ModuleType, name: str) -> str:
@@ -104,7 +114,7 @@ def linked(module: ModuleType, name: str) -> str:
     if short in TAUGHT:
         return f"`{name}`" if is_own(module, name) else f"[`{name}`]({TAUGHT[short]}.ipynb)"
     where = settings()
-    file = modules()[short].relative_to(ROOT).as_posix()
+    file = modules()[home(module, name)].relative_to(ROOT).as_posix()
     return f"[`{name}`]({where['git_url']}/blob/{where['branch']}/{file})"
 
 
@@ -124,8 +134,9 @@ def top_section(found: dict[str, ModuleType], top: dict[str, str]) -> str:
 def module_section(name: str, module: ModuleType, top: dict[str, str]) -> str:
     "A module: its claim, its page, and those of its names that are not at the top."
     words = escaped(" ".join(inspect.cleandoc(module.__doc__ or "").split("\n\n")[0].split()))
-    page = page_of(name)
-    blocks = [f"### `guidance_nb.{name}`", f"{words} Page: [{page[3:]}]({page}.ipynb)." if page else words]
+    pages = ", ".join(f"[{page[3:]}]({page}.ipynb)" for page in pages_of(name))
+    told = f"{words} Page{'s' if ', ' in pages else ''}: {pages}." if pages else words
+    blocks = [f"### `guidance_nb.{name}`", told]
     above = ", ".join(f"`{public}`" for public in module.__all__ if top.get(public) == name)
     blocks += [f"At the top: {above}."] if above else []
     blocks += ["\n".join(entry(module, public) for public in module.__all__ if top.get(public) != name)]
@@ -134,9 +145,7 @@ def module_section(name: str, module: ModuleType, top: dict[str, str]) -> str:
 
 def sections() -> list[str]:
     "The page's cells between its introduction and its recap."
-    import guidance_nb
-
-    found, top = public_modules(), guidance_nb._MODULES
+    found, top = public_modules(), top_names()
     blocks = [top_section(found, top)]
     for part in [*PARTS, "Machinery"]:
         parts = [module_section(name, module, top) for name, module in found.items() if part_of(name) == part]

@@ -46,8 +46,8 @@ from guidance_nb.cli._run import (
     recipe_shape,
     train_recipe,
 )
-from guidance_nb.engine._hardware import choose_precision
 from guidance_nb.engine._checkpoints import checkpoints_in, read_checkpoint
+from guidance_nb.engine._hardware import choose_precision
 from guidance_nb.flow_postprocessing import pair_data
 from guidance_nb.images._data import ImageData, SampleFile, from_uint8, load_images, save_samples
 from guidance_nb.images._features import Extractor, Features, cifar_resnet, extract, resnet_extractor

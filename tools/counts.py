@@ -1,6 +1,7 @@
 """What the package weighs, counted from its source: `python tools/counts.py`.
 
-Public names are those in `__all__` of the modules whose name does not begin with an underscore. Code lines hold neither
+Public names are those in `__all__` of the modules whose name does not begin with an underscore, and those that the stub
+of a package imports. Code lines hold neither
 blanks nor comments nor docstrings. Validation is what only refuses input: a `raise` with the condition above it, a call
 of `require...`, `explained` or a `check_...`, a `@checked`, those functions themselves, and all of `_checks`. `Any`
 counts where it stands in annotations, and so do the uses of names that a module makes of it, in a column of their own:
@@ -11,12 +12,17 @@ import argparse
 import ast
 import io
 import re
+import sys
 import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from notebooks import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from guidance_nb._lazy import stub_names
 
 PACKAGE = ROOT / "guidance_nb"
 CHECKS = re.compile(r"_*(require(_that)?|explained|checked|check_\w+)")
@@ -39,9 +45,11 @@ def is_private(name: str) -> bool:
     return any(part.startswith("_") for part in name.split("."))
 
 
-def public_names(tree: ast.Module) -> list[str]:
-    "The names of `__all__`."
-    for node in tree.body:
+def public_names(path: Path) -> list[str]:
+    "The names of `__all__`; of a package with a stub, what that imports."
+    if path.with_suffix(".pyi").exists():
+        return [*stub_names(path)]
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(node, ast.Assign | ast.AnnAssign) and getattr(target, "id", "") == "__all__" and node.value:
             return list(ast.literal_eval(node.value))
@@ -138,7 +146,7 @@ def weigh(name: str, path: Path, made: set[str]) -> Weight:
         for function, node in functions(tree)
     ]
     return Weight(
-        0 if is_private(name) else len(public_names(tree)),
+        0 if is_private(name) else len(public_names(path)),
         len(lines),
         len(lines if name == "_checks" else lines & validation_lines(tree)),
         max(bodies, default=(0, "")),

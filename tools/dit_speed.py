@@ -27,8 +27,8 @@ import torch
 
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser
-from guidance_nb.engine._hardware import compile_network
 from guidance_nb.engine._cost import LossNFE, find_chip, memory_per_gpu, mfu, network_cost, training_flops
+from guidance_nb.engine._hardware import compile_network
 from guidance_nb.engine._run import Engine
 from guidance_nb.images._networks import image_denoiser
 from guidance_nb.paths import FlowPath

@@ -88,8 +88,8 @@ MUTANTS = [
     Mutant("_files.py", "    finally:\n        remove(aside)", "    finally:\n        pass", "disk no_room"),
     Mutant("_files.py", "os.replace(aside, path)\n", "shutil.copytree(aside, path) if aside.is_dir() else "
            "path.write_bytes(aside.read_bytes())\n", "checkpoints middle"),
-    Mutant("cli/_evaluation.py", 'with write_aside(out / "curves.png") as aside:', 'with open(out / "curves.png", "wb") '
-           "as aside:", "disk no_room"),
+    Mutant("cli/_evaluation.py", 'with write_aside(out / "curves.png") as aside:',
+           'with open(out / "curves.png", "wb") as aside:', "disk no_room"),
     # training
     Mutant("training.py", "                kept.copy_(new)", "                pass", "training ema or average"),
     Mutant("training.py", "requires_grad_(False).eval()", "requires_grad_(False)", "training mode or average"),

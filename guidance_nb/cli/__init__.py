@@ -2,6 +2,10 @@
 
 import sys
 
+from guidance_nb._lazy import offer
+
+__all__, __getattr__, __dir__ = offer(__name__, __file__)
+
 
 def _main() -> None:
     "The command `guidance-nb`; what it cannot import, without an extra or without memory, is one line."

@@ -23,10 +23,10 @@ from guidance_nb.cli._devices import is_main, main_only, own_device
 from guidance_nb.cli._load import PATHS, _is_scale_aware, _open_checkpoint, _restore, _shuffled, make_model
 from guidance_nb.cli._recipe import SEED, Denoising, Recipe, Table, find_key, key, model_guidance_loss, override
 from guidance_nb.denoisers import check_labels
-from guidance_nb.engine._hardware import Precision, check_compiler, choose_precision, compile_network
-from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.engine._cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine._graphs import recorded
+from guidance_nb.engine._hardware import Precision, check_compiler, choose_precision, compile_network
+from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.flow_postprocessing import PairDraws, PairLoss, pair_data
 from guidance_nb.images import _data as image_data
 from guidance_nb.images import _latents as latents

@@ -21,10 +21,10 @@ from guidance_nb._conditions import Condition, map_condition, take_rows
 from guidance_nb._files import Json, clean_remnants, digest, locked
 from guidance_nb._processes import on_main
 from guidance_nb._random import has_dropout, keyed_generator, keyed_global_rng
-from guidance_nb.engine import _hardware as hardware
 from guidance_nb.engine import _checkpoints as checkpoints
-from guidance_nb.engine._interrupts import stop_signals, stopped_by, uninterrupted
+from guidance_nb.engine import _hardware as hardware
 from guidance_nb.engine._graphs import _StepGraph, _tensors_of
+from guidance_nb.engine._interrupts import stop_signals, stopped_by, uninterrupted
 from guidance_nb.training import Data, FetchData, LossContext, State, batches, ema_decay, learning_rate, update_ema
 
 

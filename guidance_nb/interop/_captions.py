@@ -14,8 +14,8 @@ from guidance_nb._checks import check_choice, checked, explained, require, requi
 from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, weights_digest
 from guidance_nb.images._data import Crop, ImageData, ImageFiles, Size, common_size, image_files, to_pixels
 from guidance_nb.images._latents import LatentData, encode_folder, load_latents, make_shards, open_shard
-from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop._diffusers import _PipelineParts
+from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop._text_denoiser import _check_pipeline
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from guidance_nb._files import Json, write_aside
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, count_nfe
 from guidance_nb.images._data import Size, to_uint8
-from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop._diffusers import _opening, from_diffusers
+from guidance_nb.interop._networks import Pipeline
 from guidance_nb.interop._schedulers import scheduler_times
 from guidance_nb.model_guidance import FixedScale
 from guidance_nb.samplers import sample

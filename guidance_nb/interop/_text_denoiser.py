@@ -17,8 +17,8 @@ from guidance_nb._files import write_aside
 from guidance_nb._random import keyed_global_rng
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.denoisers import NetworkDenoiser
-from guidance_nb.interop._networks import Network, Pipeline, Scheduler, condition_names, latent_channels
 from guidance_nb.interop._diffusers import DiffusersDenoiser, _open_pipeline, _opening, _PipelineParts
+from guidance_nb.interop._networks import Network, Pipeline, Scheduler, condition_names, latent_channels
 from guidance_nb.interop._schedulers import path_from_scheduler
 
 _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
