@@ -543,7 +543,7 @@ def test_other_tables_are_refused(tmp_path):
 
 def test_processes_that_append_at_once_lose_nothing(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from guidance_nb.images import metrics as im\n"
+        "import sys, time; from pathlib import Path; from guidance_nb.images import _metrics as im\n"
         "path, who = Path(sys.argv[1]), sys.argv[2]\n"
         "(path.parent / who).touch()\n"
         "while not all((path.parent / name).exists() for name in 'ab'): time.sleep(0.001)\n"  # start together

@@ -398,7 +398,7 @@ def run_tour(
     with extra("plots"):
         import pandas as pd
 
-    scales = tuple(sorted({float(scale) for scale in scales}))
+    scales = tuple(sorted(dict.fromkeys(map(float, scales))))  # NaN stays where it is
     require(scales and all(0 < scale < 100 for scale in scales), "scales", scales, "numbers above 0 and below 100")
     check_whole("seeds", seeds, 1)
     budgets = {problem_of(name).name: budget_for(name, quick) for name in data}  # an unknown name ends here
