@@ -7,7 +7,7 @@ import pytest
 
 import lint
 from colab import install
-from counts import aliases, code_lines, validation_lines
+from counts import aliases, code_lines, public_names, unlisted_names, validation_lines
 from mutants import MUTANTS
 
 
@@ -142,6 +142,24 @@ def double(x):
     lines = code_lines(source, tree)
     assert lines == {2, 4, 5, 7, 8, 10, 11, 12, 13, 14}
     assert lines & validation_lines(tree) == lines - {7, 14}
+
+
+def test_names_are_listed_by_all_or_by_a_stub(tmp_path):
+    module, package = tmp_path / "module.py", tmp_path / "__init__.py"
+    module.write_text("__all__ = ['f']\ndef f(): ...\ndef _g(): ...\nclass Loose: ...\n")
+    assert public_names(module) == ["f"] and unlisted_names(module) == ["Loose"]
+    package.write_text("def own(): ...\n")
+    package.with_suffix(".pyi").write_text("from ._data import load as load\nfrom torch import Tensor\n")
+    assert public_names(package) == ["load"] and unlisted_names(package) == ["own"]
+
+
+def test_a_package_offers_what_its_stub_imports_and_nothing_else():
+    import guidance_nb.images as images
+
+    assert {"load_images", "image_scores"} <= {*images.__all__} & {*dir(images)}
+    assert images.load_images.__module__ == "guidance_nb.images._data"
+    with pytest.raises(AttributeError, match=r"^module 'guidance_nb.images' has no attribute 'load_pictures'$"):
+        images.load_pictures  # noqa: B018
 
 
 def test_names_made_of_any_are_counted():

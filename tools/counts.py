@@ -28,6 +28,7 @@ PACKAGE = ROOT / "guidance_nb"
 CHECKS = re.compile(r"_*(require(_that)?|explained|checked|check_\w+)")
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
@@ -54,6 +55,12 @@ def public_names(path: Path) -> list[str]:
         if isinstance(node, ast.Assign | ast.AnnAssign) and getattr(target, "id", "") == "__all__" and node.value:
             return list(ast.literal_eval(node.value))
     return []
+
+
+def unlisted_names(path: Path) -> list[str]:
+    "Functions and classes without an underscore that are not public."
+    made = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, DEFINITIONS)]
+    return [name for name in made if not name.startswith("_") and name not in public_names(path)]
 
 
 def docstring_lines(tree: ast.Module) -> set[int]:
