@@ -7,6 +7,7 @@ __all__ = ['Sampler', 'time_grid', 'StepContext', 'ddim_step', 'euler_step', 'dd
            'sample_trajectory']
 
 # %% ../nbs/03_samplers.ipynb #b90b543f
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -273,7 +274,8 @@ def sample(
     times: Tensor | None = None,
     # Where to start at `times[0]`, `[n, *shape]`, instead of pure noise
     init: Floats | None = None,
-    # Samples per batch, all at once by default; never changes a sample
+    # Samples per batch; by default all at once, but of many images on a CPU
+    # without a callback as many as fit into its caches. Never changes a sample
     batch_size: Count | None = None,
     eta: Share = 0.0,  # Share of ancestral noise in "ddim", 0 to 1
     # g^2 of "euler_maruyama"
@@ -291,7 +293,6 @@ def sample(
     n = check_request(model, c, shape, sampler, times)
     fine = times[0] > times[1] or (init is not None and eta == 0)
     require_that(fine, f"init is {shown(init)}, eta = {eta}", "an init, and eta = 0, for rising times")
-    batch_size = n if batch_size is None else batch_size
     real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     require(real, "dtype", dtype, "a floating-point type of torch")
     if init is not None:
@@ -299,6 +300,8 @@ def sample(
         told = f"init is {shown(init)}{'' if finite else ', not finite'}"
         require_that(finite and init.shape == wanted, told, f"a floating-point tensor {wanted} of finite numbers")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    whole = callback or sampler not in SAMPLERS or device.type != "cpu"
+    batch_size = batch_size or (n if whole else max(1, 2**17 // math.prod(shape)))
     total, unit = n * (len(times) - 1), " sample steps"
     bar = tqdm(total=total, disable=not progress, unit=unit, unit_scale=True)
 

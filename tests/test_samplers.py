@@ -13,7 +13,7 @@ from guidance_nb import denoisers
 from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
 from guidance_nb.denoisers import NetworkDenoiser, OnPath, count_nfe
-from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair
+from guidance_nb.mixtures import ExactDenoiser, Mixture, fractal, gaussian_pair, mixture_of_points
 from guidance_nb.networks import mlp_denoiser
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
 from guidance_nb.samplers import (
@@ -398,3 +398,14 @@ def test_an_adaptive_solver_never_asks_outside_its_times(times):
     end = solve_adaptively(field, torch.full((1, 1), 1e3, dtype=torch.float64), span)[-1]
     assert min(times) <= min(asked) and max(asked) <= max(times)
     assert_close(end.item(), 1e3 + (math.sin(3 * times[1]) - math.sin(3 * times[0])) / 3, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("options", "parts"), [
+    ({}, [167, 167, 66]), ({"callback": lambda *_: None}, [400]), ({"sampler": ddim_step}, [400]), ({"batch_size": 400}, [400]),
+])  # fmt: skip
+def test_many_images_are_drawn_in_parts_on_a_cpu(options, parts):
+    "As many as fit into its caches, unless somebody looks at all of them or the step is not ours."
+    model, rows = ExactDenoiser(mixture_of_points(torch.randn(4, 784), torch.zeros(4).long()), FlowPath()), []
+    model.register_forward_pre_hook(lambda model, args: rows.append(len(args[0])))
+    sample(model, 400, (784,), **({"sampler": "ddim", "steps": 1, "progress": False} | options))
+    assert rows == parts

@@ -421,7 +421,7 @@ def forward_alone(model: NetworkDenoiser, plain: Callable[[], None], sizes: Size
 
 
 def choices(sizes: Sizes) -> Iterator[Pair]:
-    "Training steps with the memory format, the precision and the threads that one may choose, against the others."
+    "Training steps with the memory format, the precision and the threads that one may choose, and batches of sampling."
     engine = partial(Engine, precision="fp32", channels_last=True, cpu=sizes.device == "cpu")
 
     def run(**options: Any) -> Callable[[], None]:
@@ -440,6 +440,11 @@ def choices(sizes: Sizes) -> Iterator[Pair]:
 
     if threads > 1:
         yield Pair(f"{threads} threads/one", usual, alone, note=note)
+    model, many = build_model(sizes), replace(sizes, samples=2 * sizes.batches[-1], steps=2)
+    few = max(1, many.samples // 16)
+    parts, whole = (partial(draw, model, many, batch_size=n) for n in (few, many.samples))
+    same = check_same(parts(), whole())
+    yield Pair(f"{few} images at a time/{many.samples}", parts, whole, note=f"two steps without guidance; {same}")
 
 
 def batching(sizes: Sizes) -> Iterator[Pair]:

@@ -52,6 +52,7 @@ COST |= {"mnist-evaluation": 0.2, "mnist-classifier": 0.4, "mnist-classifier-lin
 LONG = {"batch_size": 128, "schedule": "cosine", "precision": "bf16", "compile": True}
 PAIRED = (1.0, 2.0, 3.0)  # scales of the samples that the post-processing flow learns from
 METRICS = ("fd", "precision", "recall")
+AT_ONCE = 2500 if torch.cuda.is_available() else 64  # samples of a batch; on a CPU large ones leave its caches
 
 
 def train_one(out: Path, name: str, changes: dict[str, Any], seconds: float) -> None:
@@ -159,7 +160,7 @@ def follow(out: Path, samples: int, portions: tuple[int, ...], split: str = "tra
                     if any(_has_facts(row, about) for row in rows):
                         continue
                     trained = load_trained(folder)
-                    ask = Request(n=samples, scale=scale, precision="auto", batch_size=min(samples, 2500))
+                    ask = Request(n=samples, scale=scale, precision="auto", batch_size=min(samples, AT_ONCE))
                     row = score(generate(trained, ask, progress=False), real, extractor, metrics, 2500)
                     row |= about | {"images_seen": steps * trained.recipe.training.batch_size}
                     append_rows(file, [{**row, "checkpoint": ""}])
