@@ -401,7 +401,8 @@ def test_an_adaptive_solver_never_asks_outside_its_times(times):
 
 
 @pytest.mark.parametrize(("options", "parts"), [
-    ({}, [167, 167, 66]), ({"callback": lambda *_: None}, [400]), ({"sampler": ddim_step}, [400]), ({"batch_size": 400}, [400]),
+    ({}, [167, 167, 66]), ({"batch_size": 400}, [400]),
+    ({"callback": lambda *_: None}, [400]), ({"sampler": ddim_step}, [400]),
 ])  # fmt: skip
 def test_many_images_are_drawn_in_parts_on_a_cpu(options, parts):
     "As many as fit into its caches, unless somebody looks at all of them or the step is not ours."
