@@ -384,6 +384,7 @@ def test_a_missing_shard_is_made_anew_and_an_index_comes_last(place, tmp_path):
     (tmp_path / shard_name(3)).unlink()
     encode_folder(place / "pictures", tmp_path, place / "vae", 16, shard_rows=5, progress=False)
     assert read_index(tmp_path) == read_index(place / "whole")
+    assert (tmp_path / shard_name(3)).read_bytes() == (place / "whole" / shard_name(3)).read_bytes()
     (tmp_path / INDEX).unlink()
     with pytest.raises(ValueError, match="holds an unfinished encoding: start it again"):
         load_latents(tmp_path)
