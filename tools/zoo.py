@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ def train_all(out: Path, names: list[str], extra: list[str], workers: int, secon
             waiting[name] = pool.submit(run, name)
 
 
-def follow(out: Path, samples: int, portions: tuple[int, ...], split: str = "train") -> Iterator[dict[str, Any]]:
+def follow(
+    out: Path, samples: int, portions: tuple[int, ...], split: str = "train", seeds: int = 1
+) -> Iterator[dict[str, Any]]:
     "Rows of metrics along the training of each model, eighths of it, of real images first; a `split` is compared with."
     classifier = next(place / "mnist-evaluation" for place in (out, MODELS) if (place / "mnist-evaluation").exists())
     file, extractor = out / "curve.csv", find_feature_extractor(str(classifier))
@@ -155,12 +158,12 @@ def follow(out: Path, samples: int, portions: tuple[int, ...], split: str = "tra
                     continue
                 steps = read_checkpoint(found[0]).record["settings"]["steps"] * part // 8
                 folder = out / run / f"step-{steps:08d}"
-                for scale in scales if folder.exists() else ():
-                    about = {"run": run, "scale": scale, "step": steps, "n": samples}
+                for scale, seed in product(scales, range(seeds)) if folder.exists() else ():
+                    about = {"run": run, "scale": scale, "step": steps, "n": samples, "seed": seed}
                     if any(_has_facts(row, about) for row in rows):
                         continue
                     trained = load_trained(folder)
-                    ask = Request(n=samples, scale=scale, precision="auto", batch_size=min(samples, AT_ONCE))
+                    ask = Request(n=samples, scale=scale, seed=seed, precision="auto", batch_size=min(samples, AT_ONCE))
                     row = score(generate(trained, ask, progress=False), real, extractor, metrics, 2500)
                     row |= about | {"images_seen": steps * trained.recipe.training.batch_size}
                     append_rows(file, [{**row, "checkpoint": ""}])
@@ -252,6 +255,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which every training is left")
     parser.add_argument("--budget", type=float, default=0.0, help="seconds for all trainings; 0 for the whole")
     parser.add_argument("--samples", type=int, default=5000, help="samples of a point of the curve")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of sampling of a point of the curve")
     parser.add_argument("--portions", default="1,2,3,4,6,8", help="eighths of the training at which they are drawn")
     parser.add_argument("--long", type=int, default=0, help="steps of 128 images, in place of the recipes' training")
     parser.add_argument("--cuda-graphs", action="store_true", help="record the steps as CUDA graphs")
@@ -271,7 +275,8 @@ def main() -> None:
         changes = json.loads(asked.changes) | ({"cuda_graphs": True} if asked.cuda_graphs else {})
         train_one(asked.out, asked.names[0], changes, asked.seconds)
     elif asked.action == "curve":
-        for row in follow(asked.out, asked.samples, tuple(int(part) for part in asked.portions.split(","))):
+        portions = tuple(int(part) for part in asked.portions.split(","))
+        for row in follow(asked.out, asked.samples, portions, seeds=asked.seeds):
             told = ", ".join(f"{key.split('_')[0]} {float(row[key]):.3f}" for key in row if is_result(row, key))
             print(f"{row['run']} scale {row.get('scale')} step {row.get('step')}: {told}", flush=True)
     else:
