@@ -73,9 +73,10 @@ def test_guidance_is_the_same_in_every_coordinate(scale):
 
 def test_guide_at_its_ends():
     c, u = (Prediction(*torch.randn(2, 3, 2)) for _ in range(2))
-    assert_close(guide(c, u, 0.0), u)
-    assert_close(guide(c, u, 1.0), c)
-    assert_close(guide(c, c, 7.0), c)
+    for number in (float, torch.tensor):
+        assert_close(guide(c, u, number(0.0)), u)
+        assert_close(guide(c, u, number(1.0)), c)
+        assert_close(guide(c, c, number(7.0)), c)
 
 
 class Spy(nn.Module):

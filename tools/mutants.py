@@ -179,7 +179,7 @@ MUTANTS = [
 def apply(mutant: Mutant, place: Path) -> None:
     "Make a copy of the project with one break."
     for name in ("guidance_nb", "tests", "tools", "nbs"):
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
     file = place / "guidance_nb" / mutant.file
     file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
 
