@@ -8,7 +8,7 @@ __all__ = ['AlignedLoss', 'scale_from_aligned']
 # %% ../nbs/12_aligned_loss.ipynb #d98f97b0
 from torch import Tensor
 
-from ._checks import AtLeastZero, NonZero, Number, checked
+from ._checks import AtLeastZero, NonZero, checked
 from ._conditions import check_conditional, output_pair
 from .denoisers import NetworkDenoiser
 from .training import LossContext
@@ -43,10 +43,9 @@ class AlignedLoss:
         return error.flatten(1).mean(1)
 
 # %% ../nbs/12_aligned_loss.ipynb #02507e4a
-@checked
 def scale_from_aligned(
-    sampling: Number,  # Scale s the model is sampled with
-    training: NonZero,  # Scale w of its AlignedLoss
+    sampling: float,  # Scale s the model is sampled with
+    training: float,  # Scale w of its AlignedLoss
 ) -> float:  # The scale gamma = s / w
     "Guidance scale of a model with an exact unconditional output, eq. (8)."
     return sampling / training

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import AtLeastZero, Number, Positive, checked, require
+from ._checks import require
 from .denoisers import Prediction, guide
 from .guidance import Claims, Guidance
 
@@ -50,11 +50,10 @@ def dit_channel_scales(
     return torch.where(first, float(scale), 1.0)
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #700af9b9
-@checked
 def tilt_variance(
-    v_c: Positive,  # Variance of the conditional Gaussian
-    v_u: Positive,  # Variance of the unconditional Gaussian, same mean
-    scale: Number,  # Guidance scale
+    v_c: float,  # Variance of the conditional Gaussian
+    v_u: float,  # Variance of the unconditional Gaussian, same mean
+    scale: float,  # Guidance scale
 ) -> float:  # Its variance
     "Variance of the sharpened density p_u^(1 - scale) p_c^scale, eq. (7)."
     precision = scale / v_c + (1 - scale) / v_u
@@ -63,12 +62,11 @@ def tilt_variance(
     return 1 / precision
 
 
-@checked
 def ode_variance(
-    v_c: Positive,  # Variance of the conditional Gaussian
-    v_u: Positive,  # Variance of the unconditional Gaussian, same mean
-    scale: Number,  # Guidance scale
-    start: Positive | None = None,  # Noise-to-signal ratio, None for infinity
+    v_c: float,  # Variance of the conditional Gaussian
+    v_u: float,  # Variance of the unconditional Gaussian, same mean
+    scale: float,  # Guidance scale
+    start: float | None = None,  # Noise-to-signal ratio, None for infinity
 ) -> float:  # Variance at t = 0
     "Variance at the end of the guided probability-flow ODE, eq. (8)."
     if start is None:
@@ -77,11 +75,10 @@ def ode_variance(
     return start**2 * ratio_c**scale * ratio_u ** (1 - scale)
 
 
-@checked
 def sde_variance(
-    v_c: Positive,  # Variance of the conditional Gaussian
-    v_u: Positive,  # Variance of the unconditional Gaussian, same mean
-    scale: Number,  # Guidance scale
+    v_c: float,  # Variance of the conditional Gaussian
+    v_u: float,  # Variance of the unconditional Gaussian, same mean
+    scale: float,  # Guidance scale
 ) -> float:  # Variance at t = 0
     "Variance at the end of guided DDPM with many steps, eq. (10)."
     log_ratio, k = math.log(v_c / v_u), 2 * scale - 1
@@ -92,13 +89,12 @@ def sde_variance(
     return v_c * integral / -math.expm1(log_ratio)
 
 # %% ../nbs/11_classifier_free_guidance.ipynb #f9b7edeb
-@checked
 def two_class_map(
     z: Tensor,  # Standard deviations from the class mean at `start`, `[n]`
-    scale: Number,  # Guidance scale
-    ratio: AtLeastZero,  # r where the ODE ends; m / s at t = 0
-    start: AtLeastZero = 0.0,  # r where it starts; above `ratio` inverted
-    log_odds: Number = 0.0,  # log p(+) / p(-)
+    scale: float,  # Guidance scale
+    ratio: float,  # r where the ODE ends; m / s at t = 0
+    start: float = 0.0,  # r where it starts; above `ratio` inverted
+    log_odds: float = 0.0,  # log p(+) / p(-)
 ) -> Tensor:  # Position at `ratio`, `[n]`, float64
     "Solve the guided ODE of two Gaussian classes, eq. (12), to 1e-10."
     from scipy.integrate import solve_ivp
