@@ -24,7 +24,6 @@ def class_gradient(
     c: Tensor,  # Class whose probability should rise, `[batch]`
 ) -> Tensor:  # Gradient, shaped like `x`, detached
     "Gradient of log p(c | x_t) with respect to x_t, eq. (2)."
-    require(c is not None, "c", c, "a LongTensor [batch] of classes")
     with torch.inference_mode(False), torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         t, c = torch.as_tensor(t).clone(), c.clone()

@@ -14,17 +14,7 @@ from typing import Annotated, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import (
-    AnyDenoiser,
-    Count,
-    Floats,
-    PositiveShare,
-    check_scale,
-    checked,
-    explained,
-    require,
-    require_that,
-)
+from ._checks import AnyDenoiser, Count, Floats, PositiveShare, check_scale, checked, require
 from ._conditions import Condition
 from ._random import keyed_noise
 from .denoisers import Denoiser, Prediction
@@ -102,12 +92,8 @@ def inpaint(
     **options: object,  # Of `sample`: seed, batch_size, progress, ...
 ) -> Tensor:  # Samples `[n, ...]`, equal to `known` under the mask
     "Fill in what is unknown, by replacement and resampling (arXiv 2201.09865)."
-    shape, allowed = known.shape, "bool, and a shape that broadcasts to known"
-    with explained("mask is of another shape", allowed, RuntimeError, AttributeError):
-        mask = mask.expand(shape)
-    require(mask.dtype == torch.bool, "mask.dtype", mask.dtype, allowed)
-    require_that(known[mask].isfinite().all(), "known is not finite under mask", "finite numbers")
-    held = _Known(model, known, mask)
+    require(mask.dtype == torch.bool, "mask.dtype", mask.dtype, "bool")
+    shape, held = known.shape, _Known(model, known, mask.expand(known.shape))
     times = time_grid(model.path, steps, sampler)
     n = check_request(held, c, shape[1:], sampler, times)
     require(len(known) == n, "samples of known", len(known), f"{n}, as of c")
@@ -146,7 +132,6 @@ def slerp(
     weight: Annotated[float | Tensor, check_scale],  # 0 gives `a`, 1 gives `b`; a number or `[n]`
 ) -> Tensor:  # `[n, ...]`
     "Spherical interpolation, sample by sample, eq. (9)."
-    require(a.shape == b.shape and a.ndim > 1, "shape of b", tuple(b.shape), f"{tuple(a.shape)}, [n, ...]")
     weight = expand_time(torch.as_tensor(weight, dtype=a.dtype), a)
     cosine = torch.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
     angle = expand_time(cosine.acos().clamp(min=1e-6), a)

@@ -54,10 +54,7 @@ def _to_features(x: Tensor, space: _Space) -> Tensor:
     "The vectors between which distances are measured, `[n, ...]`."
     known, allowed = callable(space) or space == "pixels", "'pixels' or a "
     require(known, "space", space, allowed + "function, see `feature_space`")
-    features = space(x) if callable(space) else x
-    n, told = len(features), f"{len(x)}, as samples"
-    require(n == len(x), "number of features", n, told)
-    return features
+    return space(x) if callable(space) else x
 
 # %% ../nbs/14_flow_postprocessing.ipynb #261eba8e
 def _neighbours(
@@ -143,9 +140,6 @@ def pair_data(
 ) -> PairDraws:
     """Find the pairs of eq. (1) once; the result is the data of `fit` with a
     `PairLoss`."""
-    shape, found = list(real.shape[1:]), list(generated.shape[1:])
-    told = "shape of a generated sample"
-    require(found == shape, told, found, f"{shape}, that of a real one")
     near = _neighbours(generated, real, k, labels, real_labels, space, device)
     classes = None if real_labels is None else int(real_labels.max()) + 1
     return PairDraws(generated, real, near, labels, classes)
@@ -279,10 +273,8 @@ class FlowPostprocessor(nn.Module):
         fine = kind.is_floating_point and shape[1:] == self.shape
         told = f"samples is {shown(samples)}"
         require_that(fine, told, f"{values}, images in [-1, 1]")
-        allowed = f"labels [n] of {n} classes" if n else "None, no classes"
-        require((labels is None) == (n == 0), "labels", labels, allowed)
-        if labels is not None:
-            check_labels(labels, n, len(samples))
+        if n or labels is not None:
+            check_labels(labels, n, len(samples), "labels")
         allowed = "1, because this correction was fitted without dropout"
         require(scale == 1 or (n and self.dropout > 0), "scale", scale, allowed)
 

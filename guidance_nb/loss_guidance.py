@@ -67,7 +67,6 @@ class LossGuidance(Guidance):
         loss = self.loss(point, c)
         fine = isinstance(loss, Tensor) and loss.shape == x0.shape[:1]
         require_that(fine, f"loss is {shown(loss)}", f"a tensor ({len(x0)},)")
-        require_that(loss.requires_grad, "loss has no gradient", "a differentiable function of x0")
         return torch.autograd.grad(loss.sum(), point, create_graph=deep)[0]
 
     def covariance(self, g: Tensor, x: Tensor, x0: Tensor, t: Tensor, deep: bool) -> Tensor:

@@ -83,9 +83,8 @@ class Mixture:
         check_labels(labels, self.num_classes, len(means))
         self.eigenvalues, self.eigenvectors = covariances, None
         if covariances.ndim == 3:
-            gap = (covariances - covariances.mT).abs().amax().item()
-            symmetric = gap <= 1e-6 * covariances.abs().amax()
-            require(symmetric, "asymmetry of covariances", gap, "symmetric matrices")
+            gap = (covariances - covariances.mT).abs().amax()
+            require(gap <= 1e-6 * covariances.abs().amax(), "asymmetry of covariances", gap, "symmetric matrices")
             self.eigenvalues, self.eigenvectors = torch.linalg.eigh(covariances)
         low, high = (end.item() for end in self.eigenvalues.aminmax())
         fine = low >= (-1e-9 * high if covariances.ndim == 3 else 0)

@@ -25,7 +25,6 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.ndim == 0:
         return t
-    require_that(t.shape == x.shape[:1], f"t has shape {tuple(t.shape)}", f"a scalar or [{len(x)}]")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 # %% ../nbs/00_paths.ipynb #5ee101bc

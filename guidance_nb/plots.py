@@ -7,17 +7,16 @@ __all__ = ['COLOURS', 'show_density', 'show_points', 'show_trajectories', 'show_
            'show_curves']
 
 # %% ../nbs/07_plots.ipynb #2e5daca3
-import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import count
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ._checks import Positive, check_choice, check_whole, checked, require
+from ._checks import check_choice, require
 from ._extras import extra
 from ._pictures import tile
 from .metrics import coverage, outlier_rate, outlier_threshold
@@ -89,8 +88,7 @@ def _frame(ax: "Axes", extent: float) -> "Axes":
     return ax
 
 # %% ../nbs/07_plots.ipynb #f8bc9e9e
-@checked
-def _pixel_centres(extent: Positive, size: Annotated[int, partial(check_whole, low=2)]) -> Tensor:
+def _pixel_centres(extent: float, size: int) -> Tensor:
     """Centres of size^2 pixels of the square [-extent, extent]^2; reshape to
     `[size, size]` and index as [y, x]."""
     axis = (torch.arange(size).double() + 0.5) / size * 2 * extent - extent
@@ -108,7 +106,6 @@ def _density_image(
 ) -> Tensor:
     """The density p_t at pixel centres, indexed [y, x], blurred by at least
     half a pixel, eq. (1), so that no thin branch falls between pixels."""
-    require(mixture.dim == 2, "dimension of the mixture", mixture.dim, "1 or 2")
     x, time = _pixel_centres(extent, size), torch.tensor(t, dtype=torch.float64)
     scale = torch.ones((), dtype=torch.float64)
     if path.sigma(time) < extent / size:  # half a pixel
@@ -181,7 +178,6 @@ def show_trajectories(
 ) -> "Axes":  # The axes
     """Draw trajectories from noise to data: value against falling time in 1-D,
     curves in the plane in 2-D."""
-    check_whole("every", every, 1)
     shape = tuple(run.points.shape)
     require(len(shape) == 3 and shape[2] in (1, 2), "shape of points", shape, "[times, n, 1] or [times, n, 2]")
     ax, curves = _axes(ax), run.points[:, ::every].detach().cpu().double()
@@ -206,8 +202,6 @@ def show_field(
     x = _pixel_centres(extent, size).to(torch.get_default_dtype())
     # A copy, for fn may ask for its gradient
     vectors = fn(x.clone()).detach().cpu().double()
-    fine = vectors.shape == x.shape and vectors.isfinite().all()
-    require(fine, "fn(x)", f"vectors {tuple(vectors.shape)}", f"finite vectors {tuple(x.shape)}")
     longest = vectors.norm(dim=1).max().clamp(min=1e-12)
     arrows = vectors / longest * (2 * extent / size)
     ax, parts = _axes(ax), (*x.T.numpy(), *arrows.T.numpy())
@@ -224,10 +218,8 @@ def show_images(
 ) -> "Axes":  # The axes
     "Show images as a grid; values outside [-1, 1] are clipped."
     kept = tuple(x.shape[1:]) if x.ndim == 4 else (1, *shape)
-    fine = math.prod(kept) == x[0].numel()
-    require(fine, "shape of x", tuple(x.shape), f"[n, {math.prod(shape)}] or [n, channels, h, w]")
     images = ((x.detach().cpu().float() + 1) / 2).clamp(0, 1).reshape(-1, *kept)
-    grid = tile(images, check_whole("columns", columns, 1), line=1.0).expand(3, -1, -1)
+    grid = tile(images, columns, line=1.0).expand(3, -1, -1)
     ax = _axes(ax)
     ax.imshow(grid.permute(1, 2, 0).numpy())
     ax.axis("off")
@@ -284,9 +276,6 @@ def show_curves(
     deviation."""
     with extra("plots"):
         import seaborn as sns
-    for column in filter(None, (x, y, hue)):
-        check_choice("column", column, list(table.columns))
-    require(len(table), "table", table.shape, "one row or more")
     ax, palette = _axes(ax), None
     if hue is not None:
         others = count()

@@ -6,7 +6,6 @@
 __all__ = ['anderson_step', 'CharacteristicGuidance', 'PredictorCorrector', 'sample_feynman_kac']
 
 # %% ../nbs/18_power_tilt.ipynb #abe1bc1e
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from ._checks import Count, Positive, Share, Whole, WithScore, checked, require_that
+from ._checks import Count, Positive, Whole, WithScore, checked
 from ._conditions import take_rows
 from ._modes import eval_mode
 from ._random import NoiseSource
@@ -206,8 +205,6 @@ def _systematic_resample(weights: Tensor, offset: float = 0.5) -> Tensor:
     """Indices of particles by systematic resampling: n equally spaced pointers
     into the cumulated weights, particle i n w_i times, rounded up or down."""
     total = weights.double().sum()
-    fine = (weights >= 0).all() and 0 < total < math.inf
-    require_that(fine, "weights", "finite numbers, 0 or more, not all 0")
     n, ends = len(weights), weights.double().cumsum(0) / total
     pointers = (torch.arange(n).to(ends) + offset) / n
     return torch.searchsorted(ends, pointers, right=True).clamp(max=n - 1)
@@ -224,7 +221,6 @@ class _WeightedSamples(NamedTuple):
     nfe: float  # Network function evaluations per particle
 
 # %% ../nbs/18_power_tilt.ipynb #0eaea366
-@checked
 @torch.no_grad()
 def sample_feynman_kac(
     model: Denoiser,  # A model that answers with and without condition
@@ -235,9 +231,9 @@ def sample_feynman_kac(
     scale: float,  # Guidance scale
     steps: int = 100,  # Number of steps
     seed: int = 0,  # Of the noise and of the resampling
-    count: Whole = 0,  # Langevin steps at each level, two NFE each
+    count: int = 0,  # Langevin steps at each level, two NFE each
     # Resample when the effective fraction falls below; 0 never, 1 always
-    threshold: Share = 0.5,
+    threshold: float = 0.5,
     # Falling times, instead of `time_grid(model.path, steps)`
     times: Tensor | None = None,
     progress: bool = True,  # Whether to show a progress bar

@@ -293,8 +293,6 @@ def sample(
     n = check_request(model, c, shape, sampler, times)
     fine = times[0] > times[1] or (init is not None and eta == 0)
     require_that(fine, f"init is {shown(init)}, eta = {eta}", "an init, and eta = 0, for rising times")
-    real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    require(real, "dtype", dtype, "a floating-point type of torch")
     if init is not None:
         finite, wanted = bool(init.isfinite().all()), (n, *shape)
         told = f"init is {shown(init)}{'' if finite else ', not finite'}"

@@ -43,13 +43,11 @@ def _take(c: _Ask, rows: Tensor | slice) -> _Ask:
     return take_rows(c, rows)
 
 
-def _expand(c: int | Condition, x: Tensor) -> Condition:
-    "A condition for every sample of `x`."
+def _expand(c: _Ask, x: Tensor) -> Condition | None:
+    "A condition for every sample of `x`; none stays none."
     if isinstance(c, int):
         return torch.full((len(x),), c, device=x.device)
-    n, rows = len(x), count(c)
-    require(rows in (1, n), "samples of a condition", rows, f"1 or {n}")
-    return map_condition(lambda k: k.to(x.device).expand(n, *k.shape[1:]), c)
+    return map_condition(lambda k: k.to(x.device).expand(len(x), *k.shape[1:]), c)
 
 # %% ../nbs/27_several_conditions.ipynb #17a575c3
 _Pair: TypeAlias = tuple[Prediction, Prediction]
@@ -71,8 +69,6 @@ class ComposedConditions(Guidance):
         batching: Batching = "auto",  # All predictions by one pass, or by many
     ):
         super().__init__(model, scale, interval, batching)
-        for name, k in (("others", others), ("weights", weights)):
-            require(hasattr(k, "__len__"), name, k, "a list")
         require(len(weights) == len(others), "weights", tuple(weights), f"{len(others)}, as others")
         self.others, self.away = [_asked(k) for k in others], _asked(away)
         self.weights = [check_number("weights", w, but=0, allowed="finite numbers other than 0") for w in weights]
@@ -84,7 +80,7 @@ class ComposedConditions(Guidance):
     def pair(self, x: Tensor, t: Tensor, c: Condition | None) -> _Pair:
         "e_u + sum_k w_k (e_k - e_u), and e_u, or e_a in its place."
         own = [] if c is None else [c]
-        asked = [None if k is None else _expand(k, x) for k in (*self.others, self.away)]
+        asked = [_expand(k, x) for k in (*self.others, self.away)]
         found = self.model.predict_each(x, t, [*own, *asked], self.batching)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         *each, base = ([part.to(wide) for part in pair] for pair in found)
@@ -134,9 +130,9 @@ class NormalizedAttentionGuidance(Guidance):
         alpha: Share = 0.25,  # Fraction of the result that is used
     ):
         super().__init__(model, scale, interval)
-        require(_asked(away) is not None, "away", away, "a class, or conditions")
         self.layers = choose_layers(attention_layers(model), layers)
-        self.away, self.tau, self.alpha = away, tau, alpha
+        self.tau, self.alpha = tau, alpha
+        self.away: _Ask = _asked(away)
 
     def guided(self, x: Tensor, t: Tensor, c: Condition | None) -> Prediction:
         "The model's prediction with eq. (8) in its attention layers."

@@ -246,8 +246,6 @@ def fit(
     times: _Times | None = None,  # TrainingTimes; None: the path's usual ones
 ) -> Generator[State[_M], None, None]:
     "Train with AdamW and yield a `State` after every step."
-    fine = not isinstance(times, type) and hasattr(times, "draw")
-    require(fine or times is None, "times", times, "TrainingTimes(), LogNormalTimes() or None")
     ema, ema_warmup = (0.999, True) if ema is None else (ema, ema_warmup)
     if engine is not None:
         settings: dict[str, object] = {"steps": steps, "seed": seed, "lr": lr}

@@ -23,11 +23,8 @@ from guidance_nb._checks import (
     AnyDenoiser,
     AtLeastZero,
     AtLeastZeroOrInf,
-    Count,
     Share,
     WithScore,
-    check_scale,
-    checked,
     require,
     require_that,
 )
@@ -112,10 +109,9 @@ class Autoguidance(WeakGuidance):
         return self.model(x, t, c), self.weak(x, t, c)
 
 # %% ../nbs/17_weak_models.ipynb #81d89d1d
-@checked
 def widen(
     mixture: Mixture,  # A mixture
-    std: AtLeastZero,  # Standard deviation of the blur, in every direction
+    std: float,  # Standard deviation of the blur, in every direction
 ) -> Mixture:  # The same components, each wider
     """A mixture convolved with a Gaussian: what a model that blurs its data
     has learned."""
@@ -396,7 +392,6 @@ def annealed_scale(
 ) -> Callable[[Tensor], Tensor]:
     """CADS for models without embeddings: the scale falls to 0, unconditional,
     instead ('dynamic' guidance)."""
-    check_scale("scale", scale)
     _annealing(torch.zeros(()), tau)
     return lambda t: scale * _annealing(t, tau)
 
@@ -426,12 +421,11 @@ class CADS(Denoiser):
         self.noise, self.mixing = noise, mixing
 
     @staticmethod
-    @checked
     def with_noise(
         c: Tensor,  # Embeddings of the conditions, `[n, ...]`
         seed: int = 0,  # Seed of the noise; may be that of the sampler
         start: int = 0,  # Index of the first sample
-        draws: Count = 1,  # Stretches of time that have noise of their own
+        draws: int = 1,  # Stretches of time that have noise of their own
     ) -> Tensor:  # Conditions with noise, `[n, 1 + draws, ...]`
         """Append to each condition the noise that will corrupt it; row i
         depends on (seed, start + i) alone."""
@@ -488,8 +482,6 @@ class EmbeddedLabels(Denoiser):
         label."""
         if c is None:
             return self.model.predict(x, t, None)
-        width, found = self.table.embedding_dim, tuple(getattr(c, "shape", ()))
-        require_that(found == (len(x), width), f"c has shape {found}", f"[batch, {width}] with batch = {len(x)}")
         some = torch.zeros(len(x), dtype=torch.long, device=x.device)
         with swapped({self.table: lambda _: c}):
             return self.model(x, t, some)
@@ -513,7 +505,6 @@ def _log_ratio(
     if c is None or generated.shape[1] == 1:
         return real.logsumexp(1) - generated.logsumexp(1)
     rows = torch.arange(len(x), device=x.device)
-    check_labels(c, generated.shape[1], len(x))
     return real[rows, c] - generated[rows, c]
 
 # %% ../nbs/17_weak_models.ipynb #060a808d

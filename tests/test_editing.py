@@ -129,10 +129,8 @@ def test_slerp_keeps_ends_norms_and_planes():
         ({"sampler": "dopri5"}, "sampler = 'dopri5'; allowed: 'ddim'"),
         (
             {"mask": torch.ones(2)},
-            "mask.dtype = torch.float32; allowed: bool, and a shape that",
+            "mask.dtype = torch.float32; allowed: bool",
         ),
-        ({"mask": torch.ones(5, 1, 2).bool()}, "mask is of another shape ("),
-        ({"mask": torch.ones(3).bool()}, "mask is of another shape ("),
         ({"known": torch.zeros(3, 2)}, "samples of known = 3; allowed: 1, as of c"),
         ({"c": 2}, "samples of known = 1; allowed: 2, as of c"),
         ({"known": torch.zeros(1, 2).byte()}, "known is torch.uint8; allowed: a floating-point tensor"),
@@ -153,8 +151,6 @@ def test_other_bad_requests():
             image_to_image(model, 2, x, strength)
     with pytest.raises(ValueError, match=r"^x is torch.uint8; allowed: a floating-point tensor"):
         image_to_image(model, 2, x.byte())  # its noise would wrap around
-    with pytest.raises(ValueError, match=r"^shape of b = \(3, 2\); allowed: \(2, 2\)"):
-        slerp(x, torch.zeros(3, 2), 0.5)
 
 
 def test_a_step_of_ones_own_may_go_up_and_down_and_others_may_not():

@@ -405,13 +405,6 @@ def test_systematic_resampling_by_counting():
     never = torch.tensor([0.0, 0.5, 0.5, 0.0], dtype=torch.float64)
     assert _systematic_resample(never, 0.0).tolist() == [1, 1, 2, 2]  # no pointer on a particle without weight
     assert_close(_effective_share(weights), 1 / (5 * (0.05**2 + 0.25 + 0.04 + 0.0625)))
-    for bad, match in (
-        (-weights, "allowed: finite"),
-        (0 * weights, "not all 0"),
-        (weights * math.nan, "allowed: finite"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            _systematic_resample(bad)
 
 
 def test_bad_populations():
@@ -419,9 +412,7 @@ def test_bad_populations():
     for options, match in (
         ({"c": 1}, "c contains 1; allowed: 0 to 0"),
         ({"scale": math.inf}, "scale = inf; allowed: a finite number"),
-        ({"threshold": -0.1}, "threshold = -0.1; allowed: 0 to 1"),
         ({"steps": 0}, "steps = 0; allowed: a whole number"),
-        ({"count": -1}, "count = -1; allowed: a whole number, 0 or more"),
         ({"shape": ()}, "shape = .*allowed"),
         ({"times": torch.tensor([0.0, 1.0])}, "strictly falling"),
     ):

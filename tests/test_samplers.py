@@ -243,8 +243,6 @@ def test_divergence_is_reported():
         ({"c": torch.tensor(1)}, "c = tensor(1)"),
         ({"c": 2.0}, "c = 2.0"),
         ({"shape": 2}, "shape = 2"),
-        ({"dtype": torch.int64}, "dtype = torch.int64; allowed: a floating-point type"),
-        ({"dtype": "float32"}, "dtype = 'float32'"),
         ({"eta": 1.5}, "eta = 1.5; allowed: 0 to 1"),
         ({"start": -1}, "start = -1; allowed: a whole number, 0 or more"),
         ({"batch_size": 0}, "batch_size = 0; allowed: a whole number, 1 or more"),

@@ -573,21 +573,16 @@ BAD = {
     "scale = nan": lambda m: Autoguidance(m, m, math.nan),
     "scale = inf": lambda m: Autoguidance(m, m, 2.0, cfg_scale=math.inf),
     "interval = (1, 0)": lambda m: Autoguidance(m, m, 2.0, (1, 0)),
-    "std = -1; allowed: a number, 0 or more": lambda m: widen(gaussian_pair(), -1),
     "sigma = nan; allowed: 0 or more": lambda m: SmoothedEnergyGuidance(m, 0, sigma=math.nan),
     "12 tokens; allowed: a square number": lambda m: _tokens_of_no_square(m),
     "model.num_classes = 3; allowed: EMBEDDINGS": lambda m: CADS(m),
     "noise = -1; allowed": lambda m: CADS(Echo(), -1),
     "tau = (0.9, 0.6); allowed": lambda m: CADS(Echo(), tau=(0.9, 0.6)),
-    "draws = 0; allowed: a whole number": lambda m: CADS.with_noise(torch.zeros(2, 3), draws=0),
     "allowed: [batch, 1 + draws, ...], from with_noise": lambda m: CADS(Echo()).predict(
         torch.zeros(2, 1), 0.5, torch.zeros(2, 3)
     ),
     "label embeddings of model = 0; allowed: one": lambda m: EmbeddedLabels(
         ExactDenoiser(gaussian_pair(), FlowPath())  # type: ignore[arg-type]
-    ),
-    "c has shape (4, 5); allowed: [batch, 16]": lambda m: EmbeddedLabels(m).predict(
-        torch.zeros(4, 1, 8, 8).double(), 0.5, torch.zeros(4, 5).double()
     ),
     "discriminator gives (2, 3); allowed": lambda m: _log_ratio(
         NoisyClassifier(2, 3, FlowPath()), torch.zeros(2, 2), 0.5
