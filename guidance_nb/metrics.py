@@ -50,8 +50,6 @@ def outlier_rate(x: Tensor, c: Tensor, mixture: Mixture, threshold: Tensor | Non
     points = as_points("x", x, mixture.dim)
     c = as_labels("c", c, len(points), mixture.num_classes)
     threshold = outlier_threshold(mixture) if threshold is None else threshold
-    shape, classes = tuple(threshold.shape), (mixture.num_classes,)
-    require(shape == classes, "shape of threshold", shape, str(classes))
     return (log_prob(mixture, points, c) < threshold[c]).double().mean().item()
 
 # %% ../nbs/06_metrics.ipynb #b3b95d62

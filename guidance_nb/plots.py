@@ -178,12 +178,10 @@ def show_trajectories(
 ) -> "Axes":  # The axes
     """Draw trajectories from noise to data: value against falling time in 1-D,
     curves in the plane in 2-D."""
-    shape = tuple(run.points.shape)
-    require(len(shape) == 3 and shape[2] in (1, 2), "shape of points", shape, "[times, n, 1] or [times, n, 2]")
     ax, curves = _axes(ax), run.points[:, ::every].detach().cpu().double()
-    across = run.times.cpu().double() if shape[2] == 1 else curves[..., 0]
+    across = run.times.cpu().double() if curves.shape[2] == 1 else curves[..., 0]
     ax.plot(across, curves[..., -1], color=_colour(role), lw=0.5, alpha=0.6)
-    if shape[2] == 1:
+    if curves.shape[2] == 1:
         ax.set(xlim=across[[0, -1]].tolist(), xlabel="time t", ylabel="x")
     else:
         ax.set(xticks=[], yticks=[], aspect="equal")

@@ -201,12 +201,10 @@ class GuidedDistillationLoss(_ConditionalLoss):
 def scale_from_gft(beta: float) -> float:
     """The scale of guidance-free training at `beta` in (0, 1] (arXiv
     2501.15420); above 1 the same relation damps."""
-    require(beta > 0, "beta", beta, "above 0")
     return 1 / beta
 
 
-@checked
-def scale_from_meanflow(omega: float, kappa: _Kappa) -> float:
+def scale_from_meanflow(omega: float, kappa: float) -> float:
     """The scale of MeanFlow's training-time guidance, omega / (1 - kappa)
     (arXiv 2505.13447)."""
     return omega / (1 - kappa)

@@ -59,9 +59,7 @@ class LossContext:
         place = {"generator": self.generator, "device": self.generator.device}
         if self.rows is None:
             return draw((len(x), *shape), **place).to(x.device)
-        own = draw((self.total, *shape), **place)[self.rows].to(x.device)
-        require(len(x) == len(own), "rows of x", len(x), f"{len(own)}, those of this process")
-        return own
+        return draw((self.total, *shape), **place)[self.rows].to(x.device)
 
     def uniform(self, x: Tensor) -> Tensor:
         "Uniform numbers `[batch]` for a batch `x`."

@@ -142,8 +142,6 @@ METHODS = [
     (lambda: power_tilt.PredictorCorrector(MODEL, 1, 0.0), "size = 0.0; allowed: a positive, finite number"),
     (lambda: power_tilt.sample_feynman_kac(MODEL, 2, 4, (1,), 3.0), "c contains 2; allowed: 0 to 1"),
     (lambda: power_tilt.sample_feynman_kac(MODEL, 0, 4, (1,), NAN), "scale = nan; allowed: a finite number"),
-    (lambda: trained_guidance.scale_from_gft(0.0), "beta = 0.0; allowed: above 0"),
-    (lambda: trained_guidance.scale_from_meanflow(1.0, 1.0), "kappa = 1.0; allowed: a finite number below 1"),
     (lambda: trained_guidance.MeanFlowGuidanceLoss(kappa=1.0), "kappa = 1.0; allowed: a finite number below 1"),
     (lambda: trained_guidance.MeanFlowGuidanceLoss(NAN), "omega = nan; allowed: a finite number"),
     (lambda: trained_guidance.MeanFlowGuidanceLoss(interval=(0.8, 0.2)), "interval = (0.8, 0.2)"),

@@ -271,7 +271,6 @@ FLAT = gaussian_pair(dim=2)
         (lambda: m.nll(X, C + 2, FLAT), "c contains 2; allowed: 0 to 1"),
         (lambda: m.nll(X[:, 0], C, FLAT), "x has shape (6,)"),
         (lambda: m.outlier_rate(BAD, C, FLAT, torch.zeros(2)), "not finite"),
-        (lambda: m.outlier_rate(X, C, FLAT, torch.zeros(3)), "shape of threshold = (3,); allowed: (2,)"),
         (lambda: m.outlier_threshold(FLAT, quantile=0.0), "quantile = 0.0"),
         (lambda: m.coverage(X, BAD, C, C), "y has 6 samples that are not finite"),
         (lambda: m.coverage(X, X, C, C[:3]), "y_c is torch.int64 (3,)"),
