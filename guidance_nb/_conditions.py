@@ -58,6 +58,8 @@ def drop_rows(c: Condition, drop: Tensor, null: Condition | None) -> Condition:
         return {name: drop_rows(c[name], drop, null and null[name]) for name in c}  # type: ignore
     where = drop.to(c.device).reshape(-1, *[1] * (c.ndim - 1))
     blank = torch.zeros((), dtype=c.dtype, device=c.device) if null is None else null.to(c)  # type: ignore
+    allowed = f"[batch, ...] as the null condition {tuple(blank.shape)}"
+    require_that(not blank.ndim or blank.shape[1:] == c.shape[1:], f"c has shape {tuple(c.shape)}", allowed)
     return torch.where(where, blank, c)
 
 

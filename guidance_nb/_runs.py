@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ._conditions import Condition
 
@@ -38,7 +38,7 @@ def one_run(times: Tensor, c: Condition | None) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _this_run() -> _Run | None:
-    return None if torch.compiler.is_compiling() else _open.get()
+    return None if is_dynamo_compiling() else _open.get()
 
 
 def is_of_run(t: Tensor, c: Condition | None) -> bool:

@@ -314,11 +314,12 @@ class NetworkDenoiser(Denoiser):
         x = x.to(once(None, precision, self))
         # 16 bits would round the time
         wide = torch.promote_types(x.dtype, torch.float32)
-        known = at_time(self, "time", Tensor.tolist, t)
-        if known is None:
-            time = t.to(x.device, wide).expand(len(x))
-        else:
-            time = torch.full([len(x)], known, dtype=wide, device=x.device)
+
+        def every(times: Tensor) -> tuple[Tensor, ...]:
+            return times.to(x.device, wide)[:, None].expand(-1, len(x)).unbind()
+
+        known = at_time(self, ("time", x.dtype, len(x)), every, t)
+        time = t.to(x.device, wide).expand(len(x)) if known is None else known
         if self.prediction != "edm":
             return x, time
         total = (self.path.sigma(time) ** 2 + (self.path.alpha(time) * self.sigma_data) ** 2).sqrt()

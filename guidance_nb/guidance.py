@@ -97,7 +97,8 @@ class Guidance(Denoiser):
     ) -> Prediction:
         """The formula in 32 bits at least, for 16 do not hold its sums; the
         result is as precise as `x`."""
-        if {x.dtype, conditional.x0.dtype, unconditional.x0.dtype} in ({torch.float32}, {torch.float64}):
+        same = x.dtype == conditional.x0.dtype == unconditional.x0.dtype
+        if same and x.dtype in (torch.float32, torch.float64):
             return self.combine(conditional, unconditional, x, t, scale)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         towards, away = (Prediction(*(part.to(wide) for part in pair)) for pair in (conditional, unconditional))
