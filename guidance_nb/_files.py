@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,11 +72,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def opened(path: Path, allowed: str) -> Iterator[BinaryIO]:
+    """A regular file, open to be read, for the reader of a pipe might wait for ever.
+
+    Whatever goes wrong with it is a `ValueError` that names it, for decoders raise errors of many kinds.
+    """
+    with explained(f"{path} cannot be read", allowed, Exception):
+        require_that(path.is_file(), "there is no such file", "a regular one")
+        with open(path, "rb") as file:
+            yield file
+
+
 def read_text(path: Path) -> str:
-    "Text in UTF-8; another encoding, and what is no regular file, is a `ValueError` that names the file."
-    require_that(path.is_file(), f"{path} is no regular file", "a text file that is there")
-    with explained(f"{path} is not UTF-8", "text in UTF-8", UnicodeDecodeError):
-        return path.read_bytes().decode("utf-8-sig")
+    "Text in UTF-8, with or without a byte order mark."
+    with opened(path, "text in UTF-8") as file:
+        return file.read().decode("utf-8-sig")
 
 
 def check_folder(name: str, folder: Path) -> Path:
@@ -107,8 +118,7 @@ def differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, 
 
 def read_csv(path: Path) -> list[list[str]]:
     "The values of a table, line by line."
-    with explained(f"{path} is no table", "values separated by commas", csv.Error):
-        return list(csv.reader(io.StringIO(read_text(path), newline="")))
+    return list(csv.reader(io.StringIO(read_text(path), newline="")))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from guidance_nb._checks import check_choice, check_whole, checked, explained, require, require_that
 from guidance_nb._extras import extra
-from guidance_nb._files import Json, digest, parse_json, read_text, write_aside
+from guidance_nb._files import Json, digest, opened, parse_json, read_text, write_aside
 
 with extra("images"):
     from PIL import Image, ImageOps
@@ -184,10 +184,10 @@ def _read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor
         from torchvision.datasets.mnist import read_image_file, read_label_file
 
     if source == "mnist":  # the raw files themselves: the class prefers an unchecked processed copy if there is one
-        stem = str(root / "MNIST" / "raw" / ("train" if split == "train" else "t10k"))
+        stem = str(root / "MNIST" / "raw" / {"train": "train", "test": "t10k"}[split])
         x, labels = read_image_file(f"{stem}-images-idx3-ubyte"), read_label_file(f"{stem}-labels-idx1-ubyte")
         return x[:, None], labels.long(), tuple("0123456789")
-    cifar = datasets.CIFAR10(str(root), train=split == "train")
+    cifar = datasets.CIFAR10(str(root), train={"train": True, "test": False}[split])
     x = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return x, torch.tensor(cifar.targets), tuple(cifar.classes)
 
@@ -196,16 +196,13 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".t
 
 
 def image_files(folder: Path) -> list[Path]:
-    "The images below a folder, without hidden names (.DS_Store, ._a.png, .ipynb_checkpoints); only regular files."
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be read ({error.strerror}); allowed: a folder that can") from None
-
+    "The images below a folder, without hidden names (.DS_Store, ._a.png, .ipynb_checkpoints)."
     found: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = (Path(root, name) for name in names if not name.startswith("."))
-        found += (path for path in visible if path.suffix.lower() in _IMAGE_SUFFIXES)
+    for entry in (entry for entry in os.scandir(folder) if not entry.name.startswith(".")):
+        if entry.is_dir():
+            found += image_files(Path(entry))
+        elif Path(entry).suffix.lower() in _IMAGE_SUFFIXES:
+            found.append(Path(entry))
     return sorted(found)
 
 
@@ -250,11 +247,9 @@ def to_pixels(file: Image.Image, channels: int, size: Size | None = None, crop: 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    "An image file; one that is damaged is named, for which decoders raise errors of many kinds."
-    require(Path(path).is_file(), "image", str(path), "a regular file that is there")
-    told = f"{path} cannot be read"
-    with explained(told, "an image file, so replace or delete it", Exception), Image.open(path) as file:
-        yield file
+    "An image file; one that is damaged is named."
+    with opened(Path(path), "an image file, so replace or delete it") as file, Image.open(file) as image:
+        yield image
 
 
 def read_image(path: str | Path, channels: int, size: Size | None = None, crop: Crop = "adm") -> Tensor:
@@ -356,7 +351,6 @@ def load_images(
     "MNIST, CIFAR-10 or a folder of images; missing and damaged files are named."
     name = str(source)
     if name in FILES:
-        check_choice("split", split, ("train", "test"))
         x, labels, classes = _read_published(name, find_files(name, root, download), split)
     elif (file := Path(source) / f"{split}.npz").is_file():
         x, labels, classes = _read_packed(file)
@@ -412,15 +406,12 @@ def save_samples(
 ) -> Path:  # `path`
     "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders; signals as float32."
     path = Path(path)
-    other = path.suffix.lower() in (*OTHER_KINDS, ".png")
-    require(not other, "path", str(path), "a name that ends in .npz, or a folder")
     packed, signals = path.suffix.lower() == ".npz", x.ndim in (2, 3) and x.is_floating_point()
     fine = x.numel() and (x.ndim == 4 or signals) and (packed or (x.ndim == 4 and x.shape[1] in (1, 3)))
     told = "[n, channels, height, width], not empty; with 1 or 3 channels for PNG files"
     require(fine, "type and shape of x", f"{x.dtype} {tuple(x.shape)}", f"{told}; float signals [n, ...] for .npz")
     labels = None if c is None else _whole_numbers("c", c.cpu().numpy(), len(x))
-    with explained("facts cannot be written as JSON", "a dict of text, numbers, lists, dicts", TypeError, ValueError):
-        text = json.dumps(dict(facts or {}))
+    text = json.dumps(dict(facts or {}))
     y = x.detach().float() if signals else (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1)
     images = y.cpu().contiguous().numpy()
     free = not path.exists() or (path.is_dir() != packed and may_replace(path, overwrite))
@@ -463,18 +454,17 @@ def _pixels_digest(images: np.ndarray, labels: np.ndarray | None) -> str:
     return digest(images, b"" if labels is None else labels)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    "The arrays of an archive, without executing what it may hold; whatever is wrong with it is said in one line."
-    require(path.is_file(), "path", str(path), "an .npz file or a folder of images that is there")
-    allowed = "an .npz file of numbers"
-    with explained(f"{path} cannot be read", allowed, Exception), np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files if isinstance(file[key], np.ndarray)}
+def _read_arrays(path: Path, *needed: str) -> tuple[dict[str, np.ndarray], Json]:
+    "The arrays of an archive and its facts, without executing what it may hold; what is wrong is said in one line."
+    allowed = f"an .npz file of numbers with {' and '.join(needed)}, and with a table in JSON as facts, or none"
+    with opened(path, allowed) as file, np.load(file, allow_pickle=False) as archive:
+        arrays = {key: x for key in archive.files if isinstance(x := archive[key], np.ndarray)}
+        return {key: arrays[key] for key in (*needed, *arrays)}, dict(parse_json(str(arrays.get("facts", "{}"))))
 
 
 def _load_npz(path: Path) -> SampleFile:
     "Samples in ADM's layout; whatever is wrong with the file is said in one line."
-    arrays = _read_arrays(path)
-    require("arr_0" in arrays, f"arrays of {path}", ", ".join(arrays) or "none", "arr_0, the images")
+    arrays, facts = _read_arrays(path, "arr_0")
     x, c = arrays["arr_0"], arrays.get("arr_1")
     span = f" in [{x.min():.3g}, {x.max():.3g}]" if x.size and np.issubdtype(x.dtype, np.number) else ""
     signals = x.ndim in (2, 3) and x.dtype == np.float32 and bool(np.isfinite(x).all())
@@ -484,8 +474,6 @@ def _load_npz(path: Path) -> SampleFile:
     allowed = "uint8 [n, height, width, channels], not empty (to_uint8 converts floats in [-1, 1])"
     require_that(fine, f"{path}: arr_0 is {x.dtype}{span} of shape {x.shape}{first}", allowed)
     labels = None if c is None else torch.from_numpy(_whole_numbers(f"arr_1 of {path}", c, len(x)))
-    with explained(f"facts of {path} cannot be read", "JSON of a table, or none", TypeError, ValueError):
-        facts = dict(parse_json(str(arrays.get("facts", "{}"))))
     y = torch.from_numpy(x)
     return SampleFile(y if signals else y.permute(0, 3, 1, 2).contiguous(), labels, facts)
 
@@ -511,11 +499,10 @@ def _load_folder(path: Path, size: Size | None = None, channels: int | None = No
 
 def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Json) -> SampleFile:
     "File names are the numbers of samples, folder names the labels; all must be there, and unchanged."
-    damaged = f"{path / _FACTS} is damaged, or a name is no number"
-    with explained(damaged, "as written", KeyError, TypeError, ValueError):
-        (count, _, _, channels), promised, facts = record["shape"], record["sha256"], dict(record["facts"])
-        files = sorted(files, key=lambda file: int(file.stem))
-        c = torch.tensor([int(file.parent.name) for file in files]) if by_class else None
+    (count, _, _, channels), promised, facts = record["shape"], record["sha256"], record["facts"]
+    files = sorted(files, key=lambda file: (len(file.stem), file.stem))  # as numbers, and a foreign name somewhere
+    labels = [int(file.parent.name) if file.parent.name.isdecimal() else -1 for file in files]
+    c = torch.tensor(labels) if by_class else None
     x = ImageFiles(files, channels, None)(torch.arange(len(files)))
     same = _pixels_digest(x.permute(0, 2, 3, 1).numpy(), None if c is None else c.numpy()) == promised
     told = f"{path} holds {len(files)} images, which are not those that were written with their labels"
