@@ -206,10 +206,8 @@ def test_missing_weights_are_one_line(tmp_path, monkeypatch):
         im.image_scores(pictures(2, 0), pictures(2, 1))
     text = str(error.value)
     assert "\n" not in text and "weights=" in text and "GUIDANCE_NB_INCEPTION" in text and "no network" in text
-    with pytest.raises(ValueError, match=r"no such file.*; allowed: weights-inception"):
-        fx._inception(tmp_path / "nothing.pth")
     monkeypatch.setenv("GUIDANCE_NB_INCEPTION", str(tmp_path))
-    with pytest.raises(ValueError, match=r"no such file"):
+    with pytest.raises(FileNotFoundError, match=r"weights-inception.*6726825d\.pth"):
         fx._inception()
 
 
@@ -357,13 +355,11 @@ def test_reference_files_images_give_neighbours(tmp_path, weights, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mu": None}, "keys of .*ref.npz = .sigma, mu_s, sigma_s, arr_0.; allowed: mu, sigma"),
-        (dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s")), "keys of .*ref.npz = .arr_0.; allowed: mu, sigma"),
+        ({"mu": None}, "ref.npz cannot be read .'mu'.; allowed: .* with mu and sigma"),
+        (dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s")), "ref.npz cannot be read .'mu'."),
         ({"mu": np.zeros(64)}, r"mu, sigma of .* = \(\(64,\), \(2048, 2048\)\); allowed: \[2048\]"),
         ({"sigma_s": np.eye(5)}, r"mu_s, sigma_s of .* = \(\(2023,\), \(5, 5\)\); allowed: \[2023\]"),
         ({"mu": np.full(2048, np.nan)}, "allowed: .* finite"),
-        ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 of .* = .float64"),
-        ({"arr_0": np.zeros((3, 3, 8, 8), dtype=np.uint8)}, "allowed: uint8"),
         ({"mu": np.array([{}], dtype=object)}, "cannot be read"),
     ],
 )  # fmt: skip
@@ -437,9 +433,9 @@ def test_damaged_classifier_files(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is damaged: its name and its SHA-256 disagree"):
         fx.cifar_resnet(tmp_path, 20)
     (tmp_path / "mine.th").write_bytes(whole.read_bytes())
-    with pytest.raises(ValueError, match="does not hold a ResNet-56"):
+    with pytest.raises(ValueError, match=r"mine\.th cannot be read .*CifarResNet: Missing key"):
         fx.cifar_resnet(tmp_path / "mine.th", 56)
-    with pytest.raises(ValueError, match=r"no resnet56-\*\.th there"):
+    with pytest.raises(ValueError, match=r"no such file.*; allowed: resnet56-\*\.th as published"):
         fx.cifar_resnet(tmp_path, 56)
     monkeypatch.delenv("GUIDANCE_NB_DATA")
     with pytest.raises(ValueError, match="or GUIDANCE_NB_DATA with it in classifiers/"):
@@ -477,11 +473,6 @@ def test_share_of_copies_with_known_number():
     assert share == 0.5 and mean > 0
     with pytest.raises(ValueError, match="equal shapes"):
         im.copy_share(samples[:, :1], train)
-
-
-def test_two_images_are_the_least_for_a_kernel_distance():
-    with pytest.raises(ValueError, match="images of the smaller set = 1; allowed: 2 or more"):
-        im.kernel_distance(cloud(1, 3, 0), cloud(9, 3, 1))
 
 
 # Rows
@@ -537,7 +528,7 @@ def test_other_tables_are_refused(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as a spreadsheet program saves it
     assert len(im.read_rows(path)[1]) == 1
     path.write_text(path.read_text("utf-8-sig") + "1,2\n")
-    with pytest.raises(ValueError, match="is damaged: line 3 has 2 values; allowed: 15, as the header"):
+    with pytest.raises(ValueError, match=r"metrics: line 3 has 2 values; allowed: .* 15 values in each line"):
         im.append_rows(path, [row()])
 
 
@@ -595,6 +586,7 @@ GOOD = pictures(10, 0)
         (lambda: im.image_scores(GOOD[:0], GOOD, QUARTERS), r"samples is torch.uint8 \(0, .*n >= 1 "),
         (lambda: im.image_scores(pictures(10, 0, 28), GOOD, QUARTERS), "shapes of samples .*; allowed: one size"),
         (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["fd"]), "features has shape .1, 24.; allowed: .* n >= 2"),
+        (lambda: im.image_scores(GOOD[:1], GOOD, QUARTERS, ["kd"]), "kd_quarters = nan"),
         (lambda: im.image_scores(GOOD, GOOD[:3], QUARTERS), "real has shape .3, 24.; allowed: .* n >= 4"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["score"]), "samples has rows of features, .*: rows of l"),
         (lambda: im.image_scores(GOOD, GOOD, QUARTERS, ["precison"]), "did you mean 'precision'"),
@@ -603,8 +595,6 @@ GOOD = pictures(10, 0)
         (lambda: im.image_scores(GOOD, GOOD, fx.Extractor("bad", lambda x: plain(x) * math.nan)), "has 10 samples"),
         (lambda: fx.extract(GOOD, fx.Extractor("bad", lambda x: plain(x)[1:])), r"features of bad = \(9, 24\)"),
         (lambda: fx.extract(GOOD, fx.Extractor("bad", lambda x: x)), "features of bad ="),
-        (lambda: fx.Extractor("FD-ResNet56", plain), "name = 'FD-ResNet56'; allowed: small letters"),
-        (lambda: fx.cifar_resnet(depth=32), "depth = 32; allowed: 20, 56"),
         (lambda: im.nearest_images(GOOD, GOOD, k=11), r"train is torch.uint8 \(10, .*n >= 11 "),
         (lambda: im.copy_share(GOOD, GOOD, 2.0), "ratio = 2.0; allowed: 0 to 1"),
     ],

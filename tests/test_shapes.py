@@ -129,11 +129,10 @@ def test_image_files_come_to_any_size(crop, tmp_path):
 def test_what_needs_three_channels_or_a_square_says_so_in_one_line(tmp_path):
     x = torch.zeros(4, 4, 8, 8, dtype=torch.uint8)
     for call, words in (
-        (lambda: extract(x, "resnet20"), "channels of images = 4; allowed: 1 or 3, as resnet20 was trained on"),
         (lambda: save_samples(tmp_path / "x", x), "with 1 or 3 channels for PNG files"),
         (lambda: save_samples(tmp_path / "x", torch.zeros(4, 64)), "signals [n, ...] for .npz"),
         (lambda: save_samples(tmp_path / "x.npz", torch.zeros(4, 64).int()), "torch.int32 (4, 64)'; allowed: [n, "),
-        (lambda: gnb.image_denoiser("dit-s/2", (1, 12, 20), gnb.FlowPath(), 2), "square images, for a transformer"),
+        (lambda: gnb.image_denoiser("dit-s/2", (1, 12, 20), gnb.FlowPath(), 2), "and square, for a transformer"),
         (lambda: _shrink(x, (3, 8)), "size = (3, 8); allowed: 8 x 8, as stored, or sides that divide these"),
         (lambda: load_images("mnist", size=(1, 2, 3)), "size = (1, 2, 3); allowed: a whole number, 1 or more"),
         (lambda: load_samples(save_samples(tmp_path / "y.npz", x), size=(8, 9)), "allowed: (4, 8, 9), as asked for"),

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guidance_nb._checks import check_choice, checked, explained, require, require_that
+from guidance_nb._checks import check_choice, explained, require, require_that
 from guidance_nb._extras import extra
-from guidance_nb._files import digest, parse_json, read_text
+from guidance_nb._files import digest, opened
 from guidance_nb._points import moments
 from guidance_nb.denoisers import shown
 from guidance_nb.images._data import _read_arrays, from_uint8, to_uint8
@@ -35,9 +35,8 @@ FeatureFunction = Callable[[Tensor], Tensor | dict[str, Tensor]]
 
 def check_images(name: str, images: Tensor, at_least: int = 1) -> Tensor:
     "Raise a `ValueError` for what is not a set of uint8 images."
-    fine = getattr(images, "dtype", None) == torch.uint8 and images.ndim == 4 and images.numel()
-    allowed = f"torch.uint8 [n, channels, height, width], n >= {at_least} (to_uint8 converts from [-1, 1])"
-    require_that(fine and len(images) >= at_least, f"{name} is {shown(images)}", allowed)
+    fine = getattr(images, "dtype", None) == torch.uint8 and images.ndim == 4 and len(images) >= at_least
+    require_that(fine, f"{name} is {shown(images)}", f"torch.uint8 [n, c, h, w], n >= {at_least} (to_uint8 converts)")
     return images
 
 
@@ -49,10 +48,6 @@ class Extractor:
     network: FeatureFunction
     device: str | torch.device = "cpu"
     classes: tuple[str, ...] = ()  # Names of the classes of a layer "logits", where they have names
-
-    def __post_init__(self) -> None:
-        fine = self.name == INCEPTION or re.fullmatch(r"[a-z][a-z0-9_]*", self.name)
-        require(fine, "name", self.name, "small letters, digits and _, since columns contain it")
 
 
 @dataclass(frozen=True)
@@ -100,9 +95,7 @@ def checksum(data: Tensor | Path) -> str:
 def read_reference(path: str | Path, n: int | None = None) -> Reference:
     "Read an ADM reference: mu, sigma, for sFID mu_s, sigma_s, and for neighbours arr_0 (arXiv 2105.05233)."
     path = Path(path)
-    found, known = _read_arrays(path), {}
-    needed = "mu, sigma (mu_s, sigma_s for sfid; arr_0 for kid, precision, recall)"
-    require({"mu", "sigma"} <= set(found), f"keys of {path}", ", ".join(found) or "none", needed)
+    found, known = _read_arrays(path, "mu", "sigma")[0], {}
     for layer, f, end in (("features", 2048, ""), ("spatial", 2023, "_s")):
         if "mu" + end in found and "sigma" + end in found:
             mean, cov = found["mu" + end], found["sigma" + end]
@@ -112,8 +105,6 @@ def read_reference(path: str | Path, n: int | None = None) -> Reference:
             known[layer] = torch.from_numpy(mean).double(), torch.from_numpy(cov).double()
     if (images := found.get("arr_0")) is None:
         return Reference(INCEPTION, {}, known, path.name, n, checksum(path))
-    fine = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
-    require(fine, f"arr_0 of {path}", f"{images.dtype} {images.shape}", "uint8 [n, height, width, 3]")
     pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
     return Reference(INCEPTION, {}, known, path.name, n, checksum(path), images.shape[1:3], pictures)
 
@@ -151,9 +142,7 @@ def extract(
                 network = find_extractor(extractor or INCEPTION, weights, wanted)
                 images.rows.update(extract(images.images, network, images.name, batch_size, progress).rows)
         return images
-    channels = check_images(name, images).shape[1]
-    others = f"1 or 3, as {named} was trained on; {PIXELS!r} and an Extractor of your own take any"
-    require(channels in (1, 3) or named not in _NETWORKS, f"channels of {name}", channels, others)
+    images = check_images(name, images)
     extractor = find_extractor(extractor or INCEPTION, weights, metrics)
     parts: dict[str, list[Tensor]] = {}
     with torch.no_grad(), tqdm(total=len(images), disable=not progress, unit="image", desc=name) as bar:
@@ -196,9 +185,7 @@ def inception_weights(weights: str | Path | None = None) -> Path:
     "Find the weights of Inception: as given, in GUIDANCE_NB_INCEPTION, or in torch's cache, downloaded once."
     if given := weights or os.environ.get("GUIDANCE_NB_INCEPTION"):
         path = Path(given).expanduser()
-        path = path / _INCEPTION_FILE if path.is_dir() else path
-        require(path.is_file(), "weights", f"{path}, no such file", f"{_INCEPTION_FILE}, torch-fidelity release v0.2.0")
-        return path
+        return path / _INCEPTION_FILE if path.is_dir() else path
     with extra("images"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -285,9 +272,8 @@ class CifarResNet(nn.Module):
         return self.layers(images)["logits"]
 
 
-@checked
 def cifar_resnet(
-    path: str | Path | None = None, depth: Literal[20, 56] = 56, device: str | torch.device | None = None
+    path: str | Path | None = None, depth: int = 56, device: str | torch.device | None = None
 ) -> CifarResNet:
     """Load a ResNet trained on CIFAR-10, without executing what the file may hold.
 
@@ -297,14 +283,12 @@ def cifar_resnet(
     wanted, folder = f"resnet{depth}-*.th", Path(os.environ.get("GUIDANCE_NB_DATA", "")) / "classifiers"
     place = folder if path is None else Path(path).expanduser()
     file = next(iter(sorted(place.glob(wanted))), place)
-    allowed = "the file or the folder that holds it, or GUIDANCE_NB_DATA with it in classifiers/"
-    require(file.is_file(), "path", f"{file}, no {wanted} there", allowed)
     stated = re.search(r"-([0-9a-f]{8})$", file.stem)
     whole = not stated or checksum(file).startswith(stated[1])
     require_that(whole, f"{file} is damaged: its name and its SHA-256 disagree", "the file as published")
     network = CifarResNet(depth)
-    with explained(f"{file} does not hold a ResNet-{depth}", "weights as published", Exception):
-        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    with opened(file, f"{wanted} as published, or its folder, or GUIDANCE_NB_DATA with it in classifiers/") as handle:
+        state = torch.load(handle, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     return network.eval().requires_grad_(False).to(device or _best_device())
 
@@ -317,18 +301,11 @@ def resnet_extractor(network: CifarResNet) -> Extractor:
 
 def _load_dinov2(path: str | Path | None) -> "Dinov2WithRegistersModel":
     "DINOv2 with registers (arXiv 2304.07193, 2309.16588) from a local folder; nothing is downloaded."
-    allowed = "a folder with config.json and model.safetensors"
-    kinds = ValueError, AttributeError, TypeError
-    with explained(f"path = {path} has no config.json that can be read", allowed, *kinds):
-        kind = parse_json(read_text(Path(path) / "config.json")).get("model_type")  # type: ignore[arg-type]
-    require(kind == "dinov2_with_registers", f"model in {path}", kind, f"{allowed} of a 'dinov2_with_registers'")
     with extra("dinov2"):
-        from safetensors import SafetensorError
         from transformers import Dinov2WithRegistersModel
 
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    with explained(f"{path} holds damaged weights", allowed, SafetensorError):
-        model, report = Dinov2WithRegistersModel.from_pretrained(path, **options)
+    model, report = Dinov2WithRegistersModel.from_pretrained(Path(path), **options)  # type: ignore[arg-type]
     missing = sorted(set(report["missing_keys"]) - {"embeddings.mask_token"})
     require(not missing, f"missing weights in {path}", missing[:1], "none")
     return model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidance_nb import _files as files
-from guidance_nb._checks import Count, checked, explained, require, require_that
+from guidance_nb._checks import Count, checked, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json
 from guidance_nb._processes import find_processes, in_all_processes, on_main, prefetch
@@ -58,14 +58,9 @@ def decode_floats(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
 
 def load_vae(source: "AutoencoderKL | str | Path") -> "AutoencoderKL":
     "An `AutoencoderKL`, given, or by the folder or name of one or of a pipeline, without gradients."
-    with extra("diffusers"):
-        from diffusers import AutoencoderKL
-
     if isinstance(source, str | Path):
         find_processes(torch.device(_best_device()))  # where there are several, this points each at its own card
         return _read_vae(str(source)).to(_best_device())
-    allowed = "a diffusers AutoencoderKL, or its folder or name"
-    require_that(isinstance(source, AutoencoderKL), f"vae is a {type(source).__name__}", allowed)
     return source.eval().requires_grad_(False)
 
 
@@ -75,9 +70,7 @@ def _read_vae(source: str) -> "AutoencoderKL":
         from diffusers import AutoencoderKL
 
     inside = {"subfolder": "vae"} if (Path(source) / "vae" / "config.json").is_file() else {}
-    kinds = OSError, ValueError, KeyError, RuntimeError
-    with explained(f"vae = {source!r} cannot be loaded", "a folder or name of one", *kinds):
-        return AutoencoderKL.from_pretrained(source, **inside).eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(source, **inside).eval().requires_grad_(False)
 
 
 def describe_vae(vae: "AutoencoderKL") -> Json:
@@ -101,10 +94,6 @@ def decode(
     batch_size: int = 32,  # Latents at a time
 ) -> Tensor:  # Images `[n, channels, ...]`, uint8, on the CPU
     "Images of latents."
-    channels = vae.config["latent_channels"]
-    fine = latents.ndim == 4 and latents.shape[1] == channels
-    allowed = f"[n, {channels}, height, width], as this autoencoder makes"
-    require(fine, "shape of latents", tuple(latents.shape), allowed)
     if not len(latents):
         return torch.empty(0, vae.config["out_channels"], 0, 0, dtype=torch.uint8)
     return torch.cat([to_uint8(decode_floats(vae, part).cpu()) for part in latents.split(batch_size)])
@@ -169,8 +158,6 @@ def open_shard(path: Path, verify: bool = False) -> tuple[dict[str, Tensor], obj
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise _Damaged(path, "missing")
     try:
         with safe_open(path, "pt") as file:
             facts = files.parse_json((file.metadata() or {}).get("guidance_nb", "{}"))
@@ -179,7 +166,7 @@ def open_shard(path: Path, verify: bool = False) -> tuple[dict[str, Tensor], obj
             tensors = {key: file.get_tensor(key) for key in ("moments", "labels")}
             settings, promised = facts["settings"], str(facts["sha256"])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise _Damaged(path, f"damaged ({' '.join(str(error).split())[:120]})") from None
+        raise _Damaged(path, f"missing or damaged ({' '.join(str(error).split())[:120]})") from None
     if verify and (found := files.digest(tensors["moments"], tensors["labels"])) != promised:
         raise _Damaged(path, f"damaged: SHA-256 {found[:9]}... instead of {promised[:9]}...")
     return tensors, settings, promised
@@ -333,12 +320,9 @@ class LatentData:
 
 def read_index(folder: str | Path) -> Json:
     "The index of a folder of latents; a folder without one is a `ValueError`."
-    path = Path(folder) / INDEX
-    found = "an unfinished encoding: start it again" if any(Path(folder).glob("shard-*")) else "no latents"
-    require_that(path.is_file(), f"{folder} holds {found}", "a folder that `guidance-nb encode` has finished")
-    advice = "start the encoding again, which keeps the shards"
-    with explained(f"{path} is damaged", advice, ValueError, KeyError, TypeError):
-        index = files.parse_json(files.read_text(path))
+    advice = "the index of a finished encoding; start it again, which keeps the shards"
+    with files.opened(Path(folder) / INDEX, advice) as file:
+        index = files.parse_json(file.read().decode("utf-8-sig"))
         stated = index["format"], sum(entry["rows"] for entry in index["shards"])
         wanted = _FORMAT, index["settings"]["pictures"]
         require(stated == wanted and index["classes"], "format and images", stated, f"{wanted}, and classes")

@@ -45,7 +45,6 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     distance may be negative.
     """
     size = min(1000, len(a), len(b))
-    require(size >= 2, "images of the smaller set", size, "2 or more")
     subsets = 1 if len(a) == len(b) == size else 100  # all subsets of the whole are the whole
     if len(a) * len(b) > 50 * size**2:  # then one subset after another is faster
         with extra("images"):
@@ -85,10 +84,8 @@ def column(metric: str, extractor: str) -> str:
 def feature_scores(
     samples: Features, reference: Features, metrics: Sequence[str] | None = None, k: int = 3
 ) -> dict[str, float]:
-    "The metrics of two sets of features."
-    names, values = metric_names(metrics, samples.extractor), {}
-    one, other = samples.extractor, reference.extractor
-    require(one == other, "extractors of samples and reference", f"{one} and {other}", "one extractor")
+    "The metrics of two sets of features of one extractor."
+    one, names, values = samples.extractor, metric_names(metrics, samples.extractor), {}
     for metric in names:
         layer = LAYERS[metric]
         if metric in ("fd", "sfd"):
@@ -141,10 +138,10 @@ def image_baseline(
     batch_size: int = 64,  # Images per call of the network
 ) -> dict[str, float]:  # Column with `_baseline` -> value
     "The real-data baseline: the metrics between two random, disjoint sets of real images of the same size."
+    name = "real"
     if isinstance(real, Reference):
-        require(real.images is not None, f"images in {real.name}", "none", "arr_0, since moments have no halves")
-        real = real.images  # type: ignore[assignment]
-    features = extract(real, extractor, "real", batch_size, metrics=metrics, weights=weights)
+        real, name = real.images, f"arr_0 of {real.name}"  # type: ignore[assignment]
+    features = extract(real, extractor, name, batch_size, metrics=metrics, weights=weights)
     total = min((len(rows) for rows in features.rows.values()), default=0)
     n = total // 2 if n is None else n
     require(1 <= n <= total // 2, "n", n, f"1 to {total // 2}, for two disjoint sets of {total} images")
@@ -218,12 +215,12 @@ def provenance(
 def read_rows(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     "Read a table of rows with provenance; a `ValueError` for any other."
     columns, *lines = read_csv(Path(path)) or [[*PROVENANCE]]  # nothing was written to an empty file yet
-    missing = [key for key in PROVENANCE if key not in columns]
-    told = f"{path} is not a table of image metrics: it lacks {', '.join(missing) or 'a name for each column'}"
-    require_that(not missing and len({*columns}) == len(columns), told, "a table that append_rows wrote")
-    for number, line in enumerate(lines, 2):
-        told = f"{path} is damaged: line {number} has {len(line)} values"
-        require_that(len(line) == len(columns), told, f"{len(columns)}, as the header")
+    missing = ", ".join(key for key in PROVENANCE if key not in columns)
+    faults = [f"it lacks {missing}"] if missing else []
+    faults += ["two columns have one name"] if len({*columns}) < len(columns) else []
+    faults += [f"line {n} has {len(line)} values" for n, line in enumerate(lines, 2) if len(line) != len(columns)]
+    told = f"{path} is not a table of image metrics: {', '.join(faults[:3])}"
+    require_that(not faults, told, f"a table that append_rows wrote, {len(columns)} values in each line")
     return columns, [dict(zip(columns, line)) for line in lines]
 
 

@@ -37,11 +37,12 @@ class Conditioning(nn.Module):
         return h + self.scale(fourier_features(scale / 8))  # scales up to 8 lie within one slow period
 
 
-def _image_shape(shape: Sequence[int], factor: int, why: str) -> tuple[int, ...]:
+def _image_shape(shape: Sequence[int], factor: int, why: str, square: bool = False) -> tuple[int, ...]:
     "The shape of an image that a network can take."
     whole = len(shape) == 3 and all(type(n) is int and n >= 1 for n in shape)
+    fine = whole and shape[1] % factor == shape[2] % factor == 0 and (shape[1] == shape[2] or not square)
     allowed = f"(channels, height, width), height and width divisible by {factor}, for {why}"
-    require(whole and shape[1] % factor == shape[2] % factor == 0, "shape", tuple(shape), allowed)
+    require(fine, "shape", tuple(shape), allowed)
     return tuple(shape)
 
 
@@ -140,8 +141,7 @@ class DiT(_ImageNetwork):
             from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
         super().__init__()
-        self.shape = _image_shape(shape, patch, f"patch {patch}")
-        require(shape[1] == shape[2], "shape", tuple(shape), "square images, for a transformer; U-Nets take any")
+        self.shape = _image_shape(shape, patch, f"patch {patch}, and square, for a transformer", square=True)
         require(width % (4 * heads) == 0, "width", width, f"multiples of 4 and of heads = {heads}")
         self.sines, self.clock = Timesteps(256, True, 0), TimestepEmbedding(256, width)
         self.ask = Conditioning(width, num_classes, scale_aware)
