@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, checked, explained, require, require_that
+from guidance_nb._checks import explained, require, require_that
 from guidance_nb._files import Json, digest, parse_json, read_csv, read_text, weights_digest
 from guidance_nb.images._data import Crop, ImageData, ImageFiles, Size, common_size, image_files, to_pixels
 from guidance_nb.images._latents import LatentData, encode_folder, load_latents, make_shards, open_shard
 from guidance_nb.interop._diffusers import _PipelineParts
-from guidance_nb.interop._networks import Pipeline
-from guidance_nb.interop._text_denoiser import _check_pipeline
+from guidance_nb.interop._networks import Network, Pipeline, condition_names
+from guidance_nb.interop._schedulers import path_from_scheduler
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -25,20 +25,21 @@ _SHARD_ROWS = 1024  # Pictures, or captions, of a file
 _TABLES = ("metadata.jsonl", "metadata.csv")
 
 
-def _read_table(path: Path) -> list[Json]:
-    "Rows of a table of captions; what cannot be read is a `ValueError` that names file and line."
-    rows: list[Json] = []
+def _read_table(path: Path, column: str) -> dict[Path, object]:
+    "Pictures and their captions in a table; a row that cannot be read is a `ValueError` that names file and row."
+    rows: Sequence[Json | str]
     if path.suffix == ".csv":
         columns, *lines = read_csv(path) or [[]]
-        rows = [dict(zip(columns, line)) for line in lines if line]
+        rows = [dict(zip(columns, line)) for line in lines]
     else:
-        for number, text in enumerate(read_text(path).split("\n"), 1):
-            with explained(f"{path} line {number} is no JSON", "one object a line", json.JSONDecodeError):
-                rows += [parse_json(text)] if text.strip() else []
-    for number, row in enumerate(rows, 1):
-        named = isinstance(row, dict) and isinstance(row.get("file_name"), str)
-        require_that(named, f"{path} row {number} has no file_name", "one for every row")
-    return rows
+        rows = [text.strip() for text in read_text(path).split("\n")]
+    found: dict[Path, object] = {}
+    for number, row in ((number, row) for number, row in enumerate(rows, 1) if row):
+        told = f"{path} row {number} names no picture"
+        with explained(told, "a file_name in every row", ValueError, KeyError, TypeError):
+            values = parse_json(row) if isinstance(row, str) else row
+            found[path.parent / values["file_name"]] = values.get(column)
+    return found
 
 
 def _said(caption: object, place: str, allowed: str) -> str:
@@ -55,7 +56,7 @@ def find_captions(folder: Path, column: str = "text") -> dict[Path, str]:
         beside = {path: path.with_suffix(".txt") for path in pictures}
         found: dict[Path, object] = {path: read_text(text) for path, text in beside.items() if text.is_file()}
     else:
-        found = {folder / row["file_name"]: row.get(column) for row in _read_table(table)}
+        found = _read_table(table, column)
     for path in sorted(found.keys() - set(pictures)):
         require_that(False, f"{path} is in {table} but not in the folder", "rows of pictures that are there")
     require(pictures, "pictures", f"none in {folder}", "a folder of captioned pictures, or a datasets.Dataset")
@@ -69,23 +70,19 @@ def _dataset_pictures(
     "Some pictures of a `datasets.Dataset`, uint8 `[b, 3, height, width]`."
     found = []
     for i in indices.tolist():
-        with explained(f"picture {i} of {name} cannot be read", "pictures", Exception):  # of many kinds
+        with explained(f"picture {i} of {name} cannot be read", f"pictures in {column!r}", Exception):  # of many kinds
             found.append(to_pixels(dataset[i][column], 3, size, crop))
-    with explained(f"pictures of {name} differ in size", "pictures of one size, or give size", RuntimeError):
-        return torch.stack(found)
+    return torch.stack(found)
 
 
-@checked
 def load_captioned(
     source: "Dataset | str | Path", size: Size | None = None, crop: Crop = "adm", column: str = "text",
     pictures: str = "image",
 ) -> ImageData:  # fmt: skip
-    "Captioned pictures, decoded when asked for; missing captions, unreadable and unlike pictures are named."
+    "Captioned pictures, decoded when asked for; missing captions and unreadable pictures are named."
     pixels: Callable[[Tensor], Tensor]
     if not isinstance(source, str | Path):
         name = f"dataset {getattr(source, '_fingerprint', '')}".strip()
-        for wanted in (column, pictures):
-            check_choice(f"column of {name}", wanted, source.column_names)
         captions = [_said(text, f"picture {i} of {name}", f"{column!r}") for i, text in enumerate(source[column])]
         pixels = partial(_dataset_pictures, source, pictures, size, crop, name)
         height, width = pixels(torch.zeros(1, dtype=torch.long)).shape[2:] if size is None else common_size([], size)
@@ -157,29 +154,31 @@ def cache_captioned(
     source: ImageData | str | Path, out: str | Path, pipeline: Pipeline, flip: bool = False, crop: Crop = "adm",
     batch_size: int = 8, progress: bool = True,
 ) -> _CaptionedLatents:  # fmt: skip
-    """Encode pictures and captions once into a folder; goes on where it was interrupted.
+    """Encode captions and pictures once into a folder; goes on where it was interrupted.
 
     `source` is what load_captioned gave, or a folder of captioned pictures of one size. With `flip` mirror images are
     encoded, too; they belie captions with "left" and "right".
     """
-    _check_pipeline(pipeline)
+    net: Network = getattr(pipeline, "unet", pipeline)
+    plain = condition_names(net) == ("encoder_hidden_states",) and net.config.in_channels == net.config.out_channels
+    told = "one conditioned on text alone, not on sizes, as SDXL's is, or pictures, as those for inpainting are"
+    require(plain, "network", type(net).__name__, told)
+    path_from_scheduler(pipeline.scheduler, numbered=True)  # an error where it does not say what is predicted
     data = source if isinstance(source, ImageData) else load_captioned(source)
+    _cache_text(pipeline, data.classes, Path(out) / "text")
     encode_folder(
         data, Path(out) / "latents", pipeline.vae, flip=flip, shard_rows=_SHARD_ROWS, batch_size=batch_size, crop=crop,
         progress=progress,
     )  # fmt: skip
-    _cache_text(pipeline, data.classes, Path(out) / "text")
     return load_cached(out, flip)
 
 
 def load_cached(folder: str | Path, flip: bool = False) -> _CaptionedLatents:
     "Latents and embeddings of a folder; missing, truncated and foreign files are named."
     latents, text = load_latents(Path(folder) / "latents", flip), Path(folder) / "text"
-    advice = "a folder that `cache_captioned` has finished"
-    with explained(f"{text / 'text.json'} is missing or damaged", advice, ValueError, KeyError, TypeError):
-        index = parse_json(read_text(text / "text.json"))
-        captions, rows = (index["settings"][key] for key in ("captions", "shard_rows"))
-        files = [text / entry["file"] for entry in index["shards"]]
+    index = parse_json(read_text(text / "text.json"))
+    captions, rows = (index["settings"][key] for key in ("captions", "shard_rows"))
+    files = [text / entry["file"] for entry in index["shards"]]
     same = captions == _texts_digest(latents.classes)
     require_that(same, f"{text} has embeddings of other captions than the latents", "both of one run")
     return _CaptionedLatents(latents, [open_shard(file)[0]["moments"] for file in files], rows)

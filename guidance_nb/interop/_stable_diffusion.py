@@ -52,7 +52,6 @@ def add_memory_hint(recipe: FineTuning) -> Iterator[None]:
 def _prepare_data(recipe: FineTuning, folder: str | Path, progress: bool = True) -> _CaptionedLatents:
     "Latents and embeddings of a recipe; the pipeline that makes them is gone afterwards."
     data = recipe.data
-    require(recipe.pipeline.name, "pipeline", "", "a folder or name, as --pipeline FOLDER")
     require(data.source, "data", "", "a folder of captioned pictures, as --data FOLDER")
     pictures = load_captioned(data.source, data.size or None, data.crop, data.column)
     pipeline = _open_pipeline(recipe.pipeline.name).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.checkpoint import checkpoint
 
-from guidance_nb._checks import Whole, checked, require
+from guidance_nb._checks import require
 from guidance_nb._conditions import Condition
 from guidance_nb._extras import extra
 from guidance_nb._files import write_aside
@@ -18,27 +18,10 @@ from guidance_nb._random import keyed_global_rng
 from guidance_nb.aligned_loss import AlignedLoss
 from guidance_nb.denoisers import NetworkDenoiser
 from guidance_nb.interop._diffusers import DiffusersDenoiser, _open_pipeline, _opening, _PipelineParts
-from guidance_nb.interop._networks import Network, Pipeline, Scheduler, condition_names, latent_channels
+from guidance_nb.interop._networks import Network, Pipeline, Scheduler
 from guidance_nb.interop._schedulers import path_from_scheduler
 
 _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-def _check_network(net: Network, scheduler: Scheduler) -> None:
-    "Raise an error for a network that is not fine-tuned here, or a scheduler that does not say what it predicts."
-    fine, name = condition_names(net) == ("encoder_hidden_states",), type(net).__name__
-    require(fine, "network", name, "a UNet2DConditionModel conditioned on text alone")
-    path_from_scheduler(scheduler, numbered=True)
-
-
-def _check_pipeline(pipeline: Pipeline) -> None:
-    "Raise a one-line error for a pipeline that cannot be fine-tuned."
-    for part in ("unet", "vae", "text_encoder", "tokenizer"):
-        there, name = getattr(pipeline, part, None) is not None, f"{part} of {type(pipeline).__name__}"
-        require(there, name, None, "one, as a Stable Diffusion pipeline has")
-    _check_network(pipeline.unet, pipeline.scheduler)
-    found, made = latent_channels(pipeline.unet), pipeline.vae.config.latent_channels
-    require(found == made, "channels of the unet", found, f"{made}, as the autoencoder makes; inpainting has more")
 
 
 def _add_scale_input(net: Network, width: int = 256) -> None:
@@ -71,8 +54,6 @@ class TextDenoiser(DiffusersDenoiser):
     frozen: frozenset[str]
 
     def __init__(self, net: Network, scheduler: Scheduler, null: Tensor):  # `null` is that of `load_text_denoiser`
-        width = net.config.cross_attention_dim
-        require(null.shape[-1] == width, "shape of null", tuple(null.shape), f"width {width}, as the network takes")
         super().__init__(_PipelineParts(net), path_from_scheduler(scheduler), null)
         self.frozen = frozenset(name for name, p in self.named_parameters() if not p.requires_grad)
         self.register_state_dict_post_hook(_leave_out_frozen)
@@ -96,9 +77,8 @@ def _miss_no_frozen(model: nn.Module, found: _IncompatibleKeys) -> None:
     found.missing_keys[:] = [name for name in found.missing_keys if name not in model.frozen]
 
 
-@checked
 def load_text_denoiser(
-    source: Pipeline | str | Path, null: Tensor, *, lora_rank: Whole = 0, lora_layers: Sequence[str] = _LORA_LAYERS,
+    source: Pipeline | str | Path, null: Tensor, *, lora_rank: int = 0, lora_layers: Sequence[str] = _LORA_LAYERS,
     scale_aware: bool = False, seed: int = 0,
 ) -> TextDenoiser:  # fmt: skip
     """The network of a pipeline, or of its folder or name, ready to be trained.
@@ -111,7 +91,6 @@ def load_text_denoiser(
         net, scheduler = _read_parts(str(source))
     else:
         net, scheduler = copy.deepcopy(getattr(source, "unet", None)), source.scheduler
-    _check_network(net, scheduler)
     if scale_aware:
         _add_scale_input(net)
     if lora_rank:
@@ -193,6 +172,5 @@ def save_lora(model: TextDenoiser, folder: str | Path) -> None:
     with extra("sd"):
         from peft import get_peft_model_state_dict
 
-    require(getattr(model.net, "peft_config", None), "LoRA layers", None, "a network trained with lora_rank")
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.net))
     StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=layers)
