@@ -526,7 +526,7 @@ def test_bad_requests_are_one_line(monkeypatch):
         (lambda: settings_of("model_guidance", weight=1.5), "weight = 1.5; allowed: 0 to 0.85"),
         (lambda: settings_of("model_guidance", scale=2), "control = 'scale'; allowed: 'weight'"),
         (lambda: scene.run(1, "model_guidance", {"scale": 2}), "control = 'scale'; allowed: 'weight'"),
-        (lambda: scene.run(1, "model_guidance", {"weight": 0.5}, "ddim"), "sampler = 'ddim'; allowed: 'heun'"),
+        (lambda: scene.run(1, "model_guidance", {"weight": 0.5}, "dimd"), "sampler = 'dimd'; allowed: 'ddim'"),
         (lambda: scene.run(5, "model_guidance", {"weight": 0.5}), "c contains 5; allowed: 0 to 1"),
         (lambda: Scene("deep", gaussian_pair(dim=5), 1.0), "dimension of the mixture = 5; allowed: 1 or 2"),
         (lambda: Scene("box", gaussian_pair(dim=3), 2.0), "dimension of the mixture = 3; allowed: 1 or 2"),

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import check_choice, check_number, checked, require
+from guidance_nb._checks import check_choice, check_number, require
 from guidance_nb._files import Json
 from guidance_nb._random import keyed_noise
 from guidance_nb.classifier_free_guidance import ClassifierFreeGuidance
@@ -150,7 +150,6 @@ class Scene:
             return OptimalDenoiser(exact, true_scale(method, s))
         return ClassifierFreeGuidance(plain, s["scale"], interval=(s.get("first", 0.0), s.get("last", 1.0)))
 
-    @checked
     def run(
         self,
         c: int,  # The class to sample

@@ -177,10 +177,8 @@ class DiffusersDenoiser(NetworkDenoiser):
         drop: Tensor | None = None, scale: float | Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         "Raw network output, shape of `x`; arguments as in `NetworkDenoiser.output`."
-        t, clock, channels = check_inputs(x, t, c, self.num_classes), self.facts.clock, self.shape[0]
+        t, clock = check_inputs(x, t, c, self.num_classes), self.facts.clock
         t = clamp_time(self.path, t) if self.prediction == "eps" else t
-        fine = x.ndim == 4 and x.shape[1] == channels
-        require(fine, "shape of x", tuple(x.shape), f"[batch, {channels}, height, width]")
         named = networks.name_conditions(self.net, self.network_condition(c, drop, x)) if self.num_classes else {}
         wanted = (1.0 if scale is None else scale) if self.scale_aware else self.guidance
         asked = None if wanted is None else torch.as_tensor(wanted, dtype=torch.float32, device=x.device).expand(len(x))
@@ -203,7 +201,6 @@ def from_diffusers(
     "A model of diffusers as a denoiser: with path, prediction and time of its scheduler, for any guidance."
     pipeline = None if isinstance(source, nn.Module) else _open_pipeline(source)
     net = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", source)
-    require(isinstance(net, nn.Module), "pipeline", type(pipeline).__name__, "one with a unet or a transformer")
     parts = _PipelineParts(net, pipeline, size, options)
     scheduler = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
     facts = scheduler if isinstance(scheduler, SchedulerFacts) else path_from_scheduler(scheduler)

@@ -88,7 +88,6 @@ class DiffusersGuider(BaseGuidance):
         super().__init__()
         self.register_to_config(start=0.0, stop=1.0, enabled=True)
         scheduler = getattr(source, "scheduler", source)
-        require(scheduler is not None, "scheduler", None, "one that is loaded; pipeline.load_components() loads it")
         self.facts = path_from_scheduler(scheduler, numbered=True)
         net: Network = getattr(source, "unet", None) or getattr(source, "transformer", None)
         self.model = PipelineDenoiser(self.facts.path, net)

@@ -47,9 +47,7 @@ def takes_labels(net: Network) -> bool:
 def name_conditions(net: Network, c: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Conditions by the names the network gives them."
     names = condition_names(net)
-    given = c if isinstance(c, Mapping) else {names[0] if len(names) == 1 else "a tensor": c}
-    words = f"tensors by name, {', '.join(names)}" if len(names) > 1 else f"a tensor, or {{{names[0]!r}: tensor}}"
-    require(sorted(given) == sorted(names), "c", ", ".join(sorted(given)), words)
+    given = c if isinstance(c, Mapping) else {names[0]: c}
     return {name: given[name] for name in names}
 
 
@@ -62,7 +60,6 @@ def latent_channels(net: Network) -> int:
 def to_patches(x: Tensor) -> tuple[Tensor, Tensor]:
     "Latents as the row of 2 x 2 patches that Flux sees `[batch, patches, 4 channels]`, and positions `[patches, 3]`."
     height, width = x.shape[2:]
-    require(height % 2 == width % 2 == 0, "shape of x", tuple(x.shape), "even height and width, for patches of 2 x 2")
     positions = torch.cartesian_prod(torch.arange(1), torch.arange(height // 2), torch.arange(width // 2))
     return nn.functional.pixel_unshuffle(x, 2).flatten(2).mT, positions.to(x)
 

@@ -123,7 +123,7 @@ def path_from_scheduler(scheduler: Scheduler, numbered: bool = False) -> Schedul
     if (name.startswith("FlowMatch") and not config.get("invert_sigmas")) or kind == "flow_prediction":
         return SchedulerFacts(FlowPath(), "velocity", _Clock(steps))
     table: Tensor = getattr(scheduler, "alphas_cumprod", None)  # type: ignore[assignment]
-    known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..."
+    known = "one with alphas_cumprod (DDPM, DDIM, PNDM, DPM-Solver, Euler, ...), FlowMatch... or EDM..., loaded"
     require(table is not None, "scheduler", name, known)
     way_out = "'v_prediction', 'sample', or rescale_betas_zero_snr=False: without signal, noise says nothing"
     signal = table[-1] > 0 and not config.get("rescale_betas_zero_snr")  # some leave 2^-24 of it even so
