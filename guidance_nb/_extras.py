@@ -26,11 +26,10 @@ class _Postponed(ModuleType):
     """A package that runs when it is first asked for something that is not there yet."""
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__") or self.__spec__ is None or self.__spec__.loader is None:
-            raise AttributeError(name)
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        self.__spec__.loader.exec_module(self)
-        return getattr(self, name)
+        if not name.startswith("__") and self.__spec__ and self.__spec__.loader:
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            self.__spec__.loader.exec_module(self)
+        return ModuleType.__getattribute__(self, name)  # or its own AttributeError
 
 
 def _postpone(*packages: str) -> None:
