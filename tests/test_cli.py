@@ -352,7 +352,7 @@ def test_bad_input_on_real_models(life, tmp_path):
         ),
         (
             ["evaluate", real, "--reference", str(tmp_path / "keys.npz"), *scored],
-            "allowed: mu, sigma",
+            "with mu and sigma",
         ),
         (["evaluate", real, "--reference", real, "--metrics", "fid", *scored], "since 'fid' is Inception's"),
         (["postprocess", base, real, "--out", str(tmp_path / "x.npz")], "allowed: 'flow_postprocessing'"),

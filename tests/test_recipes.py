@@ -599,7 +599,7 @@ def test_images_of_another_size_are_neither_scored_nor_corrected(runs, tmp_path)
     with pytest.raises(ValueError, match="allowed: one size"):
         load_real(str(tmp_path / "small.npz"), "train", (3, 8, 10))
     np.savez(tmp_path / "bad.npz", mu=np.zeros(2048))
-    with pytest.raises(ValueError, match="mu, sigma"):
+    with pytest.raises(ValueError, match="with mu and sigma"):
         load_real(str(tmp_path / "bad.npz"))
 
 
