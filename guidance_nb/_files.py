@@ -74,7 +74,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def opened(path: Path, allowed: str) -> Iterator[BinaryIO]:
-    """A regular file, open to be read, for the reader of a pipe might wait for ever.
+    """A regular file, open to be read; a pipe is none, for its reader would wait.
 
     Whatever goes wrong with it is a `ValueError` that names it, for decoders raise errors of many kinds.
     """
