@@ -162,7 +162,7 @@ def test_cifar_is_what_its_files_say(data):
     with pytest.raises(ValueError, match="channels = 1; allowed: 3, as stored"):
         load_images("cifar10", "test", channels=1)
     for name in FILES:
-        with pytest.raises(KeyError, match="val"):
+        with pytest.raises(ValueError, match="split = 'val'; allowed: 'train', 'test'"):
             load_images(name, "val")
 
 

@@ -184,10 +184,10 @@ def _read_published(source: str, root: Path, split: str) -> tuple[Tensor, Tensor
         from torchvision.datasets.mnist import read_image_file, read_label_file
 
     if source == "mnist":  # the raw files themselves: the class prefers an unchecked processed copy if there is one
-        stem = str(root / "MNIST" / "raw" / {"train": "train", "test": "t10k"}[split])
+        stem = str(root / "MNIST" / "raw" / ("train" if split == "train" else "t10k"))
         x, labels = read_image_file(f"{stem}-images-idx3-ubyte"), read_label_file(f"{stem}-labels-idx1-ubyte")
         return x[:, None], labels.long(), tuple("0123456789")
-    cifar = datasets.CIFAR10(str(root), train={"train": True, "test": False}[split])
+    cifar = datasets.CIFAR10(str(root), train=split == "train")
     x = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return x, torch.tensor(cifar.targets), tuple(cifar.classes)
 
@@ -351,6 +351,7 @@ def load_images(
     "MNIST, CIFAR-10 or a folder of images; missing and damaged files are named."
     name = str(source)
     if name in FILES:
+        check_choice("split", split, ("train", "test"))
         x, labels, classes = _read_published(name, find_files(name, root, download), split)
     elif (file := Path(source) / f"{split}.npz").is_file():
         x, labels, classes = _read_packed(file)
