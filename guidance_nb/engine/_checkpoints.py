@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,44 +119,38 @@ def _prune_checkpoints(newest: Path, keep: int) -> None:
         remove(path)
 
 
-def _damage(file: Path) -> _DamagedCheckpoint:
-    told = "not what was written (wrong checksum)" if file.exists() else "missing"
-    return _DamagedCheckpoint(f"{file.parent}: {file.name} is {told}")
-
-
 def _check(path: Path) -> Json:
     """The record of a checkpoint, compared with its checksums."""
-    try:
+    record, damaged = Json(), ["checkpoint.json"]
+    with suppress(FileNotFoundError, ValueError, AttributeError):
         text = (path / "checkpoint.json").read_text(encoding="utf-8")
         record = parse_json(text)
-        intact = text == _seal_record(record)
-    except (FileNotFoundError, ValueError, AttributeError):
-        intact = False
-    if not intact:
-        raise _damage(path / "checkpoint.json")
+        if text == _seal_record(record):
+            files = [(path / name, written) for name, written in record.get("files", {}).items()]
+            damaged = [file.name for file, written in files if not file.is_file() or _measure(file) != written]
+    if damaged:
+        told = "not what was written (wrong checksum)" if (path / damaged[0]).exists() else "missing"
+        raise _DamagedCheckpoint(f"{path}: {damaged[0]} is {told}")
     by = record.get("versions", {}).get("guidance_nb", "unknown")
     told = f"{path} has format {record['format']} (guidance_nb {by})"
     require_that(record["format"] == _FORMAT, told, f"format {_FORMAT}")
-    for name, written in record["files"].items():
-        if not (path / name).is_file() or _measure(path / name) != written:
-            raise _damage(path / name)
     return record
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Check and open a checkpoint, or the newest intact one of a run; warns about damaged ones passed over."""
-    path, problems = Path(path), []
+    path = Path(path)
     if path.name.startswith("step-") or (path / "checkpoint.json").exists():
         return Checkpoint(path, _check(path))
+    told = f"{path} holds no checkpoint; allowed: a folder with step-00001000 or the like"
+    problem: Exception = FileNotFoundError(told)
     for candidate in checkpoints_in(path):
         try:
             return Checkpoint(candidate, _check(candidate))
         except _DamagedCheckpoint as error:
-            problems.append(str(error))
+            problem = _DamagedCheckpoint(f"no intact checkpoint is left in {path} ({error}); allowed: another folder")
             warnings.warn(f"damaged checkpoint skipped: {error}", stacklevel=3)
-    if problems:
-        raise _DamagedCheckpoint(f"no intact checkpoint is left in {path} ({problems[0]}); allowed: another folder")
-    raise FileNotFoundError(f"{path} holds no checkpoint; allowed: a folder with step-00001000 or the like")
+    raise problem
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
