@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from guidance_nb._checks import AtLeastZero, Count, Positive, PositiveShare, check_whole, checked, require
+from guidance_nb._checks import Count, PositiveShare, check_whole, checked, require
 from guidance_nb._extras import extra
 from guidance_nb._random import keyed_generator
 from guidance_nb.denoisers import count_nfe
@@ -161,11 +161,10 @@ def find_chip(name: str) -> Chip:
     return CHIPS[found[0]]
 
 
-@checked
-def mfu(images_per_second: AtLeastZero, flops_per_image: AtLeastZero, peak: Positive, gpus: Count = 1) -> float:
+def mfu(images_per_second: float, flops_per_image: float, peak: float, gpus: int = 1) -> float:
     """Model FLOP utilisation, eq. (3), of a speed measured over all GPUs; above 1 one of the numbers is wrong."""
     share = images_per_second * flops_per_image / (gpus * peak)
-    require(share <= 1, "mfu", float(f"{share:.3g}"), "at most 1, so the count, the time or the peak is wrong")
+    require(0 <= share <= 1, "mfu", float(f"{share:.3g}"), "0 to 1, so the count, the time or the peak is wrong")
     return share
 
 
@@ -215,7 +214,6 @@ def cost_sheet(
     return pd.DataFrame(table)
 
 
-@checked
 def launch_file(name: Literal["ddp-1node", "ddp-multinode", "fsdp2"]) -> Path:
     """A configuration that comes with the package, for `accelerate launch --config_file`."""
-    return Path(__file__).parent / "launch_files" / f"{name}.yaml"
+    return (Path(__file__).parent / "launch_files" / f"{name}.yaml").resolve(strict=True)
