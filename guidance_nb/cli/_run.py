@@ -25,7 +25,7 @@ from guidance_nb.cli._recipe import SEED, Denoising, Recipe, Table, find_key, ke
 from guidance_nb.denoisers import check_labels
 from guidance_nb.engine._cost import cost_sheet, count_loss_nfe, network_cost
 from guidance_nb.engine._graphs import recorded
-from guidance_nb.engine._hardware import Precision, check_compiler, choose_precision, compile_network
+from guidance_nb.engine._hardware import Precision, choose_precision, compile_network
 from guidance_nb.engine._sampling import sample_sharded
 from guidance_nb.flow_postprocessing import PairDraws, PairLoss, pair_data
 from guidance_nb.images import _data as image_data
@@ -422,7 +422,6 @@ def _autocast_and_compile(
     low = choose_precision(precision, device) == "bf16"
     net = getattr(trained.model, "net", trained.model)
     if compile and not any(part._compiled_call_impl for part in net.modules()):
-        check_compiler()
         compile_network(net)
     graphs = recorded(trained.model) if cuda_graphs else nullcontext()
     with graphs, torch.autocast(device.type, torch.bfloat16) if low else nullcontext():

@@ -88,9 +88,8 @@ class _Recorded:
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[None]:
     """Let the networks of a model, in evaluation mode, replay CUDA graphs of themselves inside a `with` block."""
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    require(device == "cuda", "cuda_graphs", True, f"False on a {device.upper()}")
     nets = {part.net for part in model.modules() if isinstance(part, NetworkDenoiser)}
-    require(not any(net._compiled_call_impl for net in nets), "cuda_graphs", True, "False for a network compiled whole")
+    there = all(p.is_cuda for p in model.parameters()) and not any(net._compiled_call_impl for net in nets)
+    require(there, "cuda_graphs", True, "False on a CPU, or for a network compiled whole")
     with swapped({net: _Recorded(net.forward) for net in nets}):
         yield

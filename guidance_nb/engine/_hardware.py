@@ -38,12 +38,6 @@ def choose_precision(precision: Precision, device: torch.device) -> Precision:
     return precision if precision != "auto" else "bf16" if units else "fp32"
 
 
-def check_compiler() -> None:
-    """Compile something tiny, so that a missing compiler is found before the training and not within it."""
-    with explained("compile = True", "False, for torch.compile does not work here", Exception):
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
-
-
 def _outer_lists(model: nn.Module) -> list[list[nn.Module]]:
     """The lists of a network that are in no other list, such as that of its blocks; only parts with weights."""
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
@@ -52,7 +46,12 @@ def _outer_lists(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def compile_network(net: nn.Module) -> None:
-    """Compile in place: the blocks of a network of equal ones, the first of which serves all; others as a whole."""
+    """Compile in place: the blocks of a network of equal ones, the first of which serves all; others as a whole.
+
+    Something tiny is compiled before, so that a missing compiler is found now, and not within a training.
+    """
+    with explained("compile = True", "False, for torch.compile does not work here", Exception):
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
 
     def equal(blocks: list[nn.Module]) -> bool:
         kinds = {(type(block), *(p.shape for p in block.parameters())) for block in blocks}

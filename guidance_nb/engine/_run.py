@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from guidance_nb._checks import AtLeastZero, Count, Positive, Whole, check_whole, checked, explained, require
+from guidance_nb._checks import AtLeastZero, Count, Positive, Whole, checked, explained, require
 from guidance_nb._conditions import Condition, map_condition, take_rows
 from guidance_nb._files import Json, clean_remnants, digest, locked
 from guidance_nb._processes import on_main
@@ -104,15 +104,13 @@ class Run:
         self.engine, self.model, self.loss = engine, model, loss
         self.folder = None if engine.folder is None else Path(engine.folder)
         self.accelerator = hardware.open_accelerator(engine)
-        if engine.compile:
-            hardware.check_compiler()
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.sharded, self.scaler = self.accelerator.is_fsdp2, self.accelerator.scaler
         passes, size, steps = engine.gradient_accumulation_steps, settings["batch_size"], settings["steps"]
         shares = f"a multiple of {self.world} processes x {passes} passes"
         require(size % (self.world * passes) == 0, "batch_size", size, shares)
-        check_whole("warmup", engine.warmup, 0, steps - 1)
-        check_whole("hold", engine.hold, 0, steps - 1 - engine.warmup)
+        rise = engine.warmup + engine.hold
+        require(rise < steps, "warmup + hold", rise, f"below steps = {steps}")
         extra = {name: getattr(engine, name) for name in ("clip", "warmup", "hold", "weight_decay")}
         self.law = settings.get("times")
         settings = settings | ({"times": repr(self.law)} if self.law else {})
@@ -140,8 +138,8 @@ class Run:
         self.eager = 0  # steps in this call that were not replayed
         self.graph: _StepGraph | None = None
         self.decay: float | Tensor = 0.0  # of the average, at the coming step
-        if engine.cuda_graphs:
-            _check_graphs(self)
+        told = "False on a CPU, or with several processes, accumulated gradients, fp16, dropout, or a loss that changes"
+        require(not engine.cuda_graphs or self.recordable, "cuda_graphs", True, told)
         if self.folder is not None:
             self.resume(held)
         if engine.compile:  # in place: names of weights and copies of the model stay plain
@@ -150,6 +148,12 @@ class Run:
         if engine.tracker is not None:
             self.accelerator.init_trackers("log")
         self.clock = (self.step, time.perf_counter())
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a step is the same work each time, in one pass of one GPU, and asks nothing of the CPU."""
+        alone = self.world == self.engine.gradient_accumulation_steps == 1 and self.scaler is None
+        return alone and self.device.type == "cuda" and not (self.dropout or getattr(self.loss, "changes", False))
 
     def state(self) -> State:
         """What the caller gets."""
@@ -306,9 +310,7 @@ class Run:
         folder, engine = Path(self.engine.folder or ""), self.engine
 
         def find() -> checkpoints.Checkpoint | None:
-            what = "metadata, or what the loss keeps, is no JSON"  # found out now, not at the first checkpoint
-            with explained(what, "numbers, texts, lists, dicts", TypeError, ValueError):
-                json.dumps([engine.metadata, _loss_state(self.loss)])
+            json.dumps([engine.metadata, _loss_state(self.loss)])  # what is no JSON fails now, not at a checkpoint
             folder.mkdir(parents=True, exist_ok=True)
             with explained(f"folder = {folder}", "another folder, for a run is at work in it", BlockingIOError):
                 held.enter_context(locked(folder / ".lock", wait=False))
@@ -367,18 +369,6 @@ def _checkpoint_gradients(model: nn.Module) -> None:
     require(any(known), "gradient_checkpointing", True, "False for this network, which is none of diffusers")
     for enable in filter(None, known):
         enable()
-
-
-def _check_graphs(run: Run) -> None:
-    """Raise a one-line error for a run that cannot be recorded."""
-    rules = {
-        "on a CPU": run.device.type == "cuda", "with several processes": run.world == 1,
-        "with gradient_accumulation_steps above 1": run.engine.gradient_accumulation_steps == 1,
-        "with precision = 'fp16'": run.scaler is None, "with dropout inside the network": not run.dropout,
-        "with a loss that changes from step to step": not getattr(run.loss, "changes", False),
-    }  # fmt: skip
-    for where, fine in rules.items():
-        require(fine, "cuda_graphs", True, f"False {where}")
 
 
 @contextmanager
