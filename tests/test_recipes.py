@@ -267,8 +267,6 @@ def test_contradictions_are_refused():
     late = {"method": "model_guidance", "steps": 10, "start_step": 10}
     with pytest.raises(ValueError, match=r"method.start_step = 10; allowed: below training.steps = 10"):
         override(Recipe(), late)
-    with pytest.raises(ValueError, match=r"method.weight = 'p2'; allowed: '', except for losses that train a denoiser"):
-        override(Recipe(), {"method": "evaluation_classifier", "weight": "p2"})
     with pytest.raises(ValueError, match="allowed: methods that need no clean pictures"):
         override(Recipe(), {"method": "evaluation_classifier", "data": "latents:x"})
     with pytest.raises(ValueError, match=r"name is in several tables; allowed: network.name, method.name"):
@@ -279,13 +277,13 @@ def test_contradictions_are_refused():
     ("content", "words"),
     [
         (b"\xef\xbb\xbfsteps = 7", None),
-        (b"steps = [", "is not TOML"),
-        (b"\xff\xfe", "is not TOML"),
+        (b"steps = [", "allowed: a TOML file"),
+        (b"\xff\xfe", "cannot be read"),
         (b"[training]\nsteps = 1.5", "training.steps = 1.5; allowed: a whole"),
         (b"[training]\nstep = 1", "did you mean training.steps?"),
         (b"[network]\nsettings = 3", "a table"),
         (b"title = " + b"[" * 500 + b"]" * 500, ""),
-        (b"title = " + b"[" * 50_000, "is not TOML"),
+        (b"title = " + b"[" * 50_000, "allowed: a TOML file"),
     ],
 )
 def test_recipe_files_of_all_kinds(tmp_path, content, words):
@@ -426,9 +424,7 @@ def test_features_are_named_after_what_they_were_trained_for(runs):
         row = score(file, real, extractor)
         assert {f"fd_{name}", f"agreement_{name}"} <= set(row) and row["extractor"] == name
         assert "agreement" not in "".join(score(SampleFile(file.x, None, {}), real, extractor))
-    with pytest.raises(
-        ValueError, match="was trained by method 'plain'; allowed: 'evaluation_classifier', 'classifier'"
-    ):
+    with pytest.raises(ValueError, match=r"method of .* = 'plain'; allowed: 'evaluation_classifier', 'classifier'"):
         find_feature_extractor(str(runs / "base"))
 
 
@@ -439,7 +435,7 @@ def test_a_grey_classifier_refuses_colours(runs, tmp_path, monkeypatch):
     extractor = find_feature_extractor(str(runs / "evaluation"))
     x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
     assert extract(x, extractor).n == 4
-    with pytest.raises(ValueError, match="image channels = 3; allowed: grey images"):
+    with pytest.raises(ValueError, match=r"image shape = \(3, 8, 8\); allowed: \(1, 8, 8\), which .*; grey images may"):
         extract(x.repeat(1, 3, 1, 1) + torch.tensor([0, 1, 2], dtype=torch.uint8).view(3, 1, 1), extractor)
 
 
@@ -488,10 +484,6 @@ def test_the_best_point(tmp_path, best, scale):
     assert finish_sweep(tmp_path, best, {"checkpoint": "a"})["scale"] == scale
     assert finish_sweep(tmp_path, best)["scale"] == 9.0
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="no row of this sweep"):
-        finish_sweep(tmp_path, best, {"checkpoint": "c"})
-    with pytest.raises(ValueError, match="best = 'fid'; allowed: 'fd_seen'"):
-        finish_sweep(tmp_path, "fid")
 
 
 def test_the_baseline_is_as_large_as_there_are_images():
@@ -508,19 +500,9 @@ def test_points_of_a_sweep():
     assert [(p.scale, p.steps, p.sampler, p.n) for p in points] == [
         (1.0, 4, "ddim", 5), (2.0, 4, "ddim", 5), (1.0, 8, "ddim", 5), (2.0, 8, "ddim", 5)
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("asked", "words"),
-    [
-        (((),), r"scales = \(\); allowed: one or more, each once"),
-        (((1.0, 1.0),), r"scales = \(1.0, 1.0\); allowed: one or more, each once"),
-        (((1.0,), (0,)), "steps = 0; allowed: a whole number, 1 or more"),
-    ],
-)
-def test_points_that_are_none_or_twice_are_refused(asked, words):
-    with pytest.raises(ValueError, match=words):
-        sweep_points(Request(), *asked)
+    assert [p.scale for p in sweep_points(Request(), (1.0, 1.0, 2.0))] == [1.0, 2.0]
+    with pytest.raises(ValueError, match="steps = 0; allowed: a whole number, 1 or more"):
+        sweep_points(Request(), (1.0,), (0,))
 
 
 @pytest.fixture(scope="module")
@@ -546,11 +528,14 @@ def test_guidance_that_a_network_was_not_trained_for_is_refused(guided, runs):
     plain, mg, aware, classifier, evaluation = guided
     foreign = replace(classifier, classes=("cat", "dog"))
     for call, words in (
-        (partial(build_guided, evaluation), "was trained by method 'evaluation_classifier'; allowed: 'plain'"),
+        (partial(build_guided, evaluation), "= 'evaluation_classifier'; allowed: 'plain'"),
         (partial(build_guided, mg, 3.0), "scale = 3; allowed: 2, which"),
         (partial(build_guided, plain, 2.0, evaluation), "allowed: 'classifier'"),
         (partial(build_guided, plain, float("nan")), "scale = nan; allowed: a finite number"),
-        (partial(build_guided, aware, 2.0, None, (0, 0.5)), "only classifier-free guidance can pause"),
+        (
+            partial(build_guided, aware, 2.0, None, (0, 0.5)),
+            "((0, 0.5), 0); allowed: (0, 1) and 0; for classifier-free",
+        ),
         (partial(build_guided, plain, 2.0, foreign), "is for other images, classes"),
         (partial(load_trained, runs / "images"), "holds no checkpoint"),
     ):
@@ -592,7 +577,7 @@ def test_images_of_another_size_are_neither_scored_nor_corrected(runs, tmp_path)
         score(small, real, extractor)
     with pytest.raises(ValueError, match=r"\(8, 3, 4, 4\); allowed: floating-point values \[n, \*\[3, 8, 8\]\]"):
         postprocess(load_trained(runs / "correction"), small)
-    with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'flow_postprocessing'"):
+    with pytest.raises(ValueError, match=r"method of .* = 'plain'; allowed: 'flow_postprocessing'"):
         postprocess(load_trained(runs / "base"), small)
     save_samples(tmp_path / "small.npz", small.x)
     with pytest.raises(ValueError, match="allowed: one size"):
@@ -615,8 +600,8 @@ def test_load_gives_a_ready_denoiser(runs):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 10**9}, r"training.batch_size = 1000000000; allowed: 1 to 40"),
-        ({"limit": 41}, r"data.limit = 41; allowed: 0 to 40"),
+        ({"batch_size": 10**9}, r"training.batch_size = 1000000000; allowed: at most 40"),
+        ({"limit": 41}, r"data.limit = 41; allowed: at most 40"),
         ({"settings.widths": [2**19]}, r"needs \d+ GB to be trained; allowed: at most \d+ GB"),
     ],
 )
@@ -636,7 +621,7 @@ def test_neighbours_by_what_a_classifier_sees(runs, monkeypatch):
     model, x = load_trained(runs / "evaluation").model, load_samples(runs / "samples.npz").x
     torch.testing.assert_close(model.head(seen[0]), model(from_uint8(x), 0.0))
     assert count.total == 0
-    with pytest.raises(ValueError, match="was trained by method 'plain'; allowed: 'evaluation_classifier'"):
+    with pytest.raises(ValueError, match=r"method of .* = 'plain'; allowed: 'evaluation_classifier'"):
         _read_pairs(override(recipe, {"weights": str(runs / "base")}), make_data(recipe))
 
 

@@ -646,15 +646,14 @@ def test_recipes_are_read_strictly(tmp_path):
         "training.steps = 1.5": "steps = 1.5; allowed: a whole number",
         "data.flip = 1.5": "flip = 1.5; allowed: true or false",
         "grid.prompts = 3": "prompts = 3; allowed: a list",
-        "steps =": "is not TOML",
+        "steps =": "cannot be read",
         "method.interval = [0.5]": "allowed: a list of 2 numbers",
-        "method.scale_range = [1, 3]\npipeline.lora_rank = 4": "lora_rank = 4; allowed: 0 for a scale-aware network",
     }.items():
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(ValueError, match=told):
             read_recipe(tmp_path / "bad.toml", kind=FineTuning)
     for name, flags, told in (
-        ("sd15-none", {}, "allowed: a TOML file, or a name such as sd15-"),
+        ("sd15-none", {}, "or a name such as sd15-"),
         ("sd15-mg", {"lora_rnk": 1}, r"unknown key 'lora_rnk'; did you mean pipeline\.lora_rank\?"),
         ("sd15-mg", {"steps": "many"}, "steps = 'many'; allowed: a whole number"),
         ("sd15-mg", {"method": "dpo"}, r"method\.name = 'dpo'; allowed: 'plain'"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, require, require_that
+from guidance_nb._checks import check_choice, require
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
 from guidance_nb.cli._devices import main_only, own_device
@@ -52,10 +52,9 @@ def find_feature_extractor(
 
     def layers(images: Tensor) -> dict[str, Tensor]:
         x = from_uint8(images[:, : trained.shape[0]])  # grey images come with three equal channels
-        shape = tuple(x.shape[1:])
-        require(shape == trained.shape, "image shape", shape, f"{trained.shape}, which {source} was trained on")
         grey = trained.shape[0] > 1 or torch.equal(images[:, :1].expand_as(images), images)
-        require(grey, "image channels", 3, f"grey images, which {source} was trained on")
+        told = f"{trained.shape}, which {source} was trained on; grey images may have three equal channels"
+        require(grey and x.shape[1:] == trained.shape, "image shape", tuple(images.shape[1:]), told)
         features = trained.model.look(x, torch.zeros((), device=device))
         return {"features": features, "logits": trained.model.head(features)}
 
@@ -142,7 +141,6 @@ def _match_labels(file: SampleFile, extractor: Extractor) -> Tensor | None:
     names = file.facts.get("classes")
     if file.c is None or not extractor.classes or not isinstance(names, list) or not names:
         return file.c
-    require(int(file.c.max()) < len(names), "label of the samples", int(file.c.max()), f"0 to {len(names) - 1}")
     known = [check_choice("class of the samples", name, extractor.classes) for name in names]
     return torch.tensor([extractor.classes.index(name) for name in known])[file.c]
 
@@ -248,10 +246,8 @@ def _measured_loss(average: Trained, loss: ModelGuidanceLoss) -> _MeasuredGuidan
 def sweep_points(
     request: Request, scales: tuple[float, ...], steps: tuple[int, ...] = (), samplers: tuple[str, ...] = ()
 ) -> list[Request]:
-    "The points of a sweep."
-    for name, values in {"scales": scales, "steps": steps or (0,), "samplers": samplers or ("",)}.items():
-        require(len({*values}) == len(values) > 0, name, values, "one or more, each once")
-    grid = product(samplers or (request.sampler,), steps or (request.steps,), scales)
+    "The points of a sweep, each once."
+    grid = dict.fromkeys(product(samplers or (request.sampler,), steps or (request.steps,), scales))
     return [request.changed(sampler=sampler, steps=n, scale=scale) for sampler, n, scale in grid]
 
 
@@ -358,7 +354,6 @@ def finish_sweep(out: Path, best: str, among: Json | None = None) -> Json:
 
     table, real = _read_curves(out)
     shown = [name for name in table.columns if is_metric(name)]
-    check_choice("best", best, shown)
     fig = Figure(figsize=(3.2 * len(shown), 3), layout="constrained")
     for ax, name in zip(fig.subplots(1, len(shown), squeeze=False)[0], shown):
         show_curves(table.dropna(subset=[name]), "scale", name, hue="curve", ax=ax)
@@ -370,6 +365,5 @@ def finish_sweep(out: Path, best: str, among: Json | None = None) -> Json:
         fig.savefig(aside, dpi=120, format="png")
     records: list[Json] = table.dropna(subset=[best]).to_dict("records")  # type: ignore[assignment]
     rows = [row for row in records if _has_facts(row, among or {})]
-    require_that(rows, f"{out / 'rows.csv'} has no row of this sweep with {best}", "at least one")
     choose = max if best.split("_")[0] in _HIGHER else min
     return choose(rows, key=lambda row: row[best])

@@ -50,8 +50,8 @@ class Table(pydantic.BaseModel):
         if isinstance(value, str) and (get_origin(hint) is tuple or (hint in (_Size, _Pair) and "," in value)):
             value = [part for part in map(str.strip, value.strip("[]").split(",")) if part]
         parts = value if isinstance(value, list | tuple) else [value]
-        if hint is not bool and any(isinstance(part, bool) for part in parts):
-            raise ValueError(f"{name} = {value!r}; allowed: {_allowed(cls, name)}")
+        plain = hint is bool or not any(isinstance(part, bool) for part in parts)
+        require(plain, name, value, _allowed(cls, name))
         return value
 
     def changed(self: _R, **values: object) -> _R:
@@ -255,8 +255,6 @@ class Recipe(Table):
         method, guided = self.method, self.method.name == "model_guidance"
         fine = not method.auto_every or (guided and not method.scale_range)
         require(fine, "method.auto_every", method.auto_every, "0, except for model_guidance without scale_range")
-        fine = not method.weight or method.name in get_args(Denoising)
-        require(fine, "method.weight", method.weight, "'', except for losses that train a denoiser")
         fine = not guided or method.start_step < self.training.steps
         require(fine, "method.start_step", method.start_step, f"below training.steps = {self.training.steps}")
         fine = self.latents is None or method.name not in ("evaluation_classifier", "flow_postprocessing")
@@ -313,12 +311,6 @@ class FineTuning(Table):
         steps=1000, batch_size=16, lr=1e-5, schedule="constant", clip=1.0, precision="auto"
     )
     grid: _GridTable = _GridTable()
-
-    @pydantic.model_validator(mode="after")
-    def _check_together(self) -> "FineTuning":
-        rank, told = self.pipeline.lora_rank, "0 for a scale-aware network, whose new input is trained"
-        require(not self.method.scale_range or not rank, "pipeline.lora_rank", rank, told)
-        return self
 
 
 def model_guidance_loss(method: _MethodTable | _FineTuningMethodTable) -> ModelGuidanceLoss:
@@ -398,9 +390,9 @@ def read_recipe(
     names = recipe_names(kind)
     path = _FOLDERS[kind] / f"{source}.toml" if str(source) in names else Path(source)
     near = difflib.get_close_matches(str(source), names, 3, 0.4) or names
-    require(path.is_file(), "recipe", str(source), f"a TOML file, or a name such as {', '.join(near)}")
-    kinds = tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError
-    with explained(f"recipe {path} is not TOML", "a file such as `guidance-nb info` shows", *kinds):
+    told = f"a TOML file such as `guidance-nb info` shows, or a name such as {', '.join(near)}"
+    kinds = OSError, tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError
+    with explained(f"recipe = {str(source)!r} cannot be read", told, *kinds):
         tables = tomli.loads(path.read_text(encoding="utf-8-sig"))
     return override(override(kind(), tables), changes or {})
 

@@ -47,10 +47,9 @@ _Samples = ImageData | latents.LatentData
 def _check_target(out: Path, overwrite: bool) -> None:
     "Raise an error, before any work, for a name `out` that cannot be written or must not be overwritten."
     kind = out.suffix.lower()
-    require(kind not in image_data.OTHER_KINDS, "out", str(out), "a name that ends in .npz or .png, or a folder")
     ours = out.is_file() if kind == ".png" else out.is_dir() != (kind == ".npz") and image_data.may_replace(out, True)
-    told = f"out = {str(out)!r} is there already"
-    require_that(not out.exists() or (overwrite and ours), told, "another name, or --overwrite, for samples alone")
+    fine = kind not in image_data.OTHER_KINDS and (not out.exists() or (overwrite and ours))
+    require(fine, "out", str(out), "a new .npz, .png or folder, or --overwrite, for samples alone")
     check_folder("out", out.parent)
 
 
@@ -75,11 +74,12 @@ def make_data(recipe: Recipe) -> _Samples:
         data = _take_images(data, table.limit) if table.limit else data
     else:
         sides, size = latents.read_index(recipe.latents)["settings"]["image"][1:], table.size
-        fine = size == 0 or [*image_data.find_sides(size)] == sides
-        require(fine, "data.size", size, f"{sides}, of which {recipe.latents} is, or 0")
-        require(not table.shift, "data.shift", table.shift, "0, for latents")
+        fine = not table.shift and (size == 0 or [*image_data.find_sides(size)] == sides)
+        told = f"0 or {sides}, of which {recipe.latents} is, and 0"
+        require(fine, "data.size and data.shift", (size, table.shift), told)
         data = latents.load_latents(recipe.latents, flip=table.flip, limit=table.limit)
-    require(table.limit <= len(data), "data.limit", table.limit, f"0 to {len(data)}, as many as there are")
+    for name, n in (("data.limit", table.limit), ("training.batch_size", recipe.training.batch_size)):
+        require(n <= len(data), name, n, f"at most {len(data)}, as many as there are")
     return data
 
 
@@ -205,11 +205,10 @@ def train_recipe(
     "Train a recipe, from the newest intact checkpoint if there is one, and yield every state of `fit`."
     loss, times, table, network = make_loss(recipe), _make_times(recipe), recipe.training, recipe.network
     data = make_data(recipe)  # errors come before a folder is made
-    require(table.batch_size <= len(data), "training.batch_size", table.batch_size, f"1 to {len(data)}, all images")
     needed, memory = _training_memory(recipe, data), _find_memory(own_device())
     told = f"network = {network.name} with {network.settings} needs {needed / 1e9:.0f} GB to be trained"
     require_that(needed <= memory, told, f"at most {memory / 1e9:.0f} GB, the memory of this machine")
-    folder = check_folder("out", Path(folder))
+    folder = Path(folder)
     model, source, classes = _make_training(recipe, data)
     facts: Json = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape), "classes": list(classes)}
     if isinstance(data, latents.LatentData):  # what decodes them must be kept
@@ -259,8 +258,7 @@ class Trained:
 
     def require(self, *methods: str) -> "Trained":
         "Raise an error for a network trained by other `methods`, such as a classifier where a denoiser is needed."
-        name = self.recipe.method.name
-        require_that(name in methods, f"{self.path} was trained by method {name!r}", ", ".join(map(repr, methods)))
+        check_choice(f"method of {self.path}", self.recipe.method.name, methods)
         return self
 
 
@@ -296,10 +294,9 @@ def build_guided(
     method = trained.require(*get_args(Denoising)).recipe.method
     scale = trained.scale if scale is None else scale
     free, known = classifier is None and method.name != "model_guidance", trained.shape[0]
-    fine = free or tuple(interval) == (0, 1)
-    require(fine, "interval", interval, "(0, 1), for only classifier-free guidance can pause")
-    fine = channels == 0 or (free and channels <= known)
-    require(fine, "channels", channels, f"0 to {known}, and only for classifier-free guidance")
+    fine = channels <= known if free else (*interval, channels) == (0, 1, 0)
+    told = f"(0, 1) and 0; for classifier-free guidance any interval, and up to {known}"
+    require(fine, "interval and channels", (interval, channels), told)
     if classifier is not None:
         facts = [(each.shape, each.classes, each.model.path) for each in (trained, classifier.require("classifier"))]
         told = f"{classifier.path} is for other images, classes or noise than {trained.path}"
@@ -322,7 +319,6 @@ def _find_vae(recipe: Recipe, index: Json, source: str = "") -> "AutoencoderKL":
     """
     known = index["vae"]
     name = source or recipe.data.vae or known["name"]
-    require_that(name, "the latents were encoded by a nameless autoencoder", "data.vae or --vae, its folder")
     vae = latents.load_vae(name)
     config = dict(zip(("factor", "shift"), latents.latent_constants(vae.config)))
     for part, found in (config | {"latent_channels": vae.config.latent_channels}).items():

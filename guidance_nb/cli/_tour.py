@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import guidance_nb as gnb
-from guidance_nb._checks import check_whole, explained, require
+from guidance_nb._checks import explained, require
 from guidance_nb._extras import extra
 from guidance_nb._files import check_folder, clean_remnants, digest, parse_json, write_aside, write_file
 from guidance_nb.cli._tables import METHODS, METRICS, show_scores, summary
@@ -400,7 +400,6 @@ def run_tour(
 
     scales = tuple(sorted(dict.fromkeys(map(float, scales))))  # NaN stays where it is
     require(scales and all(0 < scale < 100 for scale in scales), "scales", scales, "numbers above 0 and below 100")
-    check_whole("seeds", seeds, 1)
     budgets = {problem_of(name).name: budget_for(name, quick) for name in data}  # an unknown name ends here
     folder = check_folder("out", Path(out)) / "stages"
     folder.mkdir(exist_ok=True)
