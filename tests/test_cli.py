@@ -147,7 +147,7 @@ def test_a_killed_tour_starts_again_where_it_stopped(tmp_path, warm):
         (("--scales", "nan"), "scales = (nan,); allowed"),
         (("--scales", "-1"), "scales = (-1.0,); allowed"),
         (("--data", "cifar"), "data = 'cifar'; allowed: 'fractal', 'digits'"),
-        (("--seeds", "0"), "Invalid value for '--seeds': 0 is not in the range x>=1"),
+        (("--seeds", "0"), "Invalid value for '--seeds': "),
         (("--out", "/proc/nowhere"), "out = '/proc/nowhere' cannot be written"),
     ],
 )

@@ -78,8 +78,6 @@ def make_data(recipe: Recipe) -> _Samples:
         told = f"0 or {sides}, of which {recipe.latents} is, and 0"
         require(fine, "data.size and data.shift", (size, table.shift), told)
         data = latents.load_latents(recipe.latents, flip=table.flip, limit=table.limit)
-    for name, n in (("data.limit", table.limit), ("training.batch_size", recipe.training.batch_size)):
-        require(n <= len(data), name, n, f"at most {len(data)}, as many as there are")
     return data
 
 
@@ -205,6 +203,8 @@ def train_recipe(
     "Train a recipe, from the newest intact checkpoint if there is one, and yield every state of `fit`."
     loss, times, table, network = make_loss(recipe), _make_times(recipe), recipe.training, recipe.network
     data = make_data(recipe)  # errors come before a folder is made
+    for name, n in (("data.limit", recipe.data.limit), ("training.batch_size", table.batch_size)):
+        require(n <= len(data), name, n, f"at most {len(data)}, as many as there are")
     needed, memory = _training_memory(recipe, data), _find_memory(own_device())
     told = f"network = {network.name} with {network.settings} needs {needed / 1e9:.0f} GB to be trained"
     require_that(needed <= memory, told, f"at most {memory / 1e9:.0f} GB, the memory of this machine")

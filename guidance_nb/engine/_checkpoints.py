@@ -124,10 +124,11 @@ def _check(path: Path) -> Json:
     record, damaged = Json(), ["checkpoint.json"]
     with suppress(FileNotFoundError, ValueError, AttributeError):
         text = (path / "checkpoint.json").read_text(encoding="utf-8")
-        record = parse_json(text)
-        if text == _seal_record(record):
-            files = [(path / name, written) for name, written in record.get("files", {}).items()]
-            damaged = [file.name for file, written in files if not file.is_file() or _measure(file) != written]
+        if text == _seal_record(found := parse_json(text)):
+            record, damaged = found, []
+    for name, written in record.get("files", {}).items():
+        if not (path / name).is_file() or _measure(path / name) != written:
+            damaged.append(name)
     if damaged:
         told = "not what was written (wrong checksum)" if (path / damaged[0]).exists() else "missing"
         raise _DamagedCheckpoint(f"{path}: {damaged[0]} is {told}")
