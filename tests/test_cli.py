@@ -143,7 +143,7 @@ def test_a_killed_tour_starts_again_where_it_stopped(tmp_path, warm):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--scales", "1,two"), "could not convert string to float: 'two'"),
+        (("--scales", "1,two"), "scales = '1,two'; allowed: numbers separated by commas"),
         (("--scales", "nan"), "scales = (nan,); allowed"),
         (("--scales", "-1"), "scales = (-1.0,); allowed"),
         (("--data", "cifar"), "data = 'cifar'; allowed: 'fractal', 'digits'"),
@@ -446,9 +446,9 @@ def test_interrupted_killed_and_resumed_equals_uninterrupted(pictures, tmp_path)
         ("evaluate nowhere.npz", "nowhere.npz cannot be read (there is no such file"),
         ("encode nowhere out --vae nowhere", "config.json"),
         ("cost mnist-evaluation-classifier", "method.name = 'evaluation_classifier'; allowed: 'plain', 'aligned"),
-        ("cost sit-b2-mg --gpus some", "invalid literal for int() with base 10: 'some'"),
+        ("cost sit-b2-mg --gpus some", "gpus = 'some'; allowed: whole numbers separated by commas"),
         ("info mnist-bsae", "or a name such as mnist-base"),
-        ("sweep nowhere --steps 1.5", "invalid literal for int() with base 10: '1.5'"),
+        ("sweep nowhere --steps 1.5", "steps = '1.5'; allowed: whole numbers separated by commas"),
     ],
 )
 def test_mistakes_cost_nothing(words, message, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def test_spaces_by_name(tmp_path):
     assert feature_space("pixels") == "pixels"
     with pytest.raises(ValueError, match="space = 'vgg'; allowed: 'pixels', 'dinov2', 'dinov2-patches'"):
         feature_space("vgg")
-    with pytest.raises(TypeError, match="not NoneType"):
+    with pytest.raises(ValueError, match=r"path = None; allowed: a folder with config\.json"):
         feature_space("dinov2-patches")
 
 

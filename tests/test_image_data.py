@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -513,6 +514,12 @@ def test_facts_that_are_no_table(tmp_path, facts):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), facts=np.array(facts))
     with pytest.raises(ValueError, match=r"a\.npz cannot be read .*; allowed: .* a table in JSON as facts"):
         load_samples(tmp_path / "a.npz")
+    save_samples(tmp_path / "a", picture(2, 3, 4, 4))
+    record = json.loads((tmp_path / "a" / "facts.json").read_text())
+    for change in ({"facts": [1]}, {"shape": 3}, {"sha256": None}):
+        (tmp_path / "a" / "facts.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=r"damaged|not those that were written"):
+            load_samples(tmp_path / "a")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -684,6 +691,8 @@ def test_nothing_else_is_overwritten(tmp_path):
         with pytest.raises(ValueError, match="allowed: another name"):
             save_samples(folder, x, overwrite=overwrite)
     assert (folder / "thesis.txt").read_text() == "irreplaceable"
+    with pytest.raises(ValueError, match=r"path = .*a.png'; allowed: a name that ends in .npz, or a folder"):
+        save_samples(tmp_path / "a.png", x)
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a"])

@@ -37,7 +37,7 @@ LIMITS = {  # of the package, only ever lowered; tools/counts.py says how they a
     "public names": 200,  # 200
     "names at the top": 60,
     "code lines": 9_998,  # 10,000
-    "validation, % of them": 6.3,  # 5
+    "validation, % of them": 5.0,  # 5
     "lines of the longest function": 60,
     "Any": 23,  # 60
     "names in public modules that are neither listed nor marked": 10,

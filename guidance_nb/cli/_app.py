@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from guidance_nb import __version__
 from guidance_nb._checks import require, require_that
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from guidance_nb.cli._recipe import Recipe, Table
     from guidance_nb.images._data import SampleFile
     from guidance_nb.training import State
+
+_N = TypeVar("_N", int, float)
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -104,6 +106,15 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split(",")) if text else ()
 
 
+def _parse_numbers(name: str, text: str, kind: type[_N]) -> tuple[_N, ...]:
+    "Read a list of numbers of a `kind`; `name` is the option's, for the message."
+    try:
+        return tuple(kind(part) for part in _split(text))
+    except ValueError:
+        words = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{name} = {text!r}; allowed: {words} separated by commas, such as 1,2,3") from None
+
+
 def _tell(text: str) -> None:
     "Print a `text`, in the main process alone."
     from guidance_nb.cli._devices import is_main
@@ -149,7 +160,7 @@ def _tour(
     from guidance_nb.cli._tour import run_tour
 
     names = tuple(dict.fromkeys(data.split(",")))
-    table, real = run_tour(names, seeds, out, tuple(map(float, _split(scales))), quick)
+    table, real = run_tour(names, seeds, out, _parse_numbers("scales", scales, float), quick)
     for name in table.data.unique():
         typer.echo(f"\n{name}\n{summary(table, real, name).to_string(index=False)}")
     typer.echo(f"\nTables, figures and a page to read are in {out}: open {out / 'index.html'}")
@@ -241,7 +252,7 @@ def _cost(
     from guidance_nb.cli._recipe import Recipe, read_recipe
 
     name, flags = parse_keys([recipe, *context.args], Recipe)
-    _show_cost(read_recipe(name, flags), tuple(map(int, _split(gpus))), chip, share)
+    _show_cost(read_recipe(name, flags), _parse_numbers("gpus", gpus, int), chip, share)
 
 
 @app.command(name="finetune", **_KEYS)
@@ -412,7 +423,7 @@ def _sweep_command(
     from guidance_nb.images._metrics import column
 
     source, flags = parse_keys([checkpoint, *context.args], Request)
-    asked = tuple(map(float, _split(scales))), tuple(map(int, _split(steps))), _split(samplers)
+    asked = _parse_numbers("scales", scales, float), _parse_numbers("steps", steps, int), _split(samplers)
     points = evaluation.sweep_points(Request().changed(**flags), *asked)
     main_only(lambda: str(check_folder("out", out)))
     trained, extractor = load_trained(source), evaluation.find_feature_extractor(features, weights)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guidance_nb._checks import check_choice, require
+from guidance_nb._checks import check_choice, require, require_that
 from guidance_nb._extras import extra
 from guidance_nb._files import Json, write_aside
 from guidance_nb.cli._devices import main_only, own_device
@@ -141,6 +141,7 @@ def _match_labels(file: SampleFile, extractor: Extractor) -> Tensor | None:
     names = file.facts.get("classes")
     if file.c is None or not extractor.classes or not isinstance(names, list) or not names:
         return file.c
+    require(int(file.c.max()) < len(names), "label of the samples", int(file.c.max()), f"0 to {len(names) - 1}")
     known = [check_choice("class of the samples", name, extractor.classes) for name in names]
     return torch.tensor([extractor.classes.index(name) for name in known])[file.c]
 
@@ -365,5 +366,6 @@ def finish_sweep(out: Path, best: str, among: Json | None = None) -> Json:
         fig.savefig(aside, dpi=120, format="png")
     records: list[Json] = table.dropna(subset=[best]).to_dict("records")  # type: ignore[assignment]
     rows = [row for row in records if _has_facts(row, among or {})]
+    require_that(rows, f"{out / 'rows.csv'} has no row of this sweep with {best}", "at least one")
     choose = max if best.split("_")[0] in _HIGHER else min
     return choose(rows, key=lambda row: row[best])

@@ -74,9 +74,9 @@ def make_data(recipe: Recipe) -> _Samples:
         data = _take_images(data, table.limit) if table.limit else data
     else:
         sides, size = latents.read_index(recipe.latents)["settings"]["image"][1:], table.size
-        fine = not table.shift and (size == 0 or [*image_data.find_sides(size)] == sides)
-        told = f"0 or {sides}, of which {recipe.latents} is, and 0"
-        require(fine, "data.size and data.shift", (size, table.shift), told)
+        fine = size == 0 or [*image_data.find_sides(size)] == sides
+        require(fine, "data.size", size, f"{sides}, of which {recipe.latents} is, or 0")
+        require(not table.shift, "data.shift", table.shift, "0, for latents")
         data = latents.load_latents(recipe.latents, flip=table.flip, limit=table.limit)
     return data
 
@@ -294,9 +294,10 @@ def build_guided(
     method = trained.require(*get_args(Denoising)).recipe.method
     scale = trained.scale if scale is None else scale
     free, known = classifier is None and method.name != "model_guidance", trained.shape[0]
-    fine = channels <= known if free else (*interval, channels) == (0, 1, 0)
-    told = f"(0, 1) and 0; for classifier-free guidance any interval, and up to {known}"
-    require(fine, "interval and channels", (interval, channels), told)
+    fine = free or tuple(interval) == (0, 1)
+    require(fine, "interval", interval, "(0, 1), for only classifier-free guidance can pause")
+    fine = channels == 0 or (free and channels <= known)
+    require(fine, "channels", channels, f"0 to {known}, and only for classifier-free guidance")
     if classifier is not None:
         facts = [(each.shape, each.classes, each.model.path) for each in (trained, classifier.require("classifier"))]
         told = f"{classifier.path} is for other images, classes or noise than {trained.path}"

@@ -407,6 +407,8 @@ def save_samples(
 ) -> Path:  # `path`
     "Write samples completely or not at all: ADM's .npz layout, or PNG files in class sub-folders; signals as float32."
     path = Path(path)
+    other = path.suffix.lower() in (*OTHER_KINDS, ".png")
+    require(not other, "path", str(path), "a name that ends in .npz, or a folder")
     packed, signals = path.suffix.lower() == ".npz", x.ndim in (2, 3) and x.is_floating_point()
     fine = x.numel() and (x.ndim == 4 or signals) and (packed or (x.ndim == 4 and x.shape[1] in (1, 3)))
     told = "[n, channels, height, width], not empty; with 1 or 3 channels for PNG files"
@@ -500,7 +502,8 @@ def _load_folder(path: Path, size: Size | None = None, channels: int | None = No
 
 def _folder_of_ours(path: Path, files: list[Path], by_class: bool, record: Json) -> SampleFile:
     "File names are the numbers of samples, folder names the labels; all must be there, and unchanged."
-    (count, _, _, channels), promised, facts = record["shape"], record["sha256"], record["facts"]
+    with explained(f"{path / _FACTS} is damaged", "as written", KeyError, TypeError, ValueError):
+        (count, _, _, channels), promised, facts = record["shape"], record["sha256"], dict(record["facts"])
     files = sorted(files, key=lambda file: (len(file.stem), file.stem))  # as numbers, and a foreign name somewhere
     labels = [int(file.parent.name) if file.parent.name.isdecimal() else -1 for file in files]
     c = torch.tensor(labels) if by_class else None

@@ -304,6 +304,7 @@ def _load_dinov2(path: str | Path | None) -> "Dinov2WithRegistersModel":
     with extra("dinov2"):
         from transformers import Dinov2WithRegistersModel
 
+    require(path is not None, "path", path, "a folder with config.json and model.safetensors")
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     model, report = Dinov2WithRegistersModel.from_pretrained(Path(path), **options)  # type: ignore[arg-type]
     missing = sorted(set(report["missing_keys"]) - {"embeddings.mask_token"})
