@@ -37,7 +37,11 @@ class Prediction(NamedTuple):
     def velocity(self, path: Path, t: Tensor) -> Tensor:
         "Velocity dx/dt of the probability-flow ODE, eq. (2)."
         t = torch.as_tensor(t)
-        a, b = path.coefficients("velocity", lambda t: (path.d_alpha(t), path.d_sigma(t)), t, self.x0)
+
+        def slopes(t: Tensor) -> tuple[Tensor, ...]:
+            return path.d_alpha(t), path.d_sigma(t)
+
+        a, b = path.coefficients("velocity", slopes, t, self.x0)
         return a * self.x0 + b * self.eps
 
 # %% ../nbs/01_denoisers.ipynb #fd94ec93
@@ -89,7 +93,8 @@ def to_prediction(
         determinant = alpha * b - sigma * a
         return tuple(torch.stack([a, b, alpha, sigma]) / determinant)
 
-    a, b, alpha, sigma = path.coefficients((prediction, sigma_data), solve, t, x)
+    name = (prediction, sigma_data)
+    a, b, alpha, sigma = path.coefficients(name, solve, t, x)
     return Prediction(b * x - sigma * y, alpha * y - a * x)
 
 # %% ../nbs/01_denoisers.ipynb #e60ca5ab
@@ -134,12 +139,22 @@ class Denoiser(nn.Module):
         if "__init__" in vars(cls):
             checked(cls)
 
-    def forward(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Prediction:
-        """Posterior means at noisy data `x` `[batch, ...]`, time `t` (scalar
-        or `[batch]`), condition `c` `[batch]`."""
+    def forward(
+        self,
+        x: Tensor,  # Noisy data, `[batch, ...]`
+        t: Tensor,  # Time, scalar or `[batch]`
+        c: Condition | None = None,  # Condition `[batch]`, or None
+    ) -> Prediction:
+        "Posterior means of clean data and noise."
         raise NotImplementedError
 
-    def predict(self, x: Tensor, t: Tensor, c: Condition | None = None, **options: object) -> Prediction:
+    def predict(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c: Condition | None = None,
+        **options: object,
+    ) -> Prediction:
         "The same as calling the model: `model(x, t, c)`."
         return self(x, t, c, **options)
 
@@ -150,7 +165,11 @@ class Denoiser(nn.Module):
         return self(x, t, c), self(x, t, None)
 
     def predict_each(
-        self, x: Tensor, t: Tensor, conditions: Sequence[Condition | None], batching: Batching = "auto"
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditions: Sequence[Condition | None],
+        batching: Batching = "auto",
     ) -> list[Prediction]:
         "The predictions under several conditions, None being no condition."
         asked = [c for c in conditions if c is not None]
@@ -159,16 +178,22 @@ class Denoiser(nn.Module):
         rows = torch.arange(len(x)).repeat(len(asked))
         many, when = x[rows.to(x.device)], t[rows.to(t.device)] if t.ndim else t
         pair = self.for_rows(rows)(many, when, join(asked))
-        found = iter(zip(*(part.chunk(len(asked)) for part in pair)))
-        return [self(x, t, None) if c is None else Prediction(*next(found)) for c in conditions]
+        found = map(Prediction, *(part.chunk(len(asked)) for part in pair))
+        return [self(x, t, c) if c is None else next(found) for c in conditions]
 
     @property
     def consistent(self) -> bool:
         """Whether its pairs satisfy x = alpha x0 + sigma eps; if not, they are
         steps of DDIM and nothing else."""
-        return all(part.consistent for part in self.children() if isinstance(part, Denoiser))
+        parts = (part for part in self.children() if isinstance(part, Denoiser))
+        return all(part.consistent for part in parts)
 
-    def mean_shift(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Tensor | None:
+    def mean_shift(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c: Condition | None = None,
+    ) -> Tensor | None:
         """A gradient by which ancestral sampling moves its mean, per unit of
         variance; None for no shift."""
         return None
@@ -309,7 +334,8 @@ class NetworkDenoiser(Denoiser):
         has unit variance, and a quarter of log sigma stands for the time."""
 
         def precision() -> torch.dtype:
-            return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
+            parts = (p for p in self.net.parameters() if p.is_floating_point())
+            return next((p.dtype for p in parts), x.dtype)
 
         x = x.to(once(None, precision, self))
         # 16 bits would round the time
@@ -322,19 +348,32 @@ class NetworkDenoiser(Denoiser):
         time = t.to(x.device, wide).expand(len(x)) if known is None else known
         if self.prediction != "edm":
             return x, time
-        total = (self.path.sigma(time) ** 2 + (self.path.alpha(time) * self.sigma_data) ** 2).sqrt()
-        return x / expand_time(total, x), self.path.noise_to_signal(time).clamp(1e-3, 1e3).log() / 4
+        signal = self.path.alpha(time) * self.sigma_data
+        total = (self.path.sigma(time) ** 2 + signal**2).sqrt()
+        ratio = self.path.noise_to_signal(time).clamp(1e-3, 1e3)
+        return x / expand_time(total, x), ratio.log() / 4
 
-    def network_condition(self, c: Condition | None, drop: Tensor | None, x: Tensor) -> Condition:
+    def network_condition(
+        self,
+        c: Condition | None,
+        drop: Tensor | None,
+        x: Tensor,
+    ) -> Condition:
         """The condition with what stands for none of it in the rows `drop`, or
         in all rows."""
-        if c is not None and drop is None:
-            return c
-        if self.num_classes == EMBEDDINGS:
-            return null_rows(self.null, len(x), x.device) if c is None else drop_rows(c, drop, self.null)  # type: ignore
+        if c is None and self.num_classes == EMBEDDINGS:
+            return null_rows(self.null, len(x), x.device)
         if c is None:
             return torch.full((len(x),), self.num_classes, device=x.device)
-        return once(c, lambda: torch.where(drop, self.num_classes, c), self, drop)  # type: ignore
+        if drop is None:
+            return c
+        if self.num_classes == EMBEDDINGS:
+            return drop_rows(c, drop, self.null)
+
+        def labels() -> Tensor:
+            return torch.where(drop, self.num_classes, c)  # type: ignore
+
+        return once(c, labels, self, drop)
 
     def output(
         self,
@@ -348,18 +387,27 @@ class NetworkDenoiser(Denoiser):
     ) -> Tensor:
         "Raw network output, shape and dtype of `x`."
         t = check_inputs(x, t, c, self.num_classes)
-        if self.prediction == "eps" and not at_time(self, "eps", lambda t: (t <= clamp_time(self.path, t)).tolist(), t):
+
+        def within(t: Tensor) -> list[bool]:
+            return (t <= clamp_time(self.path, t)).tolist()
+
+        if self.prediction == "eps" and not at_time(self, "eps", within, t):
             asked, t = t, clamp_time(self.path, t)
-            if t.device.type == "cpu" and not torch.compiler.is_compiling() and (asked > t).any():
+            read = t.device.type == "cpu" and not torch.compiler.is_compiling()
+            if read and (asked > t).any():
                 told = "prediction = 'eps' says nothing about data at t = 1 of"
                 cure = "train it to predict 'velocity' or 'v', or begin below 1"
                 warnings.warn(f"{told} {self.path}: {cure}", stacklevel=2)
         inputs = *self.network_inputs(x, t), self.network_condition(c, drop, x)
         if self.scale_aware:
-            given = inputs[0].new_ones(()) if scale is None else torch.as_tensor(scale)
-            asked = given.to(inputs[0]).expand(len(x))
-            blank = torch.ones(len(x), device=x.device) if c is None else 0 * asked if drop is None else drop
-            inputs = (*inputs, torch.where(blank.bool(), torch.zeros_like(asked), asked))  # type: ignore
+            scale = inputs[0].new_ones(()) if scale is None else scale
+            asked = torch.as_tensor(scale).to(inputs[0]).expand(len(x))
+            if c is None:
+                blank = torch.ones(len(x), device=x.device)
+            else:
+                blank = 0 * asked if drop is None else drop
+            kept = torch.where(blank.bool(), torch.zeros_like(asked), asked)
+            inputs = (*inputs, kept)  # type: ignore
         record_nfe(x.shape[0])
         try:
             return self.net(*inputs).to(x)
@@ -378,15 +426,21 @@ class NetworkDenoiser(Denoiser):
 
     def decode(self, y: Tensor, x: Tensor, t: Tensor | float) -> Prediction:
         "The pair that a raw output `y` at (x, t) stands for, eq. (3)."
-        lost = x.requires_grad and torch.is_grad_enabled() and not y.requires_grad
-        require_that(not lost, "net gives no gradient at x", "a network without torch.no_grad and detach inside")
-        return to_prediction(y, x, torch.as_tensor(t), self.path, self.prediction, self.sigma_data)
+        asked = x.requires_grad and torch.is_grad_enabled()
+        told = "net gives no gradient at x"
+        allowed = "a network without torch.no_grad and detach inside"
+        require_that(y.requires_grad or not asked, told, allowed)
+        t, kind = torch.as_tensor(t), self.prediction
+        return to_prediction(y, x, t, self.path, kind, self.sigma_data)
 
     def forward(
-        self, x: Tensor, t: Tensor, c: Condition | None = None, scale: float | Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        c: Condition | None = None,
+        scale: float | Tensor | None = None,  # For scale-aware networks alone
     ) -> Prediction:
-        """Posterior means, eq. (3), from one network evaluation; `scale` is
-        for scale-aware networks alone."""
+        "Posterior means, eq. (3), from one network evaluation."
         return self.decode(self.output(x, t, c, scale=scale), x, t)
 
     def predict_pair(
@@ -397,16 +451,28 @@ class NetworkDenoiser(Denoiser):
         t, n = torch.as_tensor(t), x.shape[0]
         if _one_pass(batching, x):
             twice, t = torch.cat([x, x]), t.repeat(2) if t.ndim else t
-            both, drop = once(c, lambda: (repeat(c, 2), torch.arange(2 * n, device=x.device) >= n))
+
+            def doubled() -> tuple[Condition, Tensor]:
+                return repeat(c, 2), torch.arange(2 * n, device=x.device) >= n
+
+            both, drop = once(c, doubled)
             pair = self.decode(self.output(twice, t, both, drop=drop), twice, t)
             conditional, unconditional = zip(*(part.chunk(2) for part in pair))
             return Prediction(*conditional), Prediction(*unconditional)
-        everything = once(c, lambda: torch.ones(n, dtype=torch.bool, device=x.device), "all")
+
+        def all_rows() -> Tensor:
+            return torch.ones(n, dtype=torch.bool, device=x.device)
+
+        everything = once(c, all_rows, "all")
         y_c, y_u = self.output(x, t, c), self.output(x, t, c, drop=everything)
         return self.decode(y_c, x, t), self.decode(y_u, x, t)
 
     def predict_each(
-        self, x: Tensor, t: Tensor, conditions: Sequence[Condition | None], batching: Batching = "auto"
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditions: Sequence[Condition | None],
+        batching: Batching = "auto",
     ) -> list[Prediction]:
         """The predictions under several conditions, by one pass for all or by
         one pass for each."""
@@ -414,9 +480,11 @@ class NetworkDenoiser(Denoiser):
         if not asked or not _one_pass(batching, x):
             return [self(x, t, c) for c in conditions]
         copies, t = len(conditions), torch.as_tensor(t)
-        drop = torch.tensor([c is None for c in conditions], device=x.device).repeat_interleave(len(x))
+        blank = torch.tensor([c is None for c in conditions], device=x.device)
+        drop = blank.repeat_interleave(len(x))
         filled = join([asked[0] if c is None else c for c in conditions])
-        many, times = x.repeat(copies, *[1] * (x.ndim - 1)), t.repeat(copies) if t.ndim else t
+        many = x.repeat(copies, *[1] * (x.ndim - 1))
+        times = t.repeat(copies) if t.ndim else t
         y = self.output(many, times, filled, drop=drop)
         return [self.decode(part, x, t) for part in y.chunk(copies)]
 
@@ -452,4 +520,5 @@ class OnPath(Denoiser):
         noise = torch.where(beyond, self.path.sigma(within) / sigma, 1)
         x0, eps = self.model(moved * expand_time(noise, x), s, c)
         rest = (x - expand_time(alpha, x) * x0) / expand_time(sigma, x)
-        return Prediction(x0, torch.where(expand_time(beyond, x).bool(), rest, eps))
+        eps = torch.where(expand_time(beyond, x).bool(), rest, eps)
+        return Prediction(x0, eps)
