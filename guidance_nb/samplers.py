@@ -73,7 +73,11 @@ def ddim_step(
     the noise (arXiv 2010.02502)."""
     path, (x0, eps) = model.path, model(x, t, c)
     if extra.eta == 0 or s == 0:
-        alpha, sigma = path.coefficients("levels", lambda s: (path.alpha(s), path.sigma(s)), s, x)
+
+        def levels(s: Tensor) -> tuple[Tensor, ...]:
+            return path.alpha(s), path.sigma(s)
+
+        alpha, sigma = path.coefficients("levels", levels, s, x)
         return alpha * x0 + sigma * eps
     ratio = path.noise_to_signal(s) / path.noise_to_signal(t)
     tau = extra.eta * path.sigma(s) * (1 - ratio**2).sqrt()
@@ -81,13 +85,27 @@ def ddim_step(
     return path.alpha(s) * x0 + kept * eps + tau * extra.noise()
 
 
-def euler_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
+def euler_step(
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    c: Condition | None,
+    extra: StepContext,
+) -> Tensor:
     """One Euler step of dx/dt = u(x, t) in the time of the path; same
     arguments as `ddim_step`."""
     return x + (s - t) * model.velocity(x, t, c)
 
 # %% ../nbs/03_samplers.ipynb #41a232b2
-def ddpm_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
+def ddpm_step(
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    c: Condition | None,
+    extra: StepContext,
+) -> Tensor:
     """Ancestral sampling, eq. (3) at eta = 1 (arXiv 2006.11239), moved by
     `mean_shift`; same arguments as `ddim_step`."""
     moved = ddim_step(model, x, t, s, c, extra._replace(eta=1.0))
@@ -99,7 +117,14 @@ def ddpm_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | N
     return moved + path.sigma(s) ** 2 * (1 - ratio**2) * shift
 
 # %% ../nbs/03_samplers.ipynb #7bab01a0
-def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
+def heun_step(
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    c: Condition | None,
+    extra: StepContext,
+) -> Tensor:
     """The corrector of EDM (arXiv 2206.00364 alg. 1); the step to t = 0 is
     Euler's. Same arguments as `ddim_step`."""
     u = model.velocity(x, t, c)
@@ -110,7 +135,12 @@ def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | N
 
 
 def _heun_step_from_data(
-    model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    c: Condition | None,
+    extra: StepContext,
 ) -> Tensor:
     """Heun's step; with rising times the one that leaves t = 0 is eq. (2). Same
     arguments as `ddim_step`."""
@@ -124,7 +154,12 @@ def _sit_diffusion(path: Path, t: Tensor) -> Tensor:
 
 
 def _euler_maruyama_step(
-    model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    c: Condition | None,
+    extra: StepContext,
 ) -> Tensor:
     """One step of the reverse SDE dx = (u - g^2 score / 2) dt + g dW; to 0 by
     eq. (2). Same arguments as `ddim_step`."""
@@ -136,7 +171,14 @@ def _euler_maruyama_step(
     return x + (s - t) * drift + (g2 * (t - s)).sqrt() * extra.noise()
 
 # %% ../nbs/03_samplers.ipynb #61cb19c0
-def _dpmpp_2m_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
+def _dpmpp_2m_step(
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    c: Condition | None,
+    extra: StepContext,
+) -> Tensor:
     """DPM-Solver++(2M), eq. (4) (arXiv 2211.01095 alg. 2); same arguments as
     `ddim_step`."""
     path, x0 = model.path, model(x, t, c).x0
@@ -149,7 +191,8 @@ def _dpmpp_2m_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Conditio
     return kept - path.alpha(s) * torch.expm1(-h) * d
 
 # %% ../nbs/03_samplers.ipynb #f434acbc
-Sampler: TypeAlias = Literal["ddim", "ddpm", "euler", "heun", "euler_maruyama", "dpmpp_2m", "dopri5"]
+_Fixed = Literal["ddim", "ddpm", "euler", "heun", "euler_maruyama", "dpmpp_2m"]
+Sampler: TypeAlias = Literal[_Fixed, "dopri5"]  # The last adapts its steps
 
 # %% ../nbs/03_samplers.ipynb #f434acbd
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
@@ -206,7 +249,13 @@ def check_request(model: Denoiser, c: Condition | int, shape: tuple[int, ...], s
 
 # %% ../nbs/03_samplers.ipynb #b98a0855
 def _integrate(
-    model: Denoiser, x: Tensor, c: Condition | None, times: Tensor, step: Callable, extra: StepContext, seen: _Callback
+    model: Denoiser,
+    x: Tensor,
+    c: Condition | None,
+    times: Tensor,
+    step: Callable,
+    extra: StepContext,
+    seen: _Callback,
 ) -> Tensor:
     """Follow the grid with a fixed-step sampler, from `x` at `times[0]` to the
     last time."""
@@ -239,7 +288,13 @@ def solve_adaptively(
     return odeint(field, x, times.to(x.device), **how, options=land)
 
 # %% ../nbs/03_samplers.ipynb #5e1ad0c8
-def _integrate_adaptively(model: Denoiser, x: Tensor, c: Condition | None, times: Tensor, seen: _Callback) -> Tensor:
+def _integrate_adaptively(
+    model: Denoiser,
+    x: Tensor,
+    c: Condition | None,
+    times: Tensor,
+    seen: _Callback,
+) -> Tensor:
     "Solve the probability-flow ODE by the angle, eq. (5)."
     path = model.path
     radii = torch.hypot(path.alpha(times), path.sigma(times))
@@ -292,14 +347,17 @@ def sample(
     times = torch.as_tensor(times).double().cpu()
     n = check_request(model, c, shape, sampler, times)
     fine = times[0] > times[1] or (init is not None and eta == 0)
-    require_that(fine, f"init is {shown(init)}, eta = {eta}", "an init, and eta = 0, for rising times")
+    allowed = "an init, and eta = 0, for rising times"
+    require_that(fine, f"init is {shown(init)}, eta = {eta}", allowed)
     if init is not None:
         finite, wanted = bool(init.isfinite().all()), (n, *shape)
         told = f"init is {shown(init)}{'' if finite else ', not finite'}"
-        require_that(finite and init.shape == wanted, told, f"a floating-point tensor {wanted} of finite numbers")
+        allowed = f"a floating-point tensor {wanted} of finite numbers"
+        require_that(finite and init.shape == wanted, told, allowed)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     whole = callback or sampler not in SAMPLERS or device.type != "cpu"
-    batch_size = batch_size or (n if whole else max(1, 2**17 // math.prod(shape)))
+    fitting = n if whole else max(1, 2**17 // math.prod(shape))
+    batch_size = batch_size or fitting
     total, unit = n * (len(times) - 1), " sample steps"
     bar = tqdm(total=total, disable=not progress, unit=unit, unit_scale=True)
 
@@ -313,24 +371,33 @@ def sample(
         for i in range(0, n, batch_size):
             part = slice(i, min(i + batch_size, n))
             here = model if batch_size >= n else model.for_rows(part)
-            noise = NoiseSource(seed, start + i, (part.stop - i, *shape), device, dtype)
-            first = noise()
-            x = first * model.path.sigma(times[0]).item() if init is None else init[part].to(device, dtype)
-            labels = None if isinstance(c, int) else map_condition(lambda c: c.to(device), take_rows(c, part))
+            drawn = (part.stop - i, *shape)
+            noise = NoiseSource(seed, start + i, drawn, device, dtype)
+            x = noise() * model.path.sigma(times[0]).item()
+            if init is not None:
+                x = init[part].to(device, dtype)
+            labels = None if isinstance(c, int) else take_rows(c, part)
+            labels = map_condition(lambda c: c.to(device), labels)
             if sampler == "dopri5":
                 x = _integrate_adaptively(here, x, labels, times, seen)
             else:
-                step, extra = SAMPLERS.get(sampler, sampler), StepContext(noise, eta, diffusion, {})  # type: ignore
+                step = SAMPLERS.get(sampler, sampler)  # type: ignore
+                extra = StepContext(noise, eta, diffusion, {})
                 x = _integrate(here, x, labels, times, step, extra, seen)
             results.append(x)
     x = torch.cat(results)
     if not torch.isfinite(x).all():
-        raise FloatingPointError("samples are not finite; lower the guidance scale or use more steps")
+        cure = "lower the guidance scale or use more steps"
+        raise FloatingPointError(f"samples are not finite; {cure}")
     return x
 
 
 @takes_arguments_of(sample)
-def sample_trajectory(*args: object, callback: _Callback | None = None, **options: object) -> Trajectory:
+def sample_trajectory(
+    *args: object,
+    callback: _Callback | None = None,
+    **options: object,
+) -> Trajectory:
     """Draw samples as `sample` does, and return all points on the way, their
     times, and the NFE."""
     points: dict[int, list[Tensor]] = {}
