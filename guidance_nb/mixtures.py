@@ -47,7 +47,8 @@ class _MixtureAtTime(NamedTuple):
         linear = _times(self.precisions, self.means)
         constant = self.log_norm - 0.5 * (linear * self.means).sum(1)
         monomials = torch.cat([squares, x, torch.ones_like(x[:, :1])], 1)
-        return monomials @ torch.cat([-0.5 * self.precisions, linear, constant[:, None]], 1).T
+        factors = [-0.5 * self.precisions, linear, constant[:, None]]
+        return monomials @ torch.cat(factors, 1).T
 
     def average(self, matrices: Tensor, r: Tensor, x: Tensor) -> Tensor:
         "sum_k r_k A_k (x - M_k), `[batch, d]`: minus the score for V^-1."
@@ -72,19 +73,24 @@ class Mixture:
         means, covariances = means.double(), covariances.double()
         weights = torch.ones(len(means)) if weights is None else weights
         shape, given = tuple(means.shape), tuple(covariances.shape)
-        fine = means.ndim == 2 and len(means) and given in (shape[:1], (*shape, shape[1]))
-        allowed = "[K, d] with K >= 1, and [K, d, d] or variances [K]"
-        require(fine, "shapes of means and covariances", (shape, given), allowed)
+        fine = means.ndim == 2 and len(means) > 0
+        fine = fine and given in (shape[:1], (*shape, shape[1]))
+        wanted = "[K, d] with K >= 1, and [K, d, d] or variances [K]"
+        require(fine, "shapes of means and covariances", (shape, given), wanted)
         for name, values in (("means", means), ("covariances", covariances)):
-            require(values.isfinite().all(), name, values.tolist(), "finite values")
-        fine = weights.shape == shape[:1] and bool(((weights > 0) & weights.isfinite()).all())
-        require(fine, "weights", weights.tolist(), f"positive, finite numbers [K] = [{len(means)}]")
+            finite = values.isfinite().all()
+            require(finite, name, values.tolist(), "finite values")
+        proper = (weights > 0) & weights.isfinite()
+        fine = weights.shape == shape[:1] and bool(proper.all())
+        wanted = f"positive, finite numbers [K] = [{len(means)}]"
+        require(fine, "weights", weights.tolist(), wanted)
         self.num_classes = int(labels.max()) + 1
         check_labels(labels, self.num_classes, len(means))
         self.eigenvalues, self.eigenvectors = covariances, None
         if covariances.ndim == 3:
             gap = (covariances - covariances.mT).abs().amax()
-            require(gap <= 1e-6 * covariances.abs().amax(), "asymmetry of covariances", gap, "symmetric matrices")
+            same = gap <= 1e-6 * covariances.abs().amax()
+            require(same, "asymmetry of covariances", gap, "symmetric matrices")
             self.eigenvalues, self.eigenvectors = torch.linalg.eigh(covariances)
         low, high = (end.item() for end in self.eigenvalues.aminmax())
         fine = low >= (-1e-9 * high if covariances.ndim == 3 else 0)
@@ -95,8 +101,10 @@ class Mixture:
         classes = range(self.num_classes)
         self.members = [(labels == k).nonzero()[:, 0] for k in classes]
         empty = [k for k in classes if not len(self.members[k])]
-        require(not empty, "classes without a component", empty, "none, every class from 0 upwards is present")
-        self.class_weights = torch.stack([self.weights[members].sum() for members in self.members])
+        wanted = "none, every class from 0 upwards is present"
+        require(not empty, "classes without a component", empty, wanted)
+        sums = [self.weights[members].sum() for members in self.members]
+        self.class_weights = torch.stack(sums)
 
     @property
     def dim(self) -> int:
@@ -120,7 +128,8 @@ def _mixture_at(mixture: Mixture, path: Path, t: Tensor, k: Tensor | slice) -> _
     values = values.reshape(len(means), -1)  # [K, d], or [K, 1] if isotropic
     variance = alpha**2 * values + sigma**2
     told = "t = 0 with zero-variance components"
-    require_that((variance > 0).all(), told, "t > 0, for data points have no density")
+    allowed = "t > 0, for data points have no density"
+    require_that((variance > 0).all(), told, allowed)
     logs = (2 * math.pi * variance).log().expand(-1, mixture.dim)
     inverse, gains = 1 / variance, alpha * values / variance
     if mixture.eigenvectors is not None:
@@ -138,12 +147,13 @@ def _map_by_time_and_class(
     a time and a class, in blocks of bounded size; float64, ordered as `x`."""
     t = check_inputs(x, t, c, mixture.num_classes)
     fine = x.ndim == 2 and x.shape[1] == mixture.dim
-    require_that(fine, f"x has shape {tuple(x.shape)}", f"[batch, {mixture.dim}]")
+    told = f"x has shape {tuple(x.shape)}"
+    require_that(fine, told, f"[batch, {mixture.dim}]")
     if t.ndim == 0 and c is None:  # one group: nothing to sort
         everything = slice(None)
         terms = _mixture_at(mixture, path, t, everything)
         blocks = x.double().split(max(1, 2**21 // len(terms.means)))
-        return torch.cat([fn(terms, part, t.double(), everything) for part in blocks])
+        return torch.cat([fn(terms, x, t.double(), everything) for x in blocks])
     key_t = t.reshape(-1).expand(len(x))
     key_c = torch.full((len(x),), -1) if c is None else c
     parts, order = [], []
@@ -169,7 +179,11 @@ def log_prob(
     t: Tensor | float = 0.0,  # Time, scalar or `[batch]`; 0 is the data density
 ) -> Tensor:  # Log densities, `[batch]`, float64
     "Exact log p_t(x), or log p_t(x | c), eq. (1)."
-    total = _map_by_time_and_class(mixture, lambda terms, x, t, _: terms.log_joint(x).logsumexp(1), x, path, t, c)
+
+    def density(terms: _MixtureAtTime, x: Tensor, *_: object) -> Tensor:
+        return terms.log_joint(x).logsumexp(1)
+
+    total = _map_by_time_and_class(mixture, density, x, path, t, c)
     return total if c is None else total - mixture.class_weights[c].log()
 
 
@@ -183,7 +197,8 @@ def log_posterior(
 
     def by_class(terms: _MixtureAtTime, x: Tensor, *_: object) -> Tensor:
         joint = terms.log_joint(x)
-        return torch.stack([joint[:, m].logsumexp(1) for m in mixture.members], 1).log_softmax(1)
+        logits = [joint[:, m].logsumexp(1) for m in mixture.members]
+        return torch.stack(logits, 1).log_softmax(1)
 
     return _map_by_time_and_class(mixture, by_class, x, path, t, None)
 
@@ -194,16 +209,20 @@ def sample_mixture(
     """Draw exact samples `[n, d]` of a `mixture`, in the default dtype, and
     their labels: for labels `c` `[n]`, or for a number `c` of samples whose
     labels are drawn, too; `generator` is the source of randomness."""
+
+    def draw(weights: Tensor, n: int) -> Tensor:
+        return torch.multinomial(weights, n, True, generator=generator)
+
     if isinstance(c, int):
-        c = torch.multinomial(mixture.class_weights, c, replacement=True, generator=generator)
+        c = draw(mixture.class_weights, c)
     check_labels(c, mixture.num_classes, len(c))
     component = torch.empty(len(c), dtype=torch.long)
     for k, members in enumerate(mixture.members):
         here = c == k
         if n := int(here.sum()):
-            drawn = torch.multinomial(mixture.weights[members], n, replacement=True, generator=generator)
-            component[here] = members[drawn]
-    z = torch.randn((len(c), mixture.dim), dtype=torch.float64, generator=generator)
+            component[here] = members[draw(mixture.weights[members], n)]
+    shape = (len(c), mixture.dim)
+    z = torch.randn(shape, dtype=torch.float64, generator=generator)
     z = mixture.eigenvalues[component].reshape(len(c), -1).sqrt() * z
     if mixture.eigenvectors is not None:
         z = _times(mixture.eigenvectors[component].flatten(1), z)
@@ -221,7 +240,8 @@ class ExactDenoiser(Denoiser):
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         """Exact posterior means at noisy data `x` `[batch, d]`, in the dtype
         of `x`."""
-        both = _map_by_time_and_class(self.mixture, self._both, x, self.path, t, c)
+        path = self.path
+        both = _map_by_time_and_class(self.mixture, self._both, x, path, t, c)
         return Prediction(*both.to(x.dtype).chunk(2, 1))
 
     def _both(self, terms: _MixtureAtTime, x: Tensor, t: Tensor, k: Tensor | slice) -> Tensor:
@@ -289,7 +309,8 @@ def checkerboard(size: int = 4, std: float = 0.12) -> Mixture:
     figure 2."""
     centre = (size - 1) / 2
     cells = torch.cartesian_prod(torch.arange(size), torch.arange(size))
-    return Mixture(cells.double() - centre, torch.full((len(cells),), std**2), cells.sum(1) % 2)
+    variances = torch.full((len(cells),), std**2)
+    return Mixture(cells.double() - centre, variances, cells.sum(1) % 2)
 
 # %% ../nbs/02_mixtures.ipynb #e0ef7b8c
 def mixture_of_points(x: Tensor, labels: Tensor) -> Mixture:
@@ -308,6 +329,7 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
     x = torch.tensor(raw.data, dtype=torch.float32) / 8 - 1
     c = torch.tensor(raw.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    parts = {"train": order[:1437], "test": order[1437:], "all": torch.arange(len(x))}
+    parts = {"train": order[:1437], "test": order[1437:]}
+    parts["all"] = torch.arange(len(x))
     rows = parts[check_choice("split", split, parts)]
     return x[rows], c[rows]
