@@ -44,7 +44,8 @@ class Claims:
     consistent: bool = True
 
 # %% ../nbs/08_guidance.ipynb #8a10b063
-Scale: TypeAlias = Annotated[float | Tensor | Callable[[Tensor], Tensor], check_scale]
+_Scale = float | Tensor | Callable[[Tensor], Tensor]
+Scale: TypeAlias = Annotated[_Scale, check_scale]
 
 
 class Guidance(Denoiser):
@@ -85,7 +86,8 @@ class Guidance(Denoiser):
         "The guided prediction where guidance acts."
         wide = torch.promote_types(x.dtype, torch.float32)
         scale = self.scale_at(x.to(wide), t)
-        zero, one = ((scale == at).all() if isinstance(scale, Tensor) else scale == at for at in (0, 1))
+        equal = [scale == at for at in (0, 1)]
+        zero, one = (e.all() if isinstance(e, Tensor) else e for e in equal)
         if one and self.claims.conditional_at_one:
             return self.unguided(x, t, c)
         if zero and self.claims.unconditional_at_zero:
@@ -101,8 +103,10 @@ class Guidance(Denoiser):
         if same and x.dtype in (torch.float32, torch.float64):
             return self.combine(conditional, unconditional, x, t, scale)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        towards, away = (Prediction(*(part.to(wide) for part in pair)) for pair in (conditional, unconditional))
-        return Prediction(*(part.to(x) for part in self.combine(towards, away, wide, t, scale)))
+        towards = Prediction(*(part.to(wide) for part in conditional))
+        away = Prediction(*(part.to(wide) for part in unconditional))
+        pair = self.combine(towards, away, wide, t, scale)
+        return Prediction(*(part.to(x) for part in pair))
 
     @property
     def consistent(self) -> bool:
@@ -133,7 +137,8 @@ class Guidance(Denoiser):
     def scale_at(self, x: Tensor, t: Tensor) -> float | Tensor:
         """The scale at time `t`, as a number or a tensor that broadcasts
         against `x`."""
-        scale = check_scale("scale", self.scale(t)) if callable(self.scale) else self.scale
+        given = self.scale
+        scale = check_scale("scale", given(t)) if callable(given) else given
         if not isinstance(scale, Tensor):
             return scale
         if scale.ndim:
@@ -148,9 +153,10 @@ class Guidance(Denoiser):
         """The same guidance for some samples of a batch, each with its own
         scale."""
         twin = super().for_rows(rows)
-        if isinstance(self.scale, Tensor) and self.scale.ndim and len(self.scale) > 1:
+        scale = self.scale
+        if isinstance(scale, Tensor) and scale.ndim and len(scale) > 1:
             twin = copy.copy(self) if twin is self else twin
-            twin.scale = self.scale[rows]
+            twin.scale = scale[rows]
         return twin
 
     def mean_shift(self, x: Tensor, t: Tensor, c: Condition | None = None) -> Tensor | None:
