@@ -66,7 +66,8 @@ class Path(ABC):
     @cached_property
     def _inner_times(self) -> tuple[float, float]:
         # Where noise-to-signal is 1e-3, and 1e3 if the signal ends
-        first, last = self.time_at(torch.tensor([1e-3, 1e3], dtype=torch.float64)).tolist()
+        ratios = torch.tensor([1e-3, 1e3], dtype=torch.float64)
+        first, last = self.time_at(ratios).tolist()
         return first, last if self.alpha(torch.ones(())) <= 1e-3 else math.inf
 
     def coefficients(self, name: object, compute: Functions, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
@@ -75,10 +76,13 @@ class Path(ABC):
         ...]`. While `sample` runs they are computed once, for all its times."""
 
         def every(times: Tensor) -> list[tuple[Tensor, ...]]:
-            return list(zip(*(k.to(torch.promote_types(x.dtype, torch.float32)).unbind() for k in compute(times))))
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return list(zip(*(k.to(wide).unbind() for k in compute(times))))
 
         known = at_time(self, (name, x.dtype), every, t)
-        return known or tuple(expand_time(k, x) for k in torch.stack(compute(t)).to(x))
+        if known:
+            return known
+        return tuple(expand_time(k, x) for k in torch.stack(compute(t)).to(x))
 
     def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         "The point x_t of eq. (1), same shape as `x0`."
