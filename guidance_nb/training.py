@@ -107,7 +107,8 @@ class DenoisingLoss:
         t, eps = context.times(x0), context.noise(x0)
         drop = context.drop(x0, self.dropout)
         x = check_kind("model", model).path.interpolate(x0, eps, t)
-        return (model.output(x, t, c, drop=drop) - model.target(x0, eps, t)).square().flatten(1).mean(1)
+        error = model.output(x, t, c, drop=drop) - model.target(x0, eps, t)
+        return error.square().flatten(1).mean(1)
 
 # %% ../nbs/05_training.ipynb #f5927614
 class ClassifierLoss:
@@ -171,7 +172,8 @@ def batches(
     x, c = data
     labels = size if c is None else count(c)
     require(labels == size, "labels of data", labels, f"{size}, one a sample")
-    require(x.is_floating_point() and x.isfinite().all(), "data", x.dtype, "finite floating-point numbers")
+    fine = x.is_floating_point() and bool(x.isfinite().all())
+    require(fine, "data", x.dtype, "finite floating-point numbers")
     for indices in order:
         yield x[indices[rows]], take_rows(c, indices[rows])
 
@@ -254,17 +256,19 @@ def fit(
         return
     device, dropout = next(model.parameters()).device, has_dropout(model)
     draws = device if device.type == "cuda" else "cpu"  # where noise is drawn
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
-    average = copy.deepcopy(model).requires_grad_(False).eval()
     weights: list[Tensor] = [*model.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr, weight_decay=0.0, fused=True)
+    average = copy.deepcopy(model).requires_grad_(False).eval()
     averaged: list[Tensor] = [*average.parameters()]
     source = batches(data, batch_size, seed, steps)
     shown = {"desc": description, "unit": " steps", "disable": not progress}
     with tqdm(total=steps, **shown) as bar, closing(source):
         for step, (x, c) in enumerate(source):
             model.train()
-            optimizer.param_groups[0]["lr"] = learning_rate(step, lr, schedule, steps)
-            context = LossContext(keyed_generator(seed, 0, step, device=draws), step, steps, average)
+            rate = learning_rate(step, lr, schedule, steps)
+            optimizer.param_groups[0]["lr"] = rate
+            generator = keyed_generator(seed, 0, step, device=draws)
+            context = LossContext(generator, step, steps, average)
             context.model, context.law = model, times
             key = (seed, 4, step, 0, 0)
             with keyed_global_rng(device, *key) if dropout else nullcontext():
