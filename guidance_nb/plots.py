@@ -59,7 +59,8 @@ METHOD_LABELS = {
 }
 
 # %% ../nbs/07_plots.ipynb #cda0f461
-_CLASSES = ["orange", "blue", "purple", "red", "brown", "pink", "olive", "cyan", "green", "gray"]
+_CLASSES = ["orange", "blue", "purple", "red", "brown"]
+_CLASSES += ["pink", "olive", "cyan", "green", "gray"]
 
 
 def _class_colour(k: int) -> str:
@@ -112,7 +113,8 @@ def _density_image(
         blurred = path.time_at(extent / size / path.alpha(time))
         scale, time = path.alpha(blurred) / path.alpha(time), blurred
     labels = None if c is None else torch.full((len(x),), c)
-    return (scale**2 * log_prob(mixture, x * scale, labels, path, time).exp()).reshape(size, size)
+    p = log_prob(mixture, x * scale, labels, path, time).exp()
+    return (scale**2 * p).reshape(size, size)
 
 # %% ../nbs/07_plots.ipynb #cd242a88
 def show_density(
@@ -131,12 +133,14 @@ def show_density(
         line = torch.linspace(-extent, extent, 4 * size, dtype=torch.float64)
         labels = None if c is None else torch.full((len(line),), c)
         p = log_prob(mixture, line[:, None], labels, path, t).exp().numpy()
-        ax.fill_between(line.numpy(), p, color=COLOURS["data"], alpha=0.6, linewidth=0)
+        grey = COLOURS["data"]
+        ax.fill_between(line.numpy(), p, color=grey, alpha=0.6, linewidth=0)
         return ax
     image = _density_image(mixture, c, path, t, extent, size)
     shade = torch.log1p(300 * image / image.max())
     box = (-extent, extent, -extent, extent)
-    ax.imshow(shade.numpy(), origin="lower", extent=box, cmap="Greys", vmin=0, vmax=1.6 * shade.max().item())
+    shown = ax.imshow(shade.numpy(), "Greys", origin="lower", extent=box)
+    shown.set_clim(0, 1.6 * shade.max().item())
     return _frame(ax, extent)
 
 # %% ../nbs/07_plots.ipynb #b184115d
@@ -150,11 +154,13 @@ def show_points(
 ) -> "Axes":  # The axes
     """Draw samples: points in 2-D, a histogram that integrates to 1 over all
     classes in 1-D."""
-    require(x.ndim == 2 and x.shape[1] in (1, 2), "shape of x", tuple(x.shape), "[n, 1] or [n, 2]")
+    fine = x.ndim == 2 and x.shape[1] in (1, 2)
+    require(fine, "shape of x", tuple(x.shape), "[n, 1] or [n, 2]")
     ax, points = _axes(ax), x.detach().cpu().double()
     groups = [(points, _colour(role))]
     if c is not None:
-        groups = [(points[c.cpu() == k], _class_colour(k)) for k in c.unique().tolist()]
+        classes = c.unique().tolist()
+        groups = [(points[c.cpu() == k], _class_colour(k)) for k in classes]
     if points.shape[1] == 2:
         for group, colour in groups:
             x, y = group.T.numpy()
@@ -164,8 +170,9 @@ def show_points(
     bins = torch.linspace(points.min(), points.max(), 61, dtype=torch.float64)
     width = ((bins[-1] - bins[0]) / 60).item() or 1.0
     for group, colour in groups:
-        weights = torch.full((len(group),), 1 / (len(points) * width))
-        ax.hist(group[:, 0].numpy(), bins.tolist(), weights=weights.numpy(), color=colour, alpha=0.5)
+        values = group[:, 0].numpy()
+        weights = torch.full((len(group),), 1 / (len(points) * width)).numpy()
+        ax.hist(values, bins.tolist(), weights=weights, color=colour, alpha=0.5)
     return ax
 
 # %% ../nbs/07_plots.ipynb #a6389efa
@@ -179,9 +186,10 @@ def show_trajectories(
     """Draw trajectories from noise to data: value against falling time in 1-D,
     curves in the plane in 2-D."""
     ax, curves = _axes(ax), run.points[:, ::every].detach().cpu().double()
-    across = run.times.cpu().double() if curves.shape[2] == 1 else curves[..., 0]
+    line = curves.shape[2] == 1
+    across = run.times.cpu().double() if line else curves[..., 0]
     ax.plot(across, curves[..., -1], color=_colour(role), lw=0.5, alpha=0.6)
-    if curves.shape[2] == 1:
+    if line:
         ax.set(xlim=across[[0, -1]].tolist(), xlabel="time t", ylabel="x")
     else:
         ax.set(xticks=[], yticks=[], aspect="equal")
@@ -252,7 +260,8 @@ def show_digits(rows: dict[str, Tensor]) -> "Axes":
     """Show labelled `rows` of images `[columns, channels, h, w]`, one for each
     guidance scale, as wide as a page."""
     columns = len(next(iter(rows.values())))
-    ax = _pyplot().subplots(figsize=(7.2, 6.6 / columns * len(rows)), layout="constrained")[1]
+    size = (7.2, 6.6 / columns * len(rows))
+    ax = _pyplot().subplots(figsize=size, layout="constrained")[1]
     show_images(torch.cat(list(rows.values())), columns, ax)
     ax.axis("on")
     height = ax.images[0].get_size()[0] / len(rows)
@@ -277,10 +286,12 @@ def show_curves(
     ax, palette = _axes(ax), None
     if hue is not None:
         others = count()
-        names = dict.fromkeys(table[hue])
-        palette = {METHOD_LABELS.get(n, n): COLOURS.get(n) or _class_colour(next(others)) for n in names}
-        table = table.assign(**{hue: table[hue].map(lambda name: METHOD_LABELS.get(name, name))})
-    style = {"errorbar": "sd", "err_style": "bars", "marker": "o", "markeredgewidth": 0, "markersize": 4}
+        names = {name: METHOD_LABELS.get(name, name) for name in table[hue]}
+        colours = [COLOURS.get(n) or _class_colour(next(others)) for n in names]
+        palette = dict(zip(names.values(), colours))
+        table = table.assign(**{hue: table[hue].map(names)})
+    style: dict[str, object] = {"errorbar": "sd", "err_style": "bars"}
+    style |= {"marker": "o", "markeredgewidth": 0, "markersize": 4}
     sns.lineplot(data=table, x=x, y=y, hue=hue, palette=palette, ax=ax, **style)
     if hue is not None:
         ax.legend(frameon=False, fontsize="small")
