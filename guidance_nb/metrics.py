@@ -67,7 +67,8 @@ def nearest_neighbours(
     are fewer."""
     a = as_points("x", x)
     b = as_points("y", y, a.shape[1])
-    require((x_c is None) == (y_c is None), "x_c, y_c", "labels of one set", "of both or of none")
+    fine = (x_c is None) == (y_c is None)
+    require(fine, "x_c, y_c", "labels of one set", "of both or of none")
     a_c = torch.zeros(len(a)) if x_c is None else as_labels("x_c", x_c, len(a))
     b_c = torch.zeros(len(b)) if y_c is None else as_labels("y_c", y_c, len(b))
     distance = torch.full((len(a), k), torch.inf, dtype=torch.float64)
@@ -110,7 +111,8 @@ def precision_recall(
 
     def share(points: Tensor, centres: Tensor) -> float:
         squares, _ = search(centres, centres, k + 1, device)
-        return inside(points, centres, squares[:, -1], device).double().mean().item()
+        within = inside(points, centres, squares[:, -1], device)
+        return within.double().mean().item()
 
     return share(x, y), share(y, x)
 
@@ -144,10 +146,11 @@ def sliced_wasserstein(
     itself."""
     if a_c is not None and b_c is not None:
         a_c, b_c = as_labels("a_c", a_c, len(a)), as_labels("b_c", b_c, len(b))
-        classes = b_c.unique().tolist()
+        known = b_c.unique().tolist()
         found = a_c.unique().tolist()
-        require(found == classes, "classes of a", found, f"{classes}, those of b")
-        pairs, how = ((a[a_c == k], b[b_c == k]) for k in classes), (projections, seed)
+        require(found == known, "classes of a", found, f"{known}, those of b")
+        pairs = ((a[a_c == k], b[b_c == k]) for k in known)
+        how = (projections, seed)
         each = [sliced_wasserstein(*pair, None, None, *how) for pair in pairs]
         return sum(each) / len(each)
     a = as_points("a", a)
@@ -183,8 +186,9 @@ def class_accuracy(
             scores = log_posterior(classifier, x.cpu())
         else:
             scores = classifier(x)
-    fine = scores.ndim == 2 and len(scores) == len(x) and not scores.isnan().any()
-    require(fine, "logits", tuple(scores.shape), f"({len(x)}, num_classes), without NaN")
+    shape, wanted = tuple(scores.shape), f"({len(x)}, num_classes), without NaN"
+    fine = len(shape) == 2 and shape[0] == len(x) and not scores.isnan().any()
+    require(fine, "logits", shape, wanted)
     c = as_labels("c", c, len(x), scores.shape[1])
     return (scores.argmax(1).cpu() == c).double().mean().item()
 
@@ -197,7 +201,8 @@ def digits_classifier() -> Callable[[Tensor], Tensor]:
 
     x, c = digits("train")
     svc = SVC(C=10.0).fit(x.double().numpy(), c.numpy())
-    return lambda x: torch.from_numpy(svc.decision_function(as_points("x", x, 64).numpy()))
+    scores = svc.decision_function
+    return lambda x: torch.from_numpy(scores(as_points("x", x, 64).numpy()))
 
 # %% ../nbs/06_metrics.ipynb #0fe9940a
 _T = TypeVar("_T")
@@ -210,5 +215,6 @@ def real_baseline(
     seeds: int = 3,  # Number of independent pairs
 ) -> tuple[float, float]:  # Mean and standard deviation over the pairs
     "The value of a metric between two independent sets of real data."
-    values = torch.tensor([metric(draw(2 * i), draw(2 * i + 1)) for i in range(seeds)], dtype=torch.float64)
+    found = [metric(draw(2 * i), draw(2 * i + 1)) for i in range(seeds)]
+    values = torch.tensor(found, dtype=torch.float64)
     return values.mean().item(), values.std().item()
