@@ -189,6 +189,7 @@ def scale_from_mg_weight(w: float) -> float:
 
 def mg_weight_from_scale(scale: float) -> float:
     "The Model-guidance weight that reaches `scale`, 1 - 1 / scale."
+    require(scale > 0, "scale", scale, "above 0")
     return 1 - 1 / scale
 
 # %% ../nbs/13_model_guidance.ipynb #b49de9d9

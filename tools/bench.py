@@ -212,7 +212,7 @@ def sampling(sizes: Sizes) -> Iterator[Pair]:
             ours, bare = partial(draw, guided, few), by_hand(model, few)
             same = check_same(ours(), bare())
             yield Pair(f"sampling/{name} {n}", ours, replay, 1.02, note=note)
-            yield Pair(f"by hand/{name} {n}", bare, replay, note=f"eight lines, all samples at once: {same}")
+            yield Pair(f"by hand/{name} {n}", bare, replay, note=f"eight lines; all samples at once: {same}")
 
 
 def layers(sizes: Sizes) -> Iterator[Pair]:
