@@ -345,7 +345,7 @@ class NetworkDenoiser(Denoiser):
             return times.to(x.device, wide)[:, None].expand(-1, len(x)).unbind()
 
         known = at_time(self, ("time", x.dtype, len(x)), every, t)
-        time = t.to(x.device, wide).expand(len(x)) if known is None else known
+        time = t.to(x.device, wide).expand(len(x)) if known is None else known.clone()
         if self.prediction != "edm":
             return x, time
         signal = self.path.alpha(time) * self.sigma_data

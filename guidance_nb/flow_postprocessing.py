@@ -140,6 +140,9 @@ def pair_data(
 ) -> PairDraws:
     """Find the pairs of eq. (1) once; the result is the data of `fit` with a
     `PairLoss`."""
+    shape, found = list(real.shape[1:]), list(generated.shape[1:])
+    told = "shape of a generated sample"
+    require(found == shape, told, found, f"{shape}, that of a real one")
     near = _neighbours(generated, real, k, labels, real_labels, space, device)
     classes = None if real_labels is None else int(real_labels.max()) + 1
     return PairDraws(generated, real, near, labels, classes)

@@ -223,6 +223,7 @@ def shift_prediction(
 def interval_from_noise(path: Path, low: float, high: float = math.inf) -> Ends:
     """The `interval`, first and last time, of noise-to-signal ratios from `low`
     to `high` on the `path` of a model, ends included (arXiv 2404.07724)."""
+    require(0 <= low <= high, "low, high", (low, high), "0 <= low <= high")
     times = path.time_at(torch.tensor([low, high], dtype=torch.float64))
     first, last = times.clamp(0, 1).tolist()
     return first, last
@@ -232,6 +233,8 @@ def interval_from_steps(path: Path, steps: int, first: int, last: int, sampler: 
     """The `interval`, first and last time, of the steps from `first` to `last`,
     both included and counted from 0 at pure noise, of a run of `steps` by a
     `sampler` on its default grid on a `path` (arXiv 2404.07724)."""
+    allowed = f"0 <= first <= last < steps = {steps}"
+    require(0 <= first <= last < steps, "first, last", (first, last), allowed)
     times = time_grid(path, steps, sampler)
     return times[last].item(), times[first].item()
 

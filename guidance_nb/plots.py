@@ -7,6 +7,7 @@ __all__ = ['COLOURS', 'show_density', 'show_points', 'show_trajectories', 'show_
            'show_curves']
 
 # %% ../nbs/07_plots.ipynb #2e5daca3
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
@@ -186,7 +187,9 @@ def show_trajectories(
     """Draw trajectories from noise to data: value against falling time in 1-D,
     curves in the plane in 2-D."""
     ax, curves = _axes(ax), run.points[:, ::every].detach().cpu().double()
-    line = curves.shape[2] == 1
+    line, found = curves.shape[2] == 1, tuple(curves.shape)
+    fine = len(found) == 3 and found[2] in (1, 2)
+    require(fine, "shape of points", found, "[times, n, 1] or [times, n, 2]")
     across = run.times.cpu().double() if line else curves[..., 0]
     ax.plot(across, curves[..., -1], color=_colour(role), lw=0.5, alpha=0.6)
     if line:
@@ -224,6 +227,8 @@ def show_images(
 ) -> "Axes":  # The axes
     "Show images as a grid; values outside [-1, 1] are clipped."
     kept = tuple(x.shape[1:]) if x.ndim == 4 else (1, *shape)
+    allowed = f"[n, {math.prod(shape)}] or [n, channels, h, w]"
+    require(math.prod(kept) == x[0].numel(), "shape of x", tuple(x.shape), allowed)
     images = ((x.detach().cpu().float() + 1) / 2).clamp(0, 1).reshape(-1, *kept)
     grid = tile(images, columns, line=1.0).expand(3, -1, -1)
     ax = _axes(ax)

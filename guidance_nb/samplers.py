@@ -85,27 +85,13 @@ def ddim_step(
     return path.alpha(s) * x0 + kept * eps + tau * extra.noise()
 
 
-def euler_step(
-    model: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    c: Condition | None,
-    extra: StepContext,
-) -> Tensor:
+def euler_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
     """One Euler step of dx/dt = u(x, t) in the time of the path; same
     arguments as `ddim_step`."""
     return x + (s - t) * model.velocity(x, t, c)
 
 # %% ../nbs/03_samplers.ipynb #41a232b2
-def ddpm_step(
-    model: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    c: Condition | None,
-    extra: StepContext,
-) -> Tensor:
+def ddpm_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
     """Ancestral sampling, eq. (3) at eta = 1 (arXiv 2006.11239), moved by
     `mean_shift`; same arguments as `ddim_step`."""
     moved = ddim_step(model, x, t, s, c, extra._replace(eta=1.0))
@@ -117,14 +103,7 @@ def ddpm_step(
     return moved + path.sigma(s) ** 2 * (1 - ratio**2) * shift
 
 # %% ../nbs/03_samplers.ipynb #7bab01a0
-def heun_step(
-    model: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    c: Condition | None,
-    extra: StepContext,
-) -> Tensor:
+def heun_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
     """The corrector of EDM (arXiv 2206.00364 alg. 1); the step to t = 0 is
     Euler's. Same arguments as `ddim_step`."""
     u = model.velocity(x, t, c)
@@ -135,12 +114,7 @@ def heun_step(
 
 
 def _heun_step_from_data(
-    model: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    c: Condition | None,
-    extra: StepContext,
+    model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext
 ) -> Tensor:
     """Heun's step; with rising times the one that leaves t = 0 is eq. (2). Same
     arguments as `ddim_step`."""
@@ -154,12 +128,7 @@ def _sit_diffusion(path: Path, t: Tensor) -> Tensor:
 
 
 def _euler_maruyama_step(
-    model: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    c: Condition | None,
-    extra: StepContext,
+    model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext
 ) -> Tensor:
     """One step of the reverse SDE dx = (u - g^2 score / 2) dt + g dW; to 0 by
     eq. (2). Same arguments as `ddim_step`."""
@@ -171,14 +140,7 @@ def _euler_maruyama_step(
     return x + (s - t) * drift + (g2 * (t - s)).sqrt() * extra.noise()
 
 # %% ../nbs/03_samplers.ipynb #61cb19c0
-def _dpmpp_2m_step(
-    model: Denoiser,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    c: Condition | None,
-    extra: StepContext,
-) -> Tensor:
+def _dpmpp_2m_step(model: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Condition | None, extra: StepContext) -> Tensor:
     """DPM-Solver++(2M), eq. (4) (arXiv 2211.01095 alg. 2); same arguments as
     `ddim_step`."""
     path, x0 = model.path, model(x, t, c).x0
@@ -349,6 +311,8 @@ def sample(
     fine = times[0] > times[1] or (init is not None and eta == 0)
     allowed = "an init, and eta = 0, for rising times"
     require_that(fine, f"init is {shown(init)}, eta = {eta}", allowed)
+    real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require(real, "dtype", dtype, "a floating-point type of torch")
     if init is not None:
         finite, wanted = bool(init.isfinite().all()), (n, *shape)
         told = f"init is {shown(init)}{'' if finite else ', not finite'}"

@@ -482,6 +482,8 @@ class EmbeddedLabels(Denoiser):
         label."""
         if c is None:
             return self.model.predict(x, t, None)
+        width, found = self.table.embedding_dim, tuple(getattr(c, "shape", ()))
+        require_that(found == (len(x), width), f"c has shape {found}", f"[batch, {width}] with batch = {len(x)}")
         some = torch.zeros(len(x), dtype=torch.long, device=x.device)
         with swapped({self.table: lambda _: c}):
             return self.model(x, t, some)

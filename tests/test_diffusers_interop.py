@@ -325,9 +325,12 @@ def test_bad_input_is_refused_in_one_line():
     assert from_diffusers(classes, cases.ddim()).num_classes == 4
     refuse(lambda: from_diffusers(classes, cases.ddim()).predict(x, 0.5), "null is None")
     several = from_diffusers(cases.sd3(), cases.ddim())
-    for c in (text, {"encoder_hidden_states": text, "text_embeds": torch.randn(2, 6)}):
-        with pytest.raises(KeyError, match="pooled_projections"):
-            several.predict(x, 0.5, c)
+    told = "allowed: a tensor each for encoder_hidden_states, pooled_projections"
+    refuse(lambda: several.predict(x, 0.5, text), f"c = 'a tensor'; {told}")
+    other = {"encoder_hidden_states": text, "text_embeds": torch.randn(2, 6)}
+    refuse(lambda: several.predict(x, 0.5, other), f"c = 'encoder_hidden_states, text_embeds'; {told}")
+    mask = {"encoder_hidden_states": text, "encoder_attention_mask": torch.ones(2, 7)}  # would be dropped
+    refuse(lambda: bare.predict(x, 0.5, mask), "c = 'encoder_attention_mask, encoder_hidden_states'; allowed: a tensor")
     refuse(lambda: from_diffusers(nn.Linear(2, 2), cases.ddim()), "network = 'Linear'; allowed: UNet2DModel")
     refuse(lambda: from_diffusers(SimpleNamespace()), "scheduler = 'NoneType'; allowed: one with alphas_cumprod")
     whole = SimpleNamespace(scheduler=cases.ddim())

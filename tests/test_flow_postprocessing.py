@@ -262,7 +262,7 @@ def test_bad_input(clouds):
         model(x, c, steps=0)
     with pytest.raises(ValueError, match="dropout = 2"):
         FlowPostprocessor(4, 3, dropout=2)
-    with pytest.raises(ValueError, match="y has 4 values per sample; allowed: 3"):
+    with pytest.raises(ValueError, match=r"shape of a generated sample = \[3\]; allowed: \[4\]"):
         pair_data(x[:, :3], y)
 
 
@@ -393,6 +393,8 @@ def test_bad_input_of_images(clouds):
     x, y, c, d = clouds
     with pytest.raises(ValueError, match="with 1 real points in class 2"):
         pair_data(x, y, c, torch.cat([d[:-1].clamp(max=1), torch.tensor([2])]), k=2)
+    with pytest.raises(ValueError, match=r"shape of a generated sample = \[4\]; allowed: \[3\]"):
+        pair_data(x, y[:, :3], k=1, space=lambda z: z[:, :2])
     with pytest.raises(ValueError, match=r"samples is torch\.int64 .*; allowed: floating-point"):
         FlowPostprocessor(4)(x.long())
     with pytest.raises(ValueError, match="did you mean 'unet-tiny'"):

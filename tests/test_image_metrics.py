@@ -355,6 +355,8 @@ def test_reference_files_images_give_neighbours(tmp_path, weights, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 of .* = .float64"),
+        ({"arr_0": np.zeros((3, 3, 8, 8), dtype=np.uint8)}, "allowed: uint8"),
         ({"mu": None}, "ref.npz cannot be read .'mu'.; allowed: .* with mu and sigma"),
         (dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s")), "ref.npz cannot be read .'mu'."),
         ({"mu": np.zeros(64)}, r"mu, sigma of .* = \(\(64,\), \(2048, 2048\)\); allowed: \[2048\]"),
@@ -603,3 +605,9 @@ def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_two_sets_of_features_are_of_one_extractor():
+    halves = replace(QUARTERS, name="halves")  # as wide, and of something else
+    with pytest.raises(ValueError, match="extractors = quarters and halves; allowed: one for both sets"):
+        im.feature_scores(fx.extract(GOOD, QUARTERS), fx.extract(GOOD, halves), ["fd"])

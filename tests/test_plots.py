@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb
 from guidance_nb import plots
 from guidance_nb.mixtures import ExactDenoiser, Mixture, checkerboard, gaussian_pair, sample_mixture
 from guidance_nb.paths import EDMPath, FlowPath, VPPath
-from guidance_nb.samplers import sample_trajectory
+from guidance_nb.samplers import Trajectory, sample_trajectory
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +173,11 @@ assert dict(matplotlib.rcParams) == {**before, "backend": matplotlib.rcParams["b
     [
         (lambda: plots.show_density(checkerboard(), c=5), "allowed: "),
         (lambda: plots.show_density(checkerboard(), t=2.0), "t = 2"),
+        (lambda: plots.show_images(torch.zeros(4, 784)), "shape of x = (4, 784); allowed: [n, 64]"),
+        (
+            lambda: plots.show_trajectories(Trajectory(torch.zeros(5, 3, 64), torch.ones(5), 1.0)),
+            "shape of points = (5",
+        ),
         (lambda: plots.show_points(torch.zeros(3, 3)), "shape of x = (3, 3); allowed: [n, 1] or [n, 2]"),
         (lambda: plots.show_points(torch.zeros(3, 2), role="green"), "role = 'green'"),
     ],

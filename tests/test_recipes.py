@@ -267,6 +267,8 @@ def test_contradictions_are_refused():
     late = {"method": "model_guidance", "steps": 10, "start_step": 10}
     with pytest.raises(ValueError, match=r"method.start_step = 10; allowed: below training.steps = 10"):
         override(Recipe(), late)
+    with pytest.raises(ValueError, match=r"method.weight = 'p2'; allowed: '', except for losses that train a denoiser"):
+        override(Recipe(), {"method": "evaluation_classifier", "weight": "p2"})
     with pytest.raises(ValueError, match="allowed: methods that need no clean pictures"):
         override(Recipe(), {"method": "evaluation_classifier", "data": "latents:x"})
     with pytest.raises(ValueError, match=r"name is in several tables; allowed: network.name, method.name"):
@@ -484,6 +486,8 @@ def test_the_best_point(tmp_path, best, scale):
     assert finish_sweep(tmp_path, best, {"checkpoint": "a"})["scale"] == scale
     assert finish_sweep(tmp_path, best)["scale"] == 9.0
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no row of this sweep"):
+        finish_sweep(tmp_path, best, {"checkpoint": "c"})
 
 
 def test_the_baseline_is_as_large_as_there_are_images():

@@ -244,6 +244,8 @@ def test_divergence_is_reported():
         ({"c": 2.0}, "c = 2.0"),
         ({"shape": 2}, "shape = 2"),
         ({"eta": 1.5}, "eta = 1.5; allowed: 0 to 1"),
+        ({"dtype": torch.int64}, "dtype = torch.int64; allowed: a floating-point type"),
+        ({"dtype": "float32"}, "dtype = 'float32'"),
         ({"start": -1}, "start = -1; allowed: a whole number, 0 or more"),
         ({"batch_size": 0}, "batch_size = 0; allowed: a whole number, 1 or more"),
         ({"init": torch.zeros(3, 1)}, "init is torch.float32 (3, 1); allowed: a floating-point tensor (2, 1)"),
@@ -408,3 +410,21 @@ def test_many_images_are_drawn_in_parts_on_a_cpu(options, parts):
     model.register_forward_pre_hook(lambda model, args: rows.append(len(args[0])))
     sample(model, 400, (784,), **({"sampler": "ddim", "steps": 1, "progress": False} | options))
     assert rows == parts
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_network_may_change_its_time_in_place(n):
+    class Network(torch.nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            self.in_place = in_place
+
+        def forward(self, x, t, c):
+            if self.in_place:
+                t *= 3
+            else:
+                t = 3 * t
+            return x * t[:, None]
+
+    runs = [sample(NetworkDenoiser(Network(k), FlowPath()), n, (2,), "heun", 5, progress=False) for k in (False, True)]
+    assert torch.equal(*runs)

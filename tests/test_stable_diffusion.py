@@ -663,6 +663,9 @@ def test_recipes_are_read_strictly(tmp_path):
     with pytest.raises(ValueError, match="data = ''; allowed: a folder of captioned pictures"):
         next(finetune(FineTuning(), tmp_path / "x"))
     assert recipe_names(FineTuning) == ["sd15-aligned", "sd15-aligned-lora", "sd15-mg", "sd15-mg-aware", "sd15-plain"]
+    aware = recipe("x", "y", method="model_guidance", scale_range=[1, 3], lora_rank=4)
+    with pytest.raises(ValueError, match="lora_rank = 4; allowed: 0, for a scale-aware network"):
+        next(finetune(aware, tmp_path / "run"))  # before anything is encoded
     aware = recipe("x", "y", method="model_guidance", scale_range=[1])
     with pytest.raises(ValueError, match=r"scale_range = \(1.0,\); allowed: "):
         next(finetune(aware, tmp_path / "run"))

@@ -584,6 +584,9 @@ BAD = {
     "label embeddings of model = 0; allowed: one": lambda m: EmbeddedLabels(
         ExactDenoiser(gaussian_pair(), FlowPath())  # type: ignore[arg-type]
     ),
+    "c has shape (4, 5); allowed: [batch, 16]": lambda m: EmbeddedLabels(m).predict(
+        torch.zeros(4, 1, 8, 8).double(), 0.5, torch.zeros(4, 5).double()
+    ),
     "discriminator gives (2, 3); allowed": lambda m: _log_ratio(
         NoisyClassifier(2, 3, FlowPath()), torch.zeros(2, 2), 0.5
     ),

@@ -255,6 +255,8 @@ class Recipe(Table):
         method, guided = self.method, self.method.name == "model_guidance"
         fine = not method.auto_every or (guided and not method.scale_range)
         require(fine, "method.auto_every", method.auto_every, "0, except for model_guidance without scale_range")
+        fine = not method.weight or method.name in get_args(Denoising)
+        require(fine, "method.weight", method.weight, "'', except for losses that train a denoiser")
         fine = not guided or method.start_step < self.training.steps
         require(fine, "method.start_step", method.start_step, f"below training.steps = {self.training.steps}")
         fine = self.latents is None or method.name not in ("evaluation_classifier", "flow_postprocessing")

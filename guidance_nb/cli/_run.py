@@ -208,7 +208,7 @@ def train_recipe(
     needed, memory = _training_memory(recipe, data), _find_memory(own_device())
     told = f"network = {network.name} with {network.settings} needs {needed / 1e9:.0f} GB to be trained"
     require_that(needed <= memory, told, f"at most {memory / 1e9:.0f} GB, the memory of this machine")
-    folder = Path(folder)
+    folder = check_folder("out", Path(folder))
     model, source, classes = _make_training(recipe, data)
     facts: Json = {"recipe": recipe.model_dump(mode="json"), "shape": list(data.shape), "classes": list(classes)}
     if isinstance(data, latents.LatentData):  # what decodes them must be kept
@@ -320,6 +320,7 @@ def _find_vae(recipe: Recipe, index: Json, source: str = "") -> "AutoencoderKL":
     """
     known = index["vae"]
     name = source or recipe.data.vae or known["name"]
+    require_that(name, "the latents were encoded by a nameless autoencoder", "data.vae or --vae, its folder")
     vae = latents.load_vae(name)
     config = dict(zip(("factor", "shift"), latents.latent_constants(vae.config)))
     for part, found in (config | {"latent_channels": vae.config.latent_channels}).items():

@@ -105,6 +105,8 @@ def read_reference(path: str | Path, n: int | None = None) -> Reference:
             known[layer] = torch.from_numpy(mean).double(), torch.from_numpy(cov).double()
     if (images := found.get("arr_0")) is None:
         return Reference(INCEPTION, {}, known, path.name, n, checksum(path))
+    fine = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
+    require(fine, f"arr_0 of {path}", f"{images.dtype} {images.shape}", "uint8 [n, height, width, 3]")
     pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
     return Reference(INCEPTION, {}, known, path.name, n, checksum(path), images.shape[1:3], pictures)
 

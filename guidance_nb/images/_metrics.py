@@ -86,6 +86,7 @@ def feature_scores(
 ) -> dict[str, float]:
     "The metrics of two sets of features of one extractor."
     one, names, values = samples.extractor, metric_names(metrics, samples.extractor), {}
+    require(one == reference.extractor, "extractors", f"{one} and {reference.extractor}", "one for both sets")
     for metric in names:
         layer = LAYERS[metric]
         if metric in ("fd", "sfd"):

@@ -47,7 +47,8 @@ def takes_labels(net: Network) -> bool:
 def name_conditions(net: Network, c: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Conditions by the names the network gives them."
     names = condition_names(net)
-    given = c if isinstance(c, Mapping) else {names[0]: c}
+    given = c if isinstance(c, Mapping) else {names[0] if len(names) == 1 else "a tensor": c}
+    require(sorted(given) == sorted(names), "c", ", ".join(sorted(given)), f"a tensor each for {', '.join(names)}")
     return {name: given[name] for name in names}
 
 

@@ -52,6 +52,8 @@ def add_memory_hint(recipe: FineTuning) -> Iterator[None]:
 def _prepare_data(recipe: FineTuning, folder: str | Path, progress: bool = True) -> _CaptionedLatents:
     "Latents and embeddings of a recipe; the pipeline that makes them is gone afterwards."
     data = recipe.data
+    told = "0, for a scale-aware network has a new input"
+    require(not (recipe.method.scale_range and recipe.pipeline.lora_rank), "lora_rank", recipe.pipeline.lora_rank, told)
     require(data.source, "data", "", "a folder of captioned pictures, as --data FOLDER")
     pictures = load_captioned(data.source, data.size or None, data.crop, data.column)
     pipeline = _open_pipeline(recipe.pipeline.name).to("cuda" if torch.cuda.is_available() else "cpu")
