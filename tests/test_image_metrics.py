@@ -609,5 +609,5 @@ def test_bad_input(call, message):
 
 def test_two_sets_of_features_are_of_one_extractor():
     halves = replace(QUARTERS, name="halves")  # as wide, and of something else
-    with pytest.raises(ValueError, match="extractors = quarters and halves; allowed: one for both sets"):
+    with pytest.raises(ValueError, match="extractors = 'quarters and halves'; allowed: one for both sets"):
         im.feature_scores(fx.extract(GOOD, QUARTERS), fx.extract(GOOD, halves), ["fd"])
