@@ -245,13 +245,13 @@ def layers_of(name: str, model: NetworkDenoiser, sizes: Sizes) -> Iterator[Pair]
 
 
 def bare_step(model: NetworkDenoiser, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    "The fourteen operations of a guided step with the call of the network, without the layers of code around them."
+    "The fifteen operations of a guided step with the call of the network, without the layers of code around them."
     null, time = torch.tensor([0, CLASSES], device=x.device), torch.full((2,), 0.5, device=x.device)
     k, m = torch.tensor(0.5, device=x.device), torch.tensor(0.4, device=x.device)  # any coefficients
 
     def step(t: Tensor, s: Tensor) -> Tensor:
         twice = torch.cat([x, x])
-        y = model.net(twice, time, null)
+        y = model.net(twice, time.clone(), null)
         x0, eps = k * twice - m * y, m * y - k * twice
         (x0_c, x0_u), (eps_c, eps_u) = x0.chunk(2), eps.chunk(2)
         return k * torch.lerp(x0_u, x0_c, SCALE) + m * torch.lerp(eps_u, eps_c, SCALE)

@@ -36,7 +36,7 @@ from notebooks import NOTEBOOKS, ROOT, cells, directives, is_skipped, module_of,
 LIMITS = {  # of the package, only ever lowered; tools/counts.py says how they are counted. The goals stand behind
     "public names": 200,  # 200
     "names at the top": 60,
-    "code lines": 9_998,  # 10,000
+    "code lines": 9_977,  # 10,000
     "validation, % of them": 5.0,  # 5
     "lines of the longest function": 60,
     "Any": 23,  # 60
